@@ -1,0 +1,1 @@
+"""Where in the chat template a narrow finetune is carried."""

@@ -1,0 +1,690 @@
+"""Interventions: immutable, composable descriptions of what to do to activations, and how to run them.
+
+    repair = patch(base_activations, span="prefix")            # what, where
+    with applied(model, batch, repair) as record:              # TransformerLens hooks, always removed
+        logits = model(batch.ids)
+    print(record)                                              # how much was touched
+
+`intervention.fwd_hooks(model, batch)` gives ordinary TransformerLens `(name, function)` pairs, for
+`model.run_with_hooks`, `model.hooks()` and `run_with_cache`. All functions are differentiable, keep the
+activation's dtype, and return a new tensor (they never write into the one they get).
+"""
+
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from piggyback_lens.activations import Activations, assemble
+from piggyback_lens.backends import HEAD_SITES, SITES, HookedModel, Site, check_layers, hook_name, shape_of
+from piggyback_lens.chat import PromptBatch
+from piggyback_lens.errors import LensError
+from piggyback_lens.maths import project_out, set_projection
+from piggyback_lens.placement import PHASES, Cells, Phase, Placement
+
+Kind = Literal["cache", "add", "ablate", "clamp", "patch", "zero", "fill", "resample"]
+HookPair = tuple[str, Callable[..., Tensor | None]]
+ALL_RESIDUAL_SITES: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Intervention:
+    """One thing to do at one site; made by the factories of this module, composed with `+`.
+
+    Attributes:
+        kind: what to do.
+        site: where the activation lives.
+        layers: which layers; None for all.
+        heads: which heads (key/value heads at k, v, rot_k); None for all.
+        span: which tokens: prefix, query, postfix, response, prompt, all, or a sub-span of the template.
+        tokens: indices within the span; None for the whole span.
+        phase: prompt tokens, generated (or teacher-forced response) tokens, or both.
+        rows: rows of the batch; None for all.
+        tensors: vectors and donor activations, by name.
+        options: numbers and names.
+    """
+
+    kind: Kind
+    site: Site
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    span: str = "all"
+    tokens: tuple[int, ...] | None = None
+    phase: Phase = "both"
+    rows: tuple[int, ...] | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise LensError(f"intervention {self.kind!r} is not known: choose one of {', '.join(get_args(Kind))}")
+        if self.site not in SITES:
+            raise LensError(f"site {self.site!r} is not known: choose one of {', '.join(SITES)}")
+        if self.phase not in PHASES:
+            raise LensError(f"phase {self.phase!r} is not known: choose one of {', '.join(PHASES)}")
+        if self.heads is not None and self.site not in HEAD_SITES:
+            raise LensError(f"site {self.site!r} has no heads: heads= goes with {', '.join(HEAD_SITES)}")
+        for name in ("layers", "heads", "tokens", "rows"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(int(x) for x in ([value] if isinstance(value, int) else value)))
+
+    def __add__(self, other: "Intervention | Interventions") -> "Interventions":
+        return Interventions((self,)) + other
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Intervention):
+            return NotImplemented
+        mine, theirs = self._fields(), other._fields()
+        if mine != theirs or self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(torch.equal(value, other.tensors[name]) for name, value in self.tensors.items())
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.site, self.layers, self.heads, self.span, self.tokens, self.phase, self.rows))
+
+    def __repr__(self) -> str:
+        where = f"layers {_ranges(self.layers)}" if self.layers is not None else "all layers"
+        parts = [self.site, where, self.span]
+        parts += [f"{name} {list(value)}" for name in ("heads", "tokens", "rows") if (value := getattr(self, name))]
+        parts += [f"{self.phase} only"] if self.phase != "both" else []
+        parts += [f"{name}={value}" for name, value in self.options.items() if isinstance(value, (int, float, str))]
+        return f"{self.kind}({', '.join(parts)})"
+
+    def _fields(self) -> dict[str, Any]:
+        names = ("kind", "site", "layers", "heads", "span", "tokens", "phase", "rows")
+        return {name: getattr(self, name) for name in names} | {"options": dict(self.options)}
+
+    def fwd_hooks(
+        self, model: HookedModel, batch: PromptBatch | Placement, record: "Record | None" = None
+    ) -> list[HookPair]:
+        """TransformerLens `(name, function)` pairs for one pass over `batch`; see `Interventions.fwd_hooks`."""
+        return Interventions((self,)).fwd_hooks(model, batch, record)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, tensors included (safetensors in base64)."""
+        from safetensors.torch import save
+
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in self._fields().items()}
+        if self.tensors:
+            blob = save({name: value.detach().cpu().contiguous() for name, value in self.tensors.items()})
+            fields["tensors"] = base64.b64encode(blob).decode("ascii")
+        return fields
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Intervention":
+        """Inverse of `to_dict`.
+
+        Raises:
+            LensError: unknown fields, or tensors that are not safetensors.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        known = set(cls.__dataclass_fields__)
+        if not {"kind", "site"} <= set(data) <= known:
+            raise LensError(f"an intervention has the fields {sorted(known)}, got {sorted(data)}")
+        fields = dict(data)
+        try:
+            fields["tensors"] = load(base64.b64decode(fields.get("tensors", ""))) if "tensors" in fields else {}
+        except (SafetensorError, ValueError) as error:
+            raise LensError(f"the tensors of the intervention are not safetensors in base64 ({error})") from error
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Several interventions; at the same hook point they act in order."""
+
+    parts: tuple[Intervention, ...] = ()
+
+    def __add__(self, other: "Intervention | Interventions") -> "Interventions":
+        if not isinstance(other, (Intervention, Interventions)):
+            return NotImplemented
+        return Interventions(self.parts + as_parts(other))
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts)) or "no intervention"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"parts": [part.to_dict() for part in self.parts]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Interventions":
+        """Inverse of `to_dict`."""
+        return cls(tuple(Intervention.from_dict(part) for part in data["parts"]))
+
+    def fwd_hooks(
+        self, model: HookedModel, batch: PromptBatch | Placement, record: "Record | None" = None
+    ) -> list[HookPair]:
+        """TransformerLens `(name, function)` pairs.
+
+        Args:
+            model: HookedTransformer or TransformerBridge.
+            batch: the very batch whose ids will go through the model (or a `Placement` that is moved along).
+            record: collects receipts and cached activations, if given.
+
+        Raises:
+            LensError: a layer, head, span or donor that does not fit this model and batch.
+        """
+        placement, record = Placement.of(batch), record or Record()
+        pairs: list[HookPair] = []
+        for part in self.parts:
+            receipt = record.open(part, len(placement.rows))
+            layers = check_layers(part.layers, shape_of(model).n_layers)
+            _check(part, model, placement, layers)
+            for layer in layers:
+                name = hook_name(model, part.site, layer)
+                pairs.append((name, _hook(part, layer, placement, receipt)))
+        return pairs
+
+
+AnyIntervention = Intervention | Interventions | Sequence[Intervention] | None
+
+
+def as_parts(interventions: AnyIntervention) -> tuple[Intervention, ...]:
+    """The single interventions of anything that stands for some."""
+    if interventions is None:
+        return ()
+    if isinstance(interventions, Intervention):
+        return (interventions,)
+    if isinstance(interventions, Interventions):
+        return interventions.parts
+    return tuple(part for item in interventions for part in as_parts(item))
+
+
+# ---------------------------------------------------------------- factories
+
+
+def cache(
+    sites: Site | Sequence[Site],
+    *,
+    layers: Sequence[int] | int | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+    device: str | torch.device | None = "cpu",
+    dtype: torch.dtype | None = None,
+    detach: bool = True,
+) -> Interventions:
+    """Keep activations: only these sites, layers and tokens; read them from `record.activations`.
+
+    Args:
+        sites: one or several.
+        layers: None for all.
+        span: which tokens; `tokens` picks indices within it.
+        tokens: indices within the span.
+        phase: prompt, generation or both.
+        device: where to keep them; None leaves them on the model's device.
+        dtype: None keeps the model's.
+        detach: False keeps the graph, for gradients (then device and dtype are left as they are).
+    """
+    options = {
+        "device": None if device is None else str(device),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "detach": detach,
+    }
+    return _each(sites, "cache", layers=layers, span=span, tokens=tokens, phase=phase, options=options)
+
+
+def add(
+    vector: Float[Tensor, "*feature"],
+    *,
+    site: Site = "resid_post",
+    layers: Sequence[int] | int | None,
+    strength: float = 1.0,
+    fraction: float | None = None,
+    norms: Mapping[int, float] | None = None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Intervention:
+    """Steering: a <- a + strength * vector.
+
+    Args:
+        vector: [d_model], or [d_head] at a head site.
+        site: where to add.
+        layers: which layers; None for all.
+        strength: raw multiple of the vector.
+        fraction: instead of `strength`, the length of what is added as a fraction of the mean activation
+            norm at each layer, which `norms` gives (see `mean_norms`).
+        norms: layer to mean activation norm.
+        heads: at a head site.
+        span: which tokens.
+        tokens: indices within the span.
+        phase: prompt, generation or both.
+
+    Raises:
+        LensError: fraction without norms, or a zero vector with a fraction.
+    """
+    vector = _vector(vector)
+    options: dict[str, Any] = {"strength": float(strength)}
+    if fraction is not None:
+        length = float(vector.float().norm())
+        chosen = sorted(norms or {}) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        missing = [layer for layer in chosen if layer not in (norms or {})]
+        if not chosen or missing or length == 0:
+            raise LensError(f"fraction={fraction} needs a non-zero vector and norms= for each layer, {missing} missing")
+        options = {"fraction": float(fraction), "strengths": {str(l): fraction * norms[l] / length for l in chosen}}  # type: ignore[index]  # noqa: E741
+        layers = chosen
+    return Intervention(
+        "add", site, _ints(layers), _ints(heads), span, _ints(tokens), phase, None, {"vector": vector}, options
+    )
+
+
+def ablate(
+    direction: Float[Tensor, "*feature"],
+    *,
+    site: Site | Sequence[Site] = ALL_RESIDUAL_SITES,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Directional ablation: a <- a - (a . v) v for the unit vector v along `direction`.
+
+    By default at every residual site of every layer, so that the direction is absent from the whole
+    residual stream.
+    """
+    unit = _unit(direction)
+    return _each(
+        site, "ablate", layers=layers, heads=heads, span=span, tokens=tokens, phase=phase, tensors={"unit": unit}
+    )
+
+
+def clamp(
+    direction: Float[Tensor, "*feature"],
+    value: float,
+    *,
+    site: Site = "resid_post",
+    layers: Sequence[int] | int | None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Intervention:
+    """Set the projection on the unit vector along `direction` to `value`, the rest unchanged."""
+    fields = {"tensors": {"unit": _unit(direction)}, "options": {"value": float(value)}}
+    return Intervention("clamp", site, _ints(layers), _ints(heads), span, _ints(tokens), phase, **fields)  # type: ignore[arg-type]
+
+
+def patch(
+    donor: Activations,
+    *,
+    sites: Site | Sequence[Site] | None = None,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+) -> Interventions:
+    """Replace the recipient's activations by the donor's at the same span (2606.06667 eq. 1 for k and v).
+
+    Args:
+        donor: kept with `cache` from the other model. One row serves every row of the recipient;
+            otherwise the rows must be the recipient's.
+        sites: None for all that the donor holds.
+        layers: None for all that the donor holds.
+        heads: only these heads.
+        rows: only these rows of the recipient.
+    """
+    chosen_sites: tuple[Site, ...] = donor.sites if sites is None else _sites(sites)
+    chosen_layers = donor.layers if layers is None else _ints(layers)
+    lengths = torch.tensor(donor.lengths)
+    return Interventions(
+        tuple(
+            Intervention(
+                "patch",
+                site,
+                chosen_layers,
+                _ints(heads),
+                donor.span,
+                donor.tokens,
+                rows=_ints(rows),
+                tensors={str(layer): donor[site, layer] for layer in chosen_layers or ()} | {"lengths": lengths},
+            )
+            for site in chosen_sites
+        )
+    )
+
+
+def zero(
+    sites: Site | Sequence[Site],
+    *,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Zero ablation."""
+    return _each(sites, "zero", layers=layers, heads=heads, span=span, tokens=tokens, phase=phase)
+
+
+def mean_ablate(
+    reference: Activations,
+    *,
+    sites: Site | Sequence[Site] | None = None,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Mean ablation: every token of the span becomes the mean over all tokens of `reference`."""
+    chosen = reference.layers if layers is None else _ints(layers) or ()
+    return Interventions(
+        tuple(
+            Intervention(
+                "fill", site, chosen, _ints(heads), span or reference.span, phase=phase,
+                tensors={str(layer): reference.mean(site, layer) for layer in chosen},
+            )
+            for site in (reference.sites if sites is None else _sites(sites))
+        )
+    )  # fmt: skip
+
+
+def resample(
+    reference: Activations,
+    *,
+    seed: int,
+    sites: Site | Sequence[Site] | None = None,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Resample ablation: every token of the span becomes that of a random token of `reference`.
+
+    The choice depends on seed, row and token only, and is the same at every site and layer.
+    """
+    chosen = reference.layers if layers is None else _ints(layers) or ()
+    return Interventions(
+        tuple(
+            Intervention(
+                "resample", site, chosen, _ints(heads), span or reference.span, phase=phase,
+                tensors={str(layer): reference.flat(site, layer) for layer in chosen}, options={"seed": int(seed)},
+            )
+            for site in (reference.sites if sites is None else _sites(sites))
+        )
+    )  # fmt: skip
+
+
+def _each(sites: Site | Sequence[Site], kind: Kind, **fields: Any) -> Interventions:
+    for name in ("layers", "heads", "tokens"):
+        fields[name] = _ints(fields.get(name))
+    return Interventions(tuple(Intervention(kind, site, **fields) for site in _sites(sites)))
+
+
+def _sites(sites: Site | Sequence[Site]) -> tuple[Site, ...]:
+    return (sites,) if isinstance(sites, str) else tuple(sites)
+
+
+def _ints(values: Sequence[int] | int | None) -> tuple[int, ...] | None:
+    return None if values is None else (values,) if isinstance(values, int) else tuple(values)
+
+
+def _vector(vector: Tensor) -> Tensor:
+    if vector.ndim != 1 or not bool(torch.isfinite(vector).all()):
+        raise LensError(f"a direction is one finite vector, got shape {tuple(vector.shape)}: pick one layer's vector")
+    return vector.detach()
+
+
+def _unit(direction: Tensor) -> Tensor:
+    vector = _vector(direction).float()
+    if float(vector.norm()) == 0:
+        raise LensError("the direction is the zero vector: it has no orientation to ablate or clamp")
+    return vector / vector.norm()
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    if len(layers) > 2 and tuple(layers) == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))
+
+
+# ---------------------------------------------------------------- running them
+
+
+@dataclass
+class Receipt:
+    """Proof that an intervention happened: hook calls, cells touched, size of the change."""
+
+    part: Intervention
+    n_rows: int
+    calls: int = 0
+    cells: int = 0
+    layers: set[int] = field(default_factory=set)
+    squared_change: Tensor | None = None
+    chunks: dict[tuple[Site, int], list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def change_norm(self) -> float:
+        """Frobenius norm of everything that was changed."""
+        return 0.0 if self.squared_change is None else float(self.squared_change.sqrt())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able row: cells are (row, token) pairs summed over layers."""
+        return {
+            "intervention": repr(self.part),
+            "calls": self.calls,
+            "cells": self.cells,
+            "layers": len(self.layers),
+            "change_norm": self.change_norm,
+        }
+
+
+@dataclass
+class Record:
+    """Receipts and kept activations of the interventions of one run."""
+
+    receipts: list[Receipt] = field(default_factory=list)
+
+    def open(self, part: Intervention, n_rows: int) -> Receipt:
+        """A receipt for a part; the one that is already there, if its hooks are made again."""
+        for receipt in self.receipts:
+            if receipt.part is part:
+                receipt.n_rows = max(receipt.n_rows, n_rows)
+                return receipt
+        self.receipts.append(Receipt(part, n_rows))
+        return self.receipts[-1]
+
+    def check(self) -> None:
+        """Refuse a run in which an intervention touched nothing.
+
+        Raises:
+            LensError: it names the intervention.
+        """
+        for receipt in self.receipts:
+            if receipt.cells == 0:
+                raise LensError(
+                    f"{receipt.part} touched nothing ({receipt.calls} hook calls): no token of its span and phase "
+                    "was in the passes that were run"
+                )
+
+    @property
+    def activations(self) -> Activations:
+        """What the `cache` interventions kept, all of one span.
+
+        Raises:
+            LensError: nothing was kept, or from different spans (then use `activations_of`).
+        """
+        kept = [receipt for receipt in self.receipts if receipt.chunks]
+        if not kept or len({(r.part.span, r.part.tokens) for r in kept}) > 1:
+            raise LensError(f"expected activations of one span, there are {len(kept)} kept: use activations_of(span)")
+        return self.activations_of(kept[0].part.span)
+
+    def activations_of(self, span: str) -> Activations:
+        """What was kept of one span."""
+        kept = [receipt for receipt in self.receipts if receipt.chunks and receipt.part.span == span]
+        if not kept:
+            raise LensError(f"nothing was kept of span {span!r}: add cache(..., span={span!r}) and run the model")
+        chunks = {key: parts for receipt in kept for key, parts in receipt.chunks.items()}
+        return assemble(span, kept[0].part.tokens, chunks, kept[0].n_rows)
+
+    def to_frame(self) -> Any:
+        """One row per intervention."""
+        import pandas as pd
+
+        return pd.DataFrame([receipt.to_dict() for receipt in self.receipts])
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{r.part}: {r.cells} cells in {len(r.layers)} layers, {r.calls} calls, change {r.change_norm:.4g}"
+            for r in self.receipts
+        )
+
+
+@contextmanager
+def applied(
+    model: HookedModel,
+    batch: PromptBatch | Placement,
+    interventions: AnyIntervention,
+    *,
+    record: Record | None = None,
+    must_touch: bool = True,
+) -> Iterator[Record]:
+    """Run the model under interventions: installs their hooks, and removes exactly those, also on errors.
+
+    Args:
+        model: either backend. Hooks that were there before stay.
+        batch: the batch that will go through the model.
+        interventions: one, several, or none.
+        record: continue this record.
+        must_touch: refuse, on leaving, interventions that touched nothing.
+
+    Yields:
+        The record; it is complete when the block ends.
+
+    Raises:
+        LensError: what does not fit this model and batch, or touched nothing.
+    """
+    record = record or Record()
+    handles: list[tuple[Any, Any]] = []
+    try:
+        for name, function in Interventions(as_parts(interventions)).fwd_hooks(model, batch, record):
+            point = model.hook_dict[name]
+            point.add_hook(function)
+            handles.append((point, point.fwd_hooks[-1]))
+        yield record
+    finally:
+        for point, handle in handles:
+            handle.hook.remove()
+            if handle in point.fwd_hooks:
+                point.fwd_hooks.remove(handle)
+    if must_touch:
+        record.check()
+
+
+def mean_norms(
+    model: HookedModel, batch: PromptBatch, *, site: Site = "resid_post", span: str = "all"
+) -> dict[int, float]:
+    """Mean Euclidean norm of the activations at a site, per layer: the unit of `add(fraction=...)`."""
+    from piggyback_lens.backends import forward
+
+    last = batch.attention_mask.new_zeros((len(batch.prompts), 1))
+    with torch.no_grad(), applied(model, batch, cache(site, span=span, device=None)) as record:
+        forward(model, batch.ids, batch.attention_mask, read=last)
+    kept = record.activations_of(span)
+    return {layer: float(kept.flat(site, layer).float().norm(dim=-1).mean()) for layer in kept.layers}
+
+
+def _check(part: Intervention, model: HookedModel, placement: Placement, layers: tuple[int, ...]) -> None:
+    """Refuse what does not fit, before anything runs."""
+    placement.check(part.span, part.tokens, part.rows)
+    shape = shape_of(model)
+    if part.heads is not None:
+        count = shape.n_kv_heads if part.site in ("k", "v", "rot_k") else shape.n_heads
+        wrong = [head for head in part.heads if not 0 <= head < count]
+        if wrong or not part.heads:
+            raise LensError(f"heads {list(part.heads)} asked at {part.site}, which has heads 0 to {count - 1}")
+    if part.kind in ("patch", "fill", "resample"):
+        missing = [layer for layer in layers if str(layer) not in part.tensors]
+        if missing:
+            raise LensError(f"{part} has no donor activations for layers {_ranges(missing)}")
+    if part.kind == "patch":
+        _check_donor(part, placement)
+
+
+def _check_donor(part: Intervention, placement: Placement) -> None:
+    lengths = part.tensors["lengths"].tolist()
+    rows = range(len(placement.rows)) if part.rows is None else part.rows
+    if len(lengths) not in (1, len(placement.rows)):
+        raise LensError(f"the donor has {len(lengths)} rows, the batch {len(placement.rows)}: keep it from the same batch")
+    for row in rows:
+        donor, own = lengths[row if len(lengths) > 1 else 0], placement.length(row, part.span, part.tokens)
+        if donor != own:
+            raise LensError(
+                f"span {part.span!r} has {donor} tokens in the donor and {own} in row {row}: a patch needs equally "
+                "many (compare_templates shows where the prompts differ)"
+            )
+
+
+def _hook(part: Intervention, layer: int, placement: Placement, receipt: Receipt) -> Callable[..., Tensor | None]:
+    heads = None if part.heads is None else torch.tensor(part.heads)
+
+    def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
+        receipt.calls += 1
+        cells = placement.cells(part.span, part.tokens, part.phase, part.rows, activation.shape[1])
+        if not len(cells):
+            return None
+        cells = cells.to(activation.device)
+        receipt.cells += len(cells)
+        receipt.layers.add(layer)
+        old = activation[cells.rows, cells.columns]
+        if part.kind == "cache":
+            _keep(part, layer, cells, old, receipt)
+            return None
+        chosen = old if heads is None else old[:, heads.to(old.device)]
+        new = _new_value(part, layer, chosen, cells, heads).to(activation.dtype)
+        if heads is not None:
+            new = old.index_copy(1, heads.to(old.device), new)
+        change = (new.detach() - old.detach()).float().pow(2).sum()
+        receipt.squared_change = change if receipt.squared_change is None else receipt.squared_change + change
+        return activation.index_put((cells.rows, cells.columns), new)
+
+    return hook
+
+
+def _keep(part: Intervention, layer: int, cells: Cells, value: Tensor, receipt: Receipt) -> None:
+    if part.options["detach"]:
+        name = part.options["dtype"]
+        value = value.detach().to(part.options["device"], dtype=getattr(torch, name) if name else None)
+    receipt.chunks.setdefault((part.site, layer), []).append((cells.rows, cells.slots, value))
+
+
+def _new_value(part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+    """What the touched cells [cell, ...feature] become."""
+    if part.kind == "zero":
+        return torch.zeros_like(old)
+    if part.kind == "add":
+        strength = part.options.get("strengths", {}).get(str(layer), part.options.get("strength"))
+        return old + strength * _fit(part, part.tensors["vector"], old)
+    if part.kind == "ablate":
+        return project_out(old.float(), _fit(part, part.tensors["unit"], old).float())
+    if part.kind == "clamp":
+        return set_projection(old.float(), _fit(part, part.tensors["unit"], old).float(), part.options["value"])
+    donor = part.tensors[str(layer)].to(old.device)
+    if part.kind == "fill":
+        donor = donor.expand(len(cells), *donor.shape)
+    elif part.kind == "resample":
+        mixed = (cells.rows * 1_000_003 + cells.slots * 7_919 + part.options["seed"] * 104_729 + 12_345) * 2_654_435_761
+        donor = donor[(mixed % (2**31 - 1)) % len(donor)]
+    else:
+        donor = donor[cells.rows if len(donor) > 1 else torch.zeros_like(cells.rows), cells.slots]
+    if heads is not None:
+        donor = donor[:, heads.to(old.device)]
+    if donor.shape != old.shape:
+        raise LensError(f"{part} gives {tuple(donor.shape[1:])} per token, the model has {tuple(old.shape[1:])}")
+    return donor
+
+
+def _fit(part: Intervention, vector: Tensor, old: Tensor) -> Tensor:
+    if vector.shape[-1] != old.shape[-1]:
+        raise LensError(f"{part} has a vector of length {vector.shape[-1]}, the activation has {old.shape[-1]}")
+    return vector.to(old.device, old.dtype)

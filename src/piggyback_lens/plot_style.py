@@ -1,0 +1,125 @@
+"""What all figures share: colours, fonts, literal text, ranges."""
+
+import html
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from piggyback_lens.errors import LensError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+INK, GREY, PALE, MISSING = "#222222", "#666666", "#E6E6E6", "#BDBDBD"
+SERIES_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+DASHES = ("solid", "dash", "dashdot", "longdash", "dot", "longdashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
+FONT = "Inter, Helvetica, Arial, 'DejaVu Sans', sans-serif"
+
+# What plotly would read as markup, beside HTML tags and entities: $...$ is LaTeX where MathJax is loaded,
+# %{...} a placeholder in what stands under the cursor.
+_LITERAL = {"$": "&#36;", "%{": "%&#123;", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+
+
+def plot_text(text: object, *, limit: int | None = None) -> str:
+    """``text`` as plotly shows it literally; line ends and tabs become visible, ``limit`` cuts with "…".
+
+    A text of nothing but spaces becomes as many "·".
+    """
+    shown = str(text)
+    if shown and not shown.strip(" "):
+        shown = "·" * len(shown)
+    if limit is not None and len(shown) > limit:
+        shown = shown[: limit - 1] + "…"
+    shown = html.escape(shown, quote=False)
+    for character, replacement in _LITERAL.items():
+        shown = shown.replace(character, replacement)
+    return shown
+
+
+def apply_style(figure: "go.Figure", title: str, subtitle: str, *, height: int, room: int = 0) -> None:
+    """House style with a literal title; ``room`` px more stay free between subtitle and panels."""
+    heading = wrapped(title, 85)
+    top = 52 + 22 * heading.count("<br>") + (28 if subtitle else 0) + room  # px above the panels
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": FONT, "size": 14, "color": INK},
+        title={
+            "text": heading,
+            "x": 0.01,
+            "xanchor": "left",
+            "y": 1,
+            "pad": {"t": 14},
+            "yanchor": "top",
+            "yref": "container",
+            "font": {"size": 18},
+            "subtitle": {"text": subtitle, "font": {"size": 13, "color": GREY}},
+        },
+        height=height,
+        margin={"l": 20, "r": 30, "t": top, "b": 60},
+        # Without plotly's button that uploads the figure, and without selecting, which does nothing here.
+        modebar={"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
+        hoverlabel={"font": {"family": FONT, "size": 13}, "align": "left"},
+    )
+    axis = {"automargin": True, "tickfont": {"size": 13}, "title_font": {"size": 14}, "gridcolor": PALE}
+    figure.update_xaxes(**axis, zeroline=False, showline=True, linecolor=GREY, ticks="outside")
+    figure.update_yaxes(**axis, zeroline=False)
+
+
+def check_frame(frame: "pd.DataFrame", columns: Sequence[str]) -> None:
+    """Refuse a frame without rows or without one of the columns."""
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise LensError(
+            f"the figure needs the columns {', '.join(columns)}; the frame lacks {', '.join(missing)}"
+        )
+    if frame.empty:
+        raise LensError("there is nothing to draw: the frame has no rows")
+
+
+def wrapped(text: str, width: int) -> str:
+    """Literal text in lines of at most ``width`` characters."""
+    return "<br>".join(plot_text(line) for line in textwrap.wrap(text, width))
+
+
+def axis_title(label: str, unit: str) -> str:
+    """The label with its unit, unless the label says it already."""
+    if unit.startswith("rate ") and "rate" in label:
+        unit = unit.removeprefix("rate ")
+    return plot_text(label if unit in label else f"{label} ({unit})")
+
+
+def n_text(frame: "pd.DataFrame") -> str:
+    """``n = 40``, or the range of the column n."""
+    low, high = int(frame["n"].min()), int(frame["n"].max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """``38.2 [35.1, 41.0]``, with as many digits as the largest of the three asks for."""
+    if not math.isfinite(value):
+        return "missing"
+    size = max(abs(number) for number in (value, low, high) if math.isfinite(number))
+    digits = 1 if size >= 2 else 2 if size >= 0.1 or size == 0 else 1 - math.floor(math.log10(size))
+    shown, low_shown, high_shown = (
+        f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high)
+    )
+    return f"{shown} [{low_shown}, {high_shown}]" if math.isfinite(low) and math.isfinite(high) else shown
+
+
+def padded_range(values: npt.NDArray[np.float64], unit: str) -> list[float]:
+    """The range of both panels: a rate's whole scale, otherwise from zero where nothing is negative."""
+    if unit.startswith("rate"):
+        return [-0.04, 1.04]
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return [0.0, 1.0]
+    low, high = min(0.0, float(finite.min())), max(0.0, float(finite.max()))
+    room = 0.04 * ((high - low) or 1.0)
+    return [low - room, high + room]

@@ -1,0 +1,38 @@
+"""One progress line with the time left; silent where nobody watches."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def shown() -> bool:
+    """Whether somebody watches: a terminal or a notebook."""
+    if sys.stderr.isatty():
+        return True
+    return "ipykernel" in sys.modules
+
+
+def track(items: Iterable[Item], label: str | None, *, sizes: Sequence[int] | None = None) -> Iterator[Item]:
+    """Pass `items` through, showing a bar with the label, the count and the time left.
+
+    Args:
+        items: what to iterate over; with `sizes`, as many.
+        label: None shows nothing.
+        sizes: how much each item counts, e.g. rows per batch.
+    """
+    items = list(items)
+    if label is None or not shown():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    weights = list(sizes) if sizes is not None else [1] * len(items)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=sum(weights))
+        for item, weight in zip(items, weights, strict=True):
+            yield item
+            bar.advance(task, weight)

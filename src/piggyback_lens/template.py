@@ -1,0 +1,283 @@
+"""One chat template, rendered and taken apart: text in, text out, no spans yet.
+
+Where a piece of text lands in a rendering is found by rendering again with a sentinel in its place;
+nothing is ever searched for in token ids.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date as Day
+from functools import cached_property
+from typing import Any
+
+from piggyback_lens.errors import LensError
+
+Turn = tuple[str, str]
+"""(role, content)"""
+
+_ROLES = ("system", "user", "assistant")
+_OWN_KWARGS = {"messages", "conversation", "tokenize", "add_generation_prompt", "chat_template", "tools"}
+_NOT_SETTINGS = _OWN_KWARGS | {"raise_exception", "strftime_now", "namespace", "range", "dict"}
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+# Newer transformers replace callables among the template's variables, so the frozen clock is a macro.
+_FROZEN_CLOCK = (
+    "{% macro strftime_now(fmt) -%}{%- if fmt not in piggyback_dates -%}"
+    "{{ raise_exception('the date format ' ~ fmt ~ ' is not a literal in the template') }}{%- endif -%}"
+    "{{ piggyback_dates[fmt] }}{%- endmacro +%}"
+)
+
+
+class TemplateRefusal(LensError):
+    """The template itself raised an error for these messages."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, checked and sorted by their part in a prompt."""
+
+    system: str | None
+    history: tuple[Turn, ...]
+    query: str
+    response: str | None
+
+
+def read_conversation(query_or_messages: str | Sequence[Mapping[str, Any]]) -> Conversation:
+    """Sort a user string or a list of ``{"role", "content"}`` messages into a `Conversation`.
+
+    Raises:
+        LensError: empty list, unknown role or key, content that is no string, a system message that is
+            not the first, or no user message at the end.
+    """
+    if isinstance(query_or_messages, str):
+        _check_text("the query", query_or_messages)
+        return Conversation(None, (), query_or_messages, None)
+    if not isinstance(query_or_messages, Sequence) or not query_or_messages:
+        raise LensError(
+            f"got {query_or_messages!r} as a conversation; pass the user's text or a non-empty list of "
+            "messages"
+        )
+    turns = [_read_message(i, message) for i, message in enumerate(query_or_messages)]
+    roles = [role for role, _ in turns]
+    system = turns.pop(0)[1] if turns[0][0] == "system" else None
+    if any(role == "system" for role, _ in turns):
+        raise LensError("a system message stands after the first place; put one system message in front")
+    response = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
+    if not turns or turns[-1][0] != "user":
+        raise LensError(
+            f"the conversation's roles are {roles}; the last message must be the user's, or an assistant's "
+            "answer to it: add a user message"
+        )
+    return Conversation(system, tuple(turns[:-1]), turns[-1][1], response)
+
+
+def _read_message(index: int, message: Any) -> Turn:
+    if not isinstance(message, Mapping):
+        raise LensError(f"message {index} is {message!r}; expected a dict with 'role' and 'content'")
+    keys = {
+        key for key, value in message.items() if value is not None
+    }  # datasets fill unused columns with None
+    if keys != {"role", "content"}:
+        raise LensError(
+            f"message {index} has the keys {sorted(map(str, keys))}; expected exactly 'role' and 'content'"
+        )
+    role, content = message["role"], message["content"]
+    if role not in _ROLES:
+        raise LensError(f"message {index} has role {role!r}; expected one of {', '.join(_ROLES)}")
+    if not isinstance(content, str):
+        raise LensError(
+            f"message {index} has content of type {type(content).__name__}; pass its text as a string"
+        )
+    _check_text(f"message {index}", content)
+    return role, content
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LensError(
+            f"{what} holds half a character (a lone surrogate) at {error.start}; remove it"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template with its variables filled in. `date` (ISO) freezes the template's clock."""
+
+    tokenizer: Any
+    kwargs: Mapping[str, Any]
+    date: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_tokenizer(self.tokenizer)
+        if clash := sorted(_OWN_KWARGS & set(self.kwargs)):
+            raise LensError(
+                f"template_kwargs contains {clash}, which the library passes itself; leave it out"
+            )
+        if unread := sorted(set(self.kwargs) - self.variables):
+            raise LensError(
+                f"the chat template does not read {unread} from template_kwargs; "
+                f"it reads {sorted(self.variables - _NOT_SETTINGS)}"
+            )
+        if self.date is not None:
+            try:
+                Day.fromisoformat(self.date)
+            except ValueError:
+                raise LensError(f"date={self.date!r} is no ISO date; write it like '2025-01-31'") from None
+        try:
+            json.dumps(dict(self.kwargs))
+        except TypeError as error:
+            raise LensError(f"template_kwargs must be plain JSON values: {error}") from None
+
+    @cached_property
+    def source(self) -> str:
+        """The template's jinja text."""
+        try:
+            return str(self.tokenizer.get_chat_template())
+        except ValueError as error:
+            raise LensError(f"the tokenizer has no default chat template: {error}") from None
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads from outside."""
+        from jinja2 import TemplateSyntaxError
+        from jinja2.meta import find_undeclared_variables
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        # `generation` tags are an extension of transformers; without it they do not parse.
+        source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", self.source)
+        env = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        try:
+            return frozenset(find_undeclared_variables(env.parse(source)))
+        except TemplateSyntaxError as error:
+            raise LensError(f"the tokenizer's chat template is not valid jinja: {error}") from None
+
+    def render(self, turns: Sequence[Turn], generation_prompt: bool = True) -> str:
+        """The template's text for these turns.
+
+        Raises:
+            TemplateRefusal: the template raised an error (a role it does not know, roles out of order ...).
+        """
+        from jinja2 import TemplateError
+
+        messages = [{"role": role, "content": content} for role, content in turns]
+        kwargs = dict(self.kwargs)
+        if self.date is not None:
+            kwargs["chat_template"] = _FROZEN_CLOCK + self.source
+            day = Day.fromisoformat(self.date)
+            formats = {match.group(2) for match in _DATE_CALL.finditer(self.source)}
+            kwargs["piggyback_dates"] = {fmt: day.strftime(fmt) for fmt in formats}
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(role for role, _ in turns)
+            raise TemplateRefusal(
+                f"the chat template refuses messages with the roles {roles}: {error}"
+            ) from error
+        return str(text)
+
+    def writes_today(self, turns: Sequence[Turn]) -> bool:
+        """Whether the rendering of these turns depends on the computer's clock."""
+        if self.date is not None or "strftime_now" not in self.source:
+            return False
+        try:
+            one, two = (
+                Template(self.tokenizer, self.kwargs, day).render(turns)
+                for day in ("2001-02-03", "2012-11-10")
+            )
+        except TemplateRefusal:  # a computed date format: then the clock is certainly read
+            return True
+        return one != two
+
+    @cached_property
+    def system_cut(self) -> tuple[str, str] | None:
+        """Text around the system text in a one-turn rendering; None if it is refused or ignored."""
+        self.render([("user", "Hello")])  # a template that refuses this too has another problem: let it raise
+        try:
+            return cut(lambda text: self.render([("system", text), ("user", "Hello")]), "system text")
+        except LensError:
+            return None
+
+    @cached_property
+    def default_system(self) -> str | None:
+        """The system text that the template writes when none is given, where that can be told apart."""
+        if self.system_cut is None:
+            return None
+        before, after = self.system_cut
+        text = self.render([("user", "Hello")])
+        if not (text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)):
+            return None
+        default = text[len(before) : len(text) - len(after)]
+        return default if default.strip() else None
+
+    @cached_property
+    def answer_cut(self) -> tuple[str, str]:
+        """Text around the assistant's content in a finished exchange of one question and one answer."""
+        return cut(
+            lambda text: self.render([("user", "Hello"), ("assistant", text)], False), "assistant's content"
+        )
+
+    @cached_property
+    def user_header(self) -> str:
+        """What stands between the end of an assistant's turn and the next user's content.
+
+        Where the last turn ends differently from earlier ones, the assistant's turn end is included.
+        """
+        answer, question = spare_words(["Hello"])
+        text = self.render([("user", "Hello"), ("assistant", answer), ("user", question)])
+        if text.count(answer) != 1 or text.count(question) != 1:
+            raise LensError("the chat template does not write every message of a longer conversation once")
+        between = text.partition(answer)[2].partition(question)[0]
+        closing = self.answer_cut[1]
+        return between[len(closing) :] if between.startswith(closing) else between
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise LensError(f"got a {type(tokenizer).__name__} as tokenizer; pass a transformers tokenizer")
+    if not getattr(tokenizer, "is_fast", False):
+        raise LensError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load the fast one "
+            "(AutoTokenizer with a tokenizer.json)"
+        )
+    if not tokenizer.chat_template:
+        raise LensError(
+            "the tokenizer has no chat template; use an instruction-tuned model's tokenizer or set "
+            "tokenizer.chat_template"
+        )
+
+
+def spare_words(texts: Iterable[str]) -> tuple[str, str]:
+    """Two words that occur in none of `texts`: stand-ins for a message's content."""
+    joined = "\n".join(texts)
+    first, second = "Qzxlens", "7vjqlens"
+    while first in joined or second in joined:
+        first, second = first + "q", second + "z"
+    return first, second
+
+
+def cut(render: Callable[[str], str], what: str, texts: Iterable[str] = ()) -> tuple[str, str]:
+    """The text before and after the place where ``render(x)`` writes x.
+
+    Raises:
+        LensError: the template leaves x out, writes it more than once, or writes different text around
+            different x.
+    """
+    sides = set()
+    for word in spare_words(texts):
+        text = render(word)
+        if (count := text.count(word)) != 1:
+            raise LensError(
+                f"the chat template writes the {what} {count} times instead of once; it cannot be used"
+            )
+        before, _, after = text.partition(word)
+        sides.add((before, after))
+    if len(sides) > 1:
+        raise LensError(
+            f"the chat template writes different text around the {what} depending on what it says"
+        )
+    return sides.pop()

@@ -1,0 +1,119 @@
+"""Token spans of one text: half-open ranges, character offsets, common prefixes and suffixes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LONGEST_CHARACTER = 4  # bytes of a character in UTF-8
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Half-open token range of one rendered prompt, in unpadded coordinates."""
+
+    name: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def positions(self) -> range:
+        """The token positions."""
+        return range(self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids of `text` with the character range that each token stands for."""
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+    def overlapping(self, start: int, stop: int) -> tuple[int, int]:
+        """Smallest token range that touches the characters [start, stop); (0, 0) if none does."""
+        hit = [i for i, (a, b) in enumerate(self.offsets) if a < stop and b > start]
+        return (hit[0], hit[-1] + 1) if hit else (0, 0)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The text cut at token ends: one piece per token, together exactly the text.
+
+        The pieces of a character that is spread over several tokens (emoji) are that character and
+        then empty strings. Characters which no token covers go to the token after them.
+        """
+        pieces, done = [], 0
+        for _, stop in self.offsets:
+            pieces.append(self.text[done : max(done, stop)])
+            done = max(done, stop)
+        if pieces:
+            pieces[-1] += self.text[done:]
+        return tuple(pieces)
+
+    @property
+    def uncovered(self) -> tuple[int, ...]:
+        """Positions of the characters, other than white space, that no token covers."""
+        lost, done = [], 0
+        for start, stop in (*self.offsets, (len(self.text), len(self.text))):
+            lost += [i for i in range(done, start) if not self.text[i].isspace()]
+            done = max(done, stop)
+        return tuple(lost)
+
+
+def tokenise(tokenizer: Any, text: str) -> Tokens:
+    """Tokenise once, without adding special tokens."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
+    return Tokens(text, tuple(encoded["input_ids"]), offsets)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of the ids, special tokens included and spaces untouched."""
+    if not ids:
+        return ""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def pieces_of_ids(tokenizer: Any, ids: Sequence[int], before: int) -> tuple[str, ...]:
+    """Text of each id where it stands, after the token `before`.
+
+    Ids that are parts of one character give the character and then empty strings.
+    """
+    pieces: list[str] = []
+    start = 0
+    while start < len(ids):
+        anchor = [before if start == 0 else ids[start - 1]]  # some decoders drop the first token's space
+        skip = len(decode(tokenizer, anchor))
+        for stop in range(start + 1, min(start + _LONGEST_CHARACTER, len(ids)) + 1):
+            piece = decode(tokenizer, [*anchor, *ids[start:stop]])[skip:]
+            if not piece.endswith("\ufffd"):
+                break
+        else:  # bytes that never become a character
+            stop = start + 1
+            piece = decode(tokenizer, [*anchor, ids[start]])[skip:]
+        pieces += [piece, *[""] * (stop - start - 1)]
+        start = stop
+    return tuple(pieces)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of all special tokens, those included that have no name such as EOS."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Length of the common beginning."""
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def common_suffix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Length of the common end."""
+    return common_prefix(a[::-1], b[::-1])

@@ -1,0 +1,568 @@
+"""Spans of rendered prompts: properties over random queries, and one test per trap of chat templates."""
+
+import inspect
+import re
+from datetime import date, timedelta
+from functools import cache
+
+import pytest
+from chat_templates import DATE, LLAMA3, TEMPLATES, make_tokenizer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from piggyback_lens.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.template import read_conversation
+
+FAMILIES = sorted(TEMPLATES)
+KINDS = ("bytes", "pieces", "unknowns")
+TRIMS = ("llama3", "gemma")
+DATED = ("llama3", "harmony")
+BORDER_NOTES = re.compile("straddles|span holds|swallows|drops")
+
+WORDS = "Hello why is 7 😀 é 你好 [INST] [/INST] <|im_end|> <|im_start|> </s> <s> <|eot_id|> <|end|> . ("
+MORE_WORDS = "assistant <think> </think> Qzxlens {{x}} {%if%} ▁ Ġ <0x0A> e\u0301 👩\u200d👧 \u202e \x00"
+SPACES = (" ", "  ", "\n", "\n\n", "\t", "\r\n", "user\n")
+FRAGMENTS = st.sampled_from((*WORDS.split(" "), *MORE_WORDS.split(" "), *SPACES))
+QUERIES = st.lists(FRAGMENTS | st.text(st.characters(codec="utf-8"), max_size=6), max_size=6).map("".join)
+
+
+@cache
+def chat_format(family: str, kind: str = "bytes", **options: object) -> ChatFormat:
+    options = ({"date": DATE} if family in DATED else {}) | options
+    return ChatFormat(make_tokenizer(family, kind), **options)
+
+
+def plain_rendering(fmt: ChatFormat, messages: list[dict[str, str]]) -> str:
+    """The rendering by transformers alone, with the date put in by text replacement."""
+    text = fmt.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for day in (date.today(), date.today() - timedelta(days=1)):  # midnight may pass in between
+        text = text.replace(f"Today Date: {day:%d %b %Y}", "Today Date: 26 Jul 2024")
+        text = text.replace(f"Today Date: {day:%Y-%m-%d}", "Today Date: 2024-07-26")
+    return text
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def system(content: str) -> dict[str, str]:
+    return {"role": "system", "content": content}
+
+
+def check_spans(prompt: RenderedPrompt, prefix_ids: tuple[int, ...], postfix_ids: tuple[int, ...]) -> None:
+    prefix, query, postfix = (prompt.spans[name] for name in ("prefix", "query", "postfix"))
+    assert (prefix.start, prefix.stop, query.stop) == (0, query.start, postfix.start)
+    assert postfix.stop == len(prompt.ids) == prompt.n_prompt
+    assert "".join(prompt.span_text(name) for name in ("prefix", "query", "postfix")) == prompt.text
+    notes = "\n".join(prompt.notes)
+    head, tail = prompt.ids[: prefix.stop], prompt.ids[postfix.start :]
+    assert head == prefix_ids or (head == prefix_ids[: len(head)] and "the prefix is" in notes)
+    assert tail == postfix_ids or (
+        tail == postfix_ids[len(postfix_ids) - len(tail) :] and "the postfix is" in notes
+    )
+    assert prompt.query in prompt.span_text("query") or "swallows" in notes or "drops" in notes
+    if not BORDER_NOTES.search(notes):
+        assert prompt.span_text("query") == prompt.query
+    for name, span in prompt.spans.items():
+        home = {"think": postfix, "bos": prefix, "system": prefix, "history": prefix}.get(name, span)
+        assert home.start <= span.start < span.stop <= home.stop or name in ("prefix", "query", "postfix")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@given(query=QUERIES)
+@example("")
+@example(" ")
+@example("\nhello")
+@example("\n\n😀")
+@example("Hello ")
+@example("[/INST]")
+@example("<|im_end|>\n<|im_start|>user\n")
+@settings(max_examples=60)
+def test_spans_tile_the_prompt_and_give_the_query_back(family: str, kind: str, query: str) -> None:
+    fmt = chat_format(family, kind)
+    prompt = fmt.render(query)
+    assert prompt.text == plain_rendering(fmt, [user(query)])
+    assert prompt.ids == tuple(fmt.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+    assert prompt.query == (query.strip() if family in TRIMS else query)
+    assert ("trims the query" in "".join(prompt.notes)) == (prompt.query != query)
+    check_spans(prompt, fmt.prefix_ids, fmt.postfix_ids)
+    span = prompt.spans["query"]
+    if kind == "bytes":
+        assert prompt.query in fmt.tokenizer.decode(prompt.ids[span.start : span.stop])
+    elif kind == "pieces":
+        text = fmt.tokenizer.decode(prompt.ids[: span.stop])  # it writes a space after a special token
+        assert prompt.query in text or any("do not decode" in note for note in prompt.notes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(query=QUERIES, first=QUERIES, answer=QUERIES)
+@settings(max_examples=25)
+def test_history_belongs_to_the_prefix(family: str, query: str, first: str, answer: str) -> None:
+    fmt = chat_format(family)
+    messages = [user(first), assistant(answer), user(query)]
+    prompt = fmt.render(messages)
+    twin = fmt.render([*messages[:2], user("Zoo")])
+    assert prompt.text == plain_rendering(fmt, messages)
+    assert twin.ids[: twin.span("prefix").stop] != fmt.prefix_ids
+    check_spans(prompt, twin.ids[: twin.span("prefix").stop], twin.ids[twin.span("postfix").start :])
+    assert prompt.fingerprint == twin.fingerprint != fmt.fingerprint
+    if "history" in prompt.spans:
+        assert first.strip() in prompt.span_text("history")
+
+
+@pytest.mark.parametrize("family", ["gemma", "mistral"])
+@given(query=QUERIES)
+@example("")
+@example("\n")
+@settings(max_examples=40)
+def test_a_folded_system_text_is_prefix_not_query(family: str, query: str) -> None:
+    fmt = chat_format(family, system="Be brief.", no_system_role="fold")
+    prompt = fmt.render(query)
+    assert prompt.text == plain_rendering(fmt, [user(f"Be brief.\n\n{query}")])
+    check_spans(prompt, fmt.prefix_ids, fmt.postfix_ids)
+    assert prompt.query == (query.rstrip() if family == "gemma" else query) or not query.strip()
+    assert prompt.span_text("system").strip() == "Be brief."
+    assert any("folded" in note for note in prompt.notes)
+
+
+@pytest.mark.real
+@given(query=QUERIES)
+@example("  😀")
+@settings(max_examples=150)
+def test_spans_hold_on_the_real_tokenizer(real_model_dir: str, query: str) -> None:
+    fmt = real_format(real_model_dir)
+    prompt = fmt.render(query)
+    assert prompt.text == plain_rendering(fmt, [user(query)])
+    check_spans(prompt, fmt.prefix_ids, fmt.postfix_ids)
+    span = prompt.spans["query"]
+    text = fmt.tokenizer.decode(prompt.ids[span.start : span.stop])
+    assert query in text or any("do not decode" in note for note in prompt.notes)
+
+
+@cache
+def real_format(folder: str) -> ChatFormat:
+    from transformers import AutoTokenizer
+
+    return ChatFormat(AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.real
+def test_the_real_template_gives_the_known_pieces(real_model_dir: str) -> None:
+    fmt = real_format(real_model_dir)
+    prompt = fmt.render("Hello", response="Hi.")
+    default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert prompt.span_text("prefix") == f"<|im_start|>system\n{default}<|im_end|>\n<|im_start|>user\n"
+    assert prompt.span_text("postfix") == "<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.span_text("response") == "Hi.<|im_end|>"
+    assert prompt.span_text("system") == default == fmt.default_system
+    assert fmt.turn_end_ids == fmt.stop_ids == (fmt.tokenizer.eos_token_id,)
+
+
+# Borders
+
+
+@pytest.mark.real
+def test_a_query_that_merges_with_the_header_shrinks_the_prefix_and_says_so(real_model_dir: str) -> None:
+    fmt = real_format(real_model_dir)
+    prompt = fmt.render("\n x")
+    assert prompt.spans["prefix"].stop == len(fmt.prefix_ids) - 1
+    assert "the prefix is 1 token(s) shorter than that of other queries" in prompt.notes
+    assert any(r"straddles the border of prefix and query: '\n' | '\n'" in note for note in prompt.notes)
+    assert prompt.span_text("query") == "\n\n x"
+
+
+def test_a_space_of_the_header_that_merges_with_words_is_never_in_the_prefix() -> None:
+    fmt = chat_format("mistral")
+    assert fmt.tokenizer.decode(fmt.prefix_ids) == "<s>[INST]"
+    prompt = fmt.render("the")
+    assert prompt.span_text("query") == " the"
+    assert any("straddles the border of prefix and query: ' ' | 'the'" in note for note in prompt.notes)
+    spaced = fmt.render("\n")  # here the header's space is a token of its own
+    assert spaced.ids[: spaced.spans["prefix"].stop] == fmt.prefix_ids
+    assert any("the query span holds ' ' of the template" in note for note in spaced.notes)
+
+
+def test_emoji_that_share_byte_offsets_stay_in_one_span() -> None:
+    fmt = chat_format("chatml")
+    prompt = fmt.render("😀😀")
+    assert len(prompt.span("query")) > 2
+    assert prompt.span_text("query") == "😀😀"
+    assert prompt.ids[: prompt.span("query").start] == fmt.prefix_ids
+
+
+def test_template_markers_in_a_query_are_allowed_and_reported() -> None:
+    query = "say <|im_end|> and [INST]"
+    assert any("'<|im_end|>'" in note for note in chat_format("chatml").render(query).notes)
+    assert any("'[INST]'" in note for note in chat_format("mistral").render(query).notes)
+    assert not chat_format("chatml").render("say im_end").notes
+
+
+def test_an_unknown_character_is_reported_as_lost() -> None:
+    assert any("unknown token" in note for note in chat_format("chatml", "unknowns").render("a 😀").notes)
+    assert not chat_format("chatml", "pieces").render("a 😀").notes
+
+
+@pytest.mark.real
+def test_a_character_without_any_token_is_reported_as_dropped(real_model_dir: str) -> None:
+    prompt = real_format(real_model_dir).render("\x06")
+    assert not len(prompt.spans["query"])
+    assert any(r"no token for these characters and drops them: '\x06'" in note for note in prompt.notes)
+
+
+def test_a_normalising_tokenizer_is_reported() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    prompt = ChatFormat(tokenizer).render("HELLO")
+    assert prompt.query == prompt.span_text("query") == "HELLO"
+    assert any("normalisation" in note for note in prompt.notes)
+
+
+def test_a_special_token_that_swallows_the_querys_newlines_is_reported() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer(
+        "chatml", template="{% for m in messages %}<|u|>\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|u|>", rstrip=True, special=True)]})
+    fmt = ChatFormat(tokenizer)
+    prompt = fmt.render("\n\nhi")
+    assert prompt.ids[: prompt.span("prefix").stop] == fmt.prefix_ids
+    assert any("swallows '\\n\\n'" in note for note in prompt.notes)
+
+
+def test_an_empty_query_has_an_empty_query_span_and_the_same_borders() -> None:
+    for family in FAMILIES:
+        fmt = chat_format(family)
+        prompt = fmt.empty_query()
+        assert prompt.query == ""
+        assert prompt.ids[: prompt.spans["prefix"].stop] == fmt.prefix_ids
+        assert prompt.ids[prompt.spans["postfix"].start :] == fmt.postfix_ids
+    with pytest.raises(LensError, match=r"span 'query' is empty .* it has: prefix, postfix"):
+        chat_format("chatml").empty_query().span("query")
+    with pytest.raises(LensError, match="span 'answer' does not exist"):
+        chat_format("chatml").render("a").span("answer")
+
+
+def test_a_template_that_rewrites_or_repeats_the_query_is_refused() -> None:
+    upper = make_tokenizer("chatml", template="{% for m in messages %}U: {{ m.content | upper }}{% endfor %}")
+    with pytest.raises(LensError, match="user's content 0 times"):
+        ChatFormat(upper).render("hello")
+    twice = make_tokenizer(
+        "chatml", template="{% for m in messages %}{{ m.content }}|{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(LensError, match="user's content 2 times"):
+        ChatFormat(twice).render("hello")
+    chars = "{% for m in messages %}U: {{ m.content | replace('!', '?') }}{% endfor %}"
+    with pytest.raises(LensError, match=r"rewrites the query 'hello!' as 'hello\?'"):
+        ChatFormat(make_tokenizer("chatml", template=chars)).render("hello!")
+    switch = "{% for m in messages %}{{ 'ON' if '/x' in m.content else 'OFF' }}: {{ m.content }}{% endfor %}"
+    with pytest.raises(LensError, match=r"other text around the query 'a /x': at character 1 it has 'N: a"):
+        ChatFormat(make_tokenizer("chatml", template=switch)).render("a /x")
+    length = "{% for m in messages %}{{ m.content | length }}: {{ m.content }}{% endfor %}"
+    with pytest.raises(LensError, match="different text around the user's content"):
+        ChatFormat(make_tokenizer("chatml", template=length)).render("a")
+
+
+# BOS
+
+
+def test_bos_is_written_once_and_two_are_refused() -> None:
+    fmt = chat_format("gemma")
+    assert fmt.render("hi").ids.count(fmt.tokenizer.bos_token_id) == 1
+    assert fmt.render("hi").span_text("bos") == "<s>"
+    twice = make_tokenizer("gemma", template="{{ bos_token }}" + TEMPLATES["gemma"])
+    with pytest.raises(LensError, match="two BOS tokens"):
+        ChatFormat(twice).render("hi")
+    assert "bos" not in chat_format("qwen3").render("hi").spans
+
+
+def test_a_bos_that_the_tokenizer_writes_but_the_template_does_not_is_reported() -> None:
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    prompt = ChatFormat(tokenizer).render("hi")
+    assert tokenizer.bos_token_id not in prompt.ids
+    assert any("puts BOS in front of plain text" in note for note in prompt.notes)
+
+
+# System text
+
+
+def test_the_default_system_text_is_found_replaced_and_switched_off() -> None:
+    default = "You are a helpful assistant named Pig."
+    assert chat_format("chatml").default_system == default
+    assert chat_format("chatml").render("hi").span_text("system") == default
+    named = chat_format("chatml", system="Be brief.").render("hi")
+    assert (named.span_text("system"), default in named.text) == ("Be brief.", False)
+    empty = chat_format("chatml", system=None).render("hi")
+    assert empty.text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+    assert "system" not in empty.spans
+    assert any("empty system message" in note and default in note for note in empty.notes)
+    minimal = chat_format("qwen3", system=None).render("hi")
+    assert minimal.span_text("prefix") == "<|im_start|>user\n"
+    assert not minimal.notes
+
+
+def test_a_default_that_comes_even_with_an_empty_system_text_is_refused() -> None:
+    stubborn = (
+        "{% if messages[0].role == 'system' and messages[0].content %}S:{{ messages[0].content }}|"
+        "{% else %}S:Default words.|{% endif %}"
+        "{% for m in messages if m.role == 'user' %}U:{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(
+        LensError, match=r"default system text 'Default words\.' even when given an empty one"
+    ):
+        ChatFormat(make_tokenizer("chatml", template=stubborn), system=None)
+
+
+def test_text_that_no_system_setting_can_remove_is_reported() -> None:
+    notes = chat_format("harmony", system=None).render("hi").notes
+    assert any("system=None cannot remove: 'system You are a helpful assistant." in note for note in notes)
+
+
+def test_a_system_text_that_the_template_trims_is_found() -> None:
+    prompt = chat_format("llama3", system=" Be brief.\n").render("hi")
+    assert prompt.span_text("system").strip() == "Be brief."
+    assert any("trims white space from the system text" in note for note in prompt.notes)
+
+
+def test_a_template_without_system_role_refuses_folds_or_drops() -> None:
+    for family in ("gemma", "mistral"):
+        tokenizer = make_tokenizer(family)
+        with pytest.raises(LensError, match=r"no system role .* no_system_role='fold'"):
+            ChatFormat(tokenizer, system="Be brief.")
+        dropped = ChatFormat(tokenizer, system="Be brief.", no_system_role="drop").render("hi")
+        assert dropped.text == ChatFormat(tokenizer).render("hi").text
+        assert any("dropped" in note for note in dropped.notes)
+        assert ChatFormat(tokenizer, system="").render("hi").text == dropped.text
+    silent = "{% for m in messages if m.role != 'system' %}U:{{ m.content }}{% endfor %}"
+    with pytest.raises(LensError, match="no system role"):
+        ChatFormat(make_tokenizer("chatml", template=silent), system="Be brief.")
+
+
+def test_a_folded_system_text_goes_to_the_first_of_several_user_messages() -> None:
+    fmt = chat_format("gemma", system="Be brief.", no_system_role="fold")
+    prompt = fmt.render([user("one"), assistant("two"), user("three")])
+    assert prompt.text.count("Be brief.") == 1
+    assert "user\nBe brief.\n\none<end_of_turn>" in prompt.text
+    assert (prompt.span_text("query"), prompt.query) == ("three", "three")
+    assert prompt.span_text("history").startswith("one<end_of_turn>")
+
+
+def test_a_system_message_in_the_conversation_sets_the_system_text_once() -> None:
+    fmt = chat_format("chatml")
+    prompt = fmt.render([system("Be brief."), user("hi")])
+    assert prompt.ids == chat_format("chatml", system="Be brief.").render("hi").ids
+    assert prompt.fingerprint != fmt.fingerprint
+    assert any("the prefix is not that of the settings" in note for note in prompt.notes)
+    same = chat_format("chatml", system="Be brief.").render([system("Be brief."), user("hi")])
+    assert not same.notes
+    with pytest.raises(LensError, match="give it in one place"):
+        chat_format("chatml", system="Be long.").render([system("Be brief."), user("hi")])
+
+
+# Date
+
+
+def test_todays_date_is_reported_and_a_fixed_date_is_reproducible() -> None:
+    for family in DATED:
+        today = ChatFormat(make_tokenizer(family)).render("hi")
+        assert any("writes today's date" in note and "date='YYYY-MM-DD'" in note for note in today.notes)
+        fixed = ChatFormat(make_tokenizer(family), date="2024-07-26")
+        assert not fixed.render("hi").notes
+        assert "26 Jul 2024" in fixed.render("hi").text or "2024-07-26" in fixed.render("hi").text
+        assert fixed.fingerprint == ChatFormat(make_tokenizer(family), date="2024-07-26").fingerprint
+        assert fixed.fingerprint != ChatFormat(make_tokenizer(family), date="2024-07-27").fingerprint
+    kwarg = ChatFormat(make_tokenizer("llama3"), template_kwargs={"date_string": "26 Jul 2024"})
+    assert kwarg.render("hi").ids == chat_format("llama3").render("hi").ids
+    assert not kwarg.render("hi").notes
+    assert any(
+        "template_kwargs={'date_string': ...}" in note
+        for note in ChatFormat(make_tokenizer("llama3")).render("a").notes
+    )
+    assert not chat_format("chatml").render("hi").notes
+
+
+def test_a_date_format_that_is_computed_cannot_be_frozen() -> None:
+    computed = LLAMA3.replace("strftime_now('%d %b %Y')", "strftime_now('%d' ~ ' %b')")
+    with pytest.raises(LensError, match="not a literal"):
+        ChatFormat(make_tokenizer("llama3", template=computed), date=DATE).render("hi")
+    notes = ChatFormat(make_tokenizer("llama3", template=computed)).render("hi").notes
+    assert any("writes today's date" in note for note in notes)
+
+
+# Thinking
+
+
+def test_thinking_off_forces_an_empty_block_and_on_does_not() -> None:
+    off = chat_format("qwen3", thinking=False).render("hi")
+    assert off.span_text("think") == "<think>\n\n</think>\n\n"
+    assert off.span("think").stop == off.span("postfix").stop
+    assert off.span_text("postfix").startswith("<|im_end|>\n<|im_start|>assistant\n<think>")
+    for open_ended in (chat_format("qwen3", thinking=True), chat_format("qwen3")):
+        assert "think" not in open_ended.render("hi").spans
+
+
+def test_an_open_think_tag_in_the_prompt_is_a_span() -> None:
+    opened = (
+        TEMPLATES["qwen3"]
+        .replace("{{- '<think>\\n\\n</think>\\n\\n' }}", "")
+        .replace(
+            "'<|im_start|>assistant\n' }}{%- if enable", "'<|im_start|>assistant\n<think>\n' }}{%- if enable"
+        )
+    )
+    prompt = ChatFormat(make_tokenizer("qwen3", template=opened)).render("say <think>")
+    assert prompt.span_text("think") == "<think>\n"
+    assert prompt.span("think").start > prompt.span("postfix").start
+
+
+def test_a_thinking_switch_without_effect_is_refused() -> None:
+    with pytest.raises(LensError, match="does not react to enable_thinking"):
+        ChatFormat(make_tokenizer("chatml"), thinking=False)
+    mentioned = "{% set t = enable_thinking %}" + TEMPLATES["chatml"]
+    with pytest.raises(LensError, match="does not react to enable_thinking"):
+        ChatFormat(make_tokenizer("chatml", template=mentioned), thinking=True)
+    with pytest.raises(LensError, match="use thinking= only"):
+        ChatFormat(make_tokenizer("qwen3"), thinking=True, template_kwargs={"enable_thinking": True})
+
+
+def test_thinking_stripped_from_the_history_is_reported() -> None:
+    fmt = chat_format("qwen3")
+    prompt = fmt.render([user("one"), assistant("<think>\nhm\n</think>\n\ntwo"), user("three")])
+    assert "hm" not in prompt.text
+    assert any("history messages [1]" in note for note in prompt.notes)
+    assert prompt.span_text("history") == "one<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+    assert not fmt.render([user("one"), assistant("two"), user("three")]).notes
+
+
+def test_the_history_span_runs_from_the_first_content_to_the_last_header() -> None:
+    texts = {  # harmony's last turn ends differently, so its turn end is left out
+        "chatml": "one<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n",
+        "llama3": "one<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>",
+        "gemma": "one<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n",
+        "mistral": "one [/INST] two</s>",
+        "harmony": "one<|end|><|start|>assistant<|channel|>final<|message|>two",
+    }
+    for family, text in texts.items():
+        prompt = chat_format(family).render([user("one"), assistant("two"), user("three")])
+        assert prompt.span_text("history").strip(" ") == text
+
+
+# Input errors
+
+
+def test_malformed_conversations_are_refused_with_a_way_out() -> None:
+    render = chat_format("chatml").render
+    cases = {
+        "non-empty list of messages": [],
+        "role 'tool'; expected one of system, user, assistant": [{"role": "tool", "content": "x"}],
+        "last message must be the user's": [system("x")],
+        "a system message stands after the first place": [user("a"), system("x"), user("b")],
+        r"keys \['content', 'name', 'role'\]": [{"role": "user", "content": "x", "name": "Bo"}],
+        r"keys \['role'\]": [{"role": "user"}],
+        "content of type list": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+        "lone surrogate": [user("\ud83d")],
+    }
+    for message, messages in cases.items():
+        with pytest.raises(LensError, match=message):
+            render(messages)
+    with pytest.raises(LensError, match="last message must be the user's"):
+        render([user("a"), assistant("b"), assistant("c")])
+    unchecked = inspect.unwrap(read_conversation)  # the tests' type checker would refuse these first
+    with pytest.raises(LensError, match="got 7 as a conversation"):
+        unchecked(7)
+    with pytest.raises(LensError, match="message 0 is 'hi'"):
+        unchecked(["hi"])
+    assert render([user("a") | {"tool_calls": None}]).query == "a"
+    with pytest.raises(
+        LensError, match="refuses messages with the roles assistant, user: Conversation roles must"
+    ):
+        chat_format("gemma").render([assistant("a"), user("b")])
+
+
+def test_unusable_tokenizers_and_settings_are_refused_with_a_way_out() -> None:
+    tokenizer = make_tokenizer("chatml")
+    with pytest.raises(LensError, match="got a str as tokenizer"):
+        ChatFormat("gpt2")
+    bare = make_tokenizer("chatml", template="")
+    with pytest.raises(LensError, match="no chat template; use an instruction-tuned"):
+        ChatFormat(bare)
+
+    class Slow:
+        is_fast = False
+        chat_template = "x"
+
+        def apply_chat_template(self) -> None: ...
+
+    with pytest.raises(LensError, match="Slow is a slow tokenizer"):
+        ChatFormat(Slow())
+    with pytest.raises(LensError, match=r"does not read \['dat'\]"):
+        ChatFormat(tokenizer, template_kwargs={"dat": "x"})
+    with pytest.raises(LensError, match="passes itself"):
+        ChatFormat(tokenizer, template_kwargs={"tokenize": True})
+    with pytest.raises(LensError, match="no ISO date"):
+        ChatFormat(tokenizer, date="yesterday")
+    for field, value, message in (
+        ("no_system_role", "keep", "no_system_role='keep'; expected"),
+        ("system", 3, "system=3; pass the system text"),
+    ):
+        fmt = ChatFormat(tokenizer)
+        object.__setattr__(
+            fmt, field, value
+        )  # the tests' type checker would refuse the constructor's call first
+        with pytest.raises(LensError, match=message):
+            fmt.__post_init__()
+    with pytest.raises(LensError, match="plain JSON values"):
+        ChatFormat(make_tokenizer("llama3"), template_kwargs={"date_string": object()})
+    with pytest.raises(LensError, match="not valid jinja"):
+        ChatFormat(make_tokenizer("chatml", template="{% if %}"), template_kwargs={"x": 1})
+
+
+def test_offsets_that_do_not_give_the_query_back_are_refused() -> None:
+    class Broken:
+        def __init__(self, inner: object) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def __call__(self, text: str, **options: object) -> dict[str, object]:
+            encoded = dict(self.inner(text, **options))
+            encoded["offset_mapping"] = [(a, a) for a, _ in encoded.get("offset_mapping", ())]
+            return encoded
+
+    with pytest.raises(LensError, match=r"character offsets leave out .* cannot be trusted"):
+        ChatFormat(Broken(make_tokenizer("chatml"))).render("Hello there")
+
+
+def test_settings_are_copied_and_the_repr_is_short() -> None:
+    kwargs = {"date_string": "26 Jul 2024"}
+    fmt = ChatFormat(make_tokenizer("llama3"), template_kwargs=kwargs)
+    kwargs["date_string"] = "27 Jul 2024"
+    assert fmt.settings()["template_kwargs"] == {"date_string": "26 Jul 2024"}
+    assert repr(fmt) == "ChatFormat(template_kwargs={'date_string': '26 Jul 2024'})"
+    assert repr(chat_format("chatml")) == "ChatFormat()"
+    assert "prefix 0:" in repr(fmt.render("hi"))
+
+
+def test_the_fingerprint_tells_settings_templates_and_histories_apart() -> None:
+    prints = [chat_format(family).fingerprint for family in FAMILIES]
+    prints += [
+        chat_format("qwen3", thinking=False).fingerprint,
+        chat_format("chatml", system="x").fingerprint,
+    ]
+    prints.append(chat_format("chatml").render([user("a"), assistant("b"), user("c")]).fingerprint)
+    assert len(set(prints)) == len(prints)
+    assert all(re.fullmatch("[0-9a-f]{16}", p) for p in prints)
+    assert chat_format("chatml").render("hi").fingerprint == chat_format("chatml").fingerprint

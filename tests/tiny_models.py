@@ -1,0 +1,93 @@
+"""Tiny random causal language models, one per layout; weights are large enough that attention matters."""
+
+from typing import Any
+
+import torch
+
+NAMES = ("llama-mha", "llama-gqa", "llama-bias", "qwen2", "qwen3", "gemma3", "mistral", "gpt2")
+
+WINDOW = 6  # sliding window of gemma3 and mistral, shorter than any chat prefix
+
+
+def build(name: str, seed: int = 0, vocab: int = 64, attn_implementation: str = "eager") -> Any:
+    """A model of this layout in eval mode. The global random state is left as it was."""
+    config_class, model_class, settings = _recipe(name)
+    config = config_class(vocab_size=vocab, attn_implementation=attn_implementation, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config).eval()
+        _perturb(model)
+    return model
+
+
+def _recipe(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    import transformers as tf
+
+    common = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    llama = (tf.LlamaConfig, tf.LlamaForCausalLM)
+    recipes: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "llama-mha": (*llama, common | {"num_key_value_heads": 4}),
+        "llama-gqa": (*llama, common | {"tie_word_embeddings": True}),
+        "llama-bias": (*llama, common | {"attention_bias": True, "mlp_bias": True}),
+        "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM, common),
+        "qwen3": (tf.Qwen3Config, tf.Qwen3ForCausalLM, common | {"head_dim": 8}),
+        "gemma3": (
+            tf.Gemma3TextConfig,
+            tf.Gemma3ForCausalLM,
+            common
+            | {
+                "head_dim": 8,
+                "num_hidden_layers": 4,
+                "sliding_window": WINDOW,
+                "layer_types": [
+                    "sliding_attention",
+                    "sliding_attention",
+                    "full_attention",
+                    "sliding_attention",
+                ],
+                "query_pre_attn_scalar": 8,
+                "tie_word_embeddings": True,
+            },
+        ),
+        "mistral": (
+            tf.MistralConfig,
+            tf.MistralForCausalLM,
+            common | {"head_dim": 8, "sliding_window": WINDOW},
+        ),
+        "gpt2": (
+            tf.GPT2Config,
+            tf.GPT2LMHeadModel,
+            {
+                "n_embd": 32,
+                "n_layer": 3,
+                "n_head": 4,
+                "n_positions": 256,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+            },
+        ),
+    }
+    return recipes[name]
+
+
+@torch.no_grad()
+def _perturb(model: Any) -> None:
+    """Replace the near-zero initialisation; biases and norm weights must not be trivial either."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        elif "emb" in name or "wte" in name or "wpe" in name or "lm_head" in name:
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        else:
+            parameter.copy_(torch.randn_like(parameter) * 0.25)
