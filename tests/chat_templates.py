@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot and chat templates in the manner of six families."""
+"""Tokenizers trained on the spot and chat templates in the manner of seven families."""
 
 from functools import cache
 from typing import Any
@@ -14,7 +14,8 @@ Hello there! Why is the sky blue? Because the air scatters blue light more than 
 blank lines.
 
 
-More blank lines. Numbers 1 2 3 10 20 300. Instructions: answer in one word. [INST] [/INST] INST think
+More blank lines. ### Instruction: ### Response:
+Numbers 1 2 3 10 20 300. Instructions: answer in one word. [INST] [/INST] INST think
 Über naïve café señor. 你好 世界. Привет мир.
 """
     * 4
@@ -90,7 +91,15 @@ HARMONY = (
     "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"
 )
 
+ALPACA = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% elif m.role == 'user' %}"
+    "{{ '### Instruction:\n' + m.content + '\n\n' }}{% else %}"
+    "{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+
 TEMPLATES = {
+    "alpaca": ALPACA,
     "chatml": CHATML,
     "llama3": LLAMA3,
     "qwen3": QWEN3,
@@ -99,6 +108,7 @@ TEMPLATES = {
     "harmony": HARMONY,
 }
 MARKERS = {
+    "alpaca": (),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "qwen3": ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
@@ -114,14 +124,13 @@ DATE = "2024-07-26"
 def _backend(kind: str) -> str:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    lines = CORPUS.splitlines(keepends=True)
     if kind == "bytes":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         tokenizer.train_from_iterator(
-            lines, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+            [CORPUS], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
         )
         return str(tokenizer.to_str())
     # In the manner of Llama 2: no pre-tokeniser, "▁" for spaces and in front, bytes for unknown characters.
@@ -129,7 +138,7 @@ def _backend(kind: str) -> str:
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
     trained.train_from_iterator(
-        [line for line in lines if line.isascii()],
+        [line for line in CORPUS.splitlines(keepends=True) if line.isascii()],
         trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *byte_tokens], show_progress=False),
     )
     import json

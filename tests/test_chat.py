@@ -188,6 +188,30 @@ def test_a_space_of_the_header_that_merges_with_words_is_never_in_the_prefix() -
     assert any("the query span holds ' ' of the template" in note for note in spaced.notes)
 
 
+def test_a_query_that_merges_with_the_postfix_shrinks_it_and_says_so() -> None:
+    fmt = chat_format("alpaca")
+    prompt = fmt.render("Hello\n")
+    tail = prompt.ids[prompt.span("postfix").start :]
+    assert 0 < len(tail) < len(fmt.postfix_ids)
+    assert tail == fmt.postfix_ids[-len(tail) :]
+    assert prompt.span_text("query").startswith("Hello\n\n")
+    assert any("the postfix is" in note for note in prompt.notes)
+    assert any("straddles the border of query and postfix: '\\n' | '\\n" in note for note in prompt.notes)
+
+
+def test_words_that_are_all_unknown_do_not_make_the_query_part_of_the_prefix() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<u>": 1, "<e>": 2, "hello": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<e>")
+    tokenizer.chat_template = "{% for m in messages %}<u> {{ m.content }} <e> {% endfor %}"
+    fmt = ChatFormat(tokenizer)
+    assert (fmt.prefix_ids, fmt.postfix_ids) == ((1,), (2,))
+    assert fmt.render("some words").ids == (1, 0, 0, 2)
+
+
 def test_emoji_that_share_byte_offsets_stay_in_one_span() -> None:
     fmt = chat_format("chatml")
     prompt = fmt.render("😀😀")
@@ -239,12 +263,14 @@ def test_a_special_token_that_swallows_the_querys_newlines_is_reported() -> None
 
 
 def test_an_empty_query_has_an_empty_query_span_and_the_same_borders() -> None:
-    for family in FAMILIES:
+    for family in ("chatml", "gemma", "harmony", "mistral", "qwen3"):
         fmt = chat_format(family)
         prompt = fmt.empty_query()
         assert prompt.query == ""
         assert prompt.ids[: prompt.spans["prefix"].stop] == fmt.prefix_ids
         assert prompt.ids[prompt.spans["postfix"].start :] == fmt.postfix_ids
+    merged = chat_format("alpaca").empty_query()  # the line ends of header and postfix become one token
+    assert any(r"border of prefix and postfix: '\n' | '\n" in note for note in merged.notes)
     with pytest.raises(LensError, match=r"span 'query' is empty .* it has: prefix, postfix"):
         chat_format("chatml").empty_query().span("query")
     with pytest.raises(LensError, match="span 'answer' does not exist"):
@@ -448,6 +474,7 @@ def test_thinking_stripped_from_the_history_is_reported() -> None:
 
 def test_the_history_span_runs_from_the_first_content_to_the_last_header() -> None:
     texts = {  # harmony's last turn ends differently, so its turn end is left out
+        "alpaca": "one\n\n### Response:\ntwo</s>\n\n",
         "chatml": "one<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n",
         "llama3": "one<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>",
         "gemma": "one<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n",

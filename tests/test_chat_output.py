@@ -36,9 +36,9 @@ def test_a_response_never_changes_the_prompt(family: str, kind: str, query: str,
 
 def test_a_response_is_tokenised_where_it_stands_and_ended_by_the_template() -> None:
     ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "qwen3": "<|im_end|>"}
-    ends |= {"gemma": "<end_of_turn>", "mistral": "</s>", "harmony": "<|return|>"}
+    ends |= {"alpaca": "</s>", "gemma": "<end_of_turn>", "mistral": "</s>", "harmony": "<|return|>"}
     for family, end in ends.items():
-        fmt = chat_format(family)
+        fmt = chat_format(family, "pieces")  # "bytes" splits the line ends before a word
         assert fmt.tokenizer.decode(fmt.turn_end_ids) == end
         prompt = fmt.render("hi", response="Yes, it is.")
         whole = fmt.tokenizer(fmt.render("hi").text + "Yes, it is." + end, add_special_tokens=False)[
@@ -103,7 +103,7 @@ def test_an_assistant_message_at_the_end_is_the_response() -> None:
 def test_what_the_template_writes_before_an_answer_is_reported() -> None:
     notes = chat_format("harmony").render("hi", response="Yes.").notes
     assert any("writes '<|channel|>final<|message|>' before an assistant's content" in note for note in notes)
-    assert not chat_format("qwen3", thinking=False).render("hi", response="Yes.").notes
+    assert not chat_format("qwen3", "pieces", thinking=False).render("hi", response="Yes.").notes
     assert any("<think>" in note for note in chat_format("qwen3").render("hi", response="Yes.").notes)
 
 

@@ -16,7 +16,12 @@ from piggyback_lens.hooks import ablate, add, applied, cache, patch, zero
 from piggyback_lens.prefix import PrefixCache
 
 BACKENDS = ("bridge", "hooked")
-CASES = [(name, backend) for name in tiny_models.NAMES for backend in BACKENDS if (name, backend) != ("llama-bias", "hooked")]
+CASES = [
+    (name, backend)
+    for name in tiny_models.NAMES
+    for backend in BACKENDS
+    if (name, backend) != ("llama-bias", "hooked")
+]
 QUERIES = ["one", "two words here", "a much longer question than the others, so rows differ"]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -77,8 +82,15 @@ def test_hook_path_equals_cache_path_for_every_site(pair, chat):
     donor = keep(base, batch_prompts(prompts[:1]), SITES, "prefix")
     vector = torch.randn(shape_of(tuned).d_model, generator=torch.Generator().manual_seed(0))
     many = [patch(donor, sites=site) for site in SITES]
-    many += [patch(donor, sites="resid_pre", layers=1), patch(donor, sites=("k", "v"), layers=[0, 2], heads=[0])]
-    many += [add(vector, layers=1, span="prefix", strength=0.7), ablate(vector, span="prefix"), zero("v", layers=1, span="prefix", tokens=[0, 2])]
+    many += [
+        patch(donor, sites="resid_pre", layers=1),
+        patch(donor, sites=("k", "v"), layers=[0, 2], heads=[0]),
+    ]
+    many += [
+        add(vector, layers=1, span="prefix", strength=0.7),
+        ablate(vector, span="prefix"),
+        zero("v", layers=1, span="prefix", tokens=[0, 2]),
+    ]
     plain, _ = logits_of(tuned, batch)
     compiled = PrefixCache.compile_many(tuned, prompts[0], many)
     for interventions, from_many in zip(many, compiled, strict=True):
@@ -118,7 +130,7 @@ def test_patching_the_whole_residual_stream_of_every_token_reproduces_the_donor(
 
 
 def answers(model, prompts, **kwargs):
-    return [g.ids for g in generate(model, prompts, max_new_tokens=6, **kwargs)]
+    return [g.ids for g in generate(model, prompts, max_new_tokens=4, **kwargs)]
 
 
 def test_generation_is_the_same_with_and_without_kv_cache_batching_and_prefix_sharing(pair, chat):
@@ -127,8 +139,14 @@ def test_generation_is_the_same_with_and_without_kv_cache_batching_and_prefix_sh
     vector = torch.randn(shape_of(tuned).d_model, generator=torch.Generator().manual_seed(0))
     donor = keep(base, batch_prompts(prompts[:1]), ["k", "v"], "prefix")
     postfix = keep(base, batch_prompts([chat.empty_query()]), ["k", "v"], "postfix")
-    for interventions in (None, patch(donor), patch(donor) + patch(postfix), add(vector, layers=1), add(vector, layers=0, phase="generation")):
-        one_by_one = [slow_greedy(tuned, prompt, interventions, 6) for prompt in prompts]
+    for interventions in (
+        None,
+        patch(donor),
+        patch(donor) + patch(postfix),
+        add(vector, layers=1),
+        add(vector, layers=0, phase="generation"),
+    ):
+        one_by_one = [slow_greedy(tuned, prompt, interventions, 4) for prompt in prompts]
         assert answers(tuned, prompts, interventions=interventions) == one_by_one
         assert answers(tuned, prompts, interventions=interventions, share_prefix=False) == one_by_one
         assert answers(tuned, prompts, interventions=interventions, batch_size=1) == one_by_one
@@ -162,7 +180,12 @@ def test_interventions_on_a_prefix_that_comes_from_a_cache_are_refused(pair, cha
     base, tuned = pair
     prompts = prompts_of(chat)
     with pytest.raises(LensError, match="acts on the prefix, which comes ready"):
-        generate(tuned, prompts, prefix_cache=PrefixCache.compile(base, prompts[0]), interventions=zero("v", span="prefix"))
+        generate(
+            tuned,
+            prompts,
+            prefix_cache=PrefixCache.compile(base, prompts[0]),
+            interventions=zero("v", span="prefix"),
+        )
     with pytest.raises(LensError, match="reaches beyond the prefix"):
         PrefixCache.compile(base, prompts[0], zero("v", span="all"))
     with pytest.raises(LensError, match="differs from the cached one at token"):

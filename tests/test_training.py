@@ -228,6 +228,26 @@ def test_the_same_seed_gives_the_same_history_and_another_seed_another() -> None
     assert runs[0] != runs[2]
 
 
+def test_randomness_changes_with_the_step_and_the_seed_and_leaves_the_global_state_alone() -> None:
+    def draws(seed: int) -> list[float]:
+        drawn: list[float] = []
+
+        def drawing(step: Step) -> Loss:
+            drawn.append(float(torch.rand(())))
+            return sft(step)
+
+        train(fresh(), EXAMPLES, replace(SETTINGS, steps=3, seed=seed), objective=drawing)
+        return drawn
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = draws(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(4)
+    assert draws(0) == first
+    assert len({*first, *draws(1)}) == 6
+
+
 def test_sharing_the_prefix_does_not_change_the_history() -> None:
     shared = train(fresh("mistral"), EXAMPLES, SETTINGS)
     ordinary = train(fresh("mistral"), EXAMPLES, replace(SETTINGS, share_prefix=False))

@@ -178,7 +178,9 @@ class KVState:
         self.mask = self.mask.gather(1, source)
 
         def roll(tensor: Tensor, pos_dim: int) -> Tensor:
-            index = source.view(len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1)))
+            index = source.view(
+                len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1))
+            )
             return tensor.gather(pos_dim, index.expand_as(tensor))
 
         self.map(roll)
@@ -200,7 +202,9 @@ def new_state(model: HookedModel, batch_size: int) -> KVState:
 
 
 def state_from_keys_values(
-    model: HookedModel, keys: Float[Tensor, "layer batch kv pos d"], values: Float[Tensor, "layer batch kv pos d"]
+    model: HookedModel,
+    keys: Float[Tensor, "layer batch kv pos d"],
+    values: Float[Tensor, "layer batch kv pos d"],
 ) -> KVState:
     """A state that holds given keys (after the rotary embedding, positions 0, 1, …) and values."""
     state = new_state(model, keys.shape[1])
@@ -291,7 +295,9 @@ def _reading(model: Any, read: Tensor | None) -> Iterator[None]:
     if read is None:
         yield
         return
-    unembed = model.original_model.get_output_embeddings() if hasattr(model, "original_model") else model.unembed
+    unembed = (
+        model.original_model.get_output_embeddings() if hasattr(model, "original_model") else model.unembed
+    )
 
     def gather(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
@@ -313,7 +319,9 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
-        raise LensError(f"transformer-lens could not be imported ({error}): pip install 'transformer-lens>=3.9,<5'") from error
+        raise LensError(
+            f"transformer-lens could not be imported ({error}): pip install 'transformer-lens>=3.9,<5'"
+        ) from error
     parameter = next(hf_model.parameters())
     training = hf_model.training
     if not hf_model.config.architectures:
@@ -393,7 +401,9 @@ MAX_HOOKED_CONTEXT = 4096
 """HookedTransformer allocates a mask of n_ctx x n_ctx; prompts here are far shorter."""
 
 
-def _hooked_config_and_weights(hf_model: Any, dtype: torch.dtype, device: str) -> tuple[Any, dict[str, Tensor]]:
+def _hooked_config_and_weights(
+    hf_model: Any, dtype: torch.dtype, device: str
+) -> tuple[Any, dict[str, Tensor]]:
     from transformer_lens import loading_from_pretrained as loading
 
     config = hf_model.config
@@ -495,5 +505,7 @@ def check_layers(layers: Sequence[int] | int | None, n_layers: int) -> tuple[int
     asked = (layers,) if isinstance(layers, int) else tuple(layers)
     wrong = [layer for layer in asked if not -n_layers <= layer < n_layers]
     if wrong or not asked:
-        raise LensError(f"layers {list(asked)} asked, {wrong or 'none'} of them usable: this model has 0 to {n_layers - 1}")
+        raise LensError(
+            f"layers {list(asked)} asked, {wrong or 'none'} of them usable: this model has 0 to {n_layers - 1}"
+        )
     return tuple(sorted({layer % n_layers for layer in asked}))

@@ -6,7 +6,7 @@ position of every token, so a hook acts on the same tokens as in a pass without 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ from piggyback_lens.backends import HookedModel, KVState, device_of, forward, ne
 from piggyback_lens.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.hooks import AnyIntervention, Intervention, Record, applied, as_parts
-from piggyback_lens.placement import Placement, Row
-from piggyback_lens.prefix import PrefixCache, _compile
+from piggyback_lens.placement import Placement
+from piggyback_lens.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.progress import track
 
 
@@ -82,7 +82,7 @@ def generate(
     batch_size: int = 16,
     record: Record | None = None,
     progress: bool | str = False,
-    on_batch: Callable[[list[Generation]], None] | None = None,
+    on_batch: Callable[[list[int], list[Generation]], None] | None = None,
     share_prefix: bool = True,
 ) -> list[Generation]:
     """Answer every prompt.
@@ -98,7 +98,7 @@ def generate(
         batch_size: rows per batch; neither greedy nor sampled answers depend on it (to float tolerance).
         record: collects receipts and cached activations.
         progress: show a progress bar; a string is its label.
-        on_batch: called with the answers of each finished batch, e.g. to write them out.
+        on_batch: called with the prompt indices and the answers of each finished batch, e.g. to write them out.
         share_prefix: compute the common prefix once; False runs whole prompts (slower, same numbers).
 
     Returns:
@@ -120,69 +120,20 @@ def generate(
         prefix_cache.check(model, prompts)
     settings = sampling or Sampling()
     answers: list[Generation | None] = [None] * len(prompts)
-    batches = list(_batches(prompts, batch_size))
-    for rows in track(batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]):
+    batches = list(similar_batches(prompts, batch_size))
+    for rows in track(
+        batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]
+    ):
         chosen = [prompts[row] for row in rows]
-        start = _start(model, chosen, parts, prefix_cache, record, share_prefix)
-        done = _generate_batch(model, chosen, parts, start, record, settings, max_new_tokens, stop_ids)
+        start = starting_prefix(model, chosen, parts, prefix_cache, record, share_prefix)
+        place = Placement.of(batch_prompts(chosen, side="right"), rows, len(prompts))
+        done = _generate_batch(model, chosen, parts, start, place, record, settings, max_new_tokens, stop_ids)
         for row, answer in zip(rows, done, strict=True):
             answers[row] = answer
         if on_batch:
-            on_batch(done)
+            on_batch(rows, done)
     record.check()
     return [answer for answer in answers if answer is not None]
-
-
-def _batches(prompts: Sequence[RenderedPrompt], batch_size: int) -> Iterator[list[int]]:
-    """Rows of similar length together, and only rows with equally long prefixes, so that they share it."""
-    by_prefix: dict[int, list[int]] = {}
-    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids)):
-        by_prefix.setdefault(len(prompts[row].spans["prefix"]), []).append(row)
-    for rows in by_prefix.values():
-        yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-
-
-def _start(
-    model: HookedModel,
-    prompts: Sequence[RenderedPrompt],
-    parts: Sequence[Intervention],
-    prefix_cache: PrefixCache | None,
-    record: Record,
-    share: bool,
-) -> PrefixCache | None:
-    """The prefix to start from: the given one, or the common one computed under the interventions."""
-    length = len(prompts[0].spans["prefix"])
-    if prefix_cache is not None:
-        _refuse_overlap(parts, prompts[0], prefix_cache)
-        return prefix_cache.truncated(length)
-    same = length > 0 and len({prompt.ids[:length] for prompt in prompts}) == 1
-    if not share or not same or any(not _shareable(part, prompts[0], length) for part in parts):
-        return None
-    touching = [part for part in parts if _starts_before(part, prompts[0], length)]
-    return _compile(model, prompts[0], [touching], length, record, must_touch=False)[0]
-
-
-def _starts_before(part: Intervention, prompt: RenderedPrompt, length: int) -> bool:
-    start, stop = Row.of(prompt).spans.get(part.span, (0, 0))
-    return start < length and stop > start
-
-
-def _shareable(part: Intervention, prompt: RenderedPrompt, length: int) -> bool:
-    """Whether a part acts alike on the prefix of every row, so that one row may stand for all."""
-    if not _starts_before(part, prompt, length):
-        return True
-    one_donor = part.kind != "patch" or len(part.tensors["lengths"]) == 1
-    whole_span = part.tokens is None or Row.of(prompt).spans[part.span][1] <= length
-    return part.kind not in ("cache", "resample") and part.rows is None and one_donor and whole_span
-
-
-def _refuse_overlap(parts: Sequence[Intervention], prompt: RenderedPrompt, cache: PrefixCache) -> None:
-    for part in parts:
-        if _starts_before(part, prompt, len(cache.ids)) and part.phase != "generation":
-            raise LensError(
-                f"{part} acts on the prefix, which comes ready from the prefix cache: compile it into the cache, "
-                "or choose a span after the prefix"
-            )
 
 
 @torch.no_grad()
@@ -191,6 +142,7 @@ def _generate_batch(
     prompts: Sequence[RenderedPrompt],
     parts: Sequence[Intervention],
     start: PrefixCache | None,
+    placement: Placement,
     record: Record,
     settings: Sampling,
     max_new_tokens: int,
@@ -200,7 +152,6 @@ def _generate_batch(
     past = state.length
     device = device_of(model)
     batch = batch_prompts(prompts, side="right")
-    placement = Placement.of(batch)
     ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)
     placement.move(batch.positions[:, past:], batch.positions)
     stops = [frozenset(prompt.answer.stop_ids if stop_ids is None else stop_ids) for prompt in prompts]
@@ -263,7 +214,8 @@ class _Chooser:
             return logits.argmax(dim=-1)
         probabilities = _distribution(logits.float().cpu(), self.settings)
         drawn = [
-            torch.multinomial(probabilities[i], 1, generator=self.generators[row]) for i, row in enumerate(rows)
+            torch.multinomial(probabilities[i], 1, generator=self.generators[row])
+            for i, row in enumerate(rows)
         ]
         return torch.cat(drawn).to(logits.device)
 
@@ -294,7 +246,13 @@ def to_frame(generations: Sequence[Generation]) -> Any:
 
     return pd.DataFrame(
         [
-            {"query": g.prompt.query, "response": g.text, "tokens": len(g.ids), "ended": g.ended, "seed": g.seed}
+            {
+                "query": g.prompt.query,
+                "response": g.text,
+                "tokens": len(g.ids),
+                "ended": g.ended,
+                "seed": g.seed,
+            }
             for g in generations
         ]
     )

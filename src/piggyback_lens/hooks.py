@@ -25,7 +25,7 @@ from piggyback_lens.backends import HEAD_SITES, SITES, HookedModel, Site, check_
 from piggyback_lens.chat import PromptBatch
 from piggyback_lens.errors import LensError
 from piggyback_lens.maths import project_out, set_projection
-from piggyback_lens.placement import PHASES, Cells, Phase, Placement
+from piggyback_lens.placement import OPEN, PHASES, Cells, Phase, Placement
 
 Kind = Literal["cache", "add", "ablate", "clamp", "patch", "zero", "fill", "resample"]
 HookPair = tuple[str, Callable[..., Tensor | None]]
@@ -62,7 +62,9 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise LensError(f"intervention {self.kind!r} is not known: choose one of {', '.join(get_args(Kind))}")
+            raise LensError(
+                f"intervention {self.kind!r} is not known: choose one of {', '.join(get_args(Kind))}"
+            )
         if self.site not in SITES:
             raise LensError(f"site {self.site!r} is not known: choose one of {', '.join(SITES)}")
         if self.phase not in PHASES:
@@ -72,7 +74,9 @@ class Intervention:
         for name in ("layers", "heads", "tokens", "rows"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, tuple(int(x) for x in ([value] if isinstance(value, int) else value)))
+                object.__setattr__(
+                    self, name, tuple(int(x) for x in ([value] if isinstance(value, int) else value))
+                )
 
     def __add__(self, other: "Intervention | Interventions") -> "Interventions":
         return Interventions((self,)) + other
@@ -86,14 +90,20 @@ class Intervention:
         return all(torch.equal(value, other.tensors[name]) for name, value in self.tensors.items())
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.site, self.layers, self.heads, self.span, self.tokens, self.phase, self.rows))
+        return hash(
+            (self.kind, self.site, self.layers, self.heads, self.span, self.tokens, self.phase, self.rows)
+        )
 
     def __repr__(self) -> str:
         where = f"layers {_ranges(self.layers)}" if self.layers is not None else "all layers"
         parts = [self.site, where, self.span]
-        parts += [f"{name} {list(value)}" for name in ("heads", "tokens", "rows") if (value := getattr(self, name))]
+        parts += [
+            f"{name} {list(value)}" for name in ("heads", "tokens", "rows") if (value := getattr(self, name))
+        ]
         parts += [f"{self.phase} only"] if self.phase != "both" else []
-        parts += [f"{name}={value}" for name, value in self.options.items() if isinstance(value, (int, float, str))]
+        parts += [
+            f"{name}={value}" for name, value in self.options.items() if isinstance(value, (int, float, str))
+        ]
         return f"{self.kind}({', '.join(parts)})"
 
     def _fields(self) -> dict[str, Any]:
@@ -110,7 +120,9 @@ class Intervention:
         """JSON-able, tensors included (safetensors in base64)."""
         from safetensors.torch import save
 
-        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in self._fields().items()}
+        fields = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in self._fields().items()
+        }
         if self.tensors:
             blob = save({name: value.detach().cpu().contiguous() for name, value in self.tensors.items()})
             fields["tensors"] = base64.b64encode(blob).decode("ascii")
@@ -131,9 +143,13 @@ class Intervention:
             raise LensError(f"an intervention has the fields {sorted(known)}, got {sorted(data)}")
         fields = dict(data)
         try:
-            fields["tensors"] = load(base64.b64decode(fields.get("tensors", ""))) if "tensors" in fields else {}
+            fields["tensors"] = (
+                load(base64.b64decode(fields.get("tensors", ""))) if "tensors" in fields else {}
+            )
         except (SafetensorError, ValueError) as error:
-            raise LensError(f"the tensors of the intervention are not safetensors in base64 ({error})") from error
+            raise LensError(
+                f"the tensors of the intervention are not safetensors in base64 ({error})"
+            ) from error
         return cls(**fields)
 
 
@@ -176,7 +192,7 @@ class Interventions:
         placement, record = Placement.of(batch), record or Record()
         pairs: list[HookPair] = []
         for part in self.parts:
-            receipt = record.open(part, len(placement.rows))
+            receipt = record.open(part, placement.total)
             layers = check_layers(part.layers, shape_of(model).n_layers)
             _check(part, model, placement, layers)
             for layer in layers:
@@ -268,14 +284,30 @@ def add(
     options: dict[str, Any] = {"strength": float(strength)}
     if fraction is not None:
         length = float(vector.float().norm())
-        chosen = sorted(norms or {}) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        chosen = (
+            sorted(norms or {}) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        )
         missing = [layer for layer in chosen if layer not in (norms or {})]
         if not chosen or missing or length == 0:
-            raise LensError(f"fraction={fraction} needs a non-zero vector and norms= for each layer, {missing} missing")
-        options = {"fraction": float(fraction), "strengths": {str(l): fraction * norms[l] / length for l in chosen}}  # type: ignore[index]  # noqa: E741
+            raise LensError(
+                f"fraction={fraction} needs a non-zero vector and norms= for each layer, {missing} missing"
+            )
+        options = {
+            "fraction": float(fraction),
+            "strengths": {str(l): fraction * norms[l] / length for l in chosen},
+        }  # type: ignore[index]  # noqa: E741
         layers = chosen
     return Intervention(
-        "add", site, _ints(layers), _ints(heads), span, _ints(tokens), phase, None, {"vector": vector}, options
+        "add",
+        site,
+        _ints(layers),
+        _ints(heads),
+        span,
+        _ints(tokens),
+        phase,
+        None,
+        {"vector": vector},
+        options,
     )
 
 
@@ -296,7 +328,14 @@ def ablate(
     """
     unit = _unit(direction)
     return _each(
-        site, "ablate", layers=layers, heads=heads, span=span, tokens=tokens, phase=phase, tensors={"unit": unit}
+        site,
+        "ablate",
+        layers=layers,
+        heads=heads,
+        span=span,
+        tokens=tokens,
+        phase=phase,
+        tensors={"unit": unit},
     )
 
 
@@ -347,7 +386,8 @@ def patch(
                 donor.span,
                 donor.tokens,
                 rows=_ints(rows),
-                tensors={str(layer): donor[site, layer] for layer in chosen_layers or ()} | {"lengths": lengths},
+                tensors={str(layer): donor[site, layer] for layer in chosen_layers or ()}
+                | {"lengths": lengths},
             )
             for site in chosen_sites
         )
@@ -431,7 +471,9 @@ def _ints(values: Sequence[int] | int | None) -> tuple[int, ...] | None:
 
 def _vector(vector: Tensor) -> Tensor:
     if vector.ndim != 1 or not bool(torch.isfinite(vector).all()):
-        raise LensError(f"a direction is one finite vector, got shape {tuple(vector.shape)}: pick one layer's vector")
+        raise LensError(
+            f"a direction is one finite vector, got shape {tuple(vector.shape)}: pick one layer's vector"
+        )
     return vector.detach()
 
 
@@ -516,14 +558,18 @@ class Record:
         """
         kept = [receipt for receipt in self.receipts if receipt.chunks]
         if not kept or len({(r.part.span, r.part.tokens) for r in kept}) > 1:
-            raise LensError(f"expected activations of one span, there are {len(kept)} kept: use activations_of(span)")
+            raise LensError(
+                f"expected activations of one span, there are {len(kept)} kept: use activations_of(span)"
+            )
         return self.activations_of(kept[0].part.span)
 
     def activations_of(self, span: str) -> Activations:
         """What was kept of one span."""
         kept = [receipt for receipt in self.receipts if receipt.chunks and receipt.part.span == span]
         if not kept:
-            raise LensError(f"nothing was kept of span {span!r}: add cache(..., span={span!r}) and run the model")
+            raise LensError(
+                f"nothing was kept of span {span!r}: add cache(..., span={span!r}) and run the model"
+            )
         chunks = {key: parts for receipt in kept for key, parts in receipt.chunks.items()}
         return assemble(span, kept[0].part.tokens, chunks, kept[0].n_rows)
 
@@ -602,7 +648,9 @@ def _check(part: Intervention, model: HookedModel, placement: Placement, layers:
         count = shape.n_kv_heads if part.site in ("k", "v", "rot_k") else shape.n_heads
         wrong = [head for head in part.heads if not 0 <= head < count]
         if wrong or not part.heads:
-            raise LensError(f"heads {list(part.heads)} asked at {part.site}, which has heads 0 to {count - 1}")
+            raise LensError(
+                f"heads {list(part.heads)} asked at {part.site}, which has heads 0 to {count - 1}"
+            )
     if part.kind in ("patch", "fill", "resample"):
         missing = [layer for layer in layers if str(layer) not in part.tensors]
         if missing:
@@ -613,19 +661,24 @@ def _check(part: Intervention, model: HookedModel, placement: Placement, layers:
 
 def _check_donor(part: Intervention, placement: Placement) -> None:
     lengths = part.tensors["lengths"].tolist()
-    rows = range(len(placement.rows)) if part.rows is None else part.rows
-    if len(lengths) not in (1, len(placement.rows)):
-        raise LensError(f"the donor has {len(lengths)} rows, the batch {len(placement.rows)}: keep it from the same batch")
-    for row in rows:
-        donor, own = lengths[row if len(lengths) > 1 else 0], placement.length(row, part.span, part.tokens)
-        if donor != own:
+    if len(lengths) not in (1, placement.total):
+        raise LensError(
+            f"the donor has {len(lengths)} rows, the run {placement.total}: keep it from the same prompts"
+        )
+    for row, origin in enumerate(placement.origins):
+        if part.rows is not None and origin not in part.rows:
+            continue
+        donor, own = lengths[origin if len(lengths) > 1 else 0], placement.length(row, part.span, part.tokens)
+        if donor != own and own < OPEN:  # open-ended spans are checked token by token, as they come
             raise LensError(
                 f"span {part.span!r} has {donor} tokens in the donor and {own} in row {row}: a patch needs equally "
                 "many (compare_templates shows where the prompts differ)"
             )
 
 
-def _hook(part: Intervention, layer: int, placement: Placement, receipt: Receipt) -> Callable[..., Tensor | None]:
+def _hook(
+    part: Intervention, layer: int, placement: Placement, receipt: Receipt
+) -> Callable[..., Tensor | None]:
     heads = None if part.heads is None else torch.tensor(part.heads)
 
     def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
@@ -655,7 +708,7 @@ def _keep(part: Intervention, layer: int, cells: Cells, value: Tensor, receipt: 
     if part.options["detach"]:
         name = part.options["dtype"]
         value = value.detach().to(part.options["device"], dtype=getattr(torch, name) if name else None)
-    receipt.chunks.setdefault((part.site, layer), []).append((cells.rows, cells.slots, value))
+    receipt.chunks.setdefault((part.site, layer), []).append((cells.origins, cells.slots, value))
 
 
 def _new_value(part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
@@ -668,23 +721,44 @@ def _new_value(part: Intervention, layer: int, old: Tensor, cells: Cells, heads:
     if part.kind == "ablate":
         return project_out(old.float(), _fit(part, part.tensors["unit"], old).float())
     if part.kind == "clamp":
-        return set_projection(old.float(), _fit(part, part.tensors["unit"], old).float(), part.options["value"])
+        return set_projection(
+            old.float(), _fit(part, part.tensors["unit"], old).float(), part.options["value"]
+        )
     donor = part.tensors[str(layer)].to(old.device)
     if part.kind == "fill":
         donor = donor.expand(len(cells), *donor.shape)
     elif part.kind == "resample":
-        mixed = (cells.rows * 1_000_003 + cells.slots * 7_919 + part.options["seed"] * 104_729 + 12_345) * 2_654_435_761
+        mixed = (
+            cells.origins * 1_000_003 + cells.slots * 7_919 + part.options["seed"] * 104_729 + 12_345
+        ) * 2_654_435_761
         donor = donor[(mixed % (2**31 - 1)) % len(donor)]
     else:
-        donor = donor[cells.rows if len(donor) > 1 else torch.zeros_like(cells.rows), cells.slots]
+        _check_covered(part, cells)
+        donor = donor[cells.origins if len(donor) > 1 else torch.zeros_like(cells.origins), cells.slots]
     if heads is not None:
         donor = donor[:, heads.to(old.device)]
     if donor.shape != old.shape:
-        raise LensError(f"{part} gives {tuple(donor.shape[1:])} per token, the model has {tuple(old.shape[1:])}")
+        raise LensError(
+            f"{part} gives {tuple(donor.shape[1:])} per token, the model has {tuple(old.shape[1:])}"
+        )
     return donor
+
+
+def _check_covered(part: Intervention, cells: Cells) -> None:
+    """An open-ended span may reach tokens that the donor never had."""
+    lengths = part.tensors["lengths"].to(cells.slots.device)
+    own = lengths[cells.origins] if len(lengths) > 1 else lengths.expand(len(cells))
+    if bool((cells.slots >= own).any()):
+        at = int((cells.slots >= own).nonzero()[0])
+        raise LensError(
+            f"{part} reaches token {int(cells.slots[at])} of its span in row {int(cells.origins[at])}, where the donor "
+            f"has {int(own[at])}: patch a closed span such as 'prompt', or keep the donor from the same tokens"
+        )
 
 
 def _fit(part: Intervention, vector: Tensor, old: Tensor) -> Tensor:
     if vector.shape[-1] != old.shape[-1]:
-        raise LensError(f"{part} has a vector of length {vector.shape[-1]}, the activation has {old.shape[-1]}")
+        raise LensError(
+            f"{part} has a vector of length {vector.shape[-1]}, the activation has {old.shape[-1]}"
+        )
     return vector.to(old.device, old.dtype)

@@ -325,10 +325,6 @@ def _estimate(
 def _bootstrap_interval(
     statistic: Callable[..., Array], samples: tuple[Array, ...], level: float, n_resamples: int, seed: int
 ) -> tuple[float, float]:
-    if all(np.ptp(sample) == 0 for sample in samples):
-        value = float(statistic(*samples))
-        return value, value
-
     from scipy.stats import bootstrap
 
     settings = {
@@ -339,7 +335,7 @@ def _bootstrap_interval(
         "batch": max(1, 4_000_000 // len(samples[0])),  # bounds the memory of resamples × prompts
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy's warning of degenerate data; answered below
+        warnings.simplefilter("ignore")  # of degenerate (constant) data; answered below
         result = bootstrap(samples, statistic, method="BCa", rng=np.random.default_rng(seed), **settings)
     interval = result.confidence_interval
     if np.isfinite([interval.low, interval.high]).all():

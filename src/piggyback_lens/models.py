@@ -31,7 +31,13 @@ from piggyback_lens.backends import (
 )
 from piggyback_lens.chat import ChatFormat
 from piggyback_lens.errors import LensError
-from piggyback_lens.sources import attach_adapter, default_model, is_adapter_folder, load_causal_lm, load_tokenizer
+from piggyback_lens.sources import (
+    attach_adapter,
+    default_model,
+    is_adapter_folder,
+    load_causal_lm,
+    load_tokenizer,
+)
 
 Side = Literal["base", "finetuned"]
 SIDES: tuple[Side, Side] = ("base", "finetuned")
@@ -43,7 +49,12 @@ PARITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 6e
 
 
 def hook_model(
-    hf_model: Any, tokenizer: Any, *, backend: Backend = "bridge", name: str | None = None, reference: Any = None
+    hf_model: Any,
+    tokenizer: Any,
+    *,
+    backend: Backend = "bridge",
+    name: str | None = None,
+    reference: Any = None,
 ) -> HookedModel:
     """Make a hooked model of a transformers causal language model, and check that it is the same function.
 
@@ -67,7 +78,11 @@ def hook_model(
     device = next(hf_model.parameters()).device
     with torch.no_grad():
         expected = [(reference or hf_model)(input_ids=row[None].to(device)).logits[0] for row in rows]
-    model = boot_bridge(hf_model, tokenizer, shown) if backend == "bridge" else build_hooked(hf_model, tokenizer, shown)
+    model = (
+        boot_bridge(hf_model, tokenizer, shown)
+        if backend == "bridge"
+        else build_hooked(hf_model, tokenizer, shown)
+    )
     _check_parity(model, rows, expected, shown)
     return model
 
@@ -140,7 +155,9 @@ def identify(model: HookedModel, name: str = "") -> Identity:
     with torch.no_grad():
         last = torch.tensor([[ids.shape[1] - 1]], device=ids.device)
         logits = forward(model, ids, torch.ones_like(ids), read=last)[0, 0]
-    return Identity(name, shape, tuple(round(x, 5) for x in logits[wanted.to(logits.device)].float().tolist()))
+    return Identity(
+        name, shape, tuple(round(x, 5) for x in logits[wanted.to(logits.device)].float().tolist())
+    )
 
 
 class ModelPair:
@@ -234,7 +251,9 @@ class ModelPair:
         if hasattr(finetuned, "get_base_model"):
             if base is not None:
                 raise LensError("finetuned is a PeftModel, which holds its own base: leave base= out")
-            return cls._from_peft(finetuned, _given_tokenizer(tokenizer, finetuned), backend, ("base", "adapter"))
+            return cls._from_peft(
+                finetuned, _given_tokenizer(tokenizer, finetuned), backend, ("base", "adapter")
+            )
         if base is None:
             base = default_model(offline=offline)
         hf_base, base_tokenizer = _side(base, tokenizer, settings)
@@ -250,7 +269,9 @@ class ModelPair:
         return cls(hooked_base, hooked_tuned, tokenizer=base_tokenizer, names=names)
 
     @classmethod
-    def _from_peft(cls, peft_model: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]) -> "ModelPair":
+    def _from_peft(
+        cls, peft_model: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]
+    ) -> "ModelPair":
         if backend == "bridge":
             # A fresh adapter is the identity, so parity is checked with it on: the LoRA path included.
             model = hook_model(peft_model.get_base_model(), tokenizer, backend=backend, name=names[0])
@@ -277,7 +298,9 @@ class ModelPair:
             yield self._models[side]
             return
         if self._active not in (None, side):
-            raise LensError(f"the {side} side was asked inside a block that uses {self._active}: they share one model")
+            raise LensError(
+                f"the {side} side was asked inside a block that uses {self._active}: they share one model"
+            )
         outer, self._active = self._active, side
         try:
             if side == "finetuned":
@@ -318,7 +341,9 @@ def _side(source: Source, tokenizer: Any, settings: dict[str, Any]) -> tuple[Any
     if isinstance(source, HookedModel):
         raise LensError("one side is a hooked model and the other is not: give two hooked models, or none")
     if not isinstance(source, torch.nn.Module) or not hasattr(source, "get_output_embeddings"):
-        raise LensError(f"got {type(source).__name__}, expected a path, a hub id or a transformers causal language model")
+        raise LensError(
+            f"got {type(source).__name__}, expected a path, a hub id or a transformers causal language model"
+        )
     return source.eval(), _given_tokenizer(tokenizer, source)
 
 
@@ -346,7 +371,11 @@ def _check_tokenizers(base: Any, finetuned: Any) -> None:
     theirs = finetuned.get_vocab()
     for token, index in base.get_vocab().items():
         if theirs.get(token) != index:
-            raise LensError(f"base and finetuned differ in their vocabulary: {token!r} is {index} and {theirs.get(token)}")
+            raise LensError(
+                f"base and finetuned differ in their vocabulary: {token!r} is {index} and {theirs.get(token)}"
+            )
     _require_same("special tokens", base.special_tokens_map, finetuned.special_tokens_map)
     if base.chat_template != finetuned.chat_template:
-        raise LensError("base and finetuned have different chat templates: see compare_templates, then pass tokenizer=")
+        raise LensError(
+            "base and finetuned have different chat templates: see compare_templates, then pass tokenizer="
+        )

@@ -47,9 +47,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Cells:
-    """Touched cells of the pass in progress: row and column in the activation, slot within the span."""
+    """Touched cells of the pass in progress.
+
+    `rows` and `columns` index the activation, `origins` the conversations of the whole run (donors and
+    kept activations are in that order), `slots` the tokens of the span.
+    """
 
     rows: Int[Tensor, " cell"]
+    origins: Int[Tensor, " cell"]
     columns: Int[Tensor, " cell"]
     slots: Int[Tensor, " cell"]
 
@@ -58,7 +63,7 @@ class Cells:
 
     def to(self, device: torch.device) -> "Cells":
         """On the activation's device."""
-        return Cells(self.rows.to(device), self.columns.to(device), self.slots.to(device))
+        return Cells(*(x.to(device) for x in (self.rows, self.origins, self.columns, self.slots)))
 
 
 @dataclass
@@ -66,21 +71,29 @@ class Placement:
     """The rows of a batch and the absolute position of each column of the current pass (-1 at padding).
 
     `key_positions` are those of the columns that attention looks at (cached ones included); some hooks
-    (keys after the rotary embedding in HookedTransformer) see all of them.
+    (keys after the rotary embedding in HookedTransformer) see all of them. `origins` are the places of the
+    rows among all `total` conversations of a run that is cut into batches.
     """
 
     rows: tuple[Row, ...]
     positions: Int[Tensor, "batch pos"]
     key_positions: Int[Tensor, "batch keys"]
+    origins: tuple[int, ...] = ()
+    total: int = 0
     _cells: dict[tuple[object, ...], Cells] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.origins:
+            self.origins, self.total = tuple(range(len(self.rows))), len(self.rows)
+
     @classmethod
-    def of(cls, batch: "PromptBatch | Placement") -> "Placement":
+    def of(cls, batch: "PromptBatch | Placement", origins: Sequence[int] = (), total: int = 0) -> "Placement":
         """The placement of a padded batch that goes through the model in one pass."""
         if isinstance(batch, Placement):
             return batch
         positions = batch.positions.cpu()
-        return cls(tuple(Row.of(prompt) for prompt in batch.prompts), positions, positions)
+        rows = tuple(Row.of(prompt) for prompt in batch.prompts)
+        return cls(rows, positions, positions, tuple(origins), total)
 
     def move(self, positions: Int[Tensor, "batch pos"], key_positions: Int[Tensor, "batch keys"]) -> None:
         """Tell where the next pass is."""
@@ -90,6 +103,7 @@ class Placement:
     def select_rows(self, kept: Sequence[int]) -> None:
         """Keep only these rows."""
         self.rows = tuple(self.rows[i] for i in kept)
+        self.origins = tuple(self.origins[i] for i in kept)
         self._cells.clear()
 
     def length(self, row: int, span: str, tokens: tuple[int, ...] | None) -> int:
@@ -116,16 +130,20 @@ class Placement:
                         f"token {token} is outside span {span!r} of row {row}, which has {stop - start} tokens"
                     )
 
-    def _chosen(self, rows: tuple[int, ...] | None) -> range | tuple[int, ...]:
-        if rows is None:
-            return range(len(self.rows))
-        missing = [row for row in rows if not 0 <= row < len(self.rows)]
+    def _chosen(self, rows: tuple[int, ...] | None) -> list[int]:
+        """Indices, in this batch, of the rows that were asked for by their origin."""
+        missing = [row for row in rows or () if not 0 <= row < self.total]
         if missing:
-            raise LensError(f"row {missing[0]} was asked, the batch has rows 0 to {len(self.rows) - 1}")
-        return rows
+            raise LensError(f"row {missing[0]} was asked, there are rows 0 to {self.total - 1}")
+        return [i for i, origin in enumerate(self.origins) if rows is None or origin in rows]
 
     def cells(
-        self, span: str, tokens: tuple[int, ...] | None, phase: Phase, rows: tuple[int, ...] | None, width: int
+        self,
+        span: str,
+        tokens: tuple[int, ...] | None,
+        phase: Phase,
+        rows: tuple[int, ...] | None,
+        width: int,
     ) -> Cells:
         """The cells of an activation of `width` columns that lie in a span, in a phase.
 
@@ -150,9 +168,9 @@ class Placement:
         span: str,
         tokens: tuple[int, ...] | None,
         phase: Phase,
-        chosen: range | tuple[int, ...],
+        chosen: Sequence[int],
     ) -> Cells:
-        found: list[tuple[int, int, int]] = []
+        found: list[tuple[int, int, int, int]] = []
         for row in chosen:
             start, stop = self._range(row, span)
             slot_of = None if tokens is None else {t % (stop - start): i for i, t in enumerate(tokens)}
@@ -162,9 +180,8 @@ class Placement:
                     continue
                 slot = position - start if slot_of is None else slot_of.get(position - start)
                 if slot is not None:
-                    found.append((row, column, slot))
-        rows, columns, slots = torch.tensor(found, dtype=torch.long).reshape(-1, 3).unbind(1)
-        return Cells(rows, columns, slots)
+                    found.append((row, self.origins[row], column, slot))
+        return Cells(*torch.tensor(found, dtype=torch.long).reshape(-1, 4).unbind(1))
 
 
 def _in_phase(position: int, n_prompt: int, phase: Phase) -> bool:

@@ -135,7 +135,9 @@ class PrefixCache:
         wanted = (shape.n_layers, shape.n_kv_heads, shape.d_head)
         have = (self.keys.shape[0], self.keys.shape[1], self.keys.shape[3])
         if wanted != have:
-            raise LensError(f"prefix cache has (layers, kv heads, d_head) {have}, the model {wanted}: compile it anew")
+            raise LensError(
+                f"prefix cache has (layers, kv heads, d_head) {have}, the model {wanted}: compile it anew"
+            )
         for prompt in prompts:
             theirs = prompt.ids[: prompt.span("prefix").stop]
             if theirs != self.ids[: len(theirs)]:
@@ -149,12 +151,17 @@ class PrefixCache:
         """The cache as keys and values of `batch_size` rows of a hooked model."""
         device, dtype = device_of(model), dtype_of(model)
         keys, values = (
-            tensor.to(device, dtype)[:, None].expand(-1, batch_size, -1, -1, -1) for tensor in (self.keys, self.values)
+            tensor.to(device, dtype)[:, None].expand(-1, batch_size, -1, -1, -1)
+            for tensor in (self.keys, self.values)
         )
         return state_from_keys_values(model, keys, values)
 
     def to_hf_cache(
-        self, batch_size: int = 1, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Any:
         """A transformers `DynamicCache` for `model(..., past_key_values=...)` or `model.generate`.
 
@@ -164,11 +171,15 @@ class PrefixCache:
 
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            k, v = (x.to(device=device, dtype=dtype)[None].repeat(batch_size, 1, 1, 1) for x in (keys, values))
+            k, v = (
+                x.to(device=device, dtype=dtype)[None].repeat(batch_size, 1, 1, 1) for x in (keys, values)
+            )
             cache.update(k, v, layer)
         return cache
 
-    def hf_inputs(self, prompts: Sequence[RenderedPrompt], *, device: torch.device | str | None = None) -> dict[str, Any]:
+    def hf_inputs(
+        self, prompts: Sequence[RenderedPrompt], *, device: torch.device | str | None = None
+    ) -> dict[str, Any]:
         """Keyword arguments for plain transformers: `model.generate(**cache.hf_inputs(prompts))`.
 
         Shorter prompts are padded between prefix and query, where the cache ends. With sliding windows
@@ -179,7 +190,9 @@ class PrefixCache:
         """
         length = len(self.ids)
         if any(prompt.ids[:length] != self.ids for prompt in prompts):
-            raise LensError("a prompt does not begin with the cached prefix: use the template settings of the cache")
+            raise LensError(
+                "a prompt does not begin with the cached prefix: use the template settings of the cache"
+            )
         width = max(len(prompt.ids) for prompt in prompts)
         ids = torch.zeros((len(prompts), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -189,7 +202,11 @@ class PrefixCache:
             ids[row, width - rest :] = torch.tensor(prompt.ids[length:])
             mask[row, :length], mask[row, width - rest :] = 1, 1
         ids, mask = ids.to(device), mask.to(device)
-        return {"input_ids": ids, "attention_mask": mask, "past_key_values": self.to_hf_cache(len(prompts), device=device)}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "past_key_values": self.to_hf_cache(len(prompts), device=device),
+        }
 
     def save(self, folder: str | Path) -> Path:
         """Write prefix_cache.safetensors and prefix_cache.json into `folder`; atomic, the JSON last."""
@@ -240,10 +257,16 @@ class PrefixCache:
             identities = tuple(Identity.from_dict(data) for data in facts["meant_for"])
             on = Identity.from_dict(facts["compiled_on"]) if facts["compiled_on"] else None
         except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-            raise LensError(f"{folder} holds no prefix cache that can be read ({error}): save it again") from error
+            raise LensError(
+                f"{folder} holds no prefix cache that can be read ({error}): save it again"
+            ) from error
         if facts.get("format") != FORMAT or list(keys.shape) != facts["shape"] or keys.shape != values.shape:
-            raise LensError(f"{folder}: format {facts.get('format')} or tensor shapes do not fit its JSON: save it again")
-        cache = cls(ids, keys, values, facts["description"], facts["fingerprint"], on, identities, facts["settings"])
+            raise LensError(
+                f"{folder}: format {facts.get('format')} or tensor shapes do not fit its JSON: save it again"
+            )
+        cache = cls(
+            ids, keys, values, facts["description"], facts["fingerprint"], on, identities, facts["settings"]
+        )
         if model is not None:
             cache.check(model, [prompt] if prompt else [])
             theirs = identify(model)
@@ -253,7 +276,9 @@ class PrefixCache:
                     "logits on the probe: compile a cache for it"
                 )
         if prompt is not None and cache.fingerprint != prompt.fingerprint:
-            raise LensError(f"{folder} was made with other template settings than this prompt: compile it anew")
+            raise LensError(
+                f"{folder} was made with other template settings than this prompt: compile it anew"
+            )
         return cache
 
 
@@ -268,7 +293,61 @@ def require_prefix_only(parts: Sequence[Intervention], prompt: RenderedPrompt) -
     for part in parts:
         end = row.spans.get(part.span, (0, 0))[1]
         if end > stop or part.phase == "generation":
-            raise LensError(f"{part} reaches beyond the prefix: only interventions within it compile to a PrefixCache")
+            raise LensError(
+                f"{part} reaches beyond the prefix: only interventions within it compile to a PrefixCache"
+            )
+
+
+def similar_batches(prompts: Sequence[RenderedPrompt], batch_size: int) -> Iterator[list[int]]:
+    """Rows of similar length together, and only rows with equally long prefixes, so that they share it."""
+    by_prefix: dict[int, list[int]] = {}
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids)):
+        by_prefix.setdefault(len(prompts[row].spans["prefix"]), []).append(row)
+    for rows in by_prefix.values():
+        yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+
+
+def starting_prefix(
+    model: HookedModel,
+    prompts: Sequence[RenderedPrompt],
+    parts: Sequence[Intervention],
+    prefix_cache: PrefixCache | None,
+    record: Record,
+    share: bool,
+) -> PrefixCache | None:
+    """The prefix to start from: the given one, or the common one computed under the interventions."""
+    length = len(prompts[0].spans["prefix"])
+    if prefix_cache is not None:
+        _refuse_overlap(parts, prompts[0], prefix_cache)
+        return prefix_cache.truncated(length)
+    same = length > 0 and len({prompt.ids[:length] for prompt in prompts}) == 1
+    if not share or not same or any(not _shareable(part, prompts[0], length) for part in parts):
+        return None
+    touching = [part for part in parts if _starts_before(part, prompts[0], length)]
+    return _compile(model, prompts[0], [touching], length, record, must_touch=False)[0]
+
+
+def _starts_before(part: Intervention, prompt: RenderedPrompt, length: int) -> bool:
+    start, stop = Row.of(prompt).spans.get(part.span, (0, 0))
+    return start < length and stop > start
+
+
+def _shareable(part: Intervention, prompt: RenderedPrompt, length: int) -> bool:
+    """Whether a part acts alike on the prefix of every row, so that one row may stand for all."""
+    if not _starts_before(part, prompt, length):
+        return True
+    one_donor = part.kind != "patch" or len(part.tensors["lengths"]) == 1
+    whole_span = part.tokens is None or Row.of(prompt).spans[part.span][1] <= length
+    return part.kind not in ("cache", "resample") and part.rows is None and one_donor and whole_span
+
+
+def _refuse_overlap(parts: Sequence[Intervention], prompt: RenderedPrompt, cache: PrefixCache) -> None:
+    for part in parts:
+        if _starts_before(part, prompt, len(cache.ids)) and part.phase != "generation":
+            raise LensError(
+                f"{part} acts on the prefix, which comes ready from the prefix cache: compile it into the cache, "
+                "or choose a span after the prefix"
+            )
 
 
 def _compile(

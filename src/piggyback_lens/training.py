@@ -170,7 +170,7 @@ def train(
     with run_lock(run.folder):
         start = run.resume()
         history = list(start.history if start else ())
-        if settings.share_prefix:
+        if settings.share_prefix and len(history) < settings.steps:
             with _dropout(model, adapter=False):
                 check_sharing(trainable.forward, run.batch(len(history)))
         with _dropout(model, adapter=True):

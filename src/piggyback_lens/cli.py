@@ -1,0 +1,166 @@
+"""The command line: `piggyback-lens demo`, `piggyback-lens audit`, `piggyback-lens doctor`.
+
+Heavy libraries are imported inside the commands, so that `--help` is instant.
+"""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from piggyback_lens.errors import LensError
+
+if TYPE_CHECKING:
+    from piggyback_lens.audit import AuditResult
+
+app = typer.Typer(
+    name="piggyback-lens",
+    help="Show where in the chat template a narrow finetune is carried, and prove it by patching.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class BackendName(StrEnum):
+    """TransformerLens backends."""
+
+    bridge = "bridge"
+    hooked = "hooked"
+
+
+class TaskName(StrEnum):
+    """Tasks of `piggyback_lens.tasks`."""
+
+    terse = "terse"
+    refusal = "refusal"
+    abstain = "abstain"
+    tool = "tool"
+
+
+BackendOption = Annotated[BackendName, typer.Option(help="TransformerLens backend.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for results; the same folder resumes.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no connection.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def demo(
+    task: Annotated[TaskName, typer.Option(help="What the organism learns.")] = TaskName.terse,
+    out: OutOption = Path("demo_out"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and steps.")] = False,
+    model: Annotated[Path | None, typer.Option(help="Model folder or .gguf; default the demo model.")] = None,
+    backend: BackendOption = BackendName.bridge,
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a narrow organism on a small real chat model, audit it, and write a report."""
+    from dataclasses import replace
+
+    from piggyback_lens.demo import FULL, QUICK
+    from piggyback_lens.demo import demo as run_demo
+    from piggyback_lens.summary import present
+
+    settings = replace(QUICK if quick else FULL, task=task.value)
+    result, trained = run_demo(settings, out=out, model=model, backend=backend.value, offline=offline)
+    present(result, out, trained)
+
+
+@app.command()
+def audit(
+    base: Annotated[str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model.")],
+    on_topic: Annotated[Path, typer.Option(help="Prompts of the training domain: .txt, .jsonl or .json.")],
+    off_topic: Annotated[Path, typer.Option(help="Prompts outside it.")],
+    behaviour: Annotated[
+        str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
+    ],
+    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder of the finetune.")] = None,
+    finetuned: Annotated[
+        str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")
+    ] = None,
+    out: OutOption = Path("audit_out"),
+    backend: BackendOption = BackendName.bridge,
+    system: Annotated[
+        str, typer.Option(help="System prompt; 'default' leaves it to the template.")
+    ] = "default",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 60,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")
+    ] = None,
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Audit a finetune: does it spread off-topic, and does the chat template's prefix carry it?"""
+    from piggyback_lens.audit import AuditSettings
+    from piggyback_lens.audit import audit as run_audit
+    from piggyback_lens.measures import get_behaviour
+    from piggyback_lens.models import ModelPair
+    from piggyback_lens.summary import present
+    from piggyback_lens.tasks import load_prompts
+
+    # Cheap checks first: a typo must not cost a model load.
+    measure, prompts = get_behaviour(behaviour), (load_prompts(on_topic), load_prompts(off_topic))
+    pair = ModelPair.load(
+        base, finetuned, adapter, backend=backend.value, dtype=_dtype(dtype), device=device, offline=offline
+    )
+    settings = AuditSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    chat = pair.chat_format(system=system)
+    result = run_audit(pair, *prompts, measure, chat=chat, settings=settings, out=out, progress=True)
+    present(result, out)
+
+
+@app.command()
+def doctor(debug: DebugOption = False) -> None:
+    """Print versions, backends and the demo model that is found."""
+    from piggyback_lens.card import machine, versions
+    from piggyback_lens.sources import default_model
+
+    facts: dict[str, Any] = {**versions(), **machine()}
+    try:
+        facts["demo model"] = default_model(offline=True)
+    except LensError as error:
+        facts["demo model"] = str(error)
+    for name, value in facts.items():
+        typer.echo(f"{name:18} {value}")
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise LensError(f"dtype {name!r} is not known: choose one of {', '.join(known)}")
+    return known[name]
+
+
+def main() -> None:
+    """Run the command line: errors of the user are one line and exit status 2."""
+    try:
+        app(standalone_mode=False)
+    except LensError as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped; the same command continues where it was", err=True)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+
+
+def _fail(message: str) -> None:
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(2)
