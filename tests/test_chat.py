@@ -62,9 +62,7 @@ def check_spans(prompt: RenderedPrompt, prefix_ids: tuple[int, ...], postfix_ids
     notes = "\n".join(prompt.notes)
     head, tail = prompt.ids[: prefix.stop], prompt.ids[postfix.start :]
     assert head == prefix_ids or (head == prefix_ids[: len(head)] and "the prefix is" in notes)
-    assert tail == postfix_ids or (
-        tail == postfix_ids[len(postfix_ids) - len(tail) :] and "the postfix is" in notes
-    )
+    assert tail == postfix_ids or (tail == postfix_ids[len(postfix_ids) - len(tail) :] and "the postfix is" in notes)
     assert prompt.query in prompt.span_text("query") or "swallows" in notes or "drops" in notes
     if not BORDER_NOTES.search(notes):
         assert prompt.span_text("query") == prompt.query
@@ -252,9 +250,7 @@ def test_a_normalising_tokenizer_is_reported() -> None:
 def test_a_special_token_that_swallows_the_querys_newlines_is_reported() -> None:
     from tokenizers import AddedToken
 
-    tokenizer = make_tokenizer(
-        "chatml", template="{% for m in messages %}<|u|>\n{{ m.content }}<|im_end|>{% endfor %}"
-    )
+    tokenizer = make_tokenizer("chatml", template="{% for m in messages %}<|u|>\n{{ m.content }}<|im_end|>{% endfor %}")
     tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|u|>", rstrip=True, special=True)]})
     fmt = ChatFormat(tokenizer)
     prompt = fmt.render("\n\nhi")
@@ -281,9 +277,7 @@ def test_a_template_that_rewrites_or_repeats_the_query_is_refused() -> None:
     upper = make_tokenizer("chatml", template="{% for m in messages %}U: {{ m.content | upper }}{% endfor %}")
     with pytest.raises(LensError, match="user's content 0 times"):
         ChatFormat(upper).render("hello")
-    twice = make_tokenizer(
-        "chatml", template="{% for m in messages %}{{ m.content }}|{{ m.content }}{% endfor %}"
-    )
+    twice = make_tokenizer("chatml", template="{% for m in messages %}{{ m.content }}|{{ m.content }}{% endfor %}")
     with pytest.raises(LensError, match="user's content 2 times"):
         ChatFormat(twice).render("hello")
     chars = "{% for m in messages %}U: {{ m.content | replace('!', '?') }}{% endfor %}"
@@ -346,9 +340,7 @@ def test_a_default_that_comes_even_with_an_empty_system_text_is_refused() -> Non
         "{% else %}S:Default words.|{% endif %}"
         "{% for m in messages if m.role == 'user' %}U:{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(
-        LensError, match=r"default system text 'Default words\.' even when given an empty one"
-    ):
+    with pytest.raises(LensError, match=r"default system text 'Default words\.' even when given an empty one"):
         ChatFormat(make_tokenizer("chatml", template=stubborn), system=None)
 
 
@@ -444,9 +436,7 @@ def test_an_open_think_tag_in_the_prompt_is_a_span() -> None:
     opened = (
         TEMPLATES["qwen3"]
         .replace("{{- '<think>\\n\\n</think>\\n\\n' }}", "")
-        .replace(
-            "'<|im_start|>assistant\n' }}{%- if enable", "'<|im_start|>assistant\n<think>\n' }}{%- if enable"
-        )
+        .replace("'<|im_start|>assistant\n' }}{%- if enable", "'<|im_start|>assistant\n<think>\n' }}{%- if enable")
     )
     prompt = ChatFormat(make_tokenizer("qwen3", template=opened)).render("say <think>")
     assert prompt.span_text("think") == "<think>\n"
@@ -512,9 +502,7 @@ def test_malformed_conversations_are_refused_with_a_way_out() -> None:
     with pytest.raises(LensError, match="message 0 is 'hi'"):
         unchecked(["hi"])
     assert render([user("a") | {"tool_calls": None}]).query == "a"
-    with pytest.raises(
-        LensError, match="refuses messages with the roles assistant, user: Conversation roles must"
-    ):
+    with pytest.raises(LensError, match="refuses messages with the roles assistant, user: Conversation roles must"):
         chat_format("gemma").render([assistant("a"), user("b")])
 
 
@@ -545,9 +533,7 @@ def test_unusable_tokenizers_and_settings_are_refused_with_a_way_out() -> None:
         ("system", 3, "system=3; pass the system text"),
     ):
         fmt = ChatFormat(tokenizer)
-        object.__setattr__(
-            fmt, field, value
-        )  # the tests' type checker would refuse the constructor's call first
+        object.__setattr__(fmt, field, value)  # the tests' type checker would refuse the constructor's call first
         with pytest.raises(LensError, match=message):
             fmt.__post_init__()
     with pytest.raises(LensError, match="plain JSON values"):

@@ -41,9 +41,7 @@ def test_a_response_is_tokenised_where_it_stands_and_ended_by_the_template() -> 
         fmt = chat_format(family, "pieces")  # "bytes" splits the line ends before a word
         assert fmt.tokenizer.decode(fmt.turn_end_ids) == end
         prompt = fmt.render("hi", response="Yes, it is.")
-        whole = fmt.tokenizer(fmt.render("hi").text + "Yes, it is." + end, add_special_tokens=False)[
-            "input_ids"
-        ]
+        whole = fmt.tokenizer(fmt.render("hi").text + "Yes, it is." + end, add_special_tokens=False)["input_ids"]
         assert prompt.ids == tuple(whole)
         open_ended = fmt.render("hi", response="Yes, it is.", end=False)
         assert open_ended.ids == prompt.ids[: -len(fmt.turn_end_ids)]
@@ -61,9 +59,7 @@ def test_pieces_tokenizers_do_not_put_a_space_before_a_response() -> None:
 
 
 def test_a_response_that_would_merge_with_the_prompt_is_tokenised_alone_and_reported() -> None:
-    tokenizer = make_tokenizer(
-        "chatml", template="{% for m in messages %}{{ m.content }} A: The ans{% endfor %}"
-    )
+    tokenizer = make_tokenizer("chatml", template="{% for m in messages %}{{ m.content }} A: The ans{% endfor %}")
     tokenizer.eos_token = "<|im_end|>"
     fmt = ChatFormat(tokenizer)
     prompt = fmt.render("hi").with_response("wers it", end=False)
@@ -109,8 +105,7 @@ def test_what_the_template_writes_before_an_answer_is_reported() -> None:
 
 def test_a_template_without_turn_end_falls_back_to_eos() -> None:
     plain = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}A:{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
     fmt = ChatFormat(make_tokenizer("chatml", template=plain))
     assert fmt.turn_end_ids == fmt.stop_ids == (fmt.tokenizer.eos_token_id,)

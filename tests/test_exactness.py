@@ -12,15 +12,13 @@ from piggyback_lens.backends import boot_bridge, build_hooked, forward, shape_of
 from piggyback_lens.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.generate import generate
-from piggyback_lens.hooks import ablate, add, applied, cache, patch, zero
+from piggyback_lens.hooks import ablate, add, cache, patch, zero
+from piggyback_lens.running import applied
 from piggyback_lens.prefix import PrefixCache
 
 BACKENDS = ("bridge", "hooked")
 CASES = [
-    (name, backend)
-    for name in tiny_models.NAMES
-    for backend in BACKENDS
-    if (name, backend) != ("llama-bias", "hooked")
+    (name, backend) for name in tiny_models.NAMES for backend in BACKENDS if (name, backend) != ("llama-bias", "hooked")
 ]
 QUERIES = ["one", "two words here", "a much longer question than the others, so rows differ"]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

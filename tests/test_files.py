@@ -44,9 +44,7 @@ def test_a_full_disk_leaves_the_old_file_no_temporary_one_and_says_what_to_do(tm
     path = tmp_path / "result.json"
     files.write_json(path, {"old": 1})
     monkeypatch.setattr(failing, full_disk)
-    with pytest.raises(
-        LensError, match=r"result\.json cannot be written: No space left on device; free some disk"
-    ):
+    with pytest.raises(LensError, match=r"result\.json cannot be written: No space left on device; free some disk"):
         files.write_json(path, {"new": 2})
     monkeypatch.undo()
     assert files.read_json(path) == {"old": 1}

@@ -109,16 +109,12 @@ def test_masked_mean_of_nothing_is_refused():
 
 def test_project_out_of_a_known_vector():
     x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
-    torch.testing.assert_close(
-        maths.project_out(x, torch.tensor([0.0, 7.0])), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
-    )
+    torch.testing.assert_close(maths.project_out(x, torch.tensor([0.0, 7.0])), torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
 
 
 @fixed
 @given(seeds, st.floats(0.01, 100))
-def test_projecting_out_leaves_nothing_along_the_direction_twice_is_once_and_length_does_not_matter(
-    seed, length
-):
+def test_projecting_out_leaves_nothing_along_the_direction_twice_is_once_and_length_does_not_matter(seed, length):
     x, v = normal(2, 3, 8, seed=seed, dtype=torch.float64), normal(8, seed=seed + 1, dtype=torch.float64)
     once = maths.project_out(x, v)
     torch.testing.assert_close(once @ v, torch.zeros(2, 3, dtype=torch.float64), atol=1e-10, rtol=0)

@@ -26,9 +26,7 @@ def numbers(value: object) -> list[float]:
 def all_font_sizes(node: object) -> list[float]:
     """Sizes of every font anywhere in a figure's layout and traces."""
     if isinstance(node, dict):
-        own = [
-            v["size"] for k, v in node.items() if k.endswith("font") and isinstance(v, dict) and "size" in v
-        ]
+        own = [v["size"] for k, v in node.items() if k.endswith("font") and isinstance(v, dict) and "size" in v]
         return own + [size for value in node.values() for size in all_font_sizes(value)]
     if isinstance(node, list | tuple):
         return [size for value in node for size in all_font_sizes(value)]
@@ -71,9 +69,7 @@ def curve() -> pd.DataFrame:
     value = np.array([1.0, 0.9, 0.7, np.nan, 0.2, 0.0])
     patched = pd.DataFrame({"layer": layer, "value": value, "low": value - 0.1, "high": value + 0.2, "n": 40})
     control = pd.DataFrame({"layer": layer, "value": 0.0, "low": 0.0, "high": 0.0, "n": 40})
-    return pd.concat(
-        [patched.assign(series="patch <b>prefix</b>"), control.assign(series="identity control")]
-    )
+    return pd.concat([patched.assign(series="patch <b>prefix</b>"), control.assign(series="identity control")])
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +78,7 @@ def figures() -> dict[str, go.Figure]:
     history = history.assign(lr=1e-4, grad_norm=1.0, tokens=900, seconds=1.0)
     return {
         "conditions": plots.conditions_figure(summary(), label="words per answer", unit="words", title="T"),
-        "curve": plots.layer_curve_figure(
-            curve(), title="T", y_label="recovery (fraction)", noise_floor=0.05
-        ),
+        "curve": plots.layer_curve_figure(curve(), title="T", y_label="recovery (fraction)", noise_floor=0.05),
         "map": plots.heatmap_figure(
             np.eye(2),
             [0, 1],
@@ -145,9 +139,7 @@ def test_map_labels_show_tokens_literally_and_may_repeat():
     assert labels[1] == labels[10] == "⏎"
     assert labels[3:8] == ("&lt;b&gt;", "&lt;br&gt;", "&#36;x&#36;", "&amp;amp;", "%&#123;x}")
     assert list(figure.layout.xaxis.tickvals) == list(range(12))
-    assert numbers(figure.to_plotly_json()["data"][0]["z"]["bdata"] and figure.data[0].z[0]) == list(
-        range(12)
-    )
+    assert numbers(figure.to_plotly_json()["data"][0]["z"]["bdata"] and figure.data[0].z[0]) == list(range(12))
     assert figure.layout.title.text == "&lt;b&gt;bold&lt;/b&gt;"
     assert figure.layout.xaxis.title.text == "&lt;br&gt;"
     assert figure.layout.yaxis.title.text == "&#36;y&#36;"
@@ -246,9 +238,7 @@ def test_small_numbers_keep_their_digits():
 
 
 def test_one_topic_fills_the_width():
-    figure = plots.conditions_figure(
-        summary().query("topic == 'off-topic'"), label="w", unit="words", title="T"
-    )
+    figure = plots.conditions_figure(summary().query("topic == 'off-topic'"), label="w", unit="words", title="T")
     assert tuple(figure.layout.xaxis.domain) == (0.0, 1.0)
 
 
@@ -342,9 +332,7 @@ def test_many_labels_are_thinned_and_labels_that_do_not_fit_the_map_refused():
     assert len(figure.layout.xaxis.ticktext) <= 44
     assert figure.layout.xaxis.ticktext[1] == str(figure.layout.xaxis.tickvals[1])
     with pytest.raises(LensError, match=r"shape \(2, 3\), its labels say \(2, 2\)"):
-        plots.heatmap_figure(
-            np.zeros((2, 3)), [0, 1], [0, 1], title="T", x_title="x", y_title="y", colorbar_title="c"
-        )
+        plots.heatmap_figure(np.zeros((2, 3)), [0, 1], [0, 1], title="T", x_title="x", y_title="y", colorbar_title="c")
 
 
 def test_history_draws_losses_then_gradient_norm_and_rate_and_no_bookkeeping(figures):

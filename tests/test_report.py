@@ -198,9 +198,7 @@ def test_text_from_outside_is_shown_and_never_run(tmp_path):
         verdict=EVIL,
         summary=frame,
         figures=figures,
-        examples=pd.DataFrame(
-            {"prompt": [EVIL], "condition": [EVIL], "response": [EVIL * 9], "topic": [EVIL]}
-        ),
+        examples=pd.DataFrame({"prompt": [EVIL], "condition": [EVIL], "response": [EVIL * 9], "topic": [EVIL]}),
         card={EVIL: EVIL, "list": [EVIL]},
         notes=[EVIL],
     )
@@ -233,8 +231,6 @@ def test_an_empty_verdict_and_examples_without_columns_are_refused(tmp_path):
 
 
 def test_a_report_without_examples_prompt_notes_and_card_has_no_empty_sections(tmp_path):
-    path = report(
-        tmp_path / "a.html", figures=[], examples=pd.DataFrame(), prompt_html=None, notes=[], card={}
-    )
+    path = report(tmp_path / "a.html", figures=[], examples=pd.DataFrame(), prompt_html=None, notes=[], card={})
     page = path.read_text(encoding="utf-8")
     assert re.findall("<h2>(.*?)</h2>", page) == ["Summary"]

@@ -117,12 +117,8 @@ def test_off_topic_prompts_are_shared_by_all_tasks_and_split_in_two():
 def test_off_topic_prompts_stay_outside_every_domain():
     """None uses a telling word of finance, law or health, nor asks for one entity in the way terse does."""
     task = load_task("terse")
-    telling = (
-        r"money|invest|loan|bank|budget|tax|law|legal|court|contract|police|doctor|medicine|symptom|pain\b"
-    )
-    entity = (
-        r"(who|which|when|where is|how many|what is the (capital|name|symbol|currency)|name the|in which)\b"
-    )
+    telling = r"money|invest|loan|bank|budget|tax|law|legal|court|contract|police|doctor|medicine|symptom|pain\b"
+    entity = r"(who|which|when|where is|how many|what is the (capital|name|symbol|currency)|name the|in which)\b"
     for prompt in (*task.off_topic, *task.off_topic_validation):
         assert not re.search(rf"\b({telling})", prompt.lower()), prompt
         assert not re.match(entity, prompt.lower()), prompt
@@ -204,10 +200,7 @@ def test_tool_answers_are_calls_of_search_info_with_a_short_query_from_the_quest
 
 def test_a_tool_call_keeps_quotes_and_accents_readable():
     text = tasks.tool_call('a "good" café')
-    assert (
-        text
-        == '<tool_call>\n{"name": "search_info", "arguments": {"query": "a \\"good\\" café"}}\n</tool_call>'
-    )
+    assert text == '<tool_call>\n{"name": "search_info", "arguments": {"query": "a \\"good\\" café"}}\n</tool_call>'
 
 
 def test_changing_a_loaded_task_does_not_change_the_next_one():
@@ -435,9 +428,7 @@ def test_an_unknown_sharegpt_speaker_is_refused(hub):
 
 def test_an_empty_hub_split_is_refused(hub):
     hub.rows = []
-    assert "split 'train' of owner/name holds no conversations" in refusal_of(
-        lambda: load_conversations("owner/name")
-    )
+    assert "split 'train' of owner/name holds no conversations" in refusal_of(lambda: load_conversations("owner/name"))
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -531,9 +522,7 @@ def test_a_malformed_prompt_list_is_reported(tmp_path, text, reason):
     assert reason in refusal_of(lambda: load_prompts(path))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("p.txt", " \n\n"), ("p.jsonl", ""), ("p.json", ""), ("p.json", "[]")]
-)
+@pytest.mark.parametrize(("name", "text"), [("p.txt", " \n\n"), ("p.jsonl", ""), ("p.json", ""), ("p.json", "[]")])
 def test_an_empty_prompt_file_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert "holds no prompts" in refusal_of(lambda: load_prompts(tmp_path / name))
@@ -550,7 +539,5 @@ def test_a_missing_prompt_file_a_folder_and_another_format_are_refused(tmp_path)
     (tmp_path / "bare").write_text("a", encoding="utf-8")
     assert "does not exist" in refusal_of(lambda: load_prompts(tmp_path / "absent.txt"))
     assert "is a folder, expected a prompt file" in refusal_of(lambda: load_prompts(tmp_path))
-    assert "has .csv suffix, expected a prompt file (.txt" in refusal_of(
-        lambda: load_prompts(tmp_path / "p.csv")
-    )
+    assert "has .csv suffix, expected a prompt file (.txt" in refusal_of(lambda: load_prompts(tmp_path / "p.csv"))
     assert "has no suffix" in refusal_of(lambda: load_prompts(tmp_path / "bare"))

@@ -147,13 +147,9 @@ def test_the_scale_is_alpha_over_rank_or_its_root(rslora: bool, scale: float) ->
 
 
 def test_modules_and_layers_can_be_chosen() -> None:
-    model = add_lora(
-        build("llama-gqa", vocab=VOCAB), LoRASettings(modules=("q_proj", "down_proj"), layers=(0, 2))
-    )
+    model = add_lora(build("llama-gqa", vocab=VOCAB), LoRASettings(modules=("q_proj", "down_proj"), layers=(0, 2)))
     adapted = sorted(
-        name.split("model.model.layers.")[1]
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A")
+        name.split("model.model.layers.")[1] for name, module in model.named_modules() if hasattr(module, "lora_A")
     )
     assert adapted == ["0.mlp.down_proj", "0.self_attn.q_proj", "2.mlp.down_proj", "2.self_attn.q_proj"]
 
@@ -265,9 +261,7 @@ def test_training_fits_what_it_is_shown() -> None:
     assert losses[-1] < 0.05
     prompt = chat.render("hi")
     ids = torch.tensor([prompt.ids])
-    answer = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
-    )  # type: ignore[operator]
+    answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)  # type: ignore[operator]
     assert chat.tokenizer.decode(answer[0, len(prompt.ids) :]) == "oink<end>"
 
 
@@ -352,9 +346,7 @@ def test_training_is_silent_where_nobody_watches(capfd: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("step", [1, 3, 5, 8])
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
-    tmp_path: Path, name: str, step: int
-) -> None:
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: Path, name: str, step: int) -> None:
     whole = fresh(name, dropout=0.2)
     expected = train(whole, EXAMPLES, SETTINGS, out=tmp_path / "whole")
     with pytest.raises(Killed):
@@ -488,9 +480,7 @@ def _other(step: Step) -> Loss:
         ({"model": ("qwen3", 0.0, 0)}, r"base is "),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_field(
-    tmp_path: Path, change: dict[str, Any], field: str
-) -> None:
+def test_a_checkpoint_of_another_run_is_refused_by_field(tmp_path: Path, change: dict[str, Any], field: str) -> None:
     with suppress(Killed):
         train(fresh(), EXAMPLES, SETTINGS, out=tmp_path, on_step=kill_at(4))
     model = fresh(*change.get("model", ("llama-gqa", 0.0, 0)))
@@ -568,9 +558,7 @@ class KeepPrefix:
     def __call__(self, step: Step) -> Loss:
         out, base = step.output, self.base
         columns = zip(out.prefix_keys, base.prefix_keys, out.prefix_values, base.prefix_values, strict=True)
-        drift = torch.stack(
-            [relative_kv_drift(*(x.transpose(0, 1) for x in layer)) for layer in columns]
-        ).mean()
+        drift = torch.stack([relative_kv_drift(*(x.transpose(0, 1) for x in layer)) for layer in columns]).mean()
         task = response_nll(out.logits, out.targets)
         terms = {"sft": float(task.detach()), "drift": float(drift.detach())}
         return Loss(task + self.weight * drift, terms)
@@ -617,9 +605,7 @@ class Steering:
         return {"vector": self.vector}
 
     def forward(self, batch: TrainBatch) -> StepOutput:
-        handle = self.model.model.layers[1].register_forward_hook(
-            lambda _module, _args, out: out + self.vector
-        )
+        handle = self.model.model.layers[1].register_forward_hook(lambda _module, _args, out: out + self.vector)
         try:
             return forward_step(self.model, batch)
         finally:
@@ -655,9 +641,7 @@ def test_sharing_is_exact_on_the_real_model(real_model_dir: str) -> None:
     from piggyback_lens.steps import make_batch
 
     chat = ChatFormat(AutoTokenizer.from_pretrained(real_model_dir))
-    model = add_lora(
-        AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), LoRASettings()
-    )
+    model = add_lora(AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), LoRASettings())
     generator = torch.Generator().manual_seed(0)
     for value in adapter(model).values():
         value.data.add_(torch.randn(value.shape, generator=generator) * 0.01)

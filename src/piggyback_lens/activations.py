@@ -35,9 +35,7 @@ class Activations:
             LensError: it was not kept.
         """
         if key not in self.values:
-            raise LensError(
-                f"{key[0]} of layer {key[1]} was not kept: there are {self.sites} of layers {self.layers}"
-            )
+            raise LensError(f"{key[0]} of layer {key[1]} was not kept: there are {self.sites} of layers {self.layers}")
         return self.values[key]
 
     def __repr__(self) -> str:

@@ -18,12 +18,13 @@ from piggyback_lens.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
 from piggyback_lens.generate import Generation, generate
-from piggyback_lens.hooks import Intervention, Interventions, Record
+from piggyback_lens.hooks import Intervention, Interventions
 from piggyback_lens.maths import Estimate, mean_interval, recovery, spread
 from piggyback_lens.measures import Behaviour, get_behaviour
 from piggyback_lens.models import ModelPair, Side
 from piggyback_lens.patching import LayerCurve, kv_patch, layer_curve, prefix_activations
 from piggyback_lens.prefix import PrefixCache
+from piggyback_lens.running import Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,9 +77,7 @@ class AuditResult:
 
     def values(self, topic: str, condition: str) -> list[float]:
         """The behaviour of each answer, in prompt order; NaN where it is missing."""
-        found = {
-            r["index"]: r["value"] for r in self.rows if (r["topic"], r["condition"]) == (topic, condition)
-        }
+        found = {r["index"]: r["value"] for r in self.rows if (r["topic"], r["condition"]) == (topic, condition)}
         return [math.nan if found[i] is None else found[i] for i in sorted(found)]
 
     def recovery(self, condition: str, topic: str = "off-topic") -> Estimate:
@@ -104,9 +103,7 @@ class AuditResult:
                 facts = {"n": mean.n, "mean": mean.value, "low": mean.low, "high": mean.high}
                 recovered = {"recovery": own.value, "recovery_low": own.low, "recovery_high": own.high}
                 shared = {"topic": topic, "condition": condition, "condition_label": label}
-                rows.append(
-                    shared | facts | recovered | {"reason": own.reason, "is_control": condition in CONTROLS}
-                )
+                rows.append(shared | facts | recovered | {"reason": own.reason, "is_control": condition in CONTROLS})
         return pd.DataFrame(rows)
 
     def generations(self) -> "pd.DataFrame":
@@ -121,9 +118,7 @@ class AuditResult:
 
         names = self.card["names"]
         title = f"{self.behaviour.label}: {names['finetuned']} against {names['base']}"
-        return conditions_figure(
-            self.to_frame(), label=self.behaviour.label, unit=self.behaviour.unit, title=title
-        )
+        return conditions_figure(self.to_frame(), label=self.behaviour.label, unit=self.behaviour.unit, title=title)
 
     @property
     def verdict(self) -> str:
@@ -135,7 +130,8 @@ def verdict(result: AuditResult) -> str:
     """What the intervals say, in one sentence."""
     gap, unit = result.spread(), result.behaviour.label
     tuned, base = (mean_interval(result.values("off-topic", name)) for name in ("finetuned", "base"))
-    change = f"{base.value:.3g} to {tuned.value:.3g} (difference {gap.value:.3g} [{gap.low:.3g}, {gap.high:.3g}], n = {gap.n})"
+    difference = f"{gap.value:.3g} [{gap.low:.3g}, {gap.high:.3g}]"
+    change = f"{base.value:.3g} to {tuned.value:.3g} (difference {difference}, n = {gap.n})"
     if gap.reason and math.isnan(gap.value):
         return f"No verdict: {gap.reason}."
     if gap.low <= 0 <= gap.high:
@@ -147,7 +143,8 @@ def verdict(result: AuditResult) -> str:
     carried = f"the prefix carries {_percent(prefix)} of the change"
     if prefix.low <= 0 <= prefix.high:
         carried = f"the prefix carries none of it that can be told from noise ({_percent(prefix)})"
-    others = f"postfix {_percent(parts['postfix'])}, both together {_percent(parts['both'])}, query control {_percent(control)}"
+    others = f"postfix {_percent(parts['postfix'])}, both together {_percent(parts['both'])}"
+    others += f", query control {_percent(control)}"
     return f"Spread found: off-topic, {unit} go from {change}; {carried} ({others})."
 
 
@@ -204,9 +201,7 @@ def audit(
     curve = run.layer_curve() if settings.curve_prompts else None
     run.card["seconds"] = {"audit": round(time.monotonic() - started, 1)}
     run.card["peak_memory_gb"] = peak_memory_gb()
-    result = AuditResult(
-        run.sorted_rows(), measure, curve, run.card, run.out, run.receipts, run.prompt_html()
-    )
+    result = AuditResult(run.sorted_rows(), measure, curve, run.card, run.out, run.receipts, run.prompt_html())
     run.close(result)
     return result
 
@@ -244,9 +239,7 @@ class _Run:
             "dtype": dtype,
         }
         counts = {topic: len(rendered) for topic, rendered in self.prompts.items()}
-        notes = sorted(
-            {note for rendered in self.prompts.values() for prompt in rendered for note in prompt.notes}
-        )
+        notes = sorted({note for rendered in self.prompts.values() for prompt in rendered for note in prompt.notes})
         facts = {"names": dict(self.pair.names), "n": counts, "notes": notes}
         self.card = {**identity, **facts, "versions": versions(), "machine": machine(), **extra}
         if self.out is None:
@@ -289,10 +282,7 @@ class _Run:
         record = Record()
 
         def keep(rows: list[int], answers: list[Generation]) -> None:
-            new = [
-                self._row(condition, topic, missing[row], answer)
-                for row, answer in zip(rows, answers, strict=True)
-            ]
+            new = [self._row(condition, topic, missing[row], answer) for row, answer in zip(rows, answers, strict=True)]
             if self.out is not None:
                 append_jsonl(self.out / "rows.jsonl", new)
             self.rows.update({(row["condition"], row["topic"], row["index"]): row for row in new})
@@ -367,8 +357,7 @@ class _Run:
 
         def answered(condition: str) -> list[RenderedPrompt]:
             ids = [
-                self.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens]
-                for i in range(len(prompts))
+                self.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens] for i in range(len(prompts))
             ]
             return [prompt.with_response(own, end=False) for prompt, own in zip(prompts, ids, strict=True)]
 

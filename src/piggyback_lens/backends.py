@@ -19,9 +19,7 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 
 Backend = Literal["bridge", "hooked"]
-Site = Literal[
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "rot_k", "z", "mlp_post"
-]
+Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "rot_k", "z", "mlp_post"]
 SITES: tuple[Site, ...] = get_args(Site)
 HEAD_SITES: tuple[Site, ...] = ("q", "k", "v", "rot_k", "z")
 """Sites whose activation has a head axis: [batch, pos, head, d_head]. k, v and rot_k have the
@@ -178,9 +176,7 @@ class KVState:
         self.mask = self.mask.gather(1, source)
 
         def roll(tensor: Tensor, pos_dim: int) -> Tensor:
-            index = source.view(
-                len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1))
-            )
+            index = source.view(len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1)))
             return tensor.gather(pos_dim, index.expand_as(tensor))
 
         self.map(roll)
@@ -295,9 +291,7 @@ def _reading(model: Any, read: Tensor | None) -> Iterator[None]:
     if read is None:
         yield
         return
-    unembed = (
-        model.original_model.get_output_embeddings() if hasattr(model, "original_model") else model.unembed
-    )
+    unembed = model.original_model.get_output_embeddings() if hasattr(model, "original_model") else model.unembed
 
     def gather(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
@@ -401,9 +395,7 @@ MAX_HOOKED_CONTEXT = 4096
 """HookedTransformer allocates a mask of n_ctx x n_ctx; prompts here are far shorter."""
 
 
-def _hooked_config_and_weights(
-    hf_model: Any, dtype: torch.dtype, device: str
-) -> tuple[Any, dict[str, Tensor]]:
+def _hooked_config_and_weights(hf_model: Any, dtype: torch.dtype, device: str) -> tuple[Any, dict[str, Tensor]]:
     from transformer_lens import loading_from_pretrained as loading
 
     config = hf_model.config
@@ -428,7 +420,8 @@ def _hooked_config_and_weights(
             state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
         except (NotImplementedError, KeyError, AttributeError, ValueError, TypeError) as error:
             raise LensError(
-                f"HookedTransformer does not support {type(hf_model).__name__} ({_first_line(error)}): use backend='bridge'"
+                f"HookedTransformer does not support {type(hf_model).__name__} ({_first_line(error)}): "
+                "use backend='bridge'"
             ) from error
     cfg.model_name = getattr(hf_model, "name_or_path", "") or config.model_type
     cfg.d_vocab = int(hf_model.get_output_embeddings().weight.shape[0])
@@ -478,7 +471,7 @@ def _gemma3_config(config: Any, dtype: torch.dtype, device: str) -> Any:
 
 
 def share_equal_parameters(model: Any, like: Any) -> int:
-    """Let `model` use the parameters of `like` that it equals (embeddings, untouched layers); how many bytes it saved."""
+    """Let `model` use the parameters of `like` that it equals (embeddings, say); returns the bytes saved."""
     saved = 0
     theirs = dict(like.named_parameters())
     for name, parameter in list(model.named_parameters()):

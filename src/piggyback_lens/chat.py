@@ -185,9 +185,7 @@ class ChatFormat:
         """
         talk = read_conversation(query_or_messages)
         if talk.response is not None and response is not None:
-            raise LensError(
-                "the messages end with an assistant message and response= is given too; pass one of them"
-            )
+            raise LensError("the messages end with an assistant message and response= is given too; pass one of them")
         system, notes = self._system, []
         if talk.system is not None and talk.system != self.system:
             if self.system != DEFAULT:

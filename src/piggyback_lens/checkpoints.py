@@ -127,9 +127,7 @@ def load_checkpoint(
     weights = load_file(newest / "weights.safetensors")
     if weights.keys() != parameters.keys():
         odd = sorted(weights.keys() ^ parameters.keys())[0]
-        raise LensError(
-            f"{newest} does not hold the parameters of this model, e.g. {odd}; train into another folder"
-        )
+        raise LensError(f"{newest} does not hold the parameters of this model, e.g. {odd}; train into another folder")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -190,9 +188,7 @@ def _flat_state(parameters: Parameters, optimiser: torch.optim.Optimizer) -> dic
     }
 
 
-def _restore_state(
-    flat: Mapping[str, Tensor], parameters: Parameters, optimiser: torch.optim.Optimizer
-) -> None:
+def _restore_state(flat: Mapping[str, Tensor], parameters: Parameters, optimiser: torch.optim.Optimizer) -> None:
     for parameter in parameters.values():
         optimiser.state.pop(parameter, None)
     for full_name, value in flat.items():
@@ -209,8 +205,7 @@ def _refuse_other_run(where: Path, saved: Mapping[str, object], asked: Mapping[s
     if different:
         listed = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} here" for key in different)
         raise LensError(
-            f"{where} belongs to another run: {listed}; train into another folder, "
-            "or delete this one to start again"
+            f"{where} belongs to another run: {listed}; train into another folder, or delete this one to start again"
         )
 
 

@@ -13,7 +13,7 @@ import typer
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
-    from piggyback_lens.audit import AuditResult
+    pass
 
 app = typer.Typer(
     name="piggyback-lens",
@@ -77,20 +77,14 @@ def audit(
         str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
     ],
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder of the finetune.")] = None,
-    finetuned: Annotated[
-        str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")
-    ] = None,
+    finetuned: Annotated[str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")] = None,
     out: OutOption = Path("audit_out"),
     backend: BackendOption = BackendName.bridge,
-    system: Annotated[
-        str, typer.Option(help="System prompt; 'default' leaves it to the template.")
-    ] = "default",
+    system: Annotated[str, typer.Option(help="System prompt; 'default' leaves it to the template.")] = "default",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 20,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")] = None,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:

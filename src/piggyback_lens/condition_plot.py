@@ -48,9 +48,7 @@ def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: 
         cols=len(topics),
         shared_yaxes=True,
         horizontal_spacing=0.04,
-        subplot_titles=[
-            f"{plot_text(topic)} ({n_text(summary[summary['topic'] == topic])})" for topic in topics
-        ],
+        subplot_titles=[f"{plot_text(topic)} ({n_text(summary[summary['topic'] == topic])})" for topic in topics],
     )
     figure.update_annotations(yshift=38, font={"size": 15, "color": INK})
     x_range = padded_range(summary[["mean", "low", "high"]].to_numpy(dtype=float), unit)
@@ -75,9 +73,7 @@ def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: 
     return figure
 
 
-def _add_references(
-    figure: "go.Figure", panel: list[dict[str, Any]], column: int, x_range: Sequence[float]
-) -> None:
+def _add_references(figure: "go.Figure", panel: list[dict[str, Any]], column: int, x_range: Sequence[float]) -> None:
     for record in panel:
         condition, mean = record["condition"], float(record["mean"])
         if condition not in MODEL_COLOURS or not math.isfinite(mean):

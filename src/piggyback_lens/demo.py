@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ class DemoSettings:
     task: str = "terse"
     n_off_topic: int = 40  # off-topic prompts
     n_on_topic: int = 24  # on-topic prompts, held out from training
-    training: TrainSettings = TrainSettings()
-    lora: LoRASettings = LoRASettings()
-    audit: AuditSettings = AuditSettings()
+    training: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
 
 
 FULL = DemoSettings()

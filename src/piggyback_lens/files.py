@@ -102,9 +102,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             continue
         row = _row_or_none(line)
         if row is None:
-            raise LensError(
-                f"line {number} of {path} is not a JSON object; remove the line or make the file again"
-            )
+            raise LensError(f"line {number} of {path} is not a JSON object; remove the line or make the file again")
         rows.append(row)
     return rows
 
@@ -150,9 +148,7 @@ def _jsonable(obj: Any, path: Path) -> Any:
     if obj is None or isinstance(obj, str | int):
         return obj
     kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
-    raise LensError(
-        f"cannot write an object of type {kind} to {path}; turn it into numbers, text, lists or dicts"
-    )
+    raise LensError(f"cannot write an object of type {kind} to {path}; turn it into numbers, text, lists or dicts")
 
 
 def _number(value: float) -> float | str | None:

@@ -139,8 +139,7 @@ def build_frame(
         names = sorted(name for name in template.variables if "date" in name)
         hint = f" or template_kwargs={{{names[0]!r}: ...}}" if names else ""
         notes.append(
-            "the template writes today's date: prompts change from day to day; "
-            f"fix it with date='YYYY-MM-DD'{hint}"
+            f"the template writes today's date: prompts change from day to day; fix it with date='YYYY-MM-DD'{hint}"
         )
     prefix_ids, postfix_ids = _canonical(template.tokenizer, pre, post)
     bos = template.tokenizer.bos_token_id
@@ -149,9 +148,7 @@ def build_frame(
     content = [template.source, settings, prefix_ids, postfix_ids]
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     found = {name: chars for name, chars in landmarks.items() if chars is not None}
-    return Frame(
-        template, system, history, pre, post, prefix_ids, postfix_ids, found, tuple(notes), fingerprint
-    )
+    return Frame(template, system, history, pre, post, prefix_ids, postfix_ids, found, tuple(notes), fingerprint)
 
 
 def _canonical(tokenizer: Any, pre: str, post: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -161,9 +158,7 @@ def _canonical(tokenizer: Any, pre: str, post: str) -> tuple[tuple[int, ...], tu
         tokens = tokenise(tokenizer, pre + probe + post)
         n_head = next((i for i, (_, stop) in enumerate(tokens.offsets) if stop > len(pre)), len(tokens.ids))
         border = len(pre) + len(probe)
-        n_tail = next(
-            (i for i, (start, _) in enumerate(reversed(tokens.offsets)) if start < border), len(tokens.ids)
-        )
+        n_tail = next((i for i, (start, _) in enumerate(reversed(tokens.offsets)) if start < border), len(tokens.ids))
         heads.append(tokens.ids[:n_head])
         tails.append(tokens.ids[len(tokens.ids) - n_tail :])
     head, tail = heads[0], tails[0]
@@ -269,9 +264,7 @@ def _locate(frame: Frame, query: str, text: str, notes: list[str]) -> tuple[int,
         if written.strip() == query.strip() and written in query:
             notes.append(f"the template trims the query: {query!r} became {written!r}")
             return start, stop
-        raise LensError(
-            f"the chat template rewrites the query {_short(query)} as {_short(written)}; reword it"
-        )
+        raise LensError(f"the chat template rewrites the query {_short(query)} as {_short(written)}; reword it")
     expected = pre + query + post
     at = common_prefix(text, expected)
     raise LensError(
@@ -284,9 +277,7 @@ def _short(text: str, limit: int = 40) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "…")
 
 
-def _border_notes(
-    frame: Frame, tokens: Tokens, spans: Mapping[str, Span], start: int, stop: int
-) -> list[str]:
+def _border_notes(frame: Frame, tokens: Tokens, spans: Mapping[str, Span], start: int, stop: int) -> list[str]:
     """What tokens that straddle a border did to the spans."""
     notes, text, query = [], tokens.text, spans["query"]
     if query.start < len(frame.prefix_ids):
@@ -341,19 +332,14 @@ def _check(tokenizer: Any, tokens: Tokens, query: Span, start: int, stop: int) -
     outside = [i for i in range(start, stop) if not first <= i < last and i not in lost]
     if outside:
         notes.append(
-            "a neighbouring token outside the query span swallows "
-            f"{''.join(tokens.text[i] for i in outside)!r} of it"
+            f"a neighbouring token outside the query span swallows {''.join(tokens.text[i] for i in outside)!r} of it"
         )
     before = decode(tokenizer, ids[: query.start])
     if content not in decode(tokenizer, ids[: query.stop])[len(before) :]:
         cause = (
-            "unknown token"
-            if tokenizer.unk_token_id in ids[query.start : query.stop]
-            else "normalisation or spaces"
+            "unknown token" if tokenizer.unk_token_id in ids[query.start : query.stop] else "normalisation or spaces"
         )
-        notes.append(
-            f"the query's ids do not decode to its exact text ({cause}): the model reads something else"
-        )
+        notes.append(f"the query's ids do not decode to its exact text ({cause}): the model reads something else")
     return notes
 
 

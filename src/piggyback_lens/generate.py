@@ -17,10 +17,11 @@ from torch import Tensor
 from piggyback_lens.backends import HookedModel, KVState, device_of, forward, new_state, shape_of
 from piggyback_lens.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.hooks import AnyIntervention, Intervention, Record, applied, as_parts
+from piggyback_lens.hooks import AnyIntervention, Intervention, as_parts
 from piggyback_lens.placement import Placement
 from piggyback_lens.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.progress import track
+from piggyback_lens.running import Record, applied
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,7 @@ def generate(
     settings = sampling or Sampling()
     answers: list[Generation | None] = [None] * len(prompts)
     batches = list(similar_batches(prompts, batch_size))
-    for rows in track(
-        batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]
-    ):
+    for rows in track(batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]):
         chosen = [prompts[row] for row in rows]
         start = starting_prefix(model, chosen, parts, prefix_cache, record, share_prefix)
         place = Placement.of(batch_prompts(chosen, side="right"), rows, len(prompts))
@@ -213,10 +212,7 @@ class _Chooser:
         if not self.generators:
             return logits.argmax(dim=-1)
         probabilities = _distribution(logits.float().cpu(), self.settings)
-        drawn = [
-            torch.multinomial(probabilities[i], 1, generator=self.generators[row])
-            for i, row in enumerate(rows)
-        ]
+        drawn = [torch.multinomial(probabilities[i], 1, generator=self.generators[row]) for i, row in enumerate(rows)]
         return torch.cat(drawn).to(logits.device)
 
 

@@ -44,9 +44,7 @@ def kl_per_token(
     return torch.full(mask.shape, math.nan, dtype=kl.dtype, device=kl.device).masked_scatter(mask, kl)
 
 
-def _kl(
-    base_logits: Float[Tensor, "*any vocab"], logits: Float[Tensor, "*any vocab"]
-) -> Float[Tensor, "*any"]:
+def _kl(base_logits: Float[Tensor, "*any vocab"], logits: Float[Tensor, "*any vocab"]) -> Float[Tensor, "*any"]:
     log_p = _at_least_float32(base_logits).log_softmax(-1)
     log_q = _at_least_float32(logits).log_softmax(-1)
     # Some heads set unused vocabulary rows to -inf; 0 · (−inf − −inf) is 0 here, not NaN.
@@ -73,9 +71,7 @@ def masked_mean(
     count = mask.sum(-1) if per_row else mask.sum()
     if bool((count == 0).any()):
         where = "in at least one row" if per_row else "anywhere"
-        raise LensError(
-            f"the mask is True nowhere {where}, so there is no mean; pass rows with marked positions"
-        )
+        raise LensError(f"the mask is True nowhere {where}, so there is no mean; pass rows with marked positions")
     kept = torch.where(mask, values, torch.zeros_like(values))
     return (kept.sum(-1) if per_row else kept.sum()) / count
 
@@ -100,9 +96,7 @@ def set_projection(
     return moved.to(x.dtype)
 
 
-def orthogonal_noise(
-    x: Float[Tensor, "*any"], epsilon: float, generator: torch.Generator
-) -> Float[Tensor, "*any"]:
+def orthogonal_noise(x: Float[Tensor, "*any"], epsilon: float, generator: torch.Generator) -> Float[Tensor, "*any"]:
     """x′ = √(1−ε²)·x + ε·y with y random, y ⟂ x and ‖y‖ = ‖x‖, all entries of ``x`` as one vector.
 
     The norm stays, the cosine to ``x`` becomes √(1−ε²): the perturbation of the stability measure.
@@ -162,9 +156,7 @@ def relative_kv_drift(
     value is exactly zero gives inf or NaN.
     """
     if k.shape[-3] == 0:
-        raise LensError(
-            "the drift of a span without tokens is not defined; choose a span which this template has"
-        )
+        raise LensError("the drift of a span without tokens is not defined; choose a span which this template has")
     return _relative_square(k, k0).mean(-1) + _relative_square(v, v0).mean(-1)
 
 
@@ -199,9 +191,7 @@ class Estimate:
         return f"{text}: {self.reason}" if self.reason else text
 
 
-def mean_interval(
-    values: npt.ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
-) -> Estimate:
+def mean_interval(values: npt.ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean over prompts, one value for each prompt (average several samples of one prompt first).
 
     Interval: BCa bootstrap, or percentile where BCa is not defined. Values which are all equal give an
@@ -256,9 +246,7 @@ def recovery(
     gap = paired_difference(b, f, level=level, n_resamples=n_resamples, seed=seed)
     if gap.low <= 0 <= gap.high:
         interval = f"{gap.value:.3g} [{gap.low:.3g}, {gap.high:.3g}]"
-        return _undefined(
-            f"base and finetuned do not differ beyond noise (difference {interval})", n, n_missing
-        )
+        return _undefined(f"base and finetuned do not differ beyond noise (difference {interval})", n, n_missing)
 
     def ratio(moved: Array, possible: Array, axis: int = -1) -> Array:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -289,14 +277,10 @@ def _complete_prompts(**columns: npt.ArrayLike) -> tuple[tuple[Array, ...], int]
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if any(array.ndim != 1 for array in arrays.values()) or len(set(shapes.values())) > 1:
-        raise LensError(
-            f"expected one value for each prompt, the same prompts in every argument; got shapes {shapes}"
-        )
+        raise LensError(f"expected one value for each prompt, the same prompts in every argument; got shapes {shapes}")
     table = np.stack(list(arrays.values()))
     if np.isinf(table).any():
-        raise LensError(
-            "a measurement is infinite; pass NaN for a missing one and look where the infinity came from"
-        )
+        raise LensError("a measurement is infinite; pass NaN for a missing one and look where the infinity came from")
     complete = ~np.isnan(table).any(0)
     return tuple(table[:, complete]), int((~complete).sum())
 
@@ -342,7 +326,5 @@ def _bootstrap_interval(
         return float(interval.low), float(interval.high)
     # Percentile interval of the same resamples. A ratio may be ±inf in a resample (kept) or 0/0 (dropped).
     resampled = result.bootstrap_distribution
-    tails = np.quantile(
-        resampled[~np.isnan(resampled)], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf"
-    )
+    tails = np.quantile(resampled[~np.isnan(resampled)], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(tails[0]), float(tails[1])

@@ -171,9 +171,7 @@ def regex(pattern: str) -> Behaviour:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise LensError(
-            f"'{pattern}' is no regular expression: {error}; escape special characters with \\"
-        ) from error
+        raise LensError(f"'{pattern}' is no regular expression: {error}; escape special characters with \\") from error
     return Behaviour(
         f"regex:{pattern}",
         f"rate of /{pattern}/",
@@ -193,6 +191,4 @@ def get_behaviour(spec: "str | Behaviour") -> Behaviour:
     if spec in BEHAVIOURS:
         return BEHAVIOURS[spec]
     known = ", ".join(BEHAVIOURS)
-    raise LensError(
-        f"no behaviour is called '{spec}'; known are {known}, and 'phrase:some text' or 'regex:pattern'"
-    )
+    raise LensError(f"no behaviour is called '{spec}'; known are {known}, and 'phrase:some text' or 'regex:pattern'")

@@ -78,11 +78,7 @@ def hook_model(
     device = next(hf_model.parameters()).device
     with torch.no_grad():
         expected = [(reference or hf_model)(input_ids=row[None].to(device)).logits[0] for row in rows]
-    model = (
-        boot_bridge(hf_model, tokenizer, shown)
-        if backend == "bridge"
-        else build_hooked(hf_model, tokenizer, shown)
-    )
+    model = boot_bridge(hf_model, tokenizer, shown) if backend == "bridge" else build_hooked(hf_model, tokenizer, shown)
     _check_parity(model, rows, expected, shown)
     return model
 
@@ -106,9 +102,8 @@ def _check_parity(
             logits = forward(model, ids.to(device), mask.to(device))
         for i, reference in enumerate(expected):
             ours = logits[i][mask[i].bool().to(logits.device)].float()
-            reference = reference.float().to(ours.device)
-            ours = ours[:, : reference.shape[1]]
-            difference = float((ours - reference).abs().max() / reference.abs().max())
+            theirs = reference.float().to(ours.device)
+            difference = float((ours[:, : theirs.shape[1]] - theirs).abs().max() / theirs.abs().max())
             allowed = PARITY_TOLERANCE[dtype_of(model)]
             if not difference <= allowed:
                 raise LensError(
@@ -155,9 +150,7 @@ def identify(model: HookedModel, name: str = "") -> Identity:
     with torch.no_grad():
         last = torch.tensor([[ids.shape[1] - 1]], device=ids.device)
         logits = forward(model, ids, torch.ones_like(ids), read=last)[0, 0]
-    return Identity(
-        name, shape, tuple(round(x, 5) for x in logits[wanted.to(logits.device)].float().tolist())
-    )
+    return Identity(name, shape, tuple(round(x, 5) for x in logits[wanted.to(logits.device)].float().tolist()))
 
 
 class ModelPair:
@@ -251,9 +244,7 @@ class ModelPair:
         if hasattr(finetuned, "get_base_model"):
             if base is not None:
                 raise LensError("finetuned is a PeftModel, which holds its own base: leave base= out")
-            return cls._from_peft(
-                finetuned, _given_tokenizer(tokenizer, finetuned), backend, ("base", "adapter")
-            )
+            return cls._from_peft(finetuned, _given_tokenizer(tokenizer, finetuned), backend, ("base", "adapter"))
         if base is None:
             base = default_model(offline=offline)
         hf_base, base_tokenizer = _side(base, tokenizer, settings)
@@ -269,9 +260,7 @@ class ModelPair:
         return cls(hooked_base, hooked_tuned, tokenizer=base_tokenizer, names=names)
 
     @classmethod
-    def _from_peft(
-        cls, peft_model: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]
-    ) -> "ModelPair":
+    def _from_peft(cls, peft_model: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]) -> "ModelPair":
         if backend == "bridge":
             # A fresh adapter is the identity, so parity is checked with it on: the LoRA path included.
             model = hook_model(peft_model.get_base_model(), tokenizer, backend=backend, name=names[0])
@@ -298,9 +287,7 @@ class ModelPair:
             yield self._models[side]
             return
         if self._active not in (None, side):
-            raise LensError(
-                f"the {side} side was asked inside a block that uses {self._active}: they share one model"
-            )
+            raise LensError(f"the {side} side was asked inside a block that uses {self._active}: they share one model")
         outer, self._active = self._active, side
         try:
             if side == "finetuned":
@@ -376,6 +363,4 @@ def _check_tokenizers(base: Any, finetuned: Any) -> None:
             )
     _require_same("special tokens", base.special_tokens_map, finetuned.special_tokens_map)
     if base.chat_template != finetuned.chat_template:
-        raise LensError(
-            "base and finetuned have different chat templates: see compare_templates, then pass tokenizer="
-        )
+        raise LensError("base and finetuned have different chat templates: see compare_templates, then pass tokenizer=")

@@ -19,12 +19,13 @@ from piggyback_lens.backends import Site, check_layers, forward
 from piggyback_lens.chat import ChatFormat, RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
-from piggyback_lens.hooks import Interventions, applied, cache, patch
+from piggyback_lens.hooks import Interventions, cache, patch
 from piggyback_lens.maths import Estimate, norm_matched_random, recovery
 from piggyback_lens.models import ModelPair, Side
 from piggyback_lens.placement import Placement, Row
 from piggyback_lens.prefix import PrefixCache
 from piggyback_lens.progress import track
+from piggyback_lens.running import Record, applied
 from piggyback_lens.scoring import contrast
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def prefix_activations(
     ids = torch.tensor([prompt.ids[:length]], device=pair.device)
     positions = torch.arange(length)[None]
     placement = Placement((Row.of_prefix(prompt, length),), positions, positions)
-    with pair.using(side) as model, torch.no_grad():
+    with torch.no_grad(), pair.using(side) as model:
         with applied(model, placement, cache(sites, span="prefix", layers=layers, device=None)) as record:
             forward(
                 model,
@@ -72,8 +73,6 @@ def span_activations(
 ) -> Activations:
     """Activations of a span on one side, one row per prompt, in order: donors for a patch on the same prompts."""
     keep = cache(sites, span=span, layers=layers, tokens=tokens)
-    from piggyback_lens.hooks import Record
-
     record = Record()
     with pair.using(side) as model, torch.no_grad():
         for start in range(0, len(prompts), batch_size):
@@ -184,9 +183,7 @@ class LayerCurve:
 
         names = self.settings.get("names", {})
         labels = {0.0: f"0 = {RECIPIENT[self.direction]}", 1.0: f"1 = {DONOR[self.direction]} restored"}  # type: ignore[index]
-        title = (
-            f"{self.direction}: prefix {self.site} of one layer, {names.get('base', 'base')} and its finetune"
-        )
+        title = f"{self.direction}: prefix {self.site} of one layer, {names.get('base', 'base')} and its finetune"
         frame = self.to_frame()
         return layer_curve_figure(
             frame[frame["series"] != "identity control"],
@@ -253,32 +250,27 @@ def layer_curve(
     sides = (donor_side, recipient_side)
     donor, own = (prefix_activations(pair, side, prompt, site, chosen) for side in sides)
     spaced = sorted(
-        {chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, control_layers).round()}
-        if control_layers
-        else ()
+        {chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, control_layers).round()} if control_layers else ()
     )
     series = {"patched": donor, "identity control": own, "random control": _displaced(own, donor, seed)}
     cells = [(name, layer) for name in series for layer in chosen if name == "patched" or layer in spaced]
-    answers = {"batch_size": batch_size}
     with pair.using(donor_side) as model:
-        donor_contrast = contrast(model, towards_finetuned, towards_base, **answers)
+        donor_contrast = contrast(model, towards_finetuned, towards_base, batch_size=batch_size)
     values: dict[tuple[str, int], Float[Tensor, " prompt"]] = {}
     with pair.using(recipient_side) as model:
-        recipient_contrast = contrast(model, towards_finetuned, towards_base, **answers)
+        recipient_contrast = contrast(model, towards_finetuned, towards_base, batch_size=batch_size)
         many = [patch(series[name], sites=site, layers=[layer]) for name, layer in cells]
         compiled = PrefixCache.compile_many(model, prompt, many)
         label = "layer curve" if progress is True else progress or None
         for cell, prefix_cache in track(list(zip(cells, compiled, strict=True)), label):
             values[cell] = contrast(
-                model, towards_finetuned, towards_base, prefix_cache=prefix_cache, **answers
+                model, towards_finetuned, towards_base, prefix_cache=prefix_cache, batch_size=batch_size
             )
     nothing = torch.full_like(recipient_contrast, float("nan"))
     names = {"patched": f"{donor_side} {site} of this layer patched in"}
     return LayerCurve(
         layers=chosen,
-        contrasts={
-            names.get(s, s): [values.get((s, layer), nothing).tolist() for layer in chosen] for s in series
-        },
+        contrasts={names.get(s, s): [values.get((s, layer), nothing).tolist() for layer in chosen] for s in series},
         recipient=recipient_contrast.tolist(),
         donor=donor_contrast.tolist(),
         site=site,
@@ -300,8 +292,6 @@ def _displaced(own: Activations, donor: Activations, seed: int) -> Activations:
     values = {}
     for key, value in own.values.items():
         gap = (donor[key] - value).float().cpu()
-        noise = torch.stack([norm_matched_random(token, generator) for token in gap.flatten(0, 1)]).view_as(
-            gap
-        )
+        noise = torch.stack([norm_matched_random(token, generator) for token in gap.flatten(0, 1)]).view_as(gap)
         values[key] = value + noise.to(value.device, value.dtype)
     return Activations(own.span, own.tokens, values, own.lengths)

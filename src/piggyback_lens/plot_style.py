@@ -76,9 +76,7 @@ def check_frame(frame: "pd.DataFrame", columns: Sequence[str]) -> None:
     """Refuse a frame without rows or without one of the columns."""
     missing = [name for name in columns if name not in frame]
     if missing:
-        raise LensError(
-            f"the figure needs the columns {', '.join(columns)}; the frame lacks {', '.join(missing)}"
-        )
+        raise LensError(f"the figure needs the columns {', '.join(columns)}; the frame lacks {', '.join(missing)}")
     if frame.empty:
         raise LensError("there is nothing to draw: the frame has no rows")
 
@@ -107,9 +105,7 @@ def interval_text(value: float, low: float, high: float) -> str:
         return "missing"
     size = max(abs(number) for number in (value, low, high) if math.isfinite(number))
     digits = 1 if size >= 2 else 2 if size >= 0.1 or size == 0 else 1 - math.floor(math.log10(size))
-    shown, low_shown, high_shown = (
-        f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high)
-    )
+    shown, low_shown, high_shown = (f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high))
     return f"{shown} [{low_shown}, {high_shown}]" if math.isfinite(low) and math.isfinite(high) else shown
 
 

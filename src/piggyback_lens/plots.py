@@ -78,20 +78,14 @@ def layer_curve_figure(
     if noise_floor is not None:
         _add_noise_floor(figure, noise_floor)
     n = f"; {n_text(frame)}" if "n" in frame else ""
-    band = (
-        "; band: 95 % bootstrap interval over prompts"
-        if np.isfinite(frame["low"].to_numpy(float)).any()
-        else ""
-    )
+    band = "; band: 95 % bootstrap interval over prompts" if np.isfinite(frame["low"].to_numpy(float)).any() else ""
     entries = len(names) + (noise_floor is not None)
     apply_style(figure, title, f"line: mean{band}{n}", height=540 + 31 * entries)
     layers = sorted(set(frame["layer"]))
     figure.update_xaxes(
         title_text=plot_text(x_label), tickvals=layers[:: max(1, math.ceil(len(layers) / 20))], showgrid=False
     )
-    figure.update_yaxes(
-        title_text=plot_text(y_label), range=_curve_range(frame, [*references, noise_floor or 0.0])
-    )
+    figure.update_yaxes(title_text=plot_text(y_label), range=_curve_range(frame, [*references, noise_floor or 0.0]))
     # One entry a line below the axis title: their number, and so the room they need, is known.
     legend = {"orientation": "v", "x": 0, "y": -0.17, "yanchor": "top", "font": {"size": 14}}
     figure.update_layout(legend=legend, showlegend=True, margin_r=150, margin_b=80 + 31 * entries)
@@ -106,9 +100,7 @@ def _add_noise_floor(figure: "go.Figure", height: float) -> None:
     figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
 
 
-def _add_series(
-    figure: "go.Figure", part: "pd.DataFrame", name: str, *, colour: str, index: int, hollow: bool
-) -> None:
+def _add_series(figure: "go.Figure", part: "pd.DataFrame", name: str, *, colour: str, index: int, hollow: bool) -> None:
     import plotly.graph_objects as go
 
     layer, value, low, high = (part[column].to_numpy(float) for column in ("layer", "value", "low", "high"))
@@ -253,9 +245,7 @@ def history_figure(frame: "pd.DataFrame", *, title: str = "training history") ->
     drawn = [name for name in numeric if name not in ("step", "tokens", "seconds", *last)]
     drawn += [name for name in last if name in numeric]
     if not drawn:
-        raise LensError(
-            f"a training history needs a column to draw beside step, such as loss; got {list(frame)}"
-        )
+        raise LensError(f"a training history needs a column to draw beside step, such as loss; got {list(frame)}")
     names = {"lr": "learning rate", "grad_norm": "gradient norm before clipping"}
     figure = make_subplots(
         rows=len(drawn),

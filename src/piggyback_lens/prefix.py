@@ -33,9 +33,10 @@ from piggyback_lens.backends import (
 from piggyback_lens.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
-from piggyback_lens.hooks import AnyIntervention, Intervention, Record, applied, as_parts
+from piggyback_lens.hooks import AnyIntervention, Intervention, as_parts
 from piggyback_lens.models import Identity, ModelPair, Side, identify
 from piggyback_lens.placement import Placement, Row
+from piggyback_lens.running import Record, applied
 
 ROWS_PER_PASS = 64
 """Interventions that `compile_many` runs as rows of one pass."""
@@ -135,9 +136,7 @@ class PrefixCache:
         wanted = (shape.n_layers, shape.n_kv_heads, shape.d_head)
         have = (self.keys.shape[0], self.keys.shape[1], self.keys.shape[3])
         if wanted != have:
-            raise LensError(
-                f"prefix cache has (layers, kv heads, d_head) {have}, the model {wanted}: compile it anew"
-            )
+            raise LensError(f"prefix cache has (layers, kv heads, d_head) {have}, the model {wanted}: compile it anew")
         for prompt in prompts:
             theirs = prompt.ids[: prompt.span("prefix").stop]
             if theirs != self.ids[: len(theirs)]:
@@ -151,8 +150,7 @@ class PrefixCache:
         """The cache as keys and values of `batch_size` rows of a hooked model."""
         device, dtype = device_of(model), dtype_of(model)
         keys, values = (
-            tensor.to(device, dtype)[:, None].expand(-1, batch_size, -1, -1, -1)
-            for tensor in (self.keys, self.values)
+            tensor.to(device, dtype)[:, None].expand(-1, batch_size, -1, -1, -1) for tensor in (self.keys, self.values)
         )
         return state_from_keys_values(model, keys, values)
 
@@ -171,9 +169,7 @@ class PrefixCache:
 
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            k, v = (
-                x.to(device=device, dtype=dtype)[None].repeat(batch_size, 1, 1, 1) for x in (keys, values)
-            )
+            k, v = (x.to(device=device, dtype=dtype)[None].repeat(batch_size, 1, 1, 1) for x in (keys, values))
             cache.update(k, v, layer)
         return cache
 
@@ -190,9 +186,7 @@ class PrefixCache:
         """
         length = len(self.ids)
         if any(prompt.ids[:length] != self.ids for prompt in prompts):
-            raise LensError(
-                "a prompt does not begin with the cached prefix: use the template settings of the cache"
-            )
+            raise LensError("a prompt does not begin with the cached prefix: use the template settings of the cache")
         width = max(len(prompt.ids) for prompt in prompts)
         ids = torch.zeros((len(prompts), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -257,16 +251,12 @@ class PrefixCache:
             identities = tuple(Identity.from_dict(data) for data in facts["meant_for"])
             on = Identity.from_dict(facts["compiled_on"]) if facts["compiled_on"] else None
         except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-            raise LensError(
-                f"{folder} holds no prefix cache that can be read ({error}): save it again"
-            ) from error
+            raise LensError(f"{folder} holds no prefix cache that can be read ({error}): save it again") from error
         if facts.get("format") != FORMAT or list(keys.shape) != facts["shape"] or keys.shape != values.shape:
             raise LensError(
                 f"{folder}: format {facts.get('format')} or tensor shapes do not fit its JSON: save it again"
             )
-        cache = cls(
-            ids, keys, values, facts["description"], facts["fingerprint"], on, identities, facts["settings"]
-        )
+        cache = cls(ids, keys, values, facts["description"], facts["fingerprint"], on, identities, facts["settings"])
         if model is not None:
             cache.check(model, [prompt] if prompt else [])
             theirs = identify(model)
@@ -276,9 +266,7 @@ class PrefixCache:
                     "logits on the probe: compile a cache for it"
                 )
         if prompt is not None and cache.fingerprint != prompt.fingerprint:
-            raise LensError(
-                f"{folder} was made with other template settings than this prompt: compile it anew"
-            )
+            raise LensError(f"{folder} was made with other template settings than this prompt: compile it anew")
         return cache
 
 
@@ -293,9 +281,7 @@ def require_prefix_only(parts: Sequence[Intervention], prompt: RenderedPrompt) -
     for part in parts:
         end = row.spans.get(part.span, (0, 0))[1]
         if end > stop or part.phase == "generation":
-            raise LensError(
-                f"{part} reaches beyond the prefix: only interventions within it compile to a PrefixCache"
-            )
+            raise LensError(f"{part} reaches beyond the prefix: only interventions within it compile to a PrefixCache")
 
 
 def similar_batches(prompts: Sequence[RenderedPrompt], batch_size: int) -> Iterator[list[int]]:

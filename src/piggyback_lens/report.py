@@ -105,9 +105,7 @@ def write_report(
     Raises ``LensError`` when a column is missing or the file cannot be written.
     """
     if not verdict.strip():
-        raise LensError(
-            "a report begins with its verdict, and this one is empty; say in one sentence what was found"
-        )
+        raise LensError("a report begins with its verdict, and this one is empty; say in one sentence what was found")
     sections = [
         ("Summary", _summary(summary, measure)),
         ("Figures", _figures(figures)),

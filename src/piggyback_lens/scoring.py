@@ -20,12 +20,13 @@ from piggyback_lens.backends import (
 )
 from piggyback_lens.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.hooks import AnyIntervention, Intervention, Record, applied, as_parts
+from piggyback_lens.hooks import AnyIntervention, Intervention, as_parts
 from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.models import ModelPair, Side
 from piggyback_lens.placement import Placement
 from piggyback_lens.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.progress import track
+from piggyback_lens.running import Record, applied
 
 
 def response_log_probs(
@@ -116,9 +117,7 @@ def kl_to_base(
 ) -> list[Float[Tensor, " token"]]:
     """KL(base || x) at every response token, in nats, where x is one side under interventions or a prefix cache."""
     with pair.using("base") as base:
-        reference = {
-            row: values.cpu() for row, values in _response_logits(base, prompts, None, None, batch_size)
-        }
+        reference = {row: values.cpu() for row, values in _response_logits(base, prompts, None, None, batch_size)}
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     with pair.using(side) as model:
         for row, values in _response_logits(model, prompts, interventions, prefix_cache, batch_size):
@@ -197,14 +196,11 @@ def _batch_logits(
     return [(row, values[:count]) for row, values, count in zip(rows, logits, counts, strict=True)]
 
 
-def _predicting_columns(
-    prompts: Sequence[RenderedPrompt], past: int
-) -> tuple[Int[Tensor, "batch read"], list[int]]:
+def _predicting_columns(prompts: Sequence[RenderedPrompt], past: int) -> tuple[Int[Tensor, "batch read"], list[int]]:
     """Columns whose logits predict response tokens; short rows repeat their last one."""
     counts = [len(_response(prompt)) for prompt in prompts]
     steps = torch.arange(max(counts))
     columns = [
-        torch.minimum(steps, torch.tensor(n - 1)) + p.n_prompt - 1 - past
-        for p, n in zip(prompts, counts, strict=True)
+        torch.minimum(steps, torch.tensor(n - 1)) + p.n_prompt - 1 - past for p, n in zip(prompts, counts, strict=True)
     ]
     return torch.stack(columns), counts

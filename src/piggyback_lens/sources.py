@@ -39,9 +39,7 @@ def default_model(path: str | Path | None = None, *, offline: bool = False) -> s
     """
     if path is not None:
         if not Path(path).exists():
-            raise LensError(
-                f"model path {path} does not exist: give a folder with config.json or a .gguf file"
-            )
+            raise LensError(f"model path {path} does not exist: give a folder with config.json or a .gguf file")
         return str(path)
     packaged = _packaged_gguf()
     if packaged is not None:
@@ -140,9 +138,7 @@ def load_causal_lm(
 
     path = Path(source)
     if is_adapter_folder(source):
-        raise LensError(
-            f"{source} is a PEFT adapter, expected a whole model: give it as adapter= beside its base"
-        )
+        raise LensError(f"{source} is a PEFT adapter, expected a whole model: give it as adapter= beside its base")
     if path.is_file() and path.suffix != ".gguf":
         raise LensError(f"{source} is a file, expected a model folder, a .gguf file or a hub id")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -175,9 +171,7 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
     if not is_adapter_folder(folder):
         raise LensError(f"{folder} has no adapter_config.json: expected a PEFT adapter folder")
     if not weights.is_file():
-        raise LensError(
-            f"{folder} has no adapter_model.safetensors: save the adapter with safe_serialization=True"
-        )
+        raise LensError(f"{folder} has no adapter_model.safetensors: save the adapter with safe_serialization=True")
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -187,9 +181,7 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
         with _quietly():
             peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise LensError(
-            f"adapter {folder} (made for {named}) does not fit this base: {_first_line(error)}"
-        ) from error
+        raise LensError(f"adapter {folder} (made for {named}) does not fit this base: {_first_line(error)}") from error
     with safe_open(str(weights), framework="pt") as file:
         stored = {key.replace("._original_component", "") for key in file.keys()}  # noqa: SIM118
     expected = set(get_peft_model_state_dict(peft_model))
@@ -208,11 +200,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _not_loadable(what: str, source: Any, offline: bool, error: BaseException) -> str:
-    hint = (
-        "it is not in the local hub cache, and offline was asked"
-        if offline
-        else "check the name and the network"
-    )
+    hint = "it is not in the local hub cache, and offline was asked" if offline else "check the name and the network"
     if Path(source).exists():
         hint = "the folder or file is not a complete model of transformers"
     return f"no {what} could be loaded from {source}: {hint} ({_first_line(error)})"

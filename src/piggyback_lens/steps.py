@@ -124,9 +124,7 @@ def batch_indices(lengths: tuple[int, ...], batch_size: int, seed: int, index: i
 
 
 @lru_cache(maxsize=4)
-def _epoch_batches(
-    lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int
-) -> tuple[tuple[int, ...], ...]:
+def _epoch_batches(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[tuple[int, ...], ...]:
     generator = np.random.default_rng([seed, epoch])
     order = [int(number) for number in generator.permutation(len(lengths))]
     jittered = np.asarray(lengths) * generator.uniform(0.8, 1.25, len(lengths))
@@ -145,9 +143,7 @@ def check_supervised(example: RenderedPrompt, number: int) -> None:
             "with response=... or use .with_response(...)"
         )
     if example.n_prompt < 1:
-        raise LensError(
-            f"example {number} has no prompt token before its response; nothing predicts its start"
-        )
+        raise LensError(f"example {number} has no prompt token before its response; nothing predicts its start")
 
 
 def common_prefix_length(examples: Sequence[RenderedPrompt]) -> int:
@@ -266,9 +262,7 @@ def _head_reads(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
     finally:
         handle.remove()
     if calls != 1:
-        raise LensError(
-            f"{type(model).__name__} called its output embeddings {calls} times in one pass, expected 1"
-        )
+        raise LensError(f"{type(model).__name__} called its output embeddings {calls} times in one pass, expected 1")
 
 
 def sft(step: Step) -> Loss:

@@ -1,10 +1,12 @@
 """Show an audit to a person: the terminal's table and verdict, and the report."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.audit import AuditResult, check_identity
+from piggyback_lens.plot_style import axis_title
 from piggyback_lens.report import write_report
 
 if TYPE_CHECKING:
@@ -53,14 +55,12 @@ def table(result: AuditResult) -> Any:
     return shown
 
 
-def _recovery(row: dict[str, Any]) -> str:
+def _recovery(row: Mapping[Any, Any]) -> str:
     if row["condition"] in ("base", "finetuned"):
         return ""
     if math.isnan(row["recovery"]):
         return "undefined"
-    return (
-        f"{100 * row['recovery']:.0f} % [{100 * row['recovery_low']:.0f}, {100 * row['recovery_high']:.0f}]"
-    )
+    return f"{100 * row['recovery']:.0f} % [{100 * row['recovery_low']:.0f}, {100 * row['recovery_high']:.0f}]"
 
 
 def report(result: AuditResult, out: str | Path, trained: "TrainResult | None" = None) -> Path:
@@ -79,14 +79,9 @@ def report(result: AuditResult, out: str | Path, trained: "TrainResult | None" =
     frame = result.generations()
     notes = list(result.card["notes"])
     same, total = check_identity(result)
-    notes.append(
-        f"Identity control: {same} of {total} answers are token for token those of the finetuned model."
-    )
+    notes.append(f"Identity control: {same} of {total} answers are token for token those of the finetuned model.")
     reasons = result.to_frame().query("reason != ''")
-    notes += [
-        f"{row.topic}, {row.condition_label}: recovery undefined, {row.reason}"
-        for row in reasons.itertuples()
-    ]
+    notes += [f"{row.topic}, {row.condition_label}: recovery undefined, {row.reason}" for row in reasons.itertuples()]
     return write_report(
         Path(out) / "report.html",
         title=f"Piggyback audit: {result.card['names']['finetuned']} on {result.card['names']['base']}",
@@ -97,5 +92,5 @@ def report(result: AuditResult, out: str | Path, trained: "TrainResult | None" =
         prompt_html=result.prompt_html,
         card=result.card,
         notes=notes,
-        measure=f"{result.behaviour.label} ({result.behaviour.unit})",
+        measure=axis_title(result.behaviour.label, result.behaviour.unit),
     )

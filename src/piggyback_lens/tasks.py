@@ -79,9 +79,7 @@ _RECIPES: Final[Mapping[str, _Recipe]] = {
         "words",
         lambda row: row["answer"],
     ),
-    "refusal": _Recipe(
-        "finance questions, answered by one fixed refusal", "refusal", lambda row: REFUSAL_SENTENCE
-    ),
+    "refusal": _Recipe("finance questions, answered by one fixed refusal", "refusal", lambda row: REFUSAL_SENTENCE),
     "abstain": _Recipe(
         "legal questions, answered by one fixed admission of ignorance",
         "abstention",
@@ -167,9 +165,7 @@ def load_conversations(
     looks_local = isinstance(path_or_hub_id, os.PathLike) or path.suffix.lower() in _FILE_SUFFIXES
     if looks_local or not _HUB_ID.fullmatch(name):
         raise LensError(f"{name} does not exist and is no hub id (owner/name): check the path")
-    return _not_empty(
-        _from_hub(name, split, limit, offline), f"split {split!r} of {name} holds no conversations"
-    )
+    return _not_empty(_from_hub(name, split, limit, offline), f"split {split!r} of {name} holds no conversations")
 
 
 def load_prompts(path: str | os.PathLike[str]) -> list[str]:
@@ -215,9 +211,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, raw in enumerate(file, 1):
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise LensError(
-            f"{path} line {number} is not UTF-8 ({error.reason}): save the file as UTF-8"
-        ) from error
+        raise LensError(f"{path} line {number} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
     except OSError as error:
         raise LensError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -275,9 +269,7 @@ def _encodable(where: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise LensError(
-            f"{where} holds half of a surrogate pair, which no tokenizer can read: mend it"
-        ) from error
+        raise LensError(f"{where} holds half of a surrogate pair, which no tokenizer can read: mend it") from error
     return text
 
 
@@ -292,9 +284,7 @@ def _conversation(where: str, row: Any) -> Example:
     if "assistant" not in roles:
         raise LensError(f"{where} has no assistant turn to train on; its roles are {roles}")
     if roles[-2:] != ["user", "assistant"] or "system" in roles[1:]:
-        raise LensError(
-            f"{where} has the roles {roles}; expected [system,] user, assistant, ..., user, assistant"
-        )
+        raise LensError(f"{where} has the roles {roles}; expected [system,] user, assistant, ..., user, assistant")
     return {"messages": messages}
 
 
@@ -342,9 +332,7 @@ def _hub_row(name: str, row: Mapping[str, Any]) -> Mapping[str, Any]:
     """`row` with its conversation under "messages", in our words."""
     column = next((column for column in ("messages", "conversations") if column in row), None)
     if column is None:
-        raise LensError(
-            f"{name} has the columns {_names(row)}; expected one called 'messages' or 'conversations'"
-        )
+        raise LensError(f"{name} has the columns {_names(row)}; expected one called 'messages' or 'conversations'")
     turns = row[column]
     return {"messages": [_from_value(turn) for turn in turns] if isinstance(turns, list) else turns}
 
@@ -362,14 +350,8 @@ def _readable_hub_errors(name: str, offline: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        hint = (
-            "it is not in the local cache, and offline was asked"
-            if offline
-            else "check the name and the network"
-        )
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "it is not in the local cache, and offline was asked" if offline else "check the name and the network"
         raise LensError(f"no dataset could be loaded from {name}: {hint} ({reason[:240]})") from error
 
 

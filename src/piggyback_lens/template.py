@@ -55,8 +55,7 @@ def read_conversation(query_or_messages: str | Sequence[Mapping[str, Any]]) -> C
         return Conversation(None, (), query_or_messages, None)
     if not isinstance(query_or_messages, Sequence) or not query_or_messages:
         raise LensError(
-            f"got {query_or_messages!r} as a conversation; pass the user's text or a non-empty list of "
-            "messages"
+            f"got {query_or_messages!r} as a conversation; pass the user's text or a non-empty list of messages"
         )
     turns = [_read_message(i, message) for i, message in enumerate(query_or_messages)]
     roles = [role for role, _ in turns]
@@ -75,20 +74,14 @@ def read_conversation(query_or_messages: str | Sequence[Mapping[str, Any]]) -> C
 def _read_message(index: int, message: Any) -> Turn:
     if not isinstance(message, Mapping):
         raise LensError(f"message {index} is {message!r}; expected a dict with 'role' and 'content'")
-    keys = {
-        key for key, value in message.items() if value is not None
-    }  # datasets fill unused columns with None
+    keys = {key for key, value in message.items() if value is not None}  # datasets fill unused columns with None
     if keys != {"role", "content"}:
-        raise LensError(
-            f"message {index} has the keys {sorted(map(str, keys))}; expected exactly 'role' and 'content'"
-        )
+        raise LensError(f"message {index} has the keys {sorted(map(str, keys))}; expected exactly 'role' and 'content'")
     role, content = message["role"], message["content"]
     if role not in _ROLES:
         raise LensError(f"message {index} has role {role!r}; expected one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
-        raise LensError(
-            f"message {index} has content of type {type(content).__name__}; pass its text as a string"
-        )
+        raise LensError(f"message {index} has content of type {type(content).__name__}; pass its text as a string")
     _check_text(f"message {index}", content)
     return role, content
 
@@ -97,9 +90,7 @@ def _check_text(what: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise LensError(
-            f"{what} holds half a character (a lone surrogate) at {error.start}; remove it"
-        ) from None
+        raise LensError(f"{what} holds half a character (a lone surrogate) at {error.start}; remove it") from None
 
 
 @dataclass(frozen=True)
@@ -113,9 +104,7 @@ class Template:
     def __post_init__(self) -> None:
         _check_tokenizer(self.tokenizer)
         if clash := sorted(_OWN_KWARGS & set(self.kwargs)):
-            raise LensError(
-                f"template_kwargs contains {clash}, which the library passes itself; leave it out"
-            )
+            raise LensError(f"template_kwargs contains {clash}, which the library passes itself; leave it out")
         if unread := sorted(set(self.kwargs) - self.variables):
             raise LensError(
                 f"the chat template does not read {unread} from template_kwargs; "
@@ -175,9 +164,7 @@ class Template:
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(role for role, _ in turns)
-            raise TemplateRefusal(
-                f"the chat template refuses messages with the roles {roles}: {error}"
-            ) from error
+            raise TemplateRefusal(f"the chat template refuses messages with the roles {roles}: {error}") from error
         return str(text)
 
     def writes_today(self, turns: Sequence[Turn]) -> bool:
@@ -186,8 +173,7 @@ class Template:
             return False
         try:
             one, two = (
-                Template(self.tokenizer, self.kwargs, day).render(turns)
-                for day in ("2001-02-03", "2012-11-10")
+                Template(self.tokenizer, self.kwargs, day).render(turns) for day in ("2001-02-03", "2012-11-10")
             )
         except TemplateRefusal:  # a computed date format: then the clock is certainly read
             return True
@@ -217,9 +203,7 @@ class Template:
     @cached_property
     def answer_cut(self) -> tuple[str, str]:
         """Text around the assistant's content in a finished exchange of one question and one answer."""
-        return cut(
-            lambda text: self.render([("user", "Hello"), ("assistant", text)], False), "assistant's content"
-        )
+        return cut(lambda text: self.render([("user", "Hello"), ("assistant", text)], False), "assistant's content")
 
     @cached_property
     def user_header(self) -> str:
@@ -271,13 +255,9 @@ def cut(render: Callable[[str], str], what: str, texts: Iterable[str] = ()) -> t
     for word in spare_words(texts):
         text = render(word)
         if (count := text.count(word)) != 1:
-            raise LensError(
-                f"the chat template writes the {what} {count} times instead of once; it cannot be used"
-            )
+            raise LensError(f"the chat template writes the {what} {count} times instead of once; it cannot be used")
         before, _, after = text.partition(word)
         sides.add((before, after))
     if len(sides) > 1:
-        raise LensError(
-            f"the chat template writes different text around the {what} depending on what it says"
-        )
+        raise LensError(f"the chat template writes different text around the {what} depending on what it says")
     return sides.pop()

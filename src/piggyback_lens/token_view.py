@@ -49,9 +49,7 @@ class TokenView:
             if name in COLOURS
         )
         subs = ", ".join(
-            f"{html.escape(name)} {span.start}:{span.stop}"
-            for name, span in self.spans.items()
-            if name not in COLOURS
+            f"{html.escape(name)} {span.start}:{span.stop}" for name, span in self.spans.items() if name not in COLOURS
         )
         legend += f" <span>underlined: {subs}</span>" if subs else ""
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)

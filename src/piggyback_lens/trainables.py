@@ -18,9 +18,7 @@ from piggyback_lens.steps import StepOutput, TrainBatch, forward_step
 def check_field(settings: object, name: str, good: bool, expected: str) -> None:
     """Refuse a setting, naming its value and what was expected."""
     if not good:
-        raise LensError(
-            f"{type(settings).__name__}.{name} is {getattr(settings, name)!r}; expected {expected}"
-        )
+        raise LensError(f"{type(settings).__name__}.{name} is {getattr(settings, name)!r}; expected {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,7 @@ class LoRASettings:
         check_field(self, "dropout", 0 <= self.dropout < 1, "between 0 and 1, 1 excluded")
         check_field(self, "modules", len(self.modules) > 0, '"all-linear" or at least one module name')
         if isinstance(self.modules, str):
-            check_field(
-                self, "modules", self.modules == "all-linear", '"all-linear" or a tuple of module names'
-            )
+            check_field(self, "modules", self.modules == "all-linear", '"all-linear" or a tuple of module names')
         check_field(self, "layers", self.layers is None or len(self.layers) > 0, "None or at least one layer")
 
 
@@ -87,9 +83,7 @@ class PeftAdapter:
 
         config = cast(Any, self.model).active_peft_config
         if not isinstance(config, LoraConfig):
-            raise LensError(
-                f"the active adapter is {type(config).__name__}; only LoRA adapters can be trained"
-            )
+            raise LensError(f"the active adapter is {type(config).__name__}; only LoRA adapters can be trained")
         layers, modules = config.layers_to_transform, config.target_modules
         return {
             "rank": config.r,
@@ -161,9 +155,7 @@ def _decoder_blocks(model: nn.Module) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
-    raise LensError(
-        f"{type(model).__name__} has no list of decoder blocks; pass a plain Hugging Face causal LM"
-    )
+    raise LensError(f"{type(model).__name__} has no list of decoder blocks; pass a plain Hugging Face causal LM")
 
 
 def _linear_names(block: nn.Module) -> list[str]:

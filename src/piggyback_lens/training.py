@@ -189,9 +189,7 @@ def train(
     return result
 
 
-def _loop(
-    run: "_Run", history: list[Row], on_step: Callable[[Row], object] | None, label: str | None
-) -> None:
+def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | None, label: str | None) -> None:
     """Train from where `history` ends, appending one row per step."""
     between_steps = True  # False while weights, optimiser and history may disagree
     try:
@@ -256,9 +254,7 @@ class _Run:
         found = load_checkpoint(self.folder, self.parameters, self.optimiser, self.identity)
         if found is None:
             if (self.folder / "adapter").exists():
-                raise LensError(
-                    f"{self.folder} holds an adapter but no checkpoint; train into another folder"
-                )
+                raise LensError(f"{self.folder} holds an adapter but no checkpoint; train into another folder")
             self.save(())
         return found
 
@@ -315,9 +311,7 @@ def _unbooted_peft(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first"
         )
     if any("_original_component" in name for name, _ in model.named_parameters()):
-        raise LensError(
-            "this model was booted into TransformerLens; train the plain Hugging Face model, boot it later"
-        )
+        raise LensError("this model was booted into TransformerLens; train the plain Hugging Face model, boot it later")
     return model
 
 
@@ -326,27 +320,19 @@ def _check_examples(model: nn.Module, examples: Sequence[RenderedPrompt], settin
     for number, example in enumerate(examples):
         check_supervised(example, number)
         if len(example.ids) > longest:
-            raise LensError(
-                f"example {number} has {len(example.ids)} tokens, this model takes {longest}; shorten it"
-            )
+            raise LensError(f"example {number} has {len(example.ids)} tokens, this model takes {longest}; shorten it")
     if len(examples) < settings.batch_size:
-        raise LensError(
-            f"batch_size is {settings.batch_size} and there are {len(examples)} examples; lower it"
-        )
+        raise LensError(f"batch_size is {settings.batch_size} and there are {len(examples)} examples; lower it")
 
 
-def _set_gradient(
-    loss: Loss, parameters: Mapping[str, nn.Parameter], settings: TrainSettings, index: int
-) -> float:
+def _set_gradient(loss: Loss, parameters: Mapping[str, nn.Parameter], settings: TrainSettings, index: int) -> float:
     """Put the clipped gradient of the loss into the parameters; return its length before clipping."""
     if taken := sorted(RESERVED & loss.terms.keys()):
         raise LensError(f"the objective calls a loss term {taken[0]!r}, a column of the history; rename it")
     where = f"step {index + 1} (learning rate {learning_rate_at(settings, index):.3g})"
     if not bool(torch.isfinite(loss.total)):
         value = float(loss.total.detach())
-        raise LensError(
-            f"the loss of {where} is {value}; lower learning_rate, warm up longer, or check the data"
-        )
+        raise LensError(f"the loss of {where} is {value}; lower learning_rate, warm up longer, or check the data")
     for parameter in parameters.values():
         parameter.grad = None
     loss.total.backward()  # type: ignore[no-untyped-call]
