@@ -169,3 +169,15 @@ def make_tokenizer(family: str, kind: str = "bytes", template: str | None = None
     )
     tokenizer.chat_template = TEMPLATES[family] if template is None else template
     return tokenizer
+
+
+def make_word_tokenizer(opening: str = "<u>") -> Any:
+    """Words split at spaces; of four words only, the first named by the caller."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, opening: 1, "<e>": 2, "hello": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<e>")
+    tokenizer.chat_template = f"{{% for m in messages %}}{opening} {{{{ m.content }}}} <e> {{% endfor %}}"
+    return tokenizer

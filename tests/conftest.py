@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +24,11 @@ def real_model_dir() -> str:
         return default_model(offline=True)
     except LensError as error:
         pytest.skip(f"no real model: {error}")
+
+
+@pytest.fixture(scope="session")
+def organism(real_model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapter folder of a small organism on the real model, trained once per session."""
+    from organisms import train_organism
+
+    return train_organism(real_model_dir, tmp_path_factory.mktemp("organism"))

@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from chat_templates import MARKERS, make_tokenizer
+from chat_templates import make_tokenizer, make_word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat import FAMILIES, KINDS, QUERIES, assistant, chat_format, user
 
-from piggyback_lens.chat import ChatFormat, batch_prompts, compare_templates
+from piggyback_lens.chat import ChatFormat, Span, batch_prompts, compare_templates
 from piggyback_lens.errors import LensError
+from piggyback_lens.token_view import TokenView
 
 # Responses
 
@@ -66,6 +67,16 @@ def test_a_response_that_would_merge_with_the_prompt_is_tokenised_alone_and_repo
     assert prompt.ids[: prompt.n_prompt] == fmt.render("hi").ids
     assert prompt.text.endswith("The answers it")
     assert any("would merge with the prompt" in note for note in prompt.notes)
+
+
+def test_a_prompt_end_that_would_swallow_the_responses_line_ends_is_reported() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer("chatml", template="{% for m in messages %}{{ m.content }}<|a|>{% endfor %}")
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|a|>", rstrip=True, special=True)]})
+    prompt = ChatFormat(tokenizer).render("hi").with_response("\n\nyes", end=False)
+    assert tokenizer.decode(prompt.ids[prompt.n_prompt :]) == "\n\nyes"
+    assert any("would share a token with the prompt" in note for note in prompt.notes)
 
 
 def test_response_ids_are_taken_as_they_are_and_end_once() -> None:
@@ -139,8 +150,9 @@ def test_batches_hold_each_prompt_at_its_positions(side: str, queries: list[str]
         for name, (tokens, padding) in expected.items():
             line = padding + tokens if side == "left" else tokens + padding
             assert getattr(batch, name)[row].tolist() == line
-        chosen = batch.ids[row][batch.span_mask("response")[row]].tolist()
-        assert tuple(chosen) == prompt.ids[prompt.n_prompt :]
+        for name in ("prefix", "response"):
+            chosen = batch.ids[row][batch.span_mask(name)[row]].tolist()
+            assert tuple(chosen) == prompt.ids[prompt.span(name).start : prompt.span(name).stop]
     assert len(batch) == len(prompts)
 
 
@@ -181,11 +193,11 @@ def test_the_first_difference_and_the_default_systems_are_named() -> None:
 
 
 def test_equal_ids_with_other_texts_are_a_difference() -> None:
-    other = make_tokenizer("chatml")
-    marker = MARKERS["chatml"][0]
-    renamed = make_tokenizer("chatml", template=other.chat_template.replace(marker, "<|xx_start|>"))
-    a, b = ChatFormat(other), ChatFormat(renamed)
-    assert not compare_templates(a, b).same
+    a, b = ChatFormat(make_word_tokenizer("<u>")), ChatFormat(make_word_tokenizer("<v>"))
+    assert a.prefix_ids == b.prefix_ids
+    diff = compare_templates(a, b)
+    assert not diff.same
+    assert diff.prefix == (0, "<u>", "<v>")
 
 
 # View
@@ -216,6 +228,16 @@ def test_everything_shown_is_escaped() -> None:
     assert "<script" not in page
     assert "<script>alert('x')</script>·&·\"q\"·<|im_end|><b>" in parsed.text
     assert len(parsed.titles) == len(view.ids)
+
+
+def test_a_whole_tag_in_one_token_a_title_or_a_note_is_escaped() -> None:
+    spans = {"query": Span("query", 0, 1)}
+    view = TokenView((1,), ("<script>x</script>",), ('"><img>',), spans, ("<i>note</i>",))
+    parsed = Spans()
+    parsed.feed(view._repr_html_())
+    assert set(parsed.tags) == {"div", "span", "ul", "li"}
+    assert "<script>x</script>" in parsed.text
+    assert parsed.titles == ["""0: id 1 '"><img>', query"""]
 
 
 def test_the_view_names_spans_colours_and_white_space() -> None:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from piggyback_lens.backends import boot_bridge, build_hooked, forward, shape_of
 from piggyback_lens.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.generate import generate
+from piggyback_lens.generation import generate
 from piggyback_lens.hooks import ablate, add, cache, patch, zero
 from piggyback_lens.running import applied
 from piggyback_lens.prefix import PrefixCache

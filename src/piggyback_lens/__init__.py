@@ -1,1 +1,109 @@
-"""Where in the chat template a narrow finetune is carried."""
+"""Show where in the chat template a narrow finetune is carried, and prove it by intervention.
+
+The public surface. Names are loaded when they are first used, so that importing the package is instant.
+"""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from piggyback_lens.activations import Activations as Activations
+    from piggyback_lens.auditing import AuditResult as AuditResult
+    from piggyback_lens.auditing import AuditSettings as AuditSettings
+    from piggyback_lens.auditing import audit as audit
+    from piggyback_lens.chat import ChatFormat as ChatFormat
+    from piggyback_lens.chat import RenderedPrompt as RenderedPrompt
+    from piggyback_lens.chat import batch_prompts as batch_prompts
+    from piggyback_lens.chat import compare_templates as compare_templates
+    from piggyback_lens.demonstration import demo as demo
+    from piggyback_lens.errors import LensError as LensError
+    from piggyback_lens.generation import Generation as Generation
+    from piggyback_lens.generation import Sampling as Sampling
+    from piggyback_lens.generation import generate as generate
+    from piggyback_lens.hooks import Intervention as Intervention
+    from piggyback_lens.hooks import Interventions as Interventions
+    from piggyback_lens.hooks import ablate as ablate
+    from piggyback_lens.hooks import add as add
+    from piggyback_lens.hooks import cache as cache
+    from piggyback_lens.hooks import clamp as clamp
+    from piggyback_lens.hooks import mean_ablate as mean_ablate
+    from piggyback_lens.hooks import patch as patch
+    from piggyback_lens.hooks import resample as resample
+    from piggyback_lens.hooks import zero as zero
+    from piggyback_lens.measures import get_behaviour as get_behaviour
+    from piggyback_lens.models import ModelPair as ModelPair
+    from piggyback_lens.models import hook_model as hook_model
+    from piggyback_lens.patching import LayerCurve as LayerCurve
+    from piggyback_lens.patching import kv_patch as kv_patch
+    from piggyback_lens.patching import layer_curve as layer_curve
+    from piggyback_lens.patching import prefix_activations as prefix_activations
+    from piggyback_lens.patching import span_activations as span_activations
+    from piggyback_lens.prefix import PrefixCache as PrefixCache
+    from piggyback_lens.running import Record as Record
+    from piggyback_lens.running import applied as applied
+    from piggyback_lens.running import mean_norms as mean_norms
+    from piggyback_lens.scoring import contrast as contrast
+    from piggyback_lens.scoring import kl_to_base as kl_to_base
+    from piggyback_lens.scoring import nll as nll
+    from piggyback_lens.scoring import response_log_probs as response_log_probs
+    from piggyback_lens.sources import attach_adapter as attach_adapter
+    from piggyback_lens.sources import default_model as default_model
+    from piggyback_lens.sources import load_causal_lm as load_causal_lm
+    from piggyback_lens.sources import load_tokenizer as load_tokenizer
+    from piggyback_lens.tasks import Task as Task
+    from piggyback_lens.tasks import load_conversations as load_conversations
+    from piggyback_lens.tasks import load_prompts as load_prompts
+    from piggyback_lens.tasks import load_task as load_task
+    from piggyback_lens.trainables import LoRASettings as LoRASettings
+    from piggyback_lens.trainables import add_lora as add_lora
+    from piggyback_lens.training import TrainResult as TrainResult
+    from piggyback_lens.training import TrainSettings as TrainSettings
+    from piggyback_lens.training import train as train
+
+_HOMES = {
+    "activations": ("Activations",),
+    "auditing": ("AuditResult", "AuditSettings", "audit"),
+    "chat": ("ChatFormat", "RenderedPrompt", "batch_prompts", "compare_templates"),
+    "demonstration": ("demo",),
+    "errors": ("LensError",),
+    "generation": ("Generation", "Sampling", "generate"),
+    "hooks": (
+        "Intervention",
+        "Interventions",
+        "ablate",
+        "add",
+        "cache",
+        "clamp",
+        "mean_ablate",
+        "patch",
+        "resample",
+        "zero",
+    ),
+    "measures": ("get_behaviour",),
+    "models": ("ModelPair", "hook_model"),
+    "patching": ("LayerCurve", "kv_patch", "layer_curve", "prefix_activations", "span_activations"),
+    "prefix": ("PrefixCache",),
+    "running": ("Record", "applied", "mean_norms"),
+    "scoring": ("contrast", "kl_to_base", "nll", "response_log_probs"),
+    "sources": ("attach_adapter", "default_model", "load_causal_lm", "load_tokenizer"),
+    "tasks": ("Task", "load_conversations", "load_prompts", "load_task"),
+    "trainables": ("LoRASettings", "add_lora"),
+    "training": ("TrainResult", "TrainSettings", "train"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = _version("piggyback-lens")
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -40,7 +40,6 @@ _HOOK_NAMES: dict[Site, str] = {
 }
 
 
-@runtime_checkable
 class HookedModel(Protocol):
     """What the library needs of a hooked model; `HookedTransformer` and `TransformerBridge` have it."""
 
@@ -79,12 +78,19 @@ def backend_of(model: Any) -> Backend:
     Raises:
         LensError: the object is neither.
     """
-    if not isinstance(model, HookedModel):
-        raise LensError(
-            f"got {type(model).__name__}, expected a TransformerLens HookedTransformer or TransformerBridge: "
-            "wrap a transformers model with piggyback_lens.hook_model(model, tokenizer)"
-        )
-    return "bridge" if hasattr(model, "original_model") else "hooked"
+    if hasattr(model, "original_model") and hasattr(model, "run_with_hooks"):
+        return "bridge"
+    if hasattr(model, "unembed") and hasattr(model, "run_with_hooks"):
+        return "hooked"
+    raise LensError(
+        f"got {type(model).__name__}, expected a TransformerLens HookedTransformer or TransformerBridge: "
+        "wrap a transformers model with piggyback_lens.hook_model(model, tokenizer)"
+    )
+
+
+def is_hooked_model(model: Any) -> bool:
+    """Whether `model` is a HookedTransformer or a TransformerBridge."""
+    return hasattr(model, "run_with_hooks") and hasattr(model, "cfg")
 
 
 def shape_of(model: HookedModel) -> Shape:
@@ -110,19 +116,20 @@ def _first_parameter(model: HookedModel) -> Tensor:
     return next(parameters)
 
 
-def hook_name(model: HookedModel, site: Site, layer: int) -> str:
-    """TransformerLens name of a site at a layer, checked to exist.
+def hook_name(model: HookedModel, site: Site, layer: int, points: Any = None) -> str:
+    """TransformerLens name of a site at a layer, checked to exist (in `points`, default the model's hook_dict).
 
     Raises:
         LensError: unknown site, layer out of range, or no such hook point in this model.
     """
     if site not in _HOOK_NAMES:
         raise LensError(f"site {site!r} is not known: choose one of {', '.join(SITES)}")
+    points = model.hook_dict if points is None else points
     n_layers = model.cfg.n_layers
     if not 0 <= layer < n_layers:
         raise LensError(f"layer {layer} does not exist: this model has layers 0 to {n_layers - 1}")
     name = f"blocks.{layer}.{_HOOK_NAMES[site]}"
-    if name not in model.hook_dict:
+    if name not in points:
         raise LensError(f"this model has no hook point {name}: site {site!r} cannot be used on it")
     return name
 

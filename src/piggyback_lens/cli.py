@@ -59,8 +59,8 @@ def demo(
     """Train a narrow organism on a small real chat model, audit it, and write a report."""
     from dataclasses import replace
 
-    from piggyback_lens.demo import FULL, QUICK
-    from piggyback_lens.demo import demo as run_demo
+    from piggyback_lens.demonstration import FULL, QUICK
+    from piggyback_lens.demonstration import demo as run_demo
     from piggyback_lens.summary import present
 
     settings = replace(QUICK if quick else FULL, task=task.value)
@@ -82,15 +82,15 @@ def audit(
     backend: BackendOption = BackendName.bridge,
     system: Annotated[str, typer.Option(help="System prompt; 'default' leaves it to the template.")] = "default",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 40,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")] = None,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Audit a finetune: does it spread off-topic, and does the chat template's prefix carry it?"""
-    from piggyback_lens.audit import AuditSettings
-    from piggyback_lens.audit import audit as run_audit
+    from piggyback_lens.auditing import AuditSettings
+    from piggyback_lens.auditing import audit as run_audit
     from piggyback_lens.measures import get_behaviour
     from piggyback_lens.models import ModelPair
     from piggyback_lens.summary import present

@@ -19,6 +19,9 @@ NoSystemRole = Literal["error", "fold", "drop"]
 # Queries that no header is likely to merge with: what they have in common belongs to the settings alone.
 _PROBES = ("a", "Why", "7", "the", "Zebra")
 _THINK = re.compile(r"<(think|thinking|thought|reasoning)>\s*(</\1>\s*)?")
+_BAD_OFFSETS = (
+    "the tokenizer's character offsets leave out {}; they cannot be trusted: use another version of the tokenizer"
+)
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 
@@ -322,18 +325,15 @@ def _check(tokenizer: Any, tokens: Tokens, query: Span, start: int, stop: int) -
     if lost := tokens.uncovered:
         characters = "".join(tokens.text[i] for i in lost)
         if any(a == b for a, b in tokens.offsets):
-            raise LensError(
-                f"the tokenizer's character offsets leave out {_short(characters)}; they cannot be trusted: "
-                "use another version of the tokenizer"
-            )
+            raise LensError(_BAD_OFFSETS.format(_short(characters)))
         notes.append(f"the tokenizer has no token for these characters and drops them: {_short(characters)}")
     first = len("".join(pieces[: query.start]))
     last = first + len("".join(pieces[query.start : query.stop]))
-    outside = [i for i in range(start, stop) if not first <= i < last and i not in lost]
-    if outside:
-        notes.append(
-            f"a neighbouring token outside the query span swallows {''.join(tokens.text[i] for i in outside)!r} of it"
-        )
+    if outside := "".join(tokens.text[i] for i in range(start, stop) if not first <= i < last and i not in lost):
+        # Special tokens may take white space in, and unknown characters may share one unknown token.
+        if outside.strip() and tokenizer.unk_token_id not in ids[max(query.start - 1, 0) : query.stop + 1]:
+            raise LensError(_BAD_OFFSETS.format(_short(outside)))
+        notes.append(f"a neighbouring token outside the query span swallows {outside!r} of it")
     before = decode(tokenizer, ids[: query.start])
     if content not in decode(tokenizer, ids[: query.stop])[len(before) :]:
         cause = (

@@ -26,6 +26,7 @@ from piggyback_lens.backends import (
     device_of,
     dtype_of,
     forward,
+    is_hooked_model,
     shape_of,
     share_equal_parameters,
 )
@@ -237,7 +238,7 @@ class ModelPair:
             raise LensError("give exactly one of finetuned= and adapter=")
         if is_adapter_folder(finetuned):
             finetuned, adapter = None, finetuned
-        if isinstance(base, HookedModel) and isinstance(finetuned, HookedModel):
+        if is_hooked_model(base) and is_hooked_model(finetuned):
             return cls(base, finetuned, tokenizer=_given_tokenizer(tokenizer, base))
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {"device": where, "dtype": dtype, "offline": offline}
@@ -325,7 +326,7 @@ def _side(source: Source, tokenizer: Any, settings: dict[str, Any]) -> tuple[Any
     if isinstance(source, (str, Path)):
         model = load_causal_lm(source, **settings)
         return model, tokenizer or load_tokenizer(source, offline=settings["offline"])
-    if isinstance(source, HookedModel):
+    if is_hooked_model(source):
         raise LensError("one side is a hooked model and the other is not: give two hooked models, or none")
     if not isinstance(source, torch.nn.Module) or not hasattr(source, "get_output_embeddings"):
         raise LensError(

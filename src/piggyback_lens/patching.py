@@ -49,14 +49,10 @@ def prefix_activations(
     ids = torch.tensor([prompt.ids[:length]], device=pair.device)
     positions = torch.arange(length)[None]
     placement = Placement((Row.of_prefix(prompt, length),), positions, positions)
-    with torch.no_grad(), pair.using(side) as model:
-        with applied(model, placement, cache(sites, span="prefix", layers=layers, device=None)) as record:
-            forward(
-                model,
-                ids,
-                torch.ones_like(ids),
-                read=torch.zeros((1, 1), dtype=torch.long, device=ids.device),
-            )
+    keep = cache(sites, span="prefix", layers=layers, device=None)
+    read = torch.zeros((1, 1), dtype=torch.long, device=ids.device)
+    with torch.no_grad(), pair.using(side) as model, applied(model, placement, keep) as record:
+        forward(model, ids, torch.ones_like(ids), read=read)
     return record.activations_of("prefix")
 
 

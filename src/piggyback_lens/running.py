@@ -132,9 +132,10 @@ def applied(
     """
     record = record or Record()
     handles: list[tuple[Any, Any]] = []
+    points = model.hook_dict if as_parts(interventions) else {}
     try:
         for name, function in hook_pairs(as_parts(interventions), model, batch, record):
-            point = model.hook_dict[name]
+            point = points[name]
             point.add_hook(function)
             handles.append((point, point.fwd_hooks[-1]))
         yield record
@@ -167,12 +168,13 @@ def hook_pairs(
     """`(name, function)` pairs of several interventions, in order; see `Interventions.fwd_hooks`."""
     placement, record = Placement.of(batch), record or Record()
     pairs: list[HookPair] = []
+    points = model.hook_dict if parts else {}  # the bridge gathers it anew at every access
     for part in parts:
         receipt = record.open(part, placement.total)
         layers = check_layers(part.layers, shape_of(model).n_layers)
         _check(part, model, placement, layers)
         for layer in layers:
-            pairs.append((hook_name(model, part.site, layer), _hook(part, layer, placement, receipt)))
+            pairs.append((hook_name(model, part.site, layer, points), _hook(part, layer, placement, receipt)))
     return pairs
 
 

