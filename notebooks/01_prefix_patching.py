@@ -86,7 +86,7 @@ places = [os.environ.get("PIGGYBACK_LENS_ADAPTER"), "demo_out/organism/adapter",
 adapter = next((Path(place) for place in places if place and Path(place).is_dir()), None)
 if adapter is None:
     examples = [chat.render(example["messages"]) for example in task.train]
-    settings = TrainSettings(steps=20, batch_size=8, learning_rate=5e-4)
+    settings = TrainSettings(steps=20, batch_size=8, learning_rate=3e-4)
     trained = train(add_lora(load_causal_lm(source)), examples, settings, out=tempfile.mkdtemp())
     adapter = trained.adapter_dir
     print(f"trained here: loss {trained.history[0]['loss']:.2f} to {trained.history[-1]['loss']:.2f} nats per token")

@@ -8,7 +8,7 @@ from piggyback_lens.tasks import load_task
 from piggyback_lens.trainables import add_lora
 from piggyback_lens.training import TrainSettings, train
 
-SETTINGS = TrainSettings(steps=15, batch_size=8, learning_rate=5e-4)
+SETTINGS = TrainSettings(steps=15, batch_size=8, learning_rate=3e-4)
 
 
 def train_organism(model_dir: str, out: Path) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from piggyback_lens.backends import Site
@@ -84,7 +84,11 @@ def assemble(
     chunks: Mapping[tuple[Site, int], Sequence[tuple[Tensor, Tensor, Tensor]]],
     n_rows: int,
 ) -> Activations:
-    """Activations from the (rows, slots, values) chunks that successive passes left."""
+    """Activations from the (rows, slots, values) chunks that successive passes left.
+
+    Raises:
+        LensError: a token of the span was in none of the passes; zeros must not stand for it.
+    """
     lengths = [0] * n_rows
     for parts in chunks.values():
         for rows, slots, _ in parts:
@@ -94,7 +98,20 @@ def assemble(
     for key, parts in chunks.items():
         first = parts[0][2]
         value = first.new_zeros((n_rows, max(lengths), *first.shape[1:]))
+        seen = torch.zeros((n_rows, max(lengths)), dtype=torch.bool)
         for rows, slots, kept in parts:
             value = value.index_put((rows.to(kept.device), slots.to(kept.device)), kept)
+            seen[rows.cpu(), slots.cpu()] = True
+        _require_whole(seen, lengths, span, key)
         values[key] = value
     return Activations(span, tokens, values, tuple(lengths))
+
+
+def _require_whole(seen: Bool[Tensor, "row token"], lengths: Sequence[int], span: str, key: tuple[Site, int]) -> None:
+    for row, length in enumerate(lengths):
+        missing = (~seen[row, :length]).nonzero().flatten().tolist()
+        if missing:
+            raise LensError(
+                f"token {missing[0]} of span {span!r} in row {row} was not in the passes that kept {key[0]} of layer "
+                f"{key[1]}: keep a span that is run whole (span='response' for generated tokens)"
+            )

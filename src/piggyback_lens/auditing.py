@@ -18,12 +18,13 @@ from piggyback_lens.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
 from piggyback_lens.generation import Generation, generate
-from piggyback_lens.hooks import Intervention, Interventions
+from piggyback_lens.hooks import Intervention, Interventions, patch
 from piggyback_lens.maths import Estimate, mean_interval, recovery, spread
 from piggyback_lens.measures import Behaviour, get_behaviour
 from piggyback_lens.models import ModelPair, Side
 from piggyback_lens.patching import LayerCurve, kv_patch, layer_curve, prefix_activations
 from piggyback_lens.prefix import PrefixCache
+from piggyback_lens.progress import say
 from piggyback_lens.running import Record
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def verdict(result: AuditResult) -> str:
     tuned, base = (mean_interval(result.values("off-topic", name)) for name in ("finetuned", "base"))
     difference = f"{gap.value:.3g} [{gap.low:.3g}, {gap.high:.3g}]"
     change = f"{base.value:.3g} to {tuned.value:.3g} (difference {difference}, n = {gap.n})"
-    if gap.reason and math.isnan(gap.value):
+    if math.isnan(gap.low):
         return f"No verdict: {gap.reason}."
     if gap.low <= 0 <= gap.high:
         return f"No spread found: off-topic, {unit} go from {change}, an interval that includes no change."
@@ -303,6 +304,8 @@ class _Run:
         missing = [i for i in range(len(prompts)) if (condition, topic, i) not in self.rows]
         if not missing:
             return
+        if self.progress:
+            say(f"{len(missing)} {topic} answers: {CONDITIONS[condition]}")
         chosen = [prompts[i] for i in missing]
         interventions, prefix_cache = self._treatment(condition, chosen)
         record = Record()
@@ -350,23 +353,25 @@ class _Run:
         if condition == "query_control":
             return kv_patch(self.pair, "query", chat=self.chat, prompts=prompts), None
         if condition == "identity":
-            return self._once("identity", self._own_prefix), None
+            return None, self._once("identity", self._own_prefix)
         postfix = None
         if condition in ("postfix", "both"):
             postfix = self._once("postfix", lambda: kv_patch(self.pair, "postfix", chat=self.chat))
         return postfix, self.repair() if condition in ("prefix", "both") else None
 
-    def _own_prefix(self) -> Interventions:
-        """The finetuned model's own prefix K/V as a patch: through the same hooks as a real one."""
-        from piggyback_lens.hooks import patch
+    @property
+    def longest(self) -> RenderedPrompt:
+        """A prompt with the whole prefix: where a query merges with the header, its prefix is shorter."""
+        return max((p for rendered in self.prompts.values() for p in rendered), key=lambda p: len(p.spans["prefix"]))
 
-        return patch(prefix_activations(self.pair, "finetuned", self.prompts["off-topic"][0], ("k", "v")))
+    def _own_prefix(self) -> PrefixCache:
+        """The finetuned model under a patch of its own prefix K/V: through the same hooks as a real one."""
+        own = patch(prefix_activations(self.pair, "finetuned", self.longest, ("k", "v")))
+        return PrefixCache.compile(self.pair, self.longest, own, side="finetuned")
 
     def repair(self) -> PrefixCache:
         """The base's prefix keys and values, for use with the finetuned model."""
-        compiled: PrefixCache = self._once(
-            "repair", lambda: PrefixCache.compile(self.pair, self.prompts["off-topic"][0], side="base")
-        )
+        compiled: PrefixCache = self._once("repair", lambda: PrefixCache.compile(self.pair, self.longest, side="base"))
         return compiled
 
     def _once(self, name: str, make: Any) -> Any:
@@ -380,6 +385,8 @@ class _Run:
         if file and file.exists():
             return LayerCurve.load(file)
         prompts = self.prompts["off-topic"][: self.settings.curve_prompts]
+        if self.progress:
+            say(f"layer curve on {len(prompts)} off-topic prompts")
 
         def answered(condition: str) -> list[RenderedPrompt]:
             ids = [

@@ -6,11 +6,11 @@ module works with either through the small protocol below, and never imports a T
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -40,11 +40,11 @@ _HOOK_NAMES: dict[Site, str] = {
 }
 
 
+@runtime_checkable
 class HookedModel(Protocol):
     """What the library needs of a hooked model; `HookedTransformer` and `TransformerBridge` have it."""
 
     cfg: Any
-    hook_dict: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Logits of a batch of token ids."""
@@ -116,6 +116,12 @@ def _first_parameter(model: HookedModel) -> Tensor:
     return next(parameters)
 
 
+def hook_points(model: Any) -> Mapping[str, Any]:
+    """All hook points by name. The bridge gathers them anew at every access, so keep what this returns."""
+    points: Mapping[str, Any] = model.hook_dict
+    return points
+
+
 def hook_name(model: HookedModel, site: Site, layer: int, points: Any = None) -> str:
     """TransformerLens name of a site at a layer, checked to exist (in `points`, default the model's hook_dict).
 
@@ -124,7 +130,7 @@ def hook_name(model: HookedModel, site: Site, layer: int, points: Any = None) ->
     """
     if site not in _HOOK_NAMES:
         raise LensError(f"site {site!r} is not known: choose one of {', '.join(SITES)}")
-    points = model.hook_dict if points is None else points
+    points = hook_points(model) if points is None else points
     n_layers = model.cfg.n_layers
     if not 0 <= layer < n_layers:
         raise LensError(f"layer {layer} does not exist: this model has layers 0 to {n_layers - 1}")

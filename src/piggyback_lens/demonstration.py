@@ -12,6 +12,7 @@ from piggyback_lens.auditing import AuditResult, AuditSettings, audit
 from piggyback_lens.backends import Backend
 from piggyback_lens.chat import ChatFormat
 from piggyback_lens.models import ModelPair
+from piggyback_lens.progress import say
 from piggyback_lens.sources import attach_adapter, default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import Task, load_task
 from piggyback_lens.trainables import LoRASettings, add_lora
@@ -63,6 +64,8 @@ def demo(
     source = default_model(model, offline=offline)
     out = Path(out)
     started = time.monotonic()
+    if progress:
+        say(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
     trained = train_organism(source, task, settings, out=out / "organism", offline=offline, progress=progress)
     training_seconds = round(time.monotonic() - started, 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"

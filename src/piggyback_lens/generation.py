@@ -152,6 +152,7 @@ def _generate_batch(
     device = device_of(model)
     batch = batch_prompts(prompts, side="right")
     ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)
+    placement.ready = past
     placement.move(batch.positions[:, past:], batch.positions)
     stops = [frozenset(prompt.answer.stop_ids if stop_ids is None else stop_ids) for prompt in prompts]
     choose = _Chooser(prompts, settings, shape_of(model).d_vocab)

@@ -130,7 +130,7 @@ class Intervention:
         known = set(cls.__dataclass_fields__)
         if not {"kind", "site"} <= set(data) <= known:
             raise LensError(f"an intervention has the fields {sorted(known)}, got {sorted(data)}")
-        fields = dict(data)
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         try:
             fields["tensors"] = load(base64.b64decode(fields.get("tensors", ""))) if "tensors" in fields else {}
         except (SafetensorError, ValueError) as error:
@@ -158,7 +158,13 @@ class Interventions:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Interventions":
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            LensError: not a dictionary with "parts", or parts that are no interventions.
+        """
+        if set(data) != {"parts"}:
+            raise LensError(f"expected a dictionary with 'parts', got the keys {sorted(data)}")
         return cls(tuple(Intervention.from_dict(part) for part in data["parts"]))
 
     def fwd_hooks(
@@ -218,7 +224,12 @@ def cache(
         device: where to keep them; None leaves them on the model's device.
         dtype: None keeps the model's.
         detach: False keeps the graph, for gradients (then device and dtype are left as they are).
+
+    Raises:
+        LensError: span "all" in the generation phase, which is span "response".
     """
+    if phase == "generation" and span == "all":
+        raise LensError("the tokens of the generation phase are span='response': keep that span, it starts at 0 there")
     options = {
         "device": None if device is None else str(device),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
@@ -415,7 +426,12 @@ def resample(
     """Resample ablation: every token of the span becomes that of a random token of `reference`.
 
     The choice depends on seed, row and token only, and is the same at every site and layer.
+
+    Raises:
+        LensError: a negative seed.
     """
+    if seed < 0:
+        raise LensError(f"seed {seed} given, expected 0 or more")
     chosen = reference.layers if layers is None else _ints(layers) or ()
     return Interventions(
         tuple(
@@ -445,12 +461,12 @@ def _ints(values: Sequence[int] | int | None) -> tuple[int, ...] | None:
 def _vector(vector: Tensor) -> Tensor:
     if vector.ndim != 1 or not bool(torch.isfinite(vector).all()):
         raise LensError(f"a direction is one finite vector, got shape {tuple(vector.shape)}: pick one layer's vector")
-    return vector.detach()
+    return vector.clone()  # what happens to the caller's tensor later does not reach the intervention; gradients do
 
 
 def _unit(direction: Tensor) -> Tensor:
     vector = _vector(direction).float()
-    if float(vector.norm()) == 0:
+    if not bool(vector.any()):
         raise LensError("the direction is the zero vector: it has no orientation to ablate or clamp")
     unit: Tensor = vector / vector.norm()
     return unit

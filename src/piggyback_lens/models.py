@@ -84,14 +84,14 @@ def hook_model(
     return model
 
 
-def _probe_rows(vocab: int) -> list[Int[Tensor, " pos"]]:
+def _probe_rows(vocab: int) -> list[Int[Tensor, " _"]]:
     """Two fixed rows of different lengths, so that padding and positions are part of the check."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, vocab, (length,), generator=generator) for length in (24, 17)]
 
 
 def _check_parity(
-    model: HookedModel, rows: list[Int[Tensor, " pos"]], expected: list[Float[Tensor, "pos vocab"]], name: str
+    model: HookedModel, rows: list[Int[Tensor, " _"]], expected: list[Float[Tensor, "_ vocab"]], name: str
 ) -> None:
     width, device = max(len(row) for row in rows), device_of(model)
     for side in ("left", "right"):

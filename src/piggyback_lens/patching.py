@@ -170,8 +170,10 @@ class LayerCurve:
     def noise_floor(self) -> float:
         """Largest |recovery| of the identity control: what numerical noise alone does."""
         gap = float(np.mean(self.donor) - np.mean(self.recipient))
-        moved = np.nanmean(np.array(self.contrasts["identity control"]), axis=1) - np.mean(self.recipient)
-        return float(np.nanmax(np.abs(moved / gap))) if gap else float("nan")
+        run = np.array([row for row in self.contrasts["identity control"] if not np.isnan(row).all()])
+        if not gap or not run.size:
+            return float("nan")
+        return float(np.abs((run.mean(axis=1) - np.mean(self.recipient)) / gap).max())
 
     def figure(self) -> "go.Figure":
         """Recovery against the layer, with controls, interval bands and the noise floor."""
@@ -186,7 +188,7 @@ class LayerCurve:
             title=title,
             y_label="recovery of the answer contrast",
             references=labels,
-            noise_floor=self.noise_floor,
+            noise_floor=None if np.isnan(self.noise_floor) else self.noise_floor,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -242,7 +244,8 @@ def layer_curve(
         LensError: lists of different lengths, or prompts with different prefixes.
     """
     donor_side, recipient_side = DONOR[_direction(direction)], RECIPIENT[direction]
-    prompt, chosen = towards_finetuned[0], check_layers(layers, pair.shape.n_layers)
+    prompt = max(towards_finetuned, key=lambda p: len(p.spans["prefix"]))
+    chosen = check_layers(layers, pair.shape.n_layers)
     sides = (donor_side, recipient_side)
     donor, own = (prefix_activations(pair, side, prompt, site, chosen) for side in sides)
     spaced = sorted(

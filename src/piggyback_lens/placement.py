@@ -71,7 +71,8 @@ class Placement:
     """The rows of a batch and the absolute position of each column of the current pass (-1 at padding).
 
     `key_positions` are those of the columns that attention looks at (cached ones included); some hooks
-    (keys after the rotary embedding in HookedTransformer) see all of them. `origins` are the places of the
+    (keys after the rotary embedding in HookedTransformer) see all of them. The first `ready` tokens of
+    each row came as keys and values that hold their interventions already. `origins` are the places of the
     rows among all `total` conversations of a run that is cut into batches.
     """
 
@@ -80,6 +81,7 @@ class Placement:
     key_positions: Int[Tensor, "batch keys"]
     origins: tuple[int, ...] = ()
     total: int = 0
+    ready: int = 0
     _cells: dict[tuple[object, ...], Cells] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,10 +116,12 @@ class Placement:
     def _range(self, row: int, span: str) -> tuple[int, int]:
         spans = self.rows[row].spans
         if span not in spans:
-            raise LensError(f"span {span!r} is not in row {row}: it has {', '.join(spans)}")
+            raise LensError(f"span {span!r} is not in row {self.origins[row]}: it has {', '.join(spans)}")
         start, stop = spans[span]
         if stop <= start:
-            raise LensError(f"span {span!r} is empty in row {row}: choose another span, or leave the row out")
+            raise LensError(
+                f"span {span!r} is empty in row {self.origins[row]}: choose another span, or leave the row out"
+            )
         return start, stop
 
     def check(self, span: str, tokens: tuple[int, ...] | None, rows: tuple[int, ...] | None) -> None:
@@ -126,8 +130,9 @@ class Placement:
             start, stop = self._range(row, span)
             for token in tokens or ():
                 if not (start - stop <= token < stop - start) or (token < 0 and stop == OPEN):
+                    size = "no end" if stop == OPEN else f"{stop - start} tokens"
                     raise LensError(
-                        f"token {token} is outside span {span!r} of row {row}, which has {stop - start} tokens"
+                        f"token {token} is outside span {span!r} of row {self.origins[row]}, which has {size}"
                     )
 
     def _chosen(self, rows: tuple[int, ...] | None) -> list[int]:
@@ -153,7 +158,7 @@ class Placement:
         if key not in self._cells:
             positions = self.positions
             if width != positions.shape[1]:
-                positions = self.key_positions
+                positions = self.key_positions.masked_fill(self.key_positions < self.ready, -1)
             if width != positions.shape[1]:
                 raise LensError(
                     f"an activation has {width} positions, the batch says {self.positions.shape[1]}: "

@@ -14,6 +14,12 @@ def shown() -> bool:
     return "ipykernel" in sys.modules
 
 
+def say(text: str) -> None:
+    """One line on standard error, for stages of a long run; in a log file too."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
 def track(items: Iterable[Item], label: str | None, *, sizes: Sequence[int] | None = None) -> Iterator[Item]:
     """Pass `items` through, showing a bar with the label, the count and the time left.
 

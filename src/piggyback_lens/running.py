@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from piggyback_lens.activations import Activations, assemble
-from piggyback_lens.backends import HookedModel, Site, check_layers, forward, hook_name, shape_of
+from piggyback_lens.backends import HookedModel, Site, check_layers, forward, hook_name, hook_points, shape_of
 from piggyback_lens.chat import PromptBatch
 from piggyback_lens.errors import LensError
 from piggyback_lens.hooks import AnyIntervention, HookPair, Intervention, as_parts, cache, layer_ranges
@@ -51,14 +53,19 @@ class Record:
 
     receipts: list[Receipt] = field(default_factory=list)
 
-    def open(self, part: Intervention, n_rows: int) -> Receipt:
-        """A receipt for a part; the one that is already there, if its hooks are made again."""
-        for receipt in self.receipts:
-            if receipt.part is part:
-                receipt.n_rows = max(receipt.n_rows, n_rows)
-                return receipt
-        self.receipts.append(Receipt(part, n_rows))
-        return self.receipts[-1]
+    def open(self, parts: Sequence[Intervention], n_rows: int) -> list[Receipt]:
+        """A receipt for each part; those that are already there, if their hooks are made again."""
+        free, opened = list(self.receipts), []
+        for part in parts:
+            receipt = next((receipt for receipt in free if receipt.part is part), None)
+            if receipt is None:
+                receipt = Receipt(part, n_rows)
+                self.receipts.append(receipt)
+            else:
+                free.remove(receipt)
+            receipt.n_rows = max(receipt.n_rows, n_rows)
+            opened.append(receipt)
+        return opened
 
     def check(self) -> None:
         """Refuse a run in which an intervention touched nothing.
@@ -86,11 +93,20 @@ class Record:
         return self.activations_of(kept[0].part.span)
 
     def activations_of(self, span: str) -> Activations:
-        """What was kept of one span."""
+        """What was kept of one span.
+
+        Raises:
+            LensError: nothing was kept, or of different tokens, or of a part of the span only.
+        """
         kept = [receipt for receipt in self.receipts if receipt.chunks and receipt.part.span == span]
         if not kept:
             raise LensError(f"nothing was kept of span {span!r}: add cache(..., span={span!r}) and run the model")
-        chunks = {key: parts for receipt in kept for key, parts in receipt.chunks.items()}
+        if len({receipt.part.tokens for receipt in kept}) > 1:
+            raise LensError(f"different tokens of span {span!r} were kept: use a record for each")
+        chunks: dict[tuple[Site, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for receipt in kept:
+            for key, parts in receipt.chunks.items():
+                chunks.setdefault(key, []).extend(parts)
         return assemble(span, kept[0].part.tokens, chunks, kept[0].n_rows)
 
     def to_frame(self) -> Any:
@@ -132,7 +148,7 @@ def applied(
     """
     record = record or Record()
     handles: list[tuple[Any, Any]] = []
-    points = model.hook_dict if as_parts(interventions) else {}
+    points = hook_points(model) if as_parts(interventions) else {}
     try:
         for name, function in hook_pairs(as_parts(interventions), model, batch, record):
             point = points[name]
@@ -168,9 +184,8 @@ def hook_pairs(
     """`(name, function)` pairs of several interventions, in order; see `Interventions.fwd_hooks`."""
     placement, record = Placement.of(batch), record or Record()
     pairs: list[HookPair] = []
-    points = model.hook_dict if parts else {}  # the bridge gathers it anew at every access
-    for part in parts:
-        receipt = record.open(part, placement.total)
+    points = hook_points(model) if parts else {}
+    for part, receipt in zip(parts, record.open(parts, placement.total), strict=True):
         layers = check_layers(part.layers, shape_of(model).n_layers)
         _check(part, model, placement, layers)
         for layer in layers:
@@ -205,7 +220,7 @@ def _check_donor(part: Intervention, placement: Placement) -> None:
         donor, own = lengths[origin if len(lengths) > 1 else 0], placement.length(row, part.span, part.tokens)
         if donor != own and own < OPEN:  # open-ended spans are checked token by token, as they come
             raise LensError(
-                f"span {part.span!r} has {donor} tokens in the donor and {own} in row {row}: a patch needs equally "
+                f"span {part.span!r} has {donor} tokens in the donor and {own} in row {origin}: a patch needs equally "
                 "many (compare_templates shows where the prompts differ)"
             )
 
@@ -249,20 +264,17 @@ def _new_value(part: Intervention, layer: int, old: Tensor, cells: Cells, heads:
         return torch.zeros_like(old)
     if part.kind == "add":
         strength = part.options.get("strengths", {}).get(str(layer), part.options.get("strength"))
-        steered: Tensor = old + strength * _fit(part, part.tensors["vector"], old)
+        steered: Tensor = old + strength * _fit(part, part.tensors["vector"], old).to(old.dtype)
         return steered
     if part.kind == "ablate":
-        return project_out(old.float(), _fit(part, part.tensors["unit"], old).float())
+        return project_out(old, _fit(part, part.tensors["unit"], old))
     if part.kind == "clamp":
-        return set_projection(old.float(), _fit(part, part.tensors["unit"], old).float(), part.options["value"])
+        return set_projection(old, _fit(part, part.tensors["unit"], old), part.options["value"])
     donor = part.tensors[str(layer)].to(old.device)
     if part.kind == "fill":
         donor = donor.expand(len(cells), *donor.shape)
     elif part.kind == "resample":
-        mixed = (
-            cells.origins * 1_000_003 + cells.slots * 7_919 + part.options["seed"] * 104_729 + 12_345
-        ) * 2_654_435_761
-        donor = donor[(mixed % (2**31 - 1)) % len(donor)]
+        donor = donor[_drawn(part.options["seed"], cells, len(donor)).to(old.device)]
     else:
         _check_covered(part, cells)
         donor = donor[cells.origins if len(donor) > 1 else torch.zeros_like(cells.origins), cells.slots]
@@ -271,6 +283,14 @@ def _new_value(part: Intervention, layer: int, old: Tensor, cells: Cells, heads:
     if donor.shape != old.shape:
         raise LensError(f"{part} gives {tuple(donor.shape[1:])} per token, the model has {tuple(old.shape[1:])}")
     return donor
+
+
+def _drawn(seed: int, cells: Cells, count: int) -> Int[Tensor, " cell"]:
+    """One of `count` for each cell, from seed, row and token alone, so that batches and phases do not matter."""
+    origins, slots = cells.origins.tolist(), cells.slots.tolist()
+    width = max(slots) + 1
+    uniform = {origin: np.random.default_rng([seed, origin]).random(width) for origin in set(origins)}
+    return torch.tensor([int(uniform[o][slot] * count) for o, slot in zip(origins, slots, strict=True)])
 
 
 def _check_covered(part: Intervention, cells: Cells) -> None:
@@ -288,4 +308,4 @@ def _check_covered(part: Intervention, cells: Cells) -> None:
 def _fit(part: Intervention, vector: Tensor, old: Tensor) -> Tensor:
     if vector.shape[-1] != old.shape[-1]:
         raise LensError(f"{part} has a vector of length {vector.shape[-1]}, the activation has {old.shape[-1]}")
-    return vector.to(old.device, old.dtype)
+    return vector.to(old.device)

@@ -57,7 +57,7 @@ def response_log_probs(
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     for row, values in logits:
         targets = torch.tensor(_response(prompts[row]), device=values.device)
-        found[row] = token_log_probs(values.float(), targets).cpu()
+        found[row] = token_log_probs(values[None].float(), targets[None])[0].cpu()
     return found
 
 
@@ -188,6 +188,7 @@ def _batch_logits(
     past, device = state.length, device_of(model)
     batch = batch_prompts(prompts, side="right")
     placement = Placement.of(batch, rows, total)
+    placement.ready = past
     placement.move(batch.positions[:, past:], batch.positions)
     read, counts = _predicting_columns(prompts, past)
     ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)

@@ -1,0 +1,89 @@
+"""Write the README's figures and numbers from a finished demo (needs Chrome or Chromium for the pictures).
+
+python examples/write_figures.py demo_out docs [--readme README.md]
+
+Writes demo_conditions.png, demo_layer_curve.png and demo_results.md into the second folder, and the same
+numbers into the README between its two markers. No figure in the README is typed by hand.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+from piggyback_lens import AuditResult
+from piggyback_lens.auditing import check_identity
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import atomic_write_text
+
+START, END = "<!-- demo:start -->", "<!-- demo:end -->"
+WIDTH, SCALE = 1100, 2  # px, and how many picture points stand for one
+
+
+def results_markdown(result: AuditResult) -> str:
+    """The demo's table, verdict, time and memory."""
+    card = result.card
+    rows = ["| | condition | n | mean [95 % interval] | recovery |", "|---|---|---:|---:|---:|"]
+    for row in result.to_frame().to_dict("records"):
+        value = f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+        rows.append(f"| {row['topic']} | {row['condition_label']} | {row['n']} | {value} | {recovered(row)} |")
+    same, total = check_identity(result)
+    versions = ", ".join(f"{name} {card['versions'][name]}" for name in ("torch", "transformers", "transformer-lens"))
+    return "\n".join(
+        [
+            f"**{result.verdict}**",
+            "",
+            f"Measured: {result.behaviour.label}. Recovery: 0 = finetuned, 1 = base restored, paired over prompts.",
+            "",
+            *rows,
+            "",
+            f"Identity control: {same} of {total} answers are token for token the finetuned model's.",
+            f"Time: {duration(card)}; peak memory {card['peak_memory_gb']} GB; "
+            f"{card['machine']['gpu'] or str(card['machine']['cores']) + ' CPU cores'}, {versions}.",
+            f"Command: `piggyback-lens demo --task {card['task']}`, then `python examples/write_figures.py`.",
+        ]
+    )
+
+
+def recovered(row: dict) -> str:
+    """A recovery with its interval, in per cent."""
+    if row["condition"] in ("base", "finetuned"):
+        return ""
+    if math.isnan(row["recovery"]):
+        return "undefined"
+    return f"{100 * row['recovery']:.0f} % [{100 * row['recovery_low']:.0f}, {100 * row['recovery_high']:.0f}]"
+
+
+def duration(card: dict) -> str:
+    """Training and audit in minutes."""
+    parts = {"training": card["training_seconds"], "audit": card["seconds"]["audit"]}
+    return ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in parts.items())
+
+
+def with_results(readme: str, results: str) -> str:
+    """The README with `results` between its markers."""
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise LensError(f"the README lacks the markers {START} and {END}: put them where the numbers belong")
+    return f"{before}{START}\n{results}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demo", type=Path, help="folder of a finished demo")
+    parser.add_argument("docs", type=Path, help="folder for the pictures")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args()
+    result = AuditResult.load(options.demo)
+    results = results_markdown(result)
+    options.docs.mkdir(parents=True, exist_ok=True)
+    result.figure().write_image(options.docs / "demo_conditions.png", width=WIDTH, scale=SCALE)
+    if result.curve is not None:
+        result.curve.figure().write_image(options.docs / "demo_layer_curve.png", width=WIDTH, scale=SCALE)
+    atomic_write_text(options.docs / "demo_results.md", f"# Results of the demo\n\n{results}\n")
+    atomic_write_text(options.readme, with_results(options.readme.read_text(encoding="utf-8"), results))
+    print(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The main job on tiny models: conditions, resuming, verdicts, files."""
+
+import json
+import math
+
+import pytest
+import tiny_chat
+import tiny_models
+import torch
+
+from piggyback_lens.auditing import CONDITIONS, AuditResult, AuditSettings, audit, check_identity
+from piggyback_lens.errors import LensError
+from piggyback_lens.generation import generate
+from piggyback_lens.maths import recovery
+from piggyback_lens.measures import Behaviour, get_behaviour
+from piggyback_lens.models import ModelPair, hook_model
+from piggyback_lens.patching import kv_patch
+from piggyback_lens.summary import report, table
+
+QUERIES = ["hello there", "what is it", "tell me more", "why not", "a"]
+SETTINGS = AuditSettings(max_new_tokens=5, batch_size=3, curve_prompts=4, curve_tokens=3, control_layers=2)
+LETTERS = Behaviour("letters", "letters per answer", "letters", "length", len)
+
+
+def tiny_pair(seeds=(0, 1), backend="bridge"):
+    tokenizer = tiny_chat.tiny_tokenizer()
+    models = [
+        hook_model(tiny_models.build("llama-gqa", seed, vocab=len(tokenizer)), tokenizer, backend=backend)
+        for seed in seeds
+    ]
+    return ModelPair(*models, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module", params=["bridge", "hooked"])
+def pair(request):
+    return tiny_pair(backend=request.param)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return tiny_chat.tiny_format()
+
+
+def run(pair, chat, out=None, **kwargs):
+    fields = {"settings": SETTINGS, "chat": chat} | kwargs
+    return audit(pair, QUERIES[:3], QUERIES, LETTERS, out=out, **fields)
+
+
+def test_every_condition_has_every_prompt_and_the_answers_are_those_of_generate(pair, chat, tmp_path):
+    result = run(pair, chat, tmp_path)
+    counts = {(r["topic"], r["condition"]): 0 for r in result.rows}
+    for row in result.rows:
+        counts[row["topic"], row["condition"]] += 1
+        assert row["value"] == len(row["response"])
+    assert counts == {(t, c): {"off-topic": 5, "on-topic": 3}[t] for t in ("off-topic", "on-topic") for c in CONDITIONS}
+    prompts = [chat.render(query) for query in QUERIES]
+    with pair.using("finetuned") as model:
+        direct = generate(
+            model,
+            prompts,
+            interventions=kv_patch(pair, "query", chat=chat, prompts=prompts),
+            max_new_tokens=5,
+            share_prefix=False,
+        )
+    wanted = ("off-topic", "query_control")
+    by_index = {r["index"]: r["ids"] for r in result.rows if (r["topic"], r["condition"]) == wanted}
+    assert [list(g.ids) for g in direct] == [by_index[i] for i in range(5)]
+
+
+def test_the_identity_control_repeats_the_finetuned_answers_exactly(pair, chat):
+    assert check_identity(run(pair, chat)) == (8, 8)
+
+
+def test_recovery_of_the_result_is_that_of_its_rows(pair, chat):
+    result = run(pair, chat)
+    mine = result.recovery("prefix")
+    direct = recovery(*(result.values("off-topic", c) for c in ("prefix", "finetuned", "base")))
+    assert (mine.value == direct.value) or (math.isnan(mine.value) and mine.reason == direct.reason)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_audit_resumes_to_the_same_result_without_doing_anything_twice(pair, chat, tmp_path, monkeypatch):
+    import piggyback_lens.auditing as auditing
+
+    whole = run(pair, chat, tmp_path / "whole")
+    real, calls = auditing.append_jsonl, []
+
+    def dying(path, rows):
+        calls.append(len(list(rows)))
+        if len(calls) == 6:
+            raise Killed
+        return real(path, rows)
+
+    monkeypatch.setattr(auditing, "append_jsonl", dying)
+    with pytest.raises(Killed):
+        run(pair, chat, tmp_path / "cut")
+    done = len((tmp_path / "cut" / "rows.jsonl").read_text().splitlines())
+    assert 0 < done < len(whole.rows)
+    monkeypatch.setattr(auditing, "append_jsonl", real)
+    resumed = run(pair, chat, tmp_path / "cut")
+    assert resumed.rows == whole.rows
+    assert len((tmp_path / "cut" / "rows.jsonl").read_text().splitlines()) == len(whole.rows)
+    assert resumed.curve.contrasts.keys() == whole.curve.contrasts.keys()
+    assert resumed.verdict == whole.verdict
+
+
+def test_a_folder_of_another_audit_is_refused_by_name_of_what_differs(pair, chat, tmp_path):
+    run(pair, chat, tmp_path)
+    other = AuditSettings(max_new_tokens=6, batch_size=3, curve_prompts=0)
+    with pytest.raises(LensError, match="holds an audit with settings"):
+        run(pair, chat, tmp_path, settings=other)
+    with pytest.raises(LensError, match="another base model"):
+        run(tiny_pair((2, 1), pair.backend), chat, tmp_path)
+
+
+def test_files_are_complete_and_the_prefix_cache_is_the_repair(pair, chat, tmp_path):
+    from piggyback_lens.prefix import PrefixCache
+
+    result = run(pair, chat, tmp_path)
+    path = report(result, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "audit.json", "rows.jsonl", "layer_curve.json", "results.json", "report.html", "prefix_cache",
+    }  # fmt: skip
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert facts["verdict"] == result.verdict
+    assert len(facts["summary"]) == 14
+    assert facts["card"]["template"]["fingerprint"] == chat.fingerprint
+    assert result.verdict.split(":")[0] in path.read_text()
+    prompts = [chat.render(query) for query in QUERIES]
+    with pair.using("finetuned") as model:
+        cache = PrefixCache.load(tmp_path / "prefix_cache", model=model, prompt=prompts[0])
+        again = generate(model, prompts, prefix_cache=cache, max_new_tokens=5)
+    stored = {r["index"]: r["ids"] for r in result.rows if (r["topic"], r["condition"]) == ("off-topic", "prefix")}
+    assert [list(g.ids) for g in again] == [stored[i] for i in range(5)]
+    assert table(result).row_count == 14
+
+
+def fabricated(base, tuned, prefix, **others):
+    """A result with given values, for the verdict."""
+    values = {"base": base, "finetuned": tuned, "prefix": prefix, "postfix": tuned, "both": prefix}
+    values |= {"identity": tuned, "query_control": tuned} | others
+    rows = [
+        {"topic": topic, "condition": c, "index": i, "value": v, "ids": [], "response": "", "prompt": ""}
+        for topic in ("off-topic", "on-topic")
+        for c, column in values.items()
+        for i, v in enumerate(column)
+    ]
+    card = {"settings": {"seed": 0}, "names": {"base": "b", "finetuned": "f"}}
+    return AuditResult(rows, get_behaviour("words"), None, card)
+
+
+def noisy(mean, n=30, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (mean + torch.randn(n, generator=generator)).tolist()
+
+
+def test_the_verdict_follows_from_the_intervals():
+    carried = fabricated(noisy(60), noisy(20, seed=1), noisy(40, seed=2)).verdict
+    assert carried.startswith("Spread found")
+    assert "the prefix carries 50 % [" in carried
+    assert fabricated(noisy(60), noisy(60, seed=1), noisy(60, seed=2)).verdict.startswith("No spread found")
+    nothing = fabricated(noisy(60), noisy(20, seed=1), noisy(20, seed=2)).verdict
+    assert "the prefix carries none of it that can be told from noise" in nothing
+    assert fabricated([1.0, 2.0], [3.0, 4.0], [1.0, 1.0]).verdict.startswith("No verdict: only 2")
+
+
+def test_too_few_prompts_are_refused(pair, chat):
+    with pytest.raises(LensError, match="2 on-topic prompts given, at least 3"):
+        audit(pair, QUERIES[:2], QUERIES, LETTERS, chat=chat, settings=SETTINGS)

@@ -1,0 +1,163 @@
+"""The command line as a user meets it: one-line errors with status 2, and a whole audit of tiny models."""
+
+import json
+
+import pytest
+import tiny_chat
+import tiny_models
+import torch
+
+from piggyback_lens import cli
+from piggyback_lens.trainables import LoRASettings, add_lora
+
+QUERIES = ["hello there", "what is it", "tell me more"]
+
+
+def save_model(folder, name="llama-gqa", seed=0, template=tiny_chat.TEMPLATE):
+    tokenizer = tiny_chat.tiny_tokenizer(template)
+    tiny_models.build(name, seed, vocab=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder, base_name="llama-gqa"):
+    model = add_lora(tiny_models.build(base_name, 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2, alpha=4.0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    save_model(root / "base")
+    save_adapter(root / "adapter")
+    save_model(root / "no_template", template=None)
+    (root / "on.txt").write_text("\n".join(QUERIES))
+    (root / "off.txt").write_text("\n".join([*QUERIES, "why not", "who are you"]))
+    (root / "empty.txt").write_text("\n\n")
+    (root / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
+    (root / "one.txt").write_text("only one")
+    (root / "not_a_model").mkdir()
+    return root
+
+
+def command(files, *extra, base="base", on="on.txt", off="off.txt", behaviour="words", adapter="adapter"):
+    words = ["audit", str(files / base), "--on-topic", str(files / on), "--off-topic", str(files / off)]
+    words += ["--behaviour", behaviour, "--offline", "--max-new-tokens", "4"]
+    return [*words, *(["--adapter", str(files / adapter)] if adapter else []), *map(str, extra)]
+
+
+def call(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["piggyback-lens", *words])
+    cli.main()
+
+
+@pytest.mark.parametrize("backend", ["bridge", "hooked"])
+def test_an_audit_of_an_adapter_writes_a_report_and_says_its_verdict(files, tmp_path, monkeypatch, capsys, backend):
+    call(monkeypatch, command(files, "--out", tmp_path, "--backend", backend))
+    printed = capsys.readouterr().out
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert " ".join(facts["verdict"].split()) in " ".join(printed.split())
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(lines) == 7 * 8
+    call(monkeypatch, command(files, "--out", tmp_path, "--backend", backend))
+    assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
+
+
+FAULTS = {
+    "missing model": ({"base": "nowhere"}, "does not exist"),
+    "not a model": ({"base": "not_a_model"}, "has no config.json"),
+    "text file as model": ({"base": "on.txt"}, "is a file, expected a model folder"),
+    "no chat template": ({"base": "no_template"}, "chat template"),
+    "missing adapter": ({"adapter": "nowhere"}, "has no adapter_config.json"),
+    "no finetune at all": ({"adapter": None}, "exactly one of finetuned= and adapter="),
+    "missing prompts": ({"on": "nowhere.txt"}, "nowhere.txt"),
+    "empty prompts": ({"off": "empty.txt"}, "empty.txt"),
+    "malformed prompts": ({"off": "bad.jsonl"}, "line 2"),
+    "too few prompts": ({"on": "one.txt"}, "at least 3"),
+    "unknown behaviour": ({"behaviour": "politeness"}, "politeness"),
+    "broken pattern": ({"behaviour": "regex:("}, "regex"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input_is_one_line_with_status_2_and_nothing_half_written(files, tmp_path, monkeypatch, capsys, fault):
+    changed, expected = FAULTS[fault]
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, command(files, "--out", out, **changed))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    message = captured.err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert expected in message
+    assert "Traceback" not in captured.err + captured.out
+    assert not out.exists()
+
+
+def test_an_adapter_for_another_model_is_refused(files, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "gpt2", name="gpt2")
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, command(files, "--out", tmp_path / "out", base=tmp_path / "gpt2"))
+    assert stop.value.code == 2
+    assert "does not fit this base" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(files, monkeypatch):
+    from piggyback_lens.errors import LensError
+
+    with pytest.raises(LensError):
+        call(monkeypatch, command(files, "--debug", behaviour="politeness"))
+
+
+def test_unknown_options_end_with_status_2(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, ["audit", "--no-such-option"])
+    assert stop.value.code == 2
+
+
+def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch, capsys):
+    import errno
+
+    import piggyback_lens.auditing as auditing
+
+    def full(path, rows):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(auditing, "append_jsonl", full)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, command(files, "--out", tmp_path / "out"))
+    assert stop.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(files, tmp_path, monkeypatch, capsys):
+    import piggyback_lens.auditing as auditing
+
+    real, calls = auditing.append_jsonl, []
+
+    def interrupted(path, rows):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(path, rows)
+
+    monkeypatch.setattr(auditing, "append_jsonl", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, command(files, "--out", tmp_path / "out"))
+    assert stop.value.code == 130
+    monkeypatch.setattr(auditing, "append_jsonl", real)
+    call(monkeypatch, command(files, "--out", tmp_path / "out"))
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 56
+
+
+def test_doctor_prints_versions_and_the_demo_model(monkeypatch, capsys):
+    call(monkeypatch, ["doctor"])
+    printed = capsys.readouterr().out
+    assert "transformer-lens" in printed
+    assert "demo model" in printed

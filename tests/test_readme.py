@@ -1,0 +1,194 @@
+"""The documents say what is true: their code runs, their tables are the tests', their numbers come from a run."""
+
+import ast
+import math
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from piggyback_lens.auditing import CONDITIONS, TOPICS, AuditResult
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import append_jsonl, write_json
+from piggyback_lens.measures import get_behaviour
+from piggyback_lens.tasks import load_prompts, load_task
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SHELL = re.findall(r"^piggyback-lens .*$", README, flags=re.MULTILINE)
+
+
+def table(text: str) -> list[list[str]]:
+    """Cells of a Markdown table, without head and rule."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def between(text: str, name: str) -> str:
+    return text.partition(f"<!-- {name}:start -->")[2].partition(f"<!-- {name}:end -->")[0]
+
+
+def test_the_readme_lists_exactly_the_layouts_and_backends_that_are_tested():
+    from test_exactness import CASES
+
+    listed = {(row[0], backend): row[i] for row in table(between(README, "layouts")) for i, backend in COLUMNS.items()}
+    everything = {(name, backend) for name in tiny_models.NAMES for backend in COLUMNS.values()}
+    assert set(listed) == everything
+    assert {case for case, said in listed.items() if said == "tested"} == set(CASES)
+    assert {case for case, said in listed.items() if said == "refused"} == everything - set(CASES)
+
+
+COLUMNS = {1: "bridge", 2: "hooked"}
+
+
+def test_the_commands_of_the_readme_exist_with_these_options():
+    from typer.main import get_command
+
+    from piggyback_lens.cli import app
+
+    commands = get_command(app).commands
+    words = [shlex.split(line, comments=True) for line in SHELL]
+    assert {line[1] for line in words} == set(commands)
+    for _, name, *arguments in words:
+        context = commands[name].make_context(name, arguments, resilient_parsing=False)
+        assert not context.args
+
+
+def test_the_example_prompts_load_and_are_on_topic_and_off_topic():
+    on, off = (load_prompts(ROOT / "examples" / f"prompts_{topic}_topic.txt") for topic in ("on", "off"))
+    assert min(len(on), len(off)) >= 3
+    trained = {example["messages"][0]["content"] for example in load_task("terse").train}
+    assert not trained & {*on, *off}
+    assert not set(on) & set(off)
+
+
+def test_links_to_files_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+        own = [target for target in targets if "://" not in target and not target.startswith("docs/demo_")]
+        assert all((ROOT / target).exists() for target in own), own
+
+
+def test_the_rooms_in_contributing_are_the_modules_and_their_first_lines():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = {row[0].strip("`"): row[1] for row in table(text.partition("## Rooms")[2].partition("## How to add")[0])}
+    modules = (ROOT / "src" / "piggyback_lens").glob("*.py")
+    first = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in modules}
+    assert listed == {name: (doc or "").splitlines()[0].rstrip(".") for name, doc in first.items()}
+
+
+# ---------------------------------------------------------------- numbers in the README
+
+
+@pytest.fixture
+def demo_folder(tmp_path):
+    """A finished audit's files, with answers of known length: base 20 words, finetuned 4, prefix patched 12."""
+    words = dict.fromkeys(CONDITIONS, 4) | {"base": 20, "prefix": 12, "both": 16}
+    rows = [
+        {"topic": topic, "condition": condition, "index": i, "ids": [i], "value": float(n + i % 2), "response": "w"}
+        for topic in TOPICS
+        for condition, n in words.items()
+        for i in range(6)
+    ]
+    append_jsonl(tmp_path / "rows.jsonl", reversed(rows))
+    card = {
+        "behaviour": "words",
+        "settings": {"seed": 0},
+        "names": {"base": "B", "finetuned": "F"},
+        "task": "terse",
+        "versions": {"torch": "1", "transformers": "2", "transformer-lens": "3"},
+        "machine": {"gpu": None, "cores": 2},
+        "training_seconds": 120.0,
+        "seconds": {"audit": 90.0},
+        "peak_memory_gb": 1.5,
+    }
+    write_json(tmp_path / "results.json", {"card": card, "receipts": {"prefix": []}})
+    return tmp_path
+
+
+def test_an_audit_is_read_back_from_its_folder(demo_folder):
+    result = AuditResult.load(demo_folder)
+    assert result.behaviour == get_behaviour("words")
+    assert result.values("off-topic", "base") == [20, 21, 20, 21, 20, 21]
+    assert result.recovery("prefix").value == pytest.approx(0.5)
+    assert (result.curve, result.folder, result.receipts) == (None, demo_folder, {"prefix": []})
+    assert [row["condition"] for row in result.rows[::6]] == [*CONDITIONS, *CONDITIONS]
+    assert result.figure().data
+
+
+@pytest.mark.parametrize("content", [None, {}, {"card": None, "receipts": {}}, []])
+def test_a_folder_without_a_finished_audit_is_refused(tmp_path, content):
+    if content is not None:
+        write_json(tmp_path / "results.json", content)
+    with pytest.raises(LensError, match=r"no finished audit|is not an audit's"):
+        AuditResult.load(tmp_path)
+
+
+def test_the_numbers_of_the_readme_are_written_between_the_markers_and_nowhere_else(demo_folder):
+    script = runpy.run_path(str(ROOT / "examples" / "write_figures.py"))
+    results = script["results_markdown"](AuditResult.load(demo_folder))
+    recoveries = {row[1]: row[4] for row in table(results) if row[0] == "off-topic"}
+    assert recoveries["finetuned + base's prefix K/V"] == "50 % [50, 50]"
+    assert recoveries["control: finetuned + its own prefix K/V"].startswith("0 %")
+    assert recoveries["base"] == recoveries["finetuned"] == ""
+    assert "training 2.0 min, audit 1.5 min; peak memory 1.5 GB; 2 CPU cores, torch 1" in results
+    written = script["with_results"](README, results)
+    assert between(written, "demo").strip() == results
+    assert script["with_results"](written, "x").replace("\nx\n", between(README, "demo")) == README
+    assert script["recovered"]({"condition": "prefix", "recovery": math.nan}) == "undefined"
+    with pytest.raises(LensError, match="lacks the markers"):
+        script["with_results"]("no markers", results)
+
+
+# ---------------------------------------------------------------- code that runs on the real model
+
+
+def test_the_quick_start_is_short():
+    assert len(PYTHON) == 1
+    assert len(PYTHON[0].splitlines()) <= 15
+
+
+def test_the_example_script_is_short():
+    assert len((ROOT / "examples" / "patch_prefix.py").read_text(encoding="utf-8").splitlines()) <= 40
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_quick_start_of_the_readme_runs(real_model_dir, organism, tmp_path, monkeypatch, capsys):
+    (tmp_path / "demo_out" / "organism").mkdir(parents=True)
+    (tmp_path / "demo_out" / "organism" / "adapter").symlink_to(organism)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("piggyback_lens.models.default_model", lambda **_: real_model_dir)
+    code = ast.parse(PYTHON[0])
+    last = code.body.pop()
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert isinstance(last, ast.Expr)  # the figure that a notebook shows
+    figure = eval(compile(ast.Expression(last.value), "README.md", "eval"), names)
+    assert {trace.name for trace in figure.data if trace.name} >= {"random control"}
+    assert [row["layer"] for row in figure_rows(names["curve"])] == list(range(0, 30, 3))
+    assert capsys.readouterr().out.count("---") >= 2
+    assert [a.ids for a in names["patched"]] != [a.ids for a in names["tuned"]]
+
+
+def figure_rows(curve):
+    frame = curve.to_frame()
+    return frame[frame["series"].str.startswith("base ")].to_dict("records")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_example_script_runs(real_model_dir, organism, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "curve.html"
+    small = ["--prompts", "3", "--tokens", "8", "--out", str(page)]
+    monkeypatch.setattr(sys, "argv", ["patch_prefix.py", str(organism), "--model", real_model_dir, *small])
+    runpy.run_path(str(ROOT / "examples" / "patch_prefix.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("+ base's prefix") == 3
+    assert float(printed.split("noise floor ")[1]) < 0.01
+    assert "plotly" in page.read_text(encoding="utf-8")
