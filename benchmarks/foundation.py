@@ -78,9 +78,19 @@ def training_rows(source, repeats):
     gb = gradients()
     assert abs(float(a - b)) < 1e-4 and float((ga - gb).norm() / gb.norm()) < 1e-4
     base = median_seconds(ordinary, repeats)
-    yield "training step, 16 rows", "transformers step, whole rows, labels=", base, median_seconds(lambda: ours(shared), repeats)
+    yield (
+        "training step, 16 rows",
+        "transformers step, whole rows, labels=",
+        base,
+        median_seconds(lambda: ours(shared), repeats),
+    )
     full = median_seconds(lambda: ours(plain), repeats)
-    yield "training step, 16 rows", "our step without prefix sharing", full, median_seconds(lambda: ours(shared), repeats)
+    yield (
+        "training step, 16 rows",
+        "our step without prefix sharing",
+        full,
+        median_seconds(lambda: ours(shared), repeats),
+    )
 
 
 def generation_rows(source, repeats):
@@ -108,7 +118,10 @@ def generation_rows(source, repeats):
         donor = prefix_activations(pair, "base", prompts[0], ("k", "v"))
         with pair.using("finetuned") as model:
             one = patch(donor)
-            return [generate(model, [p], interventions=one, max_new_tokens=NEW_TOKENS, stop_ids=[], share_prefix=False)[0] for p in prompts]
+            return [
+                generate(model, [p], interventions=one, max_new_tokens=NEW_TOKENS, stop_ids=[], share_prefix=False)[0]
+                for p in prompts
+            ]
 
     reference = hf_unpatched()[:, batch.ids.shape[1] :]
     mine = ours()
@@ -118,8 +131,18 @@ def generation_rows(source, repeats):
     same = sum(a.ids == b.ids for a, b in zip(looped, cached, strict=True))
     assert same >= N_PROMPTS - 1, f"{same} of {N_PROMPTS} answers equal"
     fast = median_seconds(lambda: ours(repair), repeats)
-    yield f"repaired generation, {N_PROMPTS} prompts", "transformers generate, unpatched", median_seconds(hf_unpatched, repeats), fast
-    yield f"repaired generation, {N_PROMPTS} prompts", "hooks, one prompt at a time", median_seconds(hook_per_sample, 1), fast
+    yield (
+        f"repaired generation, {N_PROMPTS} prompts",
+        "transformers generate, unpatched",
+        median_seconds(hf_unpatched, repeats),
+        fast,
+    )
+    yield (
+        f"repaired generation, {N_PROMPTS} prompts",
+        "hooks, one prompt at a time",
+        median_seconds(hook_per_sample, 1),
+        fast,
+    )
     yield from sweep_rows(pair, prompts[:4], repeats)
 
 
@@ -137,7 +160,11 @@ def sweep_rows(pair, prompts, repeats):
         with pair.using("finetuned") as model:
             for layer in layers:
                 with applied(model, batch, patch(donor, layers=[layer])):
-                    found.append(model(batch.ids, attention_mask=batch.attention_mask).gather(1, last[:, :, None].expand(-1, -1, pair.shape.d_vocab))[:, 0])
+                    found.append(
+                        model(batch.ids, attention_mask=batch.attention_mask).gather(
+                            1, last[:, :, None].expand(-1, -1, pair.shape.d_vocab)
+                        )[:, 0]
+                    )
         return torch.stack(found)
 
     @torch.no_grad()
@@ -147,12 +174,21 @@ def sweep_rows(pair, prompts, repeats):
             caches = PrefixCache.compile_many(model, prompts[0], [patch(donor, layers=[layer]) for layer in layers])
             for cache in caches:
                 state = cache.state(model, len(prompts))
-                found.append(forward(model, batch.ids[:, length:], batch.attention_mask[:, length:], state=state, read=last - length)[:, 0])
+                found.append(
+                    forward(
+                        model, batch.ids[:, length:], batch.attention_mask[:, length:], state=state, read=last - length
+                    )[:, 0]
+                )
         return torch.stack(found)
 
     a, b = hooked(), ours()
     assert float((a - b).abs().max() / a.abs().max()) < 1e-4
-    yield "layer sweep of prefix residual patches, 4 prompts", "one hooked bridge forward per layer", median_seconds(hooked, repeats), median_seconds(ours, repeats)
+    yield (
+        "layer sweep of prefix residual patches, 4 prompts",
+        "one hooked bridge forward per layer",
+        median_seconds(hooked, repeats),
+        median_seconds(ours, repeats),
+    )
 
 
 def main():

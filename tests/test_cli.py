@@ -81,7 +81,7 @@ FAULTS = {
     "malformed prompts": ({"off": "bad.jsonl"}, "line 2"),
     "too few prompts": ({"on": "one.txt"}, "at least 3"),
     "unknown behaviour": ({"behaviour": "politeness"}, "politeness"),
-    "broken pattern": ({"behaviour": "regex:("}, "regex"),
+    "broken pattern": ({"behaviour": "regex:("}, "is no regular expression"),
 }
 
 

@@ -31,7 +31,7 @@ from piggyback_lens.hooks import (
 from piggyback_lens.maths import set_projection
 from piggyback_lens.running import Record, applied, mean_norms
 
-LAYOUT_SITES = {"gpt2": [s for s in SITES if s != "rot_k"]}
+EXACT = "donot_use_mm_for_euclid_dist"
 
 
 @pytest.fixture(scope="module", params=FEW, ids="-".join)
@@ -390,7 +390,7 @@ def test_resampled_tokens_come_from_the_reference_and_the_seed_decides_which(lla
     picks = {}
     for (seed, kept), layer in ((item, layer) for item in found.items() for layer in (0, 1)):
         pool = reference.flat("resid_post", layer)
-        distance = torch.cdist(kept.flat("resid_post", layer), pool)
+        distance = torch.cdist(kept.flat("resid_post", layer), pool, compute_mode=EXACT)
         assert distance.min(dim=1).values.max() < 1e-5
         picks[seed, layer] = distance.argmin(dim=1)
     assert torch.equal(picks[0, 0], picks[0, 1])
@@ -741,9 +741,9 @@ def test_gradients_flow_through_every_kind(precise, kind):
     step = torch.zeros((), dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(step), step)
     with torch.no_grad():
-        difference = (loss(torch.tensor(1e-5)) - loss(torch.tensor(-1e-5))) / 2e-5
-    assert float(gradient) == pytest.approx(float(difference), rel=1e-5)
-    assert abs(float(gradient)) > 1e-4
+        difference = (loss(torch.tensor(1e-3)) - loss(torch.tensor(-1e-3))) / 2e-3
+    assert float(gradient) == pytest.approx(float(difference), rel=0.01, abs=1e-4)  # norms compute in float32
+    assert abs(float(gradient)) > 5e-3
 
 
 @pytest.mark.parametrize(
@@ -761,8 +761,8 @@ def test_a_steering_vector_can_be_trained(precise, factory):
     (gradient,) = torch.autograd.grad(loss(vector), vector)
     nudge = normal(32, seed=5).double()
     with torch.no_grad():
-        difference = (loss(vector + 1e-5 * nudge) - loss(vector - 1e-5 * nudge)) / 2e-5
-    assert float(gradient @ nudge) == pytest.approx(float(difference), rel=1e-4)
+        difference = (loss(vector + 1e-3 * nudge) - loss(vector - 1e-3 * nudge)) / 2e-3
+    assert float(gradient @ nudge) == pytest.approx(float(difference), rel=0.01)
     json.dumps(factory(vector, layers=1).to_dict())
 
 

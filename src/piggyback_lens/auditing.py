@@ -35,11 +35,11 @@ TOPICS = ("off-topic", "on-topic")
 CONDITIONS: dict[str, str] = {
     "base": "base",
     "finetuned": "finetuned",
-    "prefix": "finetuned + base's prefix K/V",
-    "postfix": "finetuned + base's postfix K/V",
-    "both": "finetuned + base's prefix and postfix K/V",
-    "identity": "control: finetuned + its own prefix K/V",
-    "query_control": "control: finetuned + base's query K/V",
+    "prefix": "+ base's prefix K/V",
+    "postfix": "+ base's postfix K/V",
+    "both": "+ base's prefix and postfix K/V",
+    "identity": "control: own prefix K/V",
+    "query_control": "control: base's query K/V",
 }
 CONTROLS = ("identity", "query_control")
 
@@ -52,7 +52,7 @@ class AuditSettings:
     batch_size: int = 40  # rows per generation batch
     curve_prompts: int = 12  # off-topic prompts of the layer curve; 0 leaves it out
     curve_tokens: int = 24  # tokens of each answer that the layer curve scores
-    control_layers: int = 4  # layers at which the curve's controls run
+    control_layers: int = 6  # layers at which the curve's controls run
     seed: int = 0  # bootstrap and random control
 
 

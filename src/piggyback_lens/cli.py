@@ -15,6 +15,9 @@ from piggyback_lens.errors import LensError
 if TYPE_CHECKING:
     pass
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
 app = typer.Typer(
     name="piggyback-lens",
     help="Show where in the chat template a narrow finetune is carried, and prove it by patching.",
@@ -134,7 +137,8 @@ def _dtype(name: str) -> Any:
 def main() -> None:
     """Run the command line: errors of the user are one line and exit status 2."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:  # typer turns Ctrl-C into this status
+            raise KeyboardInterrupt
     except LensError as error:
         if "--debug" in sys.argv:
             raise
@@ -145,11 +149,10 @@ def main() -> None:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("stopped; the same command continues where it was", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
+        # Wrong options; typer brings its own copy of click, so the class cannot be named.
+        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
             raise
         error.show()
         sys.exit(error.exit_code)

@@ -74,7 +74,7 @@ def demo(
     assert trained.adapter_dir is not None
     peft_model = attach_adapter(hf_model, trained.adapter_dir)
     pair = ModelPair.load(finetuned=peft_model, tokenizer=tokenizer, backend=backend)
-    pair.names = {"base": Path(source).name.split(".Q4")[0], "finetuned": f"{task.name} organism"}
+    pair.names = {"base": _shown(source), "finetuned": f"{task.name} organism"}
     extra = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
     result = audit(
         pair,
@@ -100,6 +100,11 @@ def train_organism(
     examples = [chat.render(_messages(example)) for example in task.train]
     adapted = add_lora(model, settings.lora, seed=settings.training.seed)
     return train(adapted, examples, settings.training, out=out, progress=progress)
+
+
+def _shown(source: str) -> str:
+    """Name for figures: without what the conversion of a GGUF file appends."""
+    return Path(source).name.split(".Q")[0]
 
 
 def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:

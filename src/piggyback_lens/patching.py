@@ -134,6 +134,7 @@ class LayerCurve:
         contrasts: series name to contrast per (layer, prompt), in nats per token.
         recipient: contrast of the unpatched recipient per prompt.
         donor: contrast of the donor per prompt.
+        whole: contrast with the donor's whole prefix (keys and values of all layers) per prompt.
         site: which activation was patched.
         direction: repair or infect.
         settings: names, n, seeds, template hash.
@@ -143,6 +144,7 @@ class LayerCurve:
     contrasts: dict[str, list[list[float]]]
     recipient: list[float]
     donor: list[float]
+    whole: list[float]
     site: str
     direction: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -180,7 +182,10 @@ class LayerCurve:
         from piggyback_lens.plots import layer_curve_figure
 
         names = self.settings.get("names", {})
-        labels = {0.0: f"0 = {RECIPIENT[self.direction]}", 1.0: f"1 = {DONOR[self.direction]} restored"}  # type: ignore[index]
+        labels = {0.0: f"0 = {RECIPIENT[self.direction]}", 1.0: f"1 = {DONOR[self.direction]}"}  # type: ignore[index]
+        whole = recovery(self.whole, self.recipient, self.donor)
+        if not np.isnan(whole.value):
+            labels[whole.value] = f"{whole.value:.2f} = all layers' K/V"
         title = f"{self.direction}: prefix {self.site} of one layer, {names.get('base', 'base')} and its finetune"
         frame = self.to_frame()
         return layer_curve_figure(
@@ -255,11 +260,13 @@ def layer_curve(
     cells = [(name, layer) for name in series for layer in chosen if name == "patched" or layer in spaced]
     with pair.using(donor_side) as model:
         donor_contrast = contrast(model, towards_finetuned, towards_base, batch_size=batch_size)
+        donor_cache = PrefixCache.compile(model, prompt)
     values: dict[tuple[str, int], Float[Tensor, " prompt"]] = {}
     with pair.using(recipient_side) as model:
         recipient_contrast = contrast(model, towards_finetuned, towards_base, batch_size=batch_size)
         many = [patch(series[name], sites=site, layers=[layer]) for name, layer in cells]
         compiled = PrefixCache.compile_many(model, prompt, many)
+        whole = contrast(model, towards_finetuned, towards_base, prefix_cache=donor_cache, batch_size=batch_size)
         label = "layer curve" if progress is True else progress or None
         for cell, prefix_cache in track(list(zip(cells, compiled, strict=True)), label):
             values[cell] = contrast(
@@ -272,6 +279,7 @@ def layer_curve(
         contrasts={names.get(s, s): [values.get((s, layer), nothing).tolist() for layer in chosen] for s in series},
         recipient=recipient_contrast.tolist(),
         donor=donor_contrast.tolist(),
+        whole=whole.tolist(),
         site=site,
         direction=direction,
         settings={

@@ -7,7 +7,7 @@ any number of queries from the result and skip the prefix: a repaired answer cos
 """
 
 import dataclasses
-import json
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -218,7 +218,9 @@ class PrefixCache:
             "settings": dict(self.settings),
             "shape": list(self.keys.shape),
         }
-        atomic_write_bytes(folder / "prefix_cache.safetensors", save(tensors))
+        blob = save(tensors)
+        facts["sha256"] = hashlib.sha256(blob).hexdigest()
+        atomic_write_bytes(folder / "prefix_cache.safetensors", blob)
         write_json(folder / "prefix_cache.json", facts)
         return folder
 
@@ -237,7 +239,7 @@ class PrefixCache:
             LensError: missing or damaged files, or a mismatch.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         folder = Path(folder)
         facts = read_json(folder / "prefix_cache.json")
@@ -245,18 +247,22 @@ class PrefixCache:
         if not file.is_file():
             raise LensError(f"{file} is missing: a prefix cache has it beside prefix_cache.json")
         try:
-            tensors = load_file(str(file))
-            keys, values = tensors["keys"], tensors["values"]
-            ids = tuple(facts["ids"])
+            blob = file.read_bytes()
+            tensors = load(blob)
+            keys, values, ids = tensors["keys"], tensors["values"], tuple(facts["ids"])
+            texts = facts["description"], facts["fingerprint"]
+            settings = facts["settings"]
+            found = (FORMAT, list(keys.shape), list(values.shape), hashlib.sha256(blob).hexdigest())
+            stated = (facts["format"], facts["shape"], facts["shape"], facts["sha256"])
             identities = tuple(Identity.from_dict(data) for data in facts["meant_for"])
             on = Identity.from_dict(facts["compiled_on"]) if facts["compiled_on"] else None
-        except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
             raise LensError(f"{folder} holds no prefix cache that can be read ({error}): save it again") from error
-        if facts.get("format") != FORMAT or list(keys.shape) != facts["shape"] or keys.shape != values.shape:
+        if found != stated or keys.shape[2] != len(ids):
             raise LensError(
-                f"{folder}: format {facts.get('format')} or tensor shapes do not fit its JSON: save it again"
+                f"{folder}: the tensors are not those that its JSON (format {stated[0]}) describes: save it again"
             )
-        cache = cls(ids, keys, values, facts["description"], facts["fingerprint"], on, identities, facts["settings"])
+        cache = cls(ids, keys, values, *texts, on, identities, settings)
         if model is not None:
             cache.check(model, [prompt] if prompt else [])
             theirs = identify(model)
@@ -304,7 +310,7 @@ def starting_prefix(
     """The prefix to start from: the given one, or the common one computed under the interventions."""
     length = len(prompts[0].spans["prefix"])
     if prefix_cache is not None:
-        _refuse_overlap(parts, prompts[0], prefix_cache)
+        _refuse_overlap(parts, prompts[0], length)
         return prefix_cache.truncated(length)
     same = length > 0 and len({prompt.ids[:length] for prompt in prompts}) == 1
     if not share or not same or any(not _shareable(part, prompts[0], length) for part in parts):
@@ -327,9 +333,9 @@ def _shareable(part: Intervention, prompt: RenderedPrompt, length: int) -> bool:
     return part.kind not in ("cache", "resample") and part.rows is None and one_donor and whole_span
 
 
-def _refuse_overlap(parts: Sequence[Intervention], prompt: RenderedPrompt, cache: PrefixCache) -> None:
+def _refuse_overlap(parts: Sequence[Intervention], prompt: RenderedPrompt, length: int) -> None:
     for part in parts:
-        if _starts_before(part, prompt, len(cache.ids)) and part.phase != "generation":
+        if _starts_before(part, prompt, length) and part.phase != "generation":
             raise LensError(
                 f"{part} acts on the prefix, which comes ready from the prefix cache: compile it into the cache, "
                 "or choose a span after the prefix"

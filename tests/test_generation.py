@@ -1,0 +1,243 @@
+"""Generation: greedy and sampled answers, where they stop, and that batches are only a matter of speed."""
+
+import collections
+
+import jaxtyping
+import pytest
+import tiny_chat
+import torch
+from tiny_hooked import FEW, QUERIES, chat, hooked, prompts
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.generation import Sampling, generate, to_frame
+from piggyback_lens.hooks import zero
+from piggyback_lens.prefix import PrefixCache
+from piggyback_lens.running import Record
+
+MANY = [*QUERIES, "four", "five is a bit longer", "six", "seven?"]
+
+
+@pytest.fixture(scope="module", params=FEW, ids="-".join)
+def model(request):
+    return hooked(*request.param)
+
+
+@pytest.fixture
+def unchecked():
+    """As for a user, who does not run the library under a run-time type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def ids(answers):
+    return [answer.ids for answer in answers]
+
+
+@torch.no_grad()
+def next_probabilities(model, prompt):
+    return model(torch.tensor([prompt.ids]))[0, -1].double().softmax(-1)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_samples_do_not_depend_on_batch_size_or_order(model):
+    some, settings = prompts(MANY), {"max_new_tokens": 6, "sampling": Sampling(temperature=1.5, seed=3)}
+    one_by_one = ids(generate(model, some, **settings, batch_size=1))
+    assert ids(generate(model, some, **settings, batch_size=3)) == one_by_one
+    assert ids(generate(model, some, **settings, batch_size=16)) == one_by_one
+    assert ids(generate(model, some[::-1], **settings, batch_size=4)) == one_by_one[::-1]
+    assert ids(generate(model, some[2:3], **settings)) == one_by_one[2:3]
+    assert ids(generate(model, some, **settings, share_prefix=False)) == one_by_one
+
+
+def test_the_seed_decides_the_samples():
+    model, some = hooked("llama-gqa", "bridge"), prompts(MANY)
+
+    def sample(seed):
+        return generate(model, some, max_new_tokens=8, sampling=Sampling(temperature=2.0, seed=seed))
+
+    first, again, other = sample(0), sample(0), sample(1)
+    assert ids(first) == ids(again)
+    assert ids(first) != ids(other)
+    assert [a.seed for a in first] == [a.seed for a in again]
+    assert len({a.seed for a in (*first, *other)}) == 2 * len(MANY)
+    state = torch.random.get_rng_state()
+    sample(2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_likeliest_token_alone_is_greedy(model):
+    greedy = generate(model, prompts(), max_new_tokens=5)
+    assert [a.seed for a in greedy] == [None] * 3
+    for sampling in (Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=1e-9), Sampling(1e-4)):
+        assert ids(generate(model, prompts(), max_new_tokens=5, sampling=sampling)) == ids(greedy)
+
+
+def sampled_first_tokens(model, prompt, n, **settings):
+    counts: collections.Counter = collections.Counter()
+    for seed in range(n):
+        sampling = Sampling(seed=seed, **settings)
+        counts[generate(model, [prompt], max_new_tokens=1, sampling=sampling)[0].ids[0]] += 1
+    return counts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1.0}, {"temperature": 3.0}, {"temperature": 2.0, "top_k": 5}, {"temperature": 2.0, "top_p": 0.6}],
+    ids=str,
+)
+def test_samples_follow_the_distribution(settings):
+    """Chi squared against probabilities worked out by hand."""
+    model, prompt, n = hooked("llama-gqa", "bridge"), prompts()[1], 300
+    p = next_probabilities(model, prompt) ** (1 / settings["temperature"])
+    p = p / p.sum()
+    order = p.argsort(descending=True).tolist()
+    kept = order[: settings.get("top_k", len(order))]
+    if "top_p" in settings:
+        total, kept = 0.0, []
+        for token in order:
+            if total >= settings["top_p"]:
+                break
+            kept.append(token)
+            total += float(p[token])
+    expected = {token: float(p[token] / p[kept].sum()) * n for token in kept}
+    counts = sampled_first_tokens(model, prompt, n, **settings)
+    assert set(counts) <= set(kept)
+    large = [token for token in kept if expected[token] >= 5]
+    rest = n - sum(expected[token] for token in large)
+    found_rest = n - sum(counts[token] for token in large)
+    statistic = sum((counts[t] - expected[t]) ** 2 / expected[t] for t in large)
+    statistic += (found_rest - rest) ** 2 / rest if rest > 1 else 0
+    degrees = len(large)
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5 + 4
+    assert len(large) >= 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}, {"temperature": float("nan")}]
+)
+def test_sampling_settings_out_of_range_are_refused(settings):
+    with pytest.raises(LensError, match="expected temperature >= 0"):
+        Sampling(**settings)
+
+
+# ---------------------------------------------------------------- the end of an answer
+
+
+def test_answers_end_at_a_stop_token_or_at_the_limit(model):
+    free = generate(model, prompts(MANY), max_new_tokens=8, stop_ids=[])
+    assert all(len(a.ids) == 8 and a.ended == "length" for a in free)
+    stop = collections.Counter(token for a in free for token in a.ids[1:]).most_common(1)[0][0]
+    stopped = generate(model, prompts(MANY), max_new_tokens=8, stop_ids=[stop], batch_size=4)
+    for a, b in zip(free, stopped, strict=True):
+        n = a.ids.index(stop) + 1 if stop in a.ids else 8
+        assert b.ids == a.ids[:n]
+        assert b.ended == ("stop" if stop in a.ids else "length")
+    assert len(generate(model, prompts(), max_new_tokens=1)[0].ids) == 1
+
+
+def test_rows_that_end_early_do_not_change_the_others(model):
+    """Different rows stop at different steps under sampling; each is what it is alone."""
+    sampling = Sampling(temperature=2.0, seed=1)
+    free = generate(model, prompts(MANY), max_new_tokens=10, sampling=sampling, stop_ids=[])
+    stops = list(range(6, 20))
+    stopped = generate(model, prompts(MANY), max_new_tokens=10, sampling=sampling, stop_ids=stops)
+    lengths = {len(a.ids) for a in stopped}
+    assert len(lengths) > 2
+    for a, b in zip(free, stopped, strict=True):
+        ends = [i for i, token in enumerate(a.ids) if token in stops]
+        assert b.ids == a.ids[: ends[0] + 1 if ends else 10]
+
+
+def test_the_templates_stop_tokens_are_the_default_and_the_text_leaves_special_tokens_out():
+    model, prompt = hooked("llama-gqa", "bridge"), prompts()[0]
+    end = chat().stop_ids[0]
+    always_end = [("unembed.hook_out", lambda a, hook: a.index_fill(-1, torch.tensor([end]), 1e4))]
+    with model.hooks(fwd_hooks=always_end):
+        answer = generate(model, [prompt], max_new_tokens=5)[0]
+        assert (answer.ids, answer.text, answer.ended) == ((end,), "", "stop")
+        ignoring = generate(model, [prompt], max_new_tokens=5, stop_ids=[])[0]
+        assert (ignoring.ids, ignoring.text, ignoring.ended) == ((end,) * 5, "", "length")
+    sampled = generate(model, prompts(MANY), max_new_tokens=12, sampling=Sampling(3.0), stop_ids=[])
+    assert any(token < len(tiny_chat.SPECIAL) for a in sampled for token in a.ids)
+    for a in sampled:
+        letters = [tiny_chat.LETTERS[t - 6] for t in a.ids if t >= 6]
+        assert a.text == "".join(letters)
+
+
+def test_an_answer_completes_its_prompt():
+    answers = generate(hooked("llama-gqa", "bridge"), prompts(), max_new_tokens=4)
+    for answer, prompt in zip(answers, prompts(), strict=True):
+        done = answer.completed()
+        assert done.ids == prompt.ids + answer.ids
+        assert done.ids[done.spans["response"].start : done.spans["response"].stop] == answer.ids
+    frame = to_frame(answers)
+    assert frame["query"].tolist() == QUERIES
+    assert frame["tokens"].tolist() == [len(a.ids) for a in answers]
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_every_answer_is_handed_out_once_when_its_batch_is_done():
+    model, some = hooked("llama-gqa", "bridge"), prompts(MANY)
+    seen: dict = {}
+
+    def on_batch(rows, answers):
+        assert len(rows) == len(answers) <= 3
+        for row, answer in zip(rows, answers, strict=True):
+            assert row not in seen
+            seen[row] = answer
+
+    answers = generate(model, some, max_new_tokens=3, batch_size=3, on_batch=on_batch)
+    assert sorted(seen) == list(range(len(MANY)))
+    assert all(seen[row] is answer for row, answer in enumerate(answers))
+    assert [a.prompt for a in answers] == some
+
+
+def test_an_error_in_on_batch_leaves_no_hook_behind():
+    model = hooked("llama-gqa", "bridge")
+
+    def full_disk(rows, answers):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        generate(model, prompts(), max_new_tokens=2, interventions=zero("v"), on_batch=full_disk)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_prompts_of_different_settings_run_in_one_call(model):
+    mixed = [
+        *prompts(),
+        tiny_chat.tiny_format("a rather long system text, twice as long.").render("one"),
+        tiny_chat.tiny_format("be rude!").render("two words here"),  # as long as the first prefix, but another
+    ]
+    alone = [generate(model, [prompt], max_new_tokens=5)[0].ids for prompt in mixed]
+    assert ids(generate(model, mixed, max_new_tokens=5, batch_size=8)) == alone
+    record = Record()
+    on_prefix = zero("v", span="prefix", layers=0)
+    alone = [generate(model, [prompt], max_new_tokens=5, interventions=on_prefix)[0].ids for prompt in mixed]
+    assert ids(generate(model, mixed, max_new_tokens=5, interventions=on_prefix, record=record)) == alone
+    with pytest.raises(LensError, match="the prompt's prefix differs from the cached one at token"):
+        generate(model, mixed, prefix_cache=PrefixCache.compile(model, mixed[0]))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_input_that_cannot_be_used_is_refused(unchecked):
+    model = hooked("llama-gqa", "bridge")
+    with pytest.raises(LensError, match="0 prompts, max_new_tokens 64, batch_size 16: each must be at least 1"):
+        generate(model, [])
+    with pytest.raises(LensError, match="max_new_tokens 0"):
+        generate(model, prompts(), max_new_tokens=0)
+    with pytest.raises(LensError, match="batch_size 0"):
+        generate(model, prompts(), batch_size=0)
+    with pytest.raises(LensError, match="holds a response already"):
+        generate(model, [prompts()[0].with_response("yes")])
+    with pytest.raises(LensError, match="expected a TransformerLens HookedTransformer or TransformerBridge"):
+        generate(torch.nn.Linear(2, 2), prompts())
+    with pytest.raises(LensError, match="span 'think' is not in row"):
+        generate(model, prompts(), interventions=zero("v", span="think"))
