@@ -8,10 +8,13 @@ numbers into the README between its two markers. No figure in the README is type
 
 import argparse
 import math
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from piggyback_lens import AuditResult
 from piggyback_lens.auditing import check_identity
+from piggyback_lens.demonstration import QUICK
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_text
 
@@ -39,7 +42,7 @@ def results_markdown(result: AuditResult) -> str:
             f"Identity control: {same} of {total} answers are token for token the finetuned model's.",
             f"Time: {duration(card)}; peak memory {card['peak_memory_gb']} GB; "
             f"{card['machine']['gpu'] or str(card['machine']['cores']) + ' CPU cores'}, {versions}.",
-            f"Command: `piggyback-lens demo --task {card['task']}`, then `python examples/write_figures.py`.",
+            f"Command: `{command(card)}`, then `python examples/write_figures.py`.",
         ]
     )
 
@@ -51,6 +54,12 @@ def recovered(row: dict) -> str:
     if math.isnan(row["recovery"]):
         return "undefined"
     return f"{100 * row['recovery']:.0f} % [{100 * row['recovery_low']:.0f}, {100 * row['recovery_high']:.0f}]"
+
+
+def command(card: dict) -> str:
+    """What was typed; a quick demo is known by its audit's settings."""
+    quick = " --quick" if card["settings"] == asdict(QUICK.audit) else ""
+    return f"piggyback-lens demo --task {card['task']}{quick}"
 
 
 def duration(card: dict) -> str:
@@ -86,4 +95,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LensError as error:
+        sys.exit(f"error: {error}")

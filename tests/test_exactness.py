@@ -1,6 +1,7 @@
 """The library's central equality: an intervention on the prefix, as hooks on whole prompts and as a prefix cache."""
 
 import dataclasses
+from importlib.metadata import version
 
 import pytest
 import tiny_chat
@@ -13,10 +14,11 @@ from piggyback_lens.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.generation import generate
 from piggyback_lens.hooks import ablate, add, cache, patch, zero
-from piggyback_lens.running import applied
 from piggyback_lens.prefix import PrefixCache
+from piggyback_lens.running import applied
 
-BACKENDS = ("bridge", "hooked")
+# HookedTransformer is gone from transformer-lens 4; there the bridge alone is tested.
+BACKENDS = ("bridge", "hooked") if version("transformer-lens") < "4" else ("bridge",)
 CASES = [
     (name, backend) for name in tiny_models.NAMES for backend in BACKENDS if (name, backend) != ("llama-bias", "hooked")
 ]
@@ -186,7 +188,7 @@ def test_interventions_on_a_prefix_that_comes_from_a_cache_are_refused(pair, cha
         )
     with pytest.raises(LensError, match="reaches beyond the prefix"):
         PrefixCache.compile(base, prompts[0], zero("v", span="all"))
+    cached = PrefixCache.compile(base, prompts[0])
+    other = dataclasses.replace(cached, ids=(cached.ids[0] + 1, *cached.ids[1:]))
     with pytest.raises(LensError, match="differs from the cached one at token"):
-        other = PrefixCache.compile(base, prompts[0])
-        other = dataclasses.replace(other, ids=(other.ids[0] + 1, *other.ids[1:]))
         generate(tuned, prompts, prefix_cache=other)

@@ -6,12 +6,14 @@ import re
 import runpy
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import tiny_models
 
 from piggyback_lens.auditing import CONDITIONS, TOPICS, AuditResult
+from piggyback_lens.demonstration import QUICK
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, write_json
 from piggyback_lens.measures import get_behaviour
@@ -133,13 +135,15 @@ def test_the_numbers_of_the_readme_are_written_between_the_markers_and_nowhere_e
     script = runpy.run_path(str(ROOT / "examples" / "write_figures.py"))
     results = script["results_markdown"](AuditResult.load(demo_folder))
     recoveries = {row[1]: row[4] for row in table(results) if row[0] == "off-topic"}
-    assert recoveries["finetuned + base's prefix K/V"] == "50 % [50, 50]"
-    assert recoveries["control: finetuned + its own prefix K/V"].startswith("0 %")
+    assert recoveries[CONDITIONS["prefix"]] == "50 % [50, 50]"
+    assert recoveries[CONDITIONS["identity"]].startswith("0 %")
     assert recoveries["base"] == recoveries["finetuned"] == ""
     assert "training 2.0 min, audit 1.5 min; peak memory 1.5 GB; 2 CPU cores, torch 1" in results
     written = script["with_results"](README, results)
     assert between(written, "demo").strip() == results
     assert script["with_results"](written, "x").replace("\nx\n", between(README, "demo")) == README
+    assert "`piggyback-lens demo --task terse`" in results
+    assert script["command"]({"task": "tool", "settings": asdict(QUICK.audit)}).endswith("--task tool --quick")
     assert script["recovered"]({"condition": "prefix", "recovery": math.nan}) == "undefined"
     with pytest.raises(LensError, match="lacks the markers"):
         script["with_results"]("no markers", results)

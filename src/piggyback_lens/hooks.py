@@ -130,7 +130,7 @@ class Intervention:
         known = set(cls.__dataclass_fields__)
         if not {"kind", "site"} <= set(data) <= known:
             raise LensError(f"an intervention has the fields {sorted(known)}, got {sorted(data)}")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
         try:
             fields["tensors"] = load(base64.b64decode(fields.get("tensors", ""))) if "tensors" in fields else {}
         except (SafetensorError, ValueError) as error:
