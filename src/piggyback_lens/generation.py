@@ -6,6 +6,7 @@ position of every token, so a hook acts on the same tokens as in a pass without 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,7 +65,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
+        usable = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
+        if not usable or (self.top_k is not None and self.top_k < 1):
             raise LensError(
                 f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}: expected temperature >= 0, "
                 "0 < top_p <= 1 and top_k >= 1 or None"

@@ -245,7 +245,9 @@ class ModelPair:
         if hasattr(finetuned, "get_base_model"):
             if base is not None:
                 raise LensError("finetuned is a PeftModel, which holds its own base: leave base= out")
-            return cls._from_peft(finetuned, _given_tokenizer(tokenizer, finetuned), backend, ("base", "adapter"))
+            return cls._from_peft(
+                finetuned.eval(), _given_tokenizer(tokenizer, finetuned), backend, ("base", "adapter")
+            )
         if base is None:
             base = default_model(offline=offline)
         hf_base, base_tokenizer = _side(base, tokenizer, settings)

@@ -249,6 +249,9 @@ def layer_curve(
         LensError: lists of different lengths, or prompts with different prefixes.
     """
     donor_side, recipient_side = DONOR[_direction(direction)], RECIPIENT[direction]
+    n = len(towards_finetuned)
+    if not n or n != len(towards_base):
+        raise LensError(f"{n} responses against {len(towards_base)}: give one of each per prompt, at least one")
     prompt = max(towards_finetuned, key=lambda p: len(p.spans["prefix"]))
     chosen = check_layers(layers, pair.shape.n_layers)
     sides = (donor_side, recipient_side)
@@ -284,7 +287,7 @@ def layer_curve(
         direction=direction,
         settings={
             "names": dict(pair.names),
-            "n": len(towards_finetuned),
+            "n": n,
             "seed": seed,
             "fingerprint": prompt.fingerprint,
             "prefix_tokens": len(prompt.span("prefix")),

