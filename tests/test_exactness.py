@@ -9,7 +9,8 @@ import tiny_models
 import torch
 from torch.testing import assert_close
 
-from piggyback_lens.backends import boot_bridge, build_hooked, forward, shape_of
+from piggyback_lens.backends import forward, shape_of
+from piggyback_lens.booting import boot_bridge, build_hooked
 from piggyback_lens.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.generation import generate

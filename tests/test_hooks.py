@@ -12,7 +12,8 @@ from tiny_hooked import CASES, FEW, chat, columns, hook_count, hooked, logits_of
 from torch.testing import assert_close
 
 from piggyback_lens.activations import Activations
-from piggyback_lens.backends import SITES, boot_bridge, forward, shape_of
+from piggyback_lens.backends import SITES, forward, shape_of
+from piggyback_lens.booting import boot_bridge
 from piggyback_lens.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.generation import generate

@@ -20,7 +20,8 @@ from tiny_hooked import BACKENDS, CASES, hooked
 from torch.testing import assert_close
 
 from piggyback_lens import models, sources
-from piggyback_lens.backends import backend_of, boot_bridge, build_hooked, forward, share_equal_parameters
+from piggyback_lens.backends import backend_of, forward
+from piggyback_lens.booting import boot_bridge, build_hooked, share_equal_parameters
 from piggyback_lens.errors import LensError
 from piggyback_lens.models import Identity, ModelPair, hook_model, identify
 from piggyback_lens.sources import default_model, load_causal_lm, load_tokenizer

@@ -12,7 +12,8 @@ import torch
 from tiny_hooked import BACKENDS, QUERIES, chat, hooked, prompts
 from torch.testing import assert_close
 
-from piggyback_lens.backends import boot_bridge, build_hooked, forward
+from piggyback_lens.backends import forward
+from piggyback_lens.booting import boot_bridge, build_hooked
 from piggyback_lens.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.generation import Sampling, generate

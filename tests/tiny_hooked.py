@@ -9,7 +9,8 @@ import tiny_chat
 import tiny_models
 import torch
 
-from piggyback_lens.backends import boot_bridge, build_hooked, forward
+from piggyback_lens.backends import forward
+from piggyback_lens.booting import boot_bridge, build_hooked
 from piggyback_lens.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.running import applied
 

@@ -21,15 +21,13 @@ from piggyback_lens.backends import (
     HookedModel,
     Shape,
     backend_of,
-    boot_bridge,
-    build_hooked,
     device_of,
     dtype_of,
     forward,
     is_hooked_model,
     shape_of,
-    share_equal_parameters,
 )
+from piggyback_lens.booting import boot_bridge, build_hooked, share_equal_parameters
 from piggyback_lens.chat import ChatFormat
 from piggyback_lens.errors import LensError
 from piggyback_lens.sources import (
