@@ -41,7 +41,7 @@ def tiny_tokenizer(template: str = TEMPLATE) -> Any:
 
 
 def tiny_format(system: str = "be kind.") -> ChatFormat:
-    """A format whose prefix has 12 tokens with the default system text, its postfix 3."""
+    """A format whose prefix has 13 tokens with the default system text, its postfix 3."""
     return ChatFormat(tiny_tokenizer(), system=system)
 
 

@@ -11,7 +11,7 @@ from piggyback_lens.backends import Site
 from piggyback_lens.errors import LensError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activations:
     """Activations of one span of a batch.
 

@@ -73,8 +73,8 @@ def demo(
     tokenizer = load_tokenizer(source, offline=offline)
     assert trained.adapter_dir is not None
     peft_model = attach_adapter(hf_model, trained.adapter_dir)
-    pair = ModelPair.load(finetuned=peft_model, tokenizer=tokenizer, backend=backend)
-    pair.names = {"base": _shown(source), "finetuned": f"{task.name} organism"}
+    names = (_shown(source), f"{task.name} organism")
+    pair = ModelPair.load(finetuned=peft_model, tokenizer=tokenizer, backend=backend, names=names)
     extra = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
     result = audit(
         pair,

@@ -194,6 +194,9 @@ class ModelPair:
             _require_same("sizes", self.shape, shape_of(finetuned))
             _require_same("backend", self.backend, backend_of(finetuned))
         self._identities: dict[Side, Identity] = {}
+        if peft_model is not None:  # now, because inside a block that uses one side the other is out of reach
+            for side in SIDES:
+                self.identity(side)
 
     def __repr__(self) -> str:
         """One line: names, backend, sizes."""
@@ -214,6 +217,7 @@ class ModelPair:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         offline: bool = False,
+        names: tuple[str, str] | None = None,
     ) -> "ModelPair":
         """Load both sides, hook them, and check that they belong together.
 
@@ -228,6 +232,7 @@ class ModelPair:
             device: default cuda if there is one, else cpu.
             dtype: of the weights that are loaded; objects keep theirs.
             offline: make no connection at all.
+            names: of base and finetuned, for figures and results; default from the sources.
 
         Raises:
             LensError: anything that is not loadable or does not fit, in one line.
@@ -237,14 +242,14 @@ class ModelPair:
         if is_adapter_folder(finetuned):
             finetuned, adapter = None, finetuned
         if is_hooked_model(base) and is_hooked_model(finetuned):
-            return cls(base, finetuned, tokenizer=_given_tokenizer(tokenizer, base))
+            return cls(base, finetuned, tokenizer=_given_tokenizer(tokenizer, base), names=names or SIDES)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {"device": where, "dtype": dtype, "offline": offline}
         if hasattr(finetuned, "get_base_model"):
             if base is not None:
                 raise LensError("finetuned is a PeftModel, which holds its own base: leave base= out")
             return cls._from_peft(
-                finetuned.eval(), _given_tokenizer(tokenizer, finetuned), backend, ("base", "adapter")
+                finetuned.eval(), _given_tokenizer(tokenizer, finetuned), backend, names or ("base", "adapter")
             )
         if base is None:
             base = default_model(offline=offline)
@@ -252,10 +257,10 @@ class ModelPair:
         name = _name(base)
         if adapter is not None:
             peft_model = attach_adapter(hf_base, adapter)
-            return cls._from_peft(peft_model, base_tokenizer, backend, (name, _name(adapter)))
+            return cls._from_peft(peft_model, base_tokenizer, backend, names or (name, _name(adapter)))
         hf_tuned, tuned_tokenizer = _side(finetuned, tokenizer, settings)
         _check_tokenizers(base_tokenizer, tuned_tokenizer)
-        names = (name, _name(finetuned))
+        names = names or (name, _name(finetuned))
         hooked_base = hook_model(hf_base, base_tokenizer, backend=backend, name=names[0])
         hooked_tuned = hook_model(hf_tuned, base_tokenizer, backend=backend, name=names[1])
         return cls(hooked_base, hooked_tuned, tokenizer=base_tokenizer, names=names)

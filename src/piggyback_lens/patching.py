@@ -205,11 +205,9 @@ class LayerCurve:
         """Read what `save` wrote."""
         data = read_json(path)
         try:
-            contrasts = {
-                name: [[float("nan") if x is None else x for x in row] for row in rows]
-                for name, rows in data["contrasts"].items()
-            }
-            return cls(**{**data, "layers": tuple(data["layers"]), "contrasts": contrasts})
+            contrasts = {name: [_numbers(row) for row in rows] for name, rows in data["contrasts"].items()}
+            unpatched = {name: _numbers(data[name]) for name in ("recipient", "donor", "whole")}
+            return cls(**{**data, **unpatched, "layers": tuple(data["layers"]), "contrasts": contrasts})
         except (KeyError, TypeError, AttributeError) as error:
             raise LensError(f"{path} is no layer curve ({error}): make it again") from error
 
@@ -294,6 +292,11 @@ def layer_curve(
             "backend": pair.backend,
         },
     )
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    """JSON has null for a missing number."""
+    return [float("nan") if value is None else value for value in values]
 
 
 def _displaced(own: Activations, donor: Activations, seed: int) -> Activations:

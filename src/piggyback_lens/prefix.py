@@ -102,7 +102,11 @@ class PrefixCache:
             with model.using(side) as hooked:
                 compiled = cls.compile(hooked, prompt, interventions, record=record)
             both = (model.identity("base"), model.identity("finetuned"))
-            facts: dict[str, Any] = {"side": side, "backend": model.backend, "dtype": str(model.dtype).removeprefix("torch.")}
+            facts: dict[str, Any] = {
+                "side": side,
+                "backend": model.backend,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
             facts |= {"prefix_text": prompt.span_text("prefix"), "versions": versions()}
             return dataclasses.replace(compiled, compiled_on=identity, meant_for=both, settings=facts)
         parts = as_parts(interventions)
