@@ -71,7 +71,7 @@ def _converted(gguf: Path) -> Path:
             if (target / "config.json").is_file():
                 return target
             model, tokenizer = _load_gguf(gguf, torch.float32)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix="converting-") as scratch:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix="converting-") as scratch, _quietly():
                 part = Path(scratch) / "model"
                 model.save_pretrained(part)
                 tokenizer.save_pretrained(part)
