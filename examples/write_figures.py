@@ -7,7 +7,6 @@ numbers into the README between its two markers. No figure in the README is type
 """
 
 import argparse
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from piggyback_lens.auditing import check_identity
 from piggyback_lens.demonstration import QUICK
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_text
+from piggyback_lens.maths import percent
 
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"
 WIDTH, SCALE = 1100, 2  # px, and how many picture points stand for one
@@ -51,9 +51,7 @@ def recovered(row: dict) -> str:
     """A recovery with its interval, in per cent."""
     if row["condition"] in ("base", "finetuned"):
         return ""
-    if math.isnan(row["recovery"]):
-        return "undefined"
-    return f"{100 * row['recovery']:.0f} % [{100 * row['recovery_low']:.0f}, {100 * row['recovery_high']:.0f}]"
+    return percent(row["recovery"], row["recovery_low"], row["recovery_high"])
 
 
 def command(card: dict) -> str:

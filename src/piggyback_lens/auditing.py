@@ -19,7 +19,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
 from piggyback_lens.generation import Generation, generate
 from piggyback_lens.hooks import Intervention, Interventions, patch
-from piggyback_lens.maths import Estimate, mean_interval, recovery, spread
+from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, spread
 from piggyback_lens.measures import Behaviour, get_behaviour
 from piggyback_lens.models import ModelPair, Side
 from piggyback_lens.patching import LayerCurve, kv_patch, layer_curve, prefix_activations
@@ -37,7 +37,7 @@ CONDITIONS: dict[str, str] = {
     "finetuned": "finetuned",
     "prefix": "+ base's prefix K/V",
     "postfix": "+ base's postfix K/V",
-    "both": "+ base's prefix and postfix K/V",
+    "both": "+ base's K/V of both",
     "identity": "control: own prefix K/V",
     "query_control": "control: base's query K/V",
 }
@@ -176,9 +176,7 @@ def verdict(result: AuditResult) -> str:
 
 
 def _percent(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return "undefined"
-    return f"{100 * estimate.value:.0f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+    return percent(estimate.value, estimate.low, estimate.high)
 
 
 def audit(
@@ -267,6 +265,11 @@ class _Run:
         }
         counts = {topic: len(rendered) for topic, rendered in self.prompts.items()}
         notes = sorted({note for rendered in self.prompts.values() for prompt in rendered for note in prompt.notes})
+        sizes = [len(prompt.spans["query"]) for prompt in self.prompts["off-topic"]]
+        notes.append(
+            f"The query control patches {sum(sizes) / len(sizes):.1f} tokens per off-topic prompt (all of the query); "
+            f"the prefix has {len(self.longest.spans['prefix'])}, the postfix {len(self.longest.spans['postfix'])}."
+        )
         facts = {"names": dict(self.pair.names), "n": counts, "notes": notes}
         self.card = {**identity, **facts, "versions": versions(), "machine": machine(), **extra}
         if self.out is None:

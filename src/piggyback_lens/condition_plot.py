@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from piggyback_lens.maths import percent
 from piggyback_lens.plot_style import (
     BLUE,
     GREY,
@@ -155,11 +156,10 @@ def _condition_hover(record: dict[str, Any]) -> str:
 
 def _recovery_text(record: dict[str, Any]) -> str:
     """The recovery in per cent; empty where it is undefined, and for the two models, where it is 1 or 0."""
-    value, low, high = (100 * float(record[name]) for name in ("recovery", "recovery_low", "recovery_high"))
+    value, low, high = (float(record[name]) for name in ("recovery", "recovery_low", "recovery_high"))
     if record["condition"] in ("base", "finetuned") or not math.isfinite(value):
         return ""
-    interval = f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return f"recovery {value:.0f} %{interval}"
+    return f"recovery {percent(value, low, high)}"
 
 
 def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:

@@ -191,6 +191,14 @@ class Estimate:
         return f"{text}: {self.reason}" if self.reason else text
 
 
+def percent(value: float, low: float, high: float) -> str:
+    """A fraction with its interval as text, ``57 % [39, 71]``; "undefined" where it is NaN."""
+    if not math.isfinite(value):
+        return "undefined"
+    interval = f" [{round(100 * low)}, {round(100 * high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+    return f"{round(100 * value)} %{interval}"
+
+
 def mean_interval(values: npt.ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean over prompts, one value for each prompt (average several samples of one prompt first).
 

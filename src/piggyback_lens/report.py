@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_text
+from piggyback_lens.maths import percent
 from piggyback_lens.plot_style import check_frame, interval_text
 
 if TYPE_CHECKING:
@@ -168,13 +169,12 @@ def _condition_row(record: Mapping[str, Any]) -> list[str]:
         value = record.get(name)
         return math.nan if value is None else float(value)
 
-    recovery, low, high = (100 * number(name) for name in ("recovery", "recovery_low", "recovery_high"))
-    interval = f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) and math.isfinite(high) else ""
+    recovery, low, high = (number(name) for name in ("recovery", "recovery_low", "recovery_high"))
     return [
         _cell(record["condition_label"]),
         _cell(record["n"], "number"),
         _cell(interval_text(number("mean"), number("low"), number("high")), "number"),
-        _cell(f"{recovery:.0f} %{interval}" if math.isfinite(recovery) else "–", "number"),
+        _cell(percent(recovery, low, high) if math.isfinite(recovery) else "–", "number"),
         _cell(record.get("reason") or "", "control"),
     ]
 

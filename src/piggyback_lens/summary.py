@@ -1,11 +1,11 @@
 """Show an audit to a person: the terminal's table and verdict, and the report."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.auditing import AuditResult, check_identity
+from piggyback_lens.maths import percent
 from piggyback_lens.plot_style import axis_title
 from piggyback_lens.report import write_report
 
@@ -58,9 +58,7 @@ def table(result: AuditResult) -> Any:
 def _recovery(row: Mapping[Any, Any]) -> str:
     if row["condition"] in ("base", "finetuned"):
         return ""
-    if math.isnan(row["recovery"]):
-        return "undefined"
-    return f"{100 * row['recovery']:.0f} % [{100 * row['recovery_low']:.0f}, {100 * row['recovery_high']:.0f}]"
+    return percent(row["recovery"], row["recovery_low"], row["recovery_high"])
 
 
 def report(result: AuditResult, out: str | Path, trained: "TrainResult | None" = None) -> Path:
