@@ -73,7 +73,9 @@ def demo(
 
 @app.command()
 def audit(
-    base: Annotated[str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model.")],
+    base: Annotated[
+        str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model; 'demo' for the demo model.")
+    ],
     on_topic: Annotated[Path, typer.Option(help="Prompts of the training domain: .txt, .jsonl or .json.")],
     off_topic: Annotated[Path, typer.Option(help="Prompts outside it.")],
     behaviour: Annotated[
@@ -102,7 +104,13 @@ def audit(
     # Cheap checks first: a typo must not cost a model load.
     measure, prompts = get_behaviour(behaviour), (load_prompts(on_topic), load_prompts(off_topic))
     pair = ModelPair.load(
-        base, finetuned, adapter, backend=backend.value, dtype=_dtype(dtype), device=device, offline=offline
+        None if base == "demo" else base,
+        finetuned,
+        adapter,
+        backend=backend.value,
+        dtype=_dtype(dtype),
+        device=device,
+        offline=offline,
     )
     settings = AuditSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     chat = pair.chat_format(system=system)

@@ -92,7 +92,9 @@ def kv_patch(
 ) -> Interventions:
     """Replace keys and values of a span by the donor's (2606.06667 eq. 1).
 
-    Keys are taken before the rotary embedding, so that they serve at any position.
+    Keys are taken before the rotary embedding, so that they serve at any position, and before a key norm
+    where the model has one (Qwen3, Gemma 3): the recipient applies its own. A LoRA finetune leaves that norm
+    as it is; where a full finetune changed it, the donor's `PrefixCache` is the exact keys and values.
 
     Args:
         pair: base and finetuned.
