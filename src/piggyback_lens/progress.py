@@ -11,7 +11,9 @@ def shown() -> bool:
     """Whether somebody watches: a terminal or a notebook."""
     if sys.stderr.isatty():
         return True
-    return "ipykernel" in sys.modules
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")
 
 
 def say(text: str) -> None:
