@@ -36,8 +36,8 @@ QUICK = replace(
     FULL,
     n_off_topic=16,
     n_on_topic=8,
-    training=TrainSettings(steps=40, batch_size=12, learning_rate=1.5e-4),
-    audit=AuditSettings(max_new_tokens=40, curve_prompts=6, curve_tokens=12, control_layers=3),
+    training=TrainSettings(steps=32, batch_size=12, learning_rate=2e-4),
+    audit=AuditSettings(max_new_tokens=32, curve_prompts=6, curve_tokens=8, control_layers=3),
 )
 
 
