@@ -144,7 +144,8 @@ def test_the_numbers_of_the_readme_are_written_between_the_markers_and_nowhere_e
     assert script["with_results"](written, "x").replace("\nx\n", between(README, "demo")) == README
     assert "`piggyback-lens demo --task terse`" in results
     assert script["command"]({"task": "tool", "settings": asdict(QUICK.audit)}).endswith("--task tool --quick")
-    assert script["recovered"]({"condition": "prefix", "recovery": math.nan}) == "undefined"
+    undefined = {"condition": "prefix", "recovery": math.nan, "recovery_low": math.nan, "recovery_high": math.nan}
+    assert script["recovered"](undefined) == "undefined"
     with pytest.raises(LensError, match="lacks the markers"):
         script["with_results"]("no markers", results)
 
