@@ -17,7 +17,7 @@ from piggyback_lens.chat import ChatFormat, batch_prompts
 from piggyback_lens.generation import generate
 from piggyback_lens.hooks import patch
 from piggyback_lens.models import ModelPair
-from piggyback_lens.patching import prefix_activations
+from piggyback_lens.donors import prefix_activations
 from piggyback_lens.prefix import PrefixCache
 from piggyback_lens.running import applied
 from piggyback_lens.sources import default_model, load_causal_lm, load_tokenizer

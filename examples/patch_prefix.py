@@ -5,7 +5,7 @@ python examples/patch_prefix.py [ADAPTER] [--model BASE] [--out layer_curve.html
 
 import argparse
 
-from piggyback_lens import ModelPair, PrefixCache, default_model, generate, layer_curve, load_task
+from piggyback_lens import AnswerContrast, ModelPair, PrefixCache, default_model, generate, layer_curve, load_task
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapter", nargs="?", default="demo_out/organism/adapter", help="PEFT adapter folder")
@@ -30,7 +30,9 @@ for prompt, *answers in zip(prompts, base, finetuned, patched, strict=True):
     for name, answer in zip(("base", "finetuned", "+ base's prefix"), answers, strict=True):
         print(f"  {name:16} {answer.text!r}")
 
-own_answers = ([answer.completed() for answer in answers] for answers in (finetuned, base))
-curve = layer_curve(pair, *own_answers, layers=range(0, pair.shape.n_layers, 3))
-print(f"\n{curve.to_frame().round(3).to_string(index=False)}\nnoise floor {curve.noise_floor:.1e}")
+own_answers = AnswerContrast([a.completed() for a in finetuned], [a.completed() for a in base])
+curve = layer_curve(pair, prompts, layers=range(0, pair.shape.n_layers, 3), measure=own_answers)
+print(
+    f"\n{curve.to_frame()[['layer', 'series', 'value', 'low', 'high']].round(3).to_string(index=False)}\nnoise floor {curve.noise_floor:.1e}"
+)
 curve.figure().write_html(options.out)

@@ -34,6 +34,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 
 from piggyback_lens import (
+    AnswerContrast,
     ChatFormat,
     ModelPair,
     PrefixCache,
@@ -212,7 +213,8 @@ def answered(found):
     return [answer.prompt.with_response(answer.ids[:12], end=False) for answer in found[:4]]
 
 
-curve = layer_curve(pair, answered(finetuned), answered(base), layers=range(0, pair.shape.n_layers, 3))
+contrast = AnswerContrast(answered(finetuned), answered(base))
+curve = layer_curve(pair, prompts[:4], layers=range(0, pair.shape.n_layers, 3), measure=contrast)
 curve.figure()
 
 # %%

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from piggyback_lens.activations import Activations as Activations
+    from piggyback_lens.answers import AnswerContrast as AnswerContrast
+    from piggyback_lens.answers import GeneratedBehaviour as GeneratedBehaviour
+    from piggyback_lens.attribution import AttributionResult as AttributionResult
+    from piggyback_lens.attribution import attribution_map as attribution_map
     from piggyback_lens.auditing import AuditResult as AuditResult
     from piggyback_lens.auditing import AuditSettings as AuditSettings
     from piggyback_lens.auditing import audit as audit
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
     from piggyback_lens.chat import batch_prompts as batch_prompts
     from piggyback_lens.chat import compare_templates as compare_templates
     from piggyback_lens.demonstration import demo as demo
+    from piggyback_lens.donors import kv_patch as kv_patch
+    from piggyback_lens.donors import prefix_activations as prefix_activations
+    from piggyback_lens.donors import span_activations as span_activations
     from piggyback_lens.errors import LensError as LensError
     from piggyback_lens.generation import Generation as Generation
     from piggyback_lens.generation import Sampling as Sampling
@@ -34,12 +41,15 @@ if TYPE_CHECKING:
     from piggyback_lens.measures import get_behaviour as get_behaviour
     from piggyback_lens.models import ModelPair as ModelPair
     from piggyback_lens.models import hook_model as hook_model
-    from piggyback_lens.patching import LayerCurve as LayerCurve
-    from piggyback_lens.patching import kv_patch as kv_patch
+    from piggyback_lens.patching import carrier_map as carrier_map
     from piggyback_lens.patching import layer_curve as layer_curve
-    from piggyback_lens.patching import prefix_activations as prefix_activations
-    from piggyback_lens.patching import span_activations as span_activations
+    from piggyback_lens.patching import layer_head_map as layer_head_map
+    from piggyback_lens.patching import layer_position_map as layer_position_map
+    from piggyback_lens.patching import patch_span as patch_span
+    from piggyback_lens.perturb import PerturbResult as PerturbResult
+    from piggyback_lens.perturb import perturb as perturb
     from piggyback_lens.prefix import PrefixCache as PrefixCache
+    from piggyback_lens.results import PatchResult as PatchResult
     from piggyback_lens.running import Record as Record
     from piggyback_lens.running import applied as applied
     from piggyback_lens.running import mean_norms as mean_norms
@@ -51,10 +61,13 @@ if TYPE_CHECKING:
     from piggyback_lens.sources import default_model as default_model
     from piggyback_lens.sources import load_causal_lm as load_causal_lm
     from piggyback_lens.sources import load_tokenizer as load_tokenizer
+    from piggyback_lens.stress import StressResult as StressResult
+    from piggyback_lens.stress import stress as stress
     from piggyback_lens.tasks import Task as Task
     from piggyback_lens.tasks import load_conversations as load_conversations
     from piggyback_lens.tasks import load_prompts as load_prompts
     from piggyback_lens.tasks import load_task as load_task
+    from piggyback_lens.token_scores import TokenScores as TokenScores
     from piggyback_lens.trainables import LoRASettings as LoRASettings
     from piggyback_lens.trainables import add_lora as add_lora
     from piggyback_lens.training import TrainResult as TrainResult
@@ -63,9 +76,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "activations": ("Activations",),
+    "answers": ("AnswerContrast", "GeneratedBehaviour"),
+    "attribution": ("AttributionResult", "attribution_map"),
     "auditing": ("AuditResult", "AuditSettings", "audit"),
     "chat": ("ChatFormat", "RenderedPrompt", "batch_prompts", "compare_templates"),
     "demonstration": ("demo",),
+    "donors": ("kv_patch", "prefix_activations", "span_activations"),
     "errors": ("LensError",),
     "generation": ("Generation", "Sampling", "generate"),
     "hooks": (
@@ -82,12 +98,16 @@ _HOMES = {
     ),
     "measures": ("get_behaviour",),
     "models": ("ModelPair", "hook_model"),
-    "patching": ("LayerCurve", "kv_patch", "layer_curve", "prefix_activations", "span_activations"),
+    "patching": ("carrier_map", "layer_curve", "layer_head_map", "layer_position_map", "patch_span"),
+    "perturb": ("PerturbResult", "perturb"),
     "prefix": ("PrefixCache",),
+    "results": ("PatchResult",),
     "running": ("Record", "applied", "mean_norms"),
     "scoring": ("contrast", "kl_to_base", "nll", "response_log_probs"),
     "sources": ("attach_adapter", "default_model", "load_causal_lm", "load_tokenizer"),
+    "stress": ("StressResult", "stress"),
     "tasks": ("Task", "load_conversations", "load_prompts", "load_task"),
+    "token_scores": ("TokenScores",),
     "trainables": ("LoRASettings", "add_lora"),
     "training": ("TrainResult", "TrainSettings", "train"),
 }

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from piggyback_lens.answers import AnswerContrast
 from piggyback_lens.backends import dtype_of
 from piggyback_lens.card import machine, peak_memory_gb, versions
 from piggyback_lens.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.donors import kv_patch, prefix_activations
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
 from piggyback_lens.generation import Generation, generate
@@ -22,9 +24,10 @@ from piggyback_lens.hooks import Intervention, Interventions, patch
 from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, spread
 from piggyback_lens.measures import Behaviour, get_behaviour
 from piggyback_lens.models import ModelPair, Side
-from piggyback_lens.patching import LayerCurve, kv_patch, layer_curve, prefix_activations
+from piggyback_lens.patching import layer_curve
 from piggyback_lens.prefix import PrefixCache
 from piggyback_lens.progress import say
+from piggyback_lens.results import PatchResult
 from piggyback_lens.running import Record
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ class AuditResult:
 
     rows: list[dict[str, Any]]
     behaviour: Behaviour
-    curve: LayerCurve | None
+    curve: PatchResult | None
     card: dict[str, Any]
     folder: Path | None = None
     receipts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -143,7 +146,7 @@ class AuditResult:
             behaviour = get_behaviour(card["behaviour"])
         except (KeyError, TypeError) as error:
             raise LensError(f"{results} is not an audit's ({error}): run the audit again") from error
-        found = LayerCurve.load(curve) if curve.is_file() else None
+        found = PatchResult.load(curve) if curve.is_file() else None
         return cls(in_order(read_jsonl(folder / "rows.jsonl")), behaviour, found, card, folder, receipts)
 
 
@@ -367,6 +370,11 @@ class _Run:
         """A prompt with the whole prefix: where a query merges with the header, its prefix is shorter."""
         return max((p for rendered in self.prompts.values() for p in rendered), key=lambda p: len(p.spans["prefix"]))
 
+    def alike(self, topic: str) -> list[int]:
+        """The prompts of a topic with the whole prefix: all but those that merge with the header."""
+        size = max(len(prompt.spans["prefix"]) for prompt in self.prompts[topic])
+        return [i for i, prompt in enumerate(self.prompts[topic]) if len(prompt.spans["prefix"]) == size]
+
     def _own_prefix(self) -> PrefixCache:
         """The finetuned model under a patch of its own prefix K/V: through the same hooks as a real one."""
         own = patch(prefix_activations(self.pair, "finetuned", self.longest, ("k", "v")))
@@ -382,28 +390,26 @@ class _Run:
             self.kept[name] = make()
         return self.kept[name]
 
-    def layer_curve(self) -> LayerCurve:
+    def layer_curve(self) -> PatchResult:
         """The layer curve on the first off-topic prompts, from the answers that the two models gave."""
         file = self.out / "layer_curve.json" if self.out else None
         if file and file.exists():
-            return LayerCurve.load(file)
-        prompts = self.prompts["off-topic"][: self.settings.curve_prompts]
+            return PatchResult.load(file)
+        usable = self.alike("off-topic")[: self.settings.curve_prompts]
+        prompts = [self.prompts["off-topic"][i] for i in usable]
         if self.progress:
             say(f"layer curve on {len(prompts)} off-topic prompts")
 
         def answered(condition: str) -> list[RenderedPrompt]:
-            ids = [
-                self.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens] for i in range(len(prompts))
-            ]
+            ids = [self.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens] for i in usable]
             return [prompt.with_response(own, end=False) for prompt, own in zip(prompts, ids, strict=True)]
 
         curve = layer_curve(
             self.pair,
-            answered("finetuned"),
-            answered("base"),
+            prompts,
             control_layers=self.settings.control_layers,
+            measure=AnswerContrast(tuple(answered("finetuned")), tuple(answered("base"))),
             seed=self.settings.seed,
-            batch_size=self.settings.batch_size,
             progress=self.progress,
         )
         if file:

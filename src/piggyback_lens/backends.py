@@ -7,7 +7,7 @@ module works with either through the small protocol below, and never imports a T
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -173,6 +173,24 @@ class KVState:
         self.mask = self.mask[rows]
         self.map(lambda tensor, _: tensor[rows])
 
+    def branched(self, rows: Sequence[Int[Tensor, " row"]], begin: int) -> "KVState":
+        """A new state of chosen rows, layer by layer; the first `begin` of them are those that a pass starts with.
+
+        No row may have padding.
+        """
+        assert bool(self.mask.all())
+        mask = self.mask.new_ones((begin, self.length))
+        if self.backend == "bridge":
+            from transformers import DynamicCache
+
+            cache: Any = DynamicCache()
+            for number, (layer, own) in enumerate(zip(self.cache.layers, rows, strict=True)):
+                cache.update(layer.keys[own], layer.values[own], number)
+            return KVState(self.backend, cache, mask)
+        entries = zip(self.cache.entries, rows, strict=True)
+        copied = [replace(e, past_keys=e.past_keys[own], past_values=e.past_values[own]) for e, own in entries]
+        return KVState(self.backend, replace(self.cache, entries=copied, previous_attention_mask=mask), mask)
+
     def right_align(self) -> None:
         """Move each row's padding columns from the right end to the left.
 
@@ -210,12 +228,16 @@ def new_state(model: HookedModel, batch_size: int) -> KVState:
 
 def state_from_keys_values(
     model: HookedModel,
-    keys: Float[Tensor, "layer batch kv pos d"],
-    values: Float[Tensor, "layer batch kv pos d"],
+    keys: Sequence[Float[Tensor, "batch kv pos d"]] | Float[Tensor, "layer batch kv pos d"],
+    values: Sequence[Float[Tensor, "batch kv pos d"]] | Float[Tensor, "layer batch kv pos d"],
 ) -> KVState:
-    """A state that holds given keys (after the rotary embedding, positions 0, 1, …) and values."""
-    state = new_state(model, keys.shape[1])
-    state.mask = torch.ones((keys.shape[1], keys.shape[3]), dtype=torch.long, device=device_of(model))
+    """A state that holds given keys (after the rotary embedding, positions 0, 1, …) and values, layer by layer.
+
+    The batch is the first layer's; later ones may have more rows (see `forking`).
+    """
+    batch, _, past, _ = keys[0].shape
+    state = new_state(model, batch)
+    state.mask = torch.ones((batch, past), dtype=torch.long, device=device_of(model))
     if state.backend == "bridge":
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             state.cache.update(k, v, layer)
@@ -228,11 +250,11 @@ def state_from_keys_values(
     return state
 
 
-def rotated_keys_values(model: HookedModel, state: KVState) -> tuple[Tensor, Tensor]:
-    """Keys after the rotary embedding, and values, of a bridge's state: [layer, batch, kv, pos, d_head]."""
+def rotated_keys_values(model: HookedModel, state: KVState) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys after the rotary embedding, and values, of a bridge's state: [batch, kv, pos, d_head] per layer."""
     assert state.backend == "bridge"
     layers = state.cache.layers
-    return torch.stack([x.keys for x in layers]), torch.stack([x.values for x in layers])
+    return [x.keys for x in layers], [x.values for x in layers]
 
 
 def _undo_rotary(model: Any, layer: int, keys: Float[Tensor, "b p h d"]) -> Float[Tensor, "b p h d"]:

@@ -1,312 +1,445 @@
-"""Patching experiments between base and finetuned.
+"""Patching experiments between base and finetuned: spans, layer curves, and maps of layers x tokens or heads.
 
-The direction of a patch is always donor to recipient: *repair* is base to finetuned, *infect* finetuned to
-base. A prefix patch is compiled to a `PrefixCache`; query and postfix patches are interventions.
+Every experiment takes the pair and the prompts, and returns a `PatchResult` with its controls: the identity
+control (each model patched with its own activations: the noise floor) and the random control (activations
+moved as far as the donor's, token by token, in random directions). Patches act on prompt tokens only.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from piggyback_lens.activations import Activations
-from piggyback_lens.backends import Site, check_layers, forward
-from piggyback_lens.chat import ChatFormat, RenderedPrompt, batch_prompts
+from piggyback_lens.answers import Measure
+from piggyback_lens.backends import HEAD_SITES, SITES, Site, check_layers
+from piggyback_lens.cells import Parts
+from piggyback_lens.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.donors import Direction, Donors, PostfixDonor, Series, check_direction, of_tokens
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
-from piggyback_lens.hooks import Interventions, cache, patch
-from piggyback_lens.maths import Estimate, norm_matched_random, recovery
-from piggyback_lens.models import ModelPair, Side
-from piggyback_lens.placement import Placement, Row
-from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.progress import track
-from piggyback_lens.running import Record, applied
-from piggyback_lens.scoring import contrast
+from piggyback_lens.experiment import Planned, run_plan
+from piggyback_lens.hooks import patch
+from piggyback_lens.models import ModelPair
+from piggyback_lens.results import IDENTITY, OTHERS, RANDOM, PatchResult
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-Direction = Literal["repair", "infect"]
-DONOR: dict[Direction, Side] = {"repair": "base", "infect": "finetuned"}
-RECIPIENT: dict[Direction, Side] = {"repair": "finetuned", "infect": "base"}
-
-
-def prefix_activations(
-    pair: ModelPair,
-    side: Side,
-    prompt: RenderedPrompt,
-    sites: Site | Sequence[Site],
-    layers: Sequence[int] | None = None,
-) -> Activations:
-    """Activations of the prefix on one side, one row; they hold for every query of the same settings."""
-    length = len(prompt.span("prefix"))
-    ids = torch.tensor([prompt.ids[:length]], device=pair.device)
-    positions = torch.arange(length)[None]
-    placement = Placement((Row.of_prefix(prompt, length),), positions, positions)
-    keep = cache(sites, span="prefix", layers=layers, device=None)
-    read = torch.zeros((1, 1), dtype=torch.long, device=ids.device)
-    with torch.no_grad(), pair.using(side) as model, applied(model, placement, keep) as record:
-        forward(model, ids, torch.ones_like(ids), read=read)
-    return record.activations_of("prefix")
-
-
-def span_activations(
-    pair: ModelPair,
-    side: Side,
-    prompts: Sequence[RenderedPrompt],
-    span: str,
-    sites: Site | Sequence[Site],
-    *,
-    layers: Sequence[int] | None = None,
-    tokens: Sequence[int] | None = None,
-    batch_size: int = 16,
-) -> Activations:
-    """Activations of a span on one side, one row per prompt, in order: donors for a patch on the same prompts."""
-    keep = cache(sites, span=span, layers=layers, tokens=tokens)
-    record = Record()
-    with pair.using(side) as model, torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            rows = range(start, min(start + batch_size, len(prompts)))
-            batch = batch_prompts([prompts[row] for row in rows], side="right", device=pair.device)
-            placement = Placement.of(batch, tuple(rows), len(prompts))
-            with applied(model, placement, keep, record=record):
-                last = torch.zeros((len(rows), 1), dtype=torch.long, device=pair.device)
-                forward(model, batch.ids, batch.attention_mask, read=last)
-    return record.activations_of(span)
-
-
-def kv_patch(
-    pair: ModelPair,
-    span: str,
-    *,
-    chat: ChatFormat,
-    prompts: Sequence[RenderedPrompt] | None = None,
-    direction: Direction = "repair",
-    layers: Sequence[int] | None = None,
-) -> Interventions:
-    """Replace keys and values of a span by the donor's (2606.06667 eq. 1).
-
-    Keys are taken before the rotary embedding, so that they serve at any position, and before a key norm
-    where the model has one (Qwen3, Gemma 3): the recipient applies its own. A LoRA finetune leaves that norm
-    as it is; where a full finetune changed it, the donor's `PrefixCache` is the exact keys and values.
-
-    Args:
-        pair: base and finetuned.
-        span: "prefix" and "postfix" take the donor from the template with an empty query; other spans from
-            the donor's own run on each prompt.
-        chat: the settings under which the prompts were rendered.
-        prompts: the prompts that will be run, in order; needed for spans other than prefix and postfix.
-        direction: "repair" (base to finetuned) or "infect".
-        layers: None for all.
-
-    Raises:
-        LensError: the span is empty for this template, or prompts are missing.
-    """
-    donor_side = DONOR[_direction(direction)]
-    if span in ("prefix", "postfix"):
-        empty = chat.empty_query()
-        empty.span(span)
-        return patch(span_activations(pair, donor_side, [empty], span, ("k", "v"), layers=layers))
-    if not prompts:
-        raise LensError(f"a patch of span {span!r} takes each prompt's own donor: give prompts=")
-    return patch(span_activations(pair, donor_side, prompts, span, ("k", "v"), layers=layers))
-
-
-def _direction(direction: Direction) -> Direction:
-    if direction not in DONOR:
-        raise LensError(f"direction {direction!r} is not known: choose 'repair' or 'infect'")
-    return direction
-
-
-# ---------------------------------------------------------------- layer curve
+Spans = str | Sequence[str]
+Sites = Site | Sequence[Site]
+CurveMode = Literal["single", "below", "above", "window"]
+CONTROLS: tuple[Series, ...] = (IDENTITY, RANDOM)
 
 
 @dataclass(frozen=True)
-class LayerCurve:
-    """Recovery of a teacher-forced contrast when one layer's prefix activations are patched.
+class RunSettings:
+    """What all experiments share.
 
     Attributes:
-        layers: which layers.
-        contrasts: series name to contrast per (layer, prompt), in nats per token.
-        recipient: contrast of the unpatched recipient per prompt.
-        donor: contrast of the donor per prompt.
-        whole: contrast with the donor's whole prefix (keys and values of all layers) per prompt.
-        site: which activation was patched.
-        direction: repair or infect.
-        settings: names, n, seeds, template hash.
+        measure: an `AnswerContrast` or `GeneratedBehaviour`; None for the contrast of the models' own answers
+            (greedy, 24 tokens), which is generated first.
+        postfix_donor: where postfix activations come from: "own_prompt" (the donor's run on the same prompt), or
+            "empty_query" (its run on the template without a query, the same for all prompts; needs `chat`).
+        chat: the settings under which the prompts were rendered.
+        seed: of the random controls and the bootstrap.
+        budget_gb: memory for one pass beside the weights, in GB; how many cells go through together.
+        out: folder that is written as results come, and continued by the same call.
+        progress: show a bar with the time left.
     """
 
-    layers: tuple[int, ...]
-    contrasts: dict[str, list[list[float]]]
-    recipient: list[float]
-    donor: list[float]
-    whole: list[float]
-    site: str
-    direction: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    measure: Measure | None = None
+    postfix_donor: PostfixDonor = "own_prompt"
+    chat: ChatFormat | None = None
+    seed: int = 0
+    budget_gb: float = 1.0
+    out: str | Path | None = None
+    progress: bool | str = False
 
-    def estimate(self, series: str, layer: int) -> Estimate:
-        """Recovery at one layer with its interval over prompts."""
-        row = self.contrasts[series][self.layers.index(layer)]
-        return recovery(row, self.recipient, self.donor)
 
-    def to_frame(self) -> "pd.DataFrame":
-        """Columns layer, series, value (recovery), low, high, n, reason."""
-        import pandas as pd
+class RunOptions(TypedDict, total=False):
+    """`RunSettings` as keyword arguments."""
 
-        rows = []
-        for series, values in self.contrasts.items():
-            for layer, row in zip(self.layers, values, strict=True):
-                if np.isnan(row).all():
-                    continue  # a control that was run at some layers only
-                found = recovery(row, self.recipient, self.donor)
-                facts = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
-                rows.append({"layer": layer, "series": series, **facts, "reason": found.reason})
-        return pd.DataFrame(rows)
+    measure: Measure | None
+    postfix_donor: PostfixDonor
+    chat: ChatFormat | None
+    seed: int
+    budget_gb: float
+    out: str | Path | None
+    progress: bool | str
 
-    @property
-    def noise_floor(self) -> float:
-        """Largest |recovery| of the identity control: what numerical noise alone does."""
-        gap = float(np.mean(self.donor) - np.mean(self.recipient))
-        run = np.array([row for row in self.contrasts["identity control"] if not np.isnan(row).all()])
-        if not gap or not run.size:
-            return float("nan")
-        return float(np.abs((run.mean(axis=1) - np.mean(self.recipient)) / gap).max())
 
-    def figure(self) -> "go.Figure":
-        """Recovery against the layer, with controls, interval bands and the noise floor."""
-        from piggyback_lens.plots import layer_curve_figure
+def patch_span(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    span: Spans = "prefix",
+    sites: Sites = ("k", "v"),
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    direction: Direction = "repair",
+    controls: bool = True,
+    **run: Unpack[RunOptions],
+) -> PatchResult:
+    """Patch a span (or several together) at some sites, layers, heads and tokens: one number with its controls.
 
-        names = self.settings.get("names", {})
-        labels = {0.0: f"0 = {RECIPIENT[self.direction]}", 1.0: f"1 = {DONOR[self.direction]}"}  # type: ignore[index]
-        whole = recovery(self.whole, self.recipient, self.donor)
-        if not np.isnan(whole.value):
-            labels[whole.value] = f"{whole.value:.2f} = all layers' K/V"
-        title = f"{self.direction}: prefix {self.site} of one layer, {names.get('base', 'base')} and its finetune"
-        frame = self.to_frame()
-        return layer_curve_figure(
-            frame[frame["series"] != "identity control"],
-            title=title,
-            y_label="recovery of the answer contrast",
-            references=labels,
-            noise_floor=None if np.isnan(self.noise_floor) else self.noise_floor,
-        )
+    2606.06667 eq. 1 with the default sites. Keys are patched before the rotary embedding and a key norm.
 
-    def save(self, path: str | Path) -> Path:
-        """Write as JSON."""
-        return write_json(path, asdict(self))
+    Args:
+        pair: base and finetuned.
+        prompts: rendered, without a response, all with the same prefix.
+        span: prefix, query, postfix, think, another sub-span of the template, or prompt (all of them).
+        sites: which activations.
+        layers: None for all.
+        heads: None for all; key/value heads at k and v.
+        tokens: indices within the span; None for all of it.
+        direction: repair (base to finetuned) or infect.
+        controls: run the identity and the random control as well.
+        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
 
-    @classmethod
-    def load(cls, path: str | Path) -> "LayerCurve":
-        """Read what `save` wrote."""
-        data = read_json(path)
-        try:
-            contrasts = {name: [_numbers(row) for row in rows] for name, rows in data["contrasts"].items()}
-            unpatched = {name: _numbers(data[name]) for name in ("recipient", "donor", "whole")}
-            return cls(**{**data, **unpatched, "layers": tuple(data["layers"]), "contrasts": contrasts})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise LensError(f"{path} is no layer curve ({error}): make it again") from error
+    Raises:
+        LensError: a span, site, layer, head or token that is not there; prompts with different prefixes.
+    """
+    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    series: tuple[Series, ...] = ("patched", *CONTROLS) if controls else ("patched",)
+    plan = [lab.cell({}, s, direction, span, sites, layers, heads, tokens) for s in series]
+    return lab.run_plan(plan, "span")
 
 
 def layer_curve(
     pair: ModelPair,
-    towards_finetuned: Sequence[RenderedPrompt],
-    towards_base: Sequence[RenderedPrompt],
+    prompts: Sequence[RenderedPrompt],
     *,
-    site: Site = "resid_pre",
-    direction: Direction = "repair",
+    span: Spans = "prefix",
+    sites: Sites = "resid_pre",
+    mode: CurveMode = "single",
+    window: int = 3,
     layers: Sequence[int] | None = None,
-    control_layers: int = 4,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: bool | str = False,
-) -> LayerCurve:
-    """Patch the prefix at one site of one layer at a time, and see how far the answers move.
-
-    The measure is log p (per token) of the finetuned model's own answer minus that of the base's own
-    answer. The rest of the network is the recipient's. All layers are compiled in one prefix pass.
+    tokens: Sequence[int] | None = None,
+    direction: Direction = "repair",
+    control_layers: int = 6,
+    **run: Unpack[RunOptions],
+) -> PatchResult:
+    """Recovery when one layer is patched, or all up to it, all from it on, or a window around it.
 
     Args:
         pair: base and finetuned.
-        towards_finetuned: the prompts, each with the finetuned model's own answer.
-        towards_base: the same prompts with the base's own answer.
-        site: which activation of the prefix.
-        direction: repair or infect.
+        prompts: rendered, without a response, all with the same prefix.
+        span: which tokens.
+        sites: which activations.
+        mode: "single" layer l, "below" (layers <= l), "above" (layers >= l), or "window" (`window` layers around l).
+        window: how many layers a window has.
         layers: None for all.
-        control_layers: at so many evenly spaced layers, run the identity control (donor = recipient) and the
-            random control (the same displacement in norm, per token, in a random direction).
-        seed: of the random control.
-        batch_size: rows per pass.
-        progress: show a progress bar.
+        tokens: indices within the span; None for all of it.
+        direction: repair (base to finetuned) or infect.
+        control_layers: at so many evenly spaced layers, run the identity and the random control.
+        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
 
     Raises:
-        LensError: lists of different lengths, or prompts with different prefixes.
+        LensError: as `patch_span`; unknown mode.
     """
-    donor_side, recipient_side = DONOR[_direction(direction)], RECIPIENT[direction]
-    n = len(towards_finetuned)
-    if not n or n != len(towards_base):
-        raise LensError(f"{n} responses against {len(towards_base)}: give one of each per prompt, at least one")
-    prompt = max(towards_finetuned, key=lambda p: len(p.spans["prefix"]))
-    chosen = check_layers(layers, pair.shape.n_layers)
-    sides = (donor_side, recipient_side)
-    donor, own = (prefix_activations(pair, side, prompt, site, chosen) for side in sides)
-    spaced = sorted(
-        {chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, control_layers).round()} if control_layers else ()
-    )
-    series = {"patched": donor, "identity control": own, "random control": _displaced(own, donor, seed)}
-    cells = [(name, layer) for name in series for layer in chosen if name == "patched" or layer in spaced]
-    with pair.using(donor_side) as model:
-        donor_contrast = contrast(model, towards_finetuned, towards_base, batch_size=batch_size)
-        donor_cache = PrefixCache.compile(model, prompt)
-    values: dict[tuple[str, int], Float[Tensor, " prompt"]] = {}
-    with pair.using(recipient_side) as model:
-        recipient_contrast = contrast(model, towards_finetuned, towards_base, batch_size=batch_size)
-        many = [patch(series[name], sites=site, layers=[layer]) for name, layer in cells]
-        compiled = PrefixCache.compile_many(model, prompt, many)
-        whole = contrast(model, towards_finetuned, towards_base, prefix_cache=donor_cache, batch_size=batch_size)
-        label = "layer curve" if progress is True else progress or None
-        for cell, prefix_cache in track(list(zip(cells, compiled, strict=True)), label):
-            values[cell] = contrast(
-                model, towards_finetuned, towards_base, prefix_cache=prefix_cache, batch_size=batch_size
-            )
-    nothing = torch.full_like(recipient_contrast, float("nan"))
-    names = {"patched": f"{donor_side} {site} of this layer patched in"}
-    return LayerCurve(
-        layers=chosen,
-        contrasts={names.get(s, s): [values.get((s, layer), nothing).tolist() for layer in chosen] for s in series},
-        recipient=recipient_contrast.tolist(),
-        donor=donor_contrast.tolist(),
-        whole=whole.tolist(),
-        site=site,
-        direction=direction,
-        settings={
-            "names": dict(pair.names),
-            "n": n,
-            "seed": seed,
-            "fingerprint": prompt.fingerprint,
-            "prefix_tokens": len(prompt.span("prefix")),
-            "backend": pair.backend,
-        },
-    )
+    if mode not in get_args(CurveMode):
+        raise LensError(f"mode {mode!r} is not known: choose one of {', '.join(get_args(CurveMode))}")
+    if window < 1:
+        raise LensError(f"window {window}: it must be at least 1 layer")
+    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    chosen, last = check_layers(layers, pair.shape.n_layers), pair.shape.n_layers - 1
+
+    def patched_layers(layer: int) -> Sequence[int]:
+        start = layer - (window - 1) // 2
+        ranges = {
+            "single": (layer, layer),
+            "below": (0, layer),
+            "above": (layer, last),
+            "window": (max(0, start), min(last, start + window - 1)),
+        }
+        low, high = ranges[mode]
+        return range(low, high + 1)
+
+    plan = [
+        lab.cell({"layer": layer, "mode": mode}, series, direction, span, sites, patched_layers(layer), None, tokens)
+        for series, layer in _with_controls(chosen, control_layers)
+    ]
+    whole = {"layer": -1, "mode": "all layers"}
+    if _tuple(sites) != ("k", "v") and span == "prefix":
+        plan.append(lab.cell(whole, "patched", direction, span, ("k", "v"), None, None, tokens))
+    return lab.run_plan(plan, "layer_curve")
 
 
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    """JSON has null for a missing number."""
-    return [float("nan") if value is None else value for value in values]
+def layer_position_map(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    *,
+    span: str = "prefix",
+    sites: Sites = "resid_pre",
+    layers: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    only: Sequence[tuple[int, int]] | None = None,
+    direction: Direction = "repair",
+    control_cells: int = 6,
+    **run: Unpack[RunOptions],
+) -> PatchResult:
+    """Every layer x token of a span, patched one cell at a time; axis labels are the tokens themselves.
+
+    Args:
+        pair: base and finetuned.
+        prompts: rendered, without a response, all with the same prefix.
+        span: prefix, postfix or a sub-span of equally many tokens in every prompt.
+        sites: which activations (several are patched together).
+        layers: None for all.
+        tokens: indices within the span; None for all.
+        only: run just these (layer, token) cells.
+        direction: repair (base to finetuned) or infect.
+        control_cells: at so many evenly spaced cells, run the identity and the random control.
+        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
+
+    Raises:
+        LensError: as `patch_span`; a span whose length differs between prompts.
+    """
+    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    labels = lab.token_labels(span, tokens)
+    plan = []
+    cells = _among([(i, token) for i in check_layers(layers, pair.shape.n_layers) for token in labels], only)
+    for series, (layer, token) in _with_controls(cells, control_cells):
+        names = {"layer": layer, "position": token, "token": labels[token]}
+        plan.append(lab.cell(names, series, direction, span, sites, [layer], None, [token]))
+    return lab.run_plan(plan, "layer_position")
 
 
-def _displaced(own: Activations, donor: Activations, seed: int) -> Activations:
-    """`own` moved by as much as the donor differs from it, token by token, but in random directions."""
-    generator = torch.Generator().manual_seed(seed)
-    values = {}
-    for key, value in own.values.items():
-        gap = (donor[key] - value).float().cpu()
-        noise = torch.stack([norm_matched_random(token, generator) for token in gap.flatten(0, 1)]).view_as(gap)
-        values[key] = value + noise.to(value.device, value.dtype)
-    return Activations(own.span, own.tokens, values, own.lengths)
+def layer_head_map(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    *,
+    span: Spans = "prefix",
+    sites: Sites = "z",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    only: Sequence[tuple[int, int]] | None = None,
+    direction: Direction = "repair",
+    control_cells: int = 6,
+    **run: Unpack[RunOptions],
+) -> PatchResult:
+    """Every layer x head: query heads at z and q, key/value heads at k and v (fewer under grouped-query attention).
+
+    Labels say which belong together: "4 (kv 1)" is query head 4, which reads key/value head 1; "kv 1 (q 3-5)" is
+    a key/value head with its query heads. Arguments and errors as `layer_position_map`; `sites` are either k, v
+    and rot_k, or z and q.
+    """
+    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    chosen = _tuple(sites)
+    kinds = {site in ("k", "v", "rot_k") for site in chosen}
+    if not set(chosen) <= set(HEAD_SITES) or len(kinds) != 1:
+        raise LensError(f"sites {list(chosen)}: a head map takes k, v, rot_k (key/value heads), or z, q (query heads)")
+    labels = head_labels(pair.shape.n_heads, pair.shape.n_kv_heads, kv=kinds == {True})
+    wanted = list(range(len(labels))) if heads is None else list(heads)
+    if set(wanted) - set(range(len(labels))) or not wanted:
+        raise LensError(f"heads {wanted} asked at {'+'.join(chosen)}, which has heads 0 to {len(labels) - 1}")
+    group = pair.shape.n_heads // pair.shape.n_kv_heads
+    plan = []
+    cells = _among([(i, head) for i in check_layers(layers, pair.shape.n_layers) for head in wanted], only)
+    for series, (layer, head) in _with_controls(cells, control_cells):
+        names = {
+            "layer": layer,
+            "head": head,
+            "label": labels[head],
+            "group": head if kinds == {True} else head // group,
+        }
+        plan.append(lab.cell(names, series, direction, span, chosen, [layer], [head], None))
+    return lab.run_plan(plan, "layer_head")
+
+
+def carrier_map(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    *,
+    spans: Sequence[Spans] = ("prefix", "query", "postfix"),
+    sites: Sequence[Sites] = (("k", "v"), "resid_pre"),
+    bands: int = 3,
+    directions: Sequence[Direction] = ("repair", "infect"),
+    **run: Unpack[RunOptions],
+) -> PatchResult:
+    """Where the behaviour rides: span x layer band x site, in both directions, every cell with its controls.
+
+    Repair asks whether a cell is necessary (with the base's activations there, is the finetuned model restored?),
+    infect whether it is sufficient (do the finetuned model's activations there move the base?). Each cell has an
+    identity control, a random control (as far, in random directions), and a control of other tokens: as many as
+    the span has, drawn from the rest of the prompt (all of the rest where it has fewer).
+
+    Args:
+        pair: base and finetuned.
+        prompts: rendered, without a response, all with the same prefix.
+        spans: each a span or several together.
+        sites: each a site or several together.
+        bands: into how many equal bands of layers; all layers together are added.
+        directions: repair, infect, or both.
+        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
+
+    Raises:
+        LensError: as `patch_span`; more bands than layers.
+    """
+    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    n_layers = pair.shape.n_layers
+    if not 1 <= bands <= n_layers:
+        raise LensError(f"{bands} bands of {n_layers} layers: choose 1 to {n_layers}")
+    parts = [part.tolist() for part in np.array_split(np.arange(n_layers), bands)] if bands > 1 else []
+    named = {f"{part[0]}-{part[-1]}": part for part in parts} | {"all layers": list(range(n_layers))}
+    plan = []
+    for direction in directions:
+        for own_sites in sites:
+            for span in spans:
+                for band, layers in named.items():
+                    names = {"band": band}
+                    for series in ("patched", *CONTROLS):
+                        plan.append(lab.cell(names, series, direction, span, own_sites, layers, None, None))
+                    plan.append(lab.others(names, direction, span, own_sites, layers))
+    return lab.run_plan(plan, "carrier")
+
+
+def head_labels(n_heads: int, n_kv_heads: int, *, kv: bool) -> list[str]:
+    """Names of query heads or key/value heads that say, under grouped-query attention, which belong together."""
+    group = n_heads // n_kv_heads
+    if group == 1:
+        return [str(head) for head in range(n_heads)]
+    if not kv:
+        return [f"{head} (kv {head // group})" for head in range(n_heads)]
+    ranges = [(head * group, (head + 1) * group - 1) for head in range(n_kv_heads)]
+    return [f"kv {head} (q {low}-{high})" for head, (low, high) in enumerate(ranges)]
+
+
+def _among(cells: list[tuple[int, int]], only: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """The cells that were asked for."""
+    if only is None:
+        return cells
+    wrong = sorted({*only} - {*cells})
+    if wrong or not only:
+        raise LensError(f"cell {wrong[:1]} is not in this map: give (layer, token) or (layer, head) pairs that are")
+    return [cell for cell in cells if cell in {*only}]
+
+
+def _with_controls(cells: Sequence[Any], count: int) -> list[tuple[Series, Any]]:
+    """All cells patched, and evenly spaced ones with the controls."""
+    spaced = sorted({round(i) for i in np.linspace(0, len(cells) - 1, count)}) if count > 0 else []
+    return [("patched", cell) for cell in cells] + [(series, cells[i]) for series in CONTROLS for i in spaced]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+class _Laboratory:
+    """Makes the cells of one experiment from donors that are computed once."""
+
+    def __init__(self, pair: ModelPair, prompts: Sequence[RenderedPrompt], run: RunSettings) -> None:
+        self.pair, self.prompts, self.run = pair, list(prompts), run
+        if any("response" in prompt.spans for prompt in self.prompts):
+            raise LensError("a prompt holds a response already: give prompts without one; the measure brings answers")
+        self.donors = Donors(pair, self.prompts, run.postfix_donor, run.chat, run.seed)
+
+    def cell(
+        self,
+        names: dict[str, Any],
+        series: Series,
+        direction: Direction,
+        span: Spans,
+        sites: Sites,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | None,
+        tokens: Sequence[int] | None,
+    ) -> Planned:
+        """One cell with its labels."""
+        check_direction(direction)
+        chosen = check_layers(layers, self.pair.shape.n_layers)
+        spans = ["prompt" if name == "all" else name for name in _tuple(span)]
+        parts = [
+            part
+            for name in spans
+            for site in _tuple(sites)
+            for part in self.part(series, direction, name, site, chosen, heads, tokens)
+        ]
+        labels = {
+            "series": series,
+            "direction": direction,
+            "span": " + ".join(spans),
+            "sites": "+".join(_tuple(sites)),
+            "layers": list(chosen),
+            "heads": None if heads is None else list(heads),
+            "tokens": None if tokens is None else list(tokens),
+        }
+        return Planned(labels | names, tuple(parts))
+
+    def part(
+        self,
+        series: Series,
+        direction: Direction,
+        span: str,
+        site: Site,
+        layers: Sequence[int],
+        heads: Sequence[int] | None,
+        tokens: Sequence[int] | None,
+    ) -> Parts:
+        """Patch of one span at one site."""
+        if site not in SITES:
+            raise LensError(f"site {site!r} is not known: choose one of {', '.join(SITES)}")
+        self.prompts[0].span(span) if span != "prompt" else None
+        donor = self.donors.of(series, direction, span, site)
+        if tokens is not None:
+            donor = of_tokens(donor, tokens)
+        return patch(donor, sites=site, layers=layers, heads=heads).parts
+
+    def others(
+        self, names: dict[str, Any], direction: Direction, span: Spans, sites: Sites, layers: Sequence[int]
+    ) -> Planned:
+        """The donor's activations at other tokens than a span's, as many as it has."""
+        chosen = self.other_tokens(_tuple(span))
+        cell = self.cell(names, "patched", direction, span, sites, layers, None, None)
+        parts = [
+            part
+            for name, tokens in chosen.items()
+            for site in _tuple(sites)
+            for part in self.part("patched", direction, name, site, check_layers(layers, 10**6), None, tokens)
+        ]
+        return replace(cell, labels={**cell.labels, "series": OTHERS, "other_tokens": chosen}, parts=tuple(parts))
+
+    def other_tokens(self, spans: Sequence[str]) -> dict[str, list[int]]:
+        """Tokens outside spans that every prompt has, evenly drawn: span name to indices in it."""
+        main = ("prefix", "query", "postfix")
+        sizes = {name: min(len(p.spans[name]) for p in self.prompts) for name in main}
+        outside = [(name, token) for name in main if name not in spans for token in range(sizes[name])]
+        wanted = round(float(np.mean([sum(len(p.span(name)) for name in spans) for p in self.prompts])))
+        if not outside:
+            raise LensError(f"spans {', '.join(spans)} leave no other token of the prompt for the control")
+        generator = np.random.default_rng(self.run.seed)
+        drawn = generator.permutation(len(outside))[:wanted]
+        found: dict[str, list[int]] = {}
+        for i in sorted(drawn.tolist()):
+            found.setdefault(outside[i][0], []).append(outside[i][1])
+        return found
+
+    def token_labels(self, span: str, tokens: Sequence[int] | None) -> dict[int, str]:
+        """Index within a span to the token's text.
+
+        Raises:
+            LensError: the span's length differs between prompts.
+        """
+        lengths = {len(prompt.span(span)) for prompt in self.prompts}
+        if len(lengths) > 1:
+            raise LensError(f"span {span!r} has {min(lengths)} to {max(lengths)} tokens: a map needs equally many")
+        pieces = [self.prompts[0].pieces[i] for i in self.prompts[0].span(span).positions]
+        wanted = range(len(pieces)) if tokens is None else tokens
+        wrong = [token for token in wanted if not 0 <= token < len(pieces)]
+        if wrong or not len(wanted):
+            raise LensError(f"token {wrong[:1]} of span {span!r}: choose from 0 to {len(pieces) - 1}")
+        return {token: pieces[token] for token in wanted}
+
+    def run_plan(self, plan: Sequence[Planned], kind: str) -> PatchResult:
+        """Run the cells."""
+        run = self.run
+        return run_plan(
+            self.pair,
+            self.prompts,
+            plan,
+            kind=kind,
+            measure=run.measure,
+            settings={"seed": run.seed, "postfix_donor": run.postfix_donor},
+            budget_gb=run.budget_gb,
+            out=run.out,
+            progress=run.progress,
+        )

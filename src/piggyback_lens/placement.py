@@ -7,7 +7,7 @@ computation is cut up.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -73,7 +73,8 @@ class Placement:
     `key_positions` are those of the columns that attention looks at (cached ones included); some hooks
     (keys after the rotary embedding in HookedTransformer) see all of them. The first `ready` tokens of
     each row came as keys and values that hold their interventions already. `origins` are the places of the
-    rows among all `total` conversations of a run that is cut into batches.
+    rows among all `total` conversations of a run that is cut into batches. With `members`, only these rows
+    of the batch are there to be touched.
     """
 
     rows: tuple[Row, ...]
@@ -82,6 +83,7 @@ class Placement:
     origins: tuple[int, ...] = ()
     total: int = 0
     ready: int = 0
+    members: tuple[int, ...] | None = None
     _cells: dict[tuple[object, ...], Cells] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,8 +104,13 @@ class Placement:
         self.positions, self.key_positions = positions.cpu(), key_positions.cpu()
         self._cells.clear()
 
+    def only(self, members: Sequence[int]) -> "Placement":
+        """The same pass, of which only these rows of the batch are touched: one variant among several."""
+        return replace(self, members=tuple(members), _cells={})
+
     def select_rows(self, kept: Sequence[int]) -> None:
         """Keep only these rows."""
+        assert self.members is None
         self.rows = tuple(self.rows[i] for i in kept)
         self.origins = tuple(self.origins[i] for i in kept)
         self._cells.clear()
@@ -126,7 +133,7 @@ class Placement:
 
     def check(self, span: str, tokens: tuple[int, ...] | None, rows: tuple[int, ...] | None) -> None:
         """Refuse a span or token index that some row does not have."""
-        for row in self._chosen(rows):
+        for row in self.chosen(rows):
             start, stop = self._range(row, span)
             for token in tokens or ():
                 if not (start - stop <= token < stop - start) or (token < 0 and stop == OPEN):
@@ -135,12 +142,13 @@ class Placement:
                         f"token {token} is outside span {span!r} of row {self.origins[row]}, which has {size}"
                     )
 
-    def _chosen(self, rows: tuple[int, ...] | None) -> list[int]:
+    def chosen(self, rows: tuple[int, ...] | None) -> list[int]:
         """Indices, in this batch, of the rows that were asked for by their origin."""
         missing = [row for row in rows or () if not 0 <= row < self.total]
         if missing:
             raise LensError(f"row {missing[0]} was asked, there are rows 0 to {self.total - 1}")
-        return [i for i, origin in enumerate(self.origins) if rows is None or origin in rows]
+        there = range(len(self.rows)) if self.members is None else self.members
+        return [i for i in there if rows is None or self.origins[i] in rows]
 
     def cells(
         self,
@@ -164,7 +172,7 @@ class Placement:
                     f"an activation has {width} positions, the batch says {self.positions.shape[1]}: "
                     "pass the ids of this very batch to the model"
                 )
-            self._cells[key] = self._find(positions, span, tokens, phase, self._chosen(rows))
+            self._cells[key] = self._find(positions, span, tokens, phase, self.chosen(rows))
         return self._cells[key]
 
     def _find(

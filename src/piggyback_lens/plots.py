@@ -162,6 +162,7 @@ def _curve_range(frame: "pd.DataFrame", references: Iterable[float]) -> list[flo
 # --- maps --------------------------------------------------------------------------------------------
 
 DIVERGING = ((0.0, "#7F3B08"), (0.25, "#E08214"), (0.5, "#FFFFFF"), (0.75, "#4393C3"), (1.0, "#053061"))
+SUBTITLE_WIDTH = 132  # characters that fit at 900 px
 SEQUENTIAL = ((0.0, "#FFFFFF"), (0.5, "#4393C3"), (1.0, "#053061"))
 
 
@@ -175,11 +176,22 @@ def heatmap_figure(
     y_title: str,
     colorbar_title: str,
     signed: bool = True,
+    subtitle: str = "",
+    details: Sequence[Sequence[str]] | None = None,
+    cell_text: Sequence[Sequence[str]] | None = None,
+    bottom_up: bool = False,
+    least_limit: float = 0.0,
 ) -> "go.Figure":
     """A map, ``z[y][x]``, first row on top. Labels (tokens) are shown literally and may repeat.
 
     ``signed``: orange below zero, white at zero, blue above, symmetric; otherwise white to blue from zero.
-    Cells which are NaN are grey. Raises ``LensError`` when the labels do not fit the values.
+    Cells which are NaN are grey. ``subtitle`` is literal text. ``details`` stand under the cursor instead of the
+    number, ``cell_text`` in the cells, both by row and column and ready for plotly (``plot_text``).
+    ``bottom_up`` puts the first row at the bottom; ``least_limit`` keeps small values pale: the scale reaches
+    at least that far.
+
+    Raises:
+        LensError: the labels do not fit the values.
     """
     import plotly.graph_objects as go
 
@@ -188,10 +200,16 @@ def heatmap_figure(
         expected = (len(y_labels), len(x_labels))
         raise LensError(f"the map has shape {values.shape}, its labels say {expected} (rows, columns)")
     finite = values[np.isfinite(values)]
-    limit = float(np.abs(finite).max()) if finite.size and finite.any() else 1.0
+    limit = max(least_limit, float(np.abs(finite).max(initial=0.0))) or 1.0
     low = -limit if signed else min(0.0, float(finite.min(initial=0.0)))
     across = [f"{plot_text(x_title)} {plot_text(label)}" for label in x_labels]
     down = [f"{plot_text(y_title)} {plot_text(label)}" for label in y_labels]
+    names = [[f"{row}<br>{column}" for column in across] for row in down]
+    # plotly writes `text` into the cells where a template asks for it; the names then need another place.
+    shown = {"text": names} if cell_text is None else {"text": cell_text, "hovertext": names, "texttemplate": "%{text}"}
+    place = "%{text}" if cell_text is None else "%{hovertext}"
+    quantity = plot_text(colorbar_title)
+    number = f"<b>%{{z:.3g}}</b> {quantity}" if details is None else f"{quantity}: <b>%{{customdata}}</b>"
     figure = go.Figure(
         go.Heatmap(
             z=values,
@@ -200,19 +218,41 @@ def heatmap_figure(
             colorscale=DIVERGING if signed else SEQUENTIAL,
             xgap=1,
             ygap=1,
-            hoverongaps=False,
-            text=[[f"{row}<br>{column}" for column in across] for row in down],
-            hovertemplate=f"%{{text}}<br><b>%{{z:.3g}}</b> {plot_text(colorbar_title)}<extra></extra>",
-            colorbar={
-                "title": {"text": wrapped(colorbar_title, 16), "side": "top"},
-                "thickness": 16,
-                "tickfont": {"size": 13},
-            },
+            hoverongaps=details is not None,
+            customdata=details,
+            hovertemplate=f"{place}<br>{number}<extra></extra>",
+            textfont={"size": 13},
+            colorbar=colour_bar(colorbar_title),
+            **shown,
         )
     )
-    subtitle = "grey: missing" if finite.size < values.size else ""
-    apply_style(figure, title, subtitle, height=190 + 23 * max(8, min(len(y_labels), 40)))
-    vertical = len(x_labels) > 12 or max(len(str(label)) for label in x_labels) > 6
+    lines = [line for line in (subtitle, "grey: missing" if finite.size < values.size else "") if line]
+    apply_heading(figure, title, "; ".join(lines), height=190 + 23 * max(8, min(len(y_labels), 40)))
+    _label_axes(figure, x_labels, y_labels)
+    figure.update_xaxes(title_text=plot_text(x_title), range=[-0.5, len(x_labels) - 0.5])
+    edges = [-0.5, len(y_labels) - 0.5]
+    figure.update_yaxes(title_text=plot_text(y_title), range=edges if bottom_up else edges[::-1])
+    figure.update_layout(plot_bgcolor=MISSING)
+    return figure
+
+
+def apply_heading(figure: "go.Figure", title: str, subtitle: str, *, height: int, room: int = 0) -> None:
+    """``apply_style`` with a literal subtitle, in as many lines as it takes at a width of 900 px."""
+    lines = wrapped(subtitle, SUBTITLE_WIDTH)
+    more = 17 * lines.count("<br>")
+    apply_style(figure, title, lines, height=height + more, room=room + more)
+
+
+def colour_bar(title: str) -> dict[str, object]:
+    """The settings of the bar beside a map."""
+    heading = {"text": wrapped(title, 16), "side": "top"}
+    return {"title": heading, "thickness": 16, "tickfont": {"size": 13}}
+
+
+def _label_axes(figure: "go.Figure", x_labels: Sequence[object], y_labels: Sequence[object]) -> None:
+    """Labels at the rows and columns, thinned where there are many; upright along x where they are too long."""
+    room = 760 / 8 / len(x_labels)  # characters for each column at 900 px
+    vertical = max(len(str(label)) for label in x_labels) > room
     for axis, labels, most in ((figure.update_xaxes, x_labels, 44), (figure.update_yaxes, y_labels, 40)):
         every = math.ceil(len(labels) / most)
         axis(
@@ -222,10 +262,7 @@ def heatmap_figure(
             showgrid=False,
             zeroline=False,
         )
-    figure.update_xaxes(title_text=plot_text(x_title), tickangle=-90 if vertical else 0)
-    figure.update_yaxes(title_text=plot_text(y_title), autorange="reversed")
-    figure.update_layout(plot_bgcolor=MISSING)
-    return figure
+    figure.update_xaxes(tickangle=-90 if vertical else 0)
 
 
 # --- training ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.backends import (
@@ -25,7 +25,6 @@ from piggyback_lens.backends import (
     device_of,
     dtype_of,
     forward,
-    new_state,
     rotated_keys_values,
     shape_of,
     state_from_keys_values,
@@ -366,8 +365,11 @@ def _compile(
     for row, own in enumerate(each):
         # With one row the parts stay themselves, so that receipts continue in the passes that follow.
         parts += own if count == 1 else [dataclasses.replace(part, rows=(row,)) for part in own]
+    shape = shape_of(model)
+    nothing = torch.empty((count, shape.n_kv_heads, 0, shape.d_head), device=device, dtype=dtype_of(model))
+    started = [nothing] * shape.n_layers
     with torch.no_grad(), applied(model, placement, parts, record=record, must_touch=must_touch):
-        keys, values = _keys_values(model, ids)
+        keys, values = map(torch.stack, keys_values(model, ids, started, started))
     descriptions = [" + ".join(map(repr, own)) or "no intervention" for own in each]
     return [
         PrefixCache(prompt.ids[:length], keys[:, row], values[:, row], descriptions[row], prompt.fingerprint)
@@ -375,21 +377,31 @@ def _compile(
     ]
 
 
-def _keys_values(model: HookedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (rotated) and values [layer, batch, kv, pos, d_head] of a pass; hooks that are installed act on it."""
-    mask = torch.ones_like(ids)
-    last = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
+def keys_values(
+    model: HookedModel,
+    ids: Int[Tensor, "batch new"],
+    keys: Sequence[Float[Tensor, "batch kv past d"]],
+    values: Sequence[Float[Tensor, "batch kv past d"]],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys (rotated) and values [batch, kv, past + new, d_head] of every layer, after a pass over new prefix tokens.
+
+    Hooks that are installed act on the pass. Layers may have more rows than `ids` (see `forking`).
+    """
+    state = state_from_keys_values(model, keys, values)
+    last = torch.full((len(keys[-1]), 1), ids.shape[1] - 1, device=ids.device)
     if backend_of(model) == "bridge":
-        state = new_state(model, len(ids))
-        forward(model, ids, mask, state=state, read=last)
+        forward(model, ids, torch.ones_like(ids), state=state, read=last)
         return rotated_keys_values(model, state)
     kept: dict[str, Tensor] = {}
     with _keeping(model, kept):
-        forward(model, ids, mask, read=last)
-    key = "hook_rot_k" if shape_of(model).rotary else "hook_k"
-    layers = range(shape_of(model).n_layers)
-    stacked = [torch.stack([kept[f"blocks.{i}.attn.{name}"] for i in layers]) for name in (key, "hook_v")]
-    return stacked[0].transpose(2, 3), stacked[1].transpose(2, 3)
+        forward(model, ids, torch.ones_like(ids), state=state, read=last)
+    found: list[list[Tensor]] = [[], []]
+    for side, (name, past) in enumerate(((_key_hook(model), keys), ("hook_v", values))):
+        for layer, before in enumerate(past):
+            # A hook sees the new tokens, or all of them; what came before is known.
+            new = kept[f"blocks.{layer}.attn.{name}"][:, -ids.shape[1] :].transpose(1, 2)
+            found[side].append(torch.cat([before, new], dim=2))
+    return found[0], found[1]
 
 
 @contextmanager
@@ -399,7 +411,11 @@ def _keeping(model: HookedModel, kept: dict[str, Tensor]) -> Iterator[None]:
     def keep(activation: Tensor, hook: Any) -> None:
         kept[hook.name] = activation
 
-    key = "hook_rot_k" if shape_of(model).rotary else "hook_k"
-    names = [f"blocks.{i}.attn.{name}" for i in range(shape_of(model).n_layers) for name in (key, "hook_v")]
+    layers = range(shape_of(model).n_layers)
+    names = [f"blocks.{i}.attn.{name}" for i in layers for name in (_key_hook(model), "hook_v")]
     with model.hooks(fwd_hooks=[(name, keep) for name in names]):
         yield
+
+
+def _key_hook(model: HookedModel) -> str:
+    return "hook_rot_k" if shape_of(model).rotary else "hook_k"

@@ -1,7 +1,8 @@
 """One progress line with the time left; silent where nobody watches."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -31,8 +32,18 @@ def track(items: Iterable[Item], label: str | None, *, sizes: Sequence[int] | No
         sizes: how much each item counts, e.g. rows per batch.
     """
     items = list(items)
+    weights = list(sizes) if sizes is not None else [1] * len(items)
+    with counting(sum(weights), label) as advance:
+        for item, weight in zip(items, weights, strict=True):
+            yield item
+            advance(weight)
+
+
+@contextmanager
+def counting(total: int, label: str | None) -> Iterator[Callable[[int], None]]:
+    """A bar as of `track`; yields the function that tells it how many more are done."""
     if label is None or not shown():
-        yield from items
+        yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -44,7 +55,6 @@ def track(items: Iterable[Item], label: str | None, *, sizes: Sequence[int] | No
         TimeRemainingColumn,
     )
 
-    weights = list(sizes) if sizes is not None else [1] * len(items)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -53,7 +63,5 @@ def track(items: Iterable[Item], label: str | None, *, sizes: Sequence[int] | No
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=sum(weights))
-        for item, weight in zip(items, weights, strict=True):
-            yield item
-            bar.advance(task, weight)
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)

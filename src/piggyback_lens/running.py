@@ -146,22 +146,35 @@ def applied(
     Raises:
         LensError: what does not fit this model and batch, or touched nothing.
     """
-    record = record or Record()
+    kept = record or Record()
+    with applied_each(model, [(batch, as_parts(interventions), kept)]):
+        yield kept
+    if must_touch:
+        kept.check()
+
+
+@contextmanager
+def applied_each(
+    model: HookedModel, variants: Sequence[tuple[PromptBatch | Placement, Sequence[Intervention], Record]]
+) -> Iterator[None]:
+    """As `applied`, for rows of one pass under different interventions, each with its own record.
+
+    `Placement.only` says which rows a variant has.
+    """
     handles: list[tuple[Any, Any]] = []
-    points = hook_points(model) if as_parts(interventions) else {}
+    points = hook_points(model) if any(parts for _, parts, _ in variants) else {}
     try:
-        for name, function in hook_pairs(as_parts(interventions), model, batch, record):
-            point = points[name]
-            point.add_hook(function)
-            handles.append((point, point.fwd_hooks[-1]))
-        yield record
+        for batch, parts, record in variants:
+            for name, function in hook_pairs(parts, model, batch, record, points):
+                point = points[name]
+                point.add_hook(function)
+                handles.append((point, point.fwd_hooks[-1]))
+        yield
     finally:
         for point, handle in handles:
             handle.hook.remove()
             if handle in point.fwd_hooks:
                 point.fwd_hooks.remove(handle)
-    if must_touch:
-        record.check()
 
 
 def mean_norms(
@@ -180,11 +193,12 @@ def hook_pairs(
     model: HookedModel,
     batch: PromptBatch | Placement,
     record: Record | None = None,
+    points: Any = None,
 ) -> list[HookPair]:
     """`(name, function)` pairs of several interventions, in order; see `Interventions.fwd_hooks`."""
     placement, record = Placement.of(batch), record or Record()
     pairs: list[HookPair] = []
-    points = hook_points(model) if parts else {}
+    points = hook_points(model) if parts and points is None else points
     for part, receipt in zip(parts, record.open(parts, placement.total), strict=True):
         layers = check_layers(part.layers, shape_of(model).n_layers)
         _check(part, model, placement, layers)
@@ -214,9 +228,8 @@ def _check_donor(part: Intervention, placement: Placement) -> None:
     lengths = part.tensors["lengths"].tolist()
     if len(lengths) not in (1, placement.total):
         raise LensError(f"the donor has {len(lengths)} rows, the run {placement.total}: keep it from the same prompts")
-    for row, origin in enumerate(placement.origins):
-        if part.rows is not None and origin not in part.rows:
-            continue
+    for row in placement.chosen(part.rows):
+        origin = placement.origins[row]
         donor, own = lengths[origin if len(lengths) > 1 else 0], placement.length(row, part.span, part.tokens)
         if donor != own and own < OPEN:  # open-ended spans are checked token by token, as they come
             raise LensError(

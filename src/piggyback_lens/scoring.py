@@ -14,6 +14,7 @@ from piggyback_lens.backends import (
     HookedModel,
     KVState,
     device_of,
+    dtype_of,
     forward,
     new_state,
     state_from_keys_values,
@@ -173,9 +174,9 @@ def _state(
         start = starting_prefix(model, prompts, parts, caches[0] if caches else None, record, share=True)
         return new_state(model, len(prompts)) if start is None else start.state(model, len(prompts))
     cut = [starting_prefix(model, prompts, parts, cache, record, share=True) for cache in caches]
-    keys = torch.stack([cache.keys for cache in cut if cache], dim=1)
-    values = torch.stack([cache.values for cache in cut if cache], dim=1)
-    return state_from_keys_values(model, keys, values)
+    keys, values = (torch.stack([getattr(c, name) for c in cut if c], dim=1) for name in ("keys", "values"))
+    device, dtype = device_of(model), dtype_of(model)
+    return state_from_keys_values(model, keys.to(device, dtype), values.to(device, dtype))
 
 
 def _batch_logits(
@@ -192,14 +193,14 @@ def _batch_logits(
     placement = Placement.of(batch, rows, total)
     placement.ready = past
     placement.move(batch.positions[:, past:], batch.positions)
-    read, counts = _predicting_columns(prompts, past)
+    read, counts = predicting_columns(prompts, past)
     ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)
     with applied(model, placement, parts, record=record, must_touch=False):
         logits = forward(model, ids, mask, state=state, read=read.to(device))
     return [(row, values[:count]) for row, values, count in zip(rows, logits, counts, strict=True)]
 
 
-def _predicting_columns(prompts: Sequence[RenderedPrompt], past: int) -> tuple[Int[Tensor, "batch read"], list[int]]:
+def predicting_columns(prompts: Sequence[RenderedPrompt], past: int) -> tuple[Int[Tensor, "batch read"], list[int]]:
     """Columns whose logits predict response tokens; short rows repeat their last one."""
     counts = [len(_response(prompt)) for prompt in prompts]
     steps = torch.arange(max(counts))

@@ -35,7 +35,7 @@ class TokenView:
         lines = []
         for name in (*(m for m in _MAIN if m in self.spans), *(s for s in self.spans if s not in _MAIN)):
             span = self.spans[name]
-            shown = "|".join(_visible(self.pieces[i]) for i in span.positions)
+            shown = "|".join(visible(self.pieces[i]) for i in span.positions)
             lines.append(f"{name:<9}{span.start:>5}:{span.stop:<5}{shown}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -67,12 +67,13 @@ class TokenView:
         piece = self.pieces[position]
         return (
             f'<span title="{html.escape(title, quote=True)}" style="background:{COLOURS[main]};color:#111;'
-            f'{underline}border-radius:3px;margin-right:1px">{html.escape(_visible(piece))}</span>'
+            f'{underline}border-radius:3px;margin-right:1px">{html.escape(visible(piece))}</span>'
             + ("<br>" if "\n" in piece else "")
         )
 
 
-def _visible(piece: str) -> str:
+def visible(piece: str) -> str:
+    """A token's text with spaces, line ends and control characters as signs."""
     if not piece:
         return _CONTINUED
     shown = piece.translate(_VISIBLE)
