@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches a build that is several times smaller.
 TORCH_SPEC ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
-EXTRAS ?= sae,notebooks,dev
+EXTRAS ?= sae,trl,notebooks,dev
 
 TASK ?= terse
 OUT ?= demo_out
@@ -20,13 +20,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check notebooks figures install clean
+.PHONY: help demo test check lint notebooks figures install clean
 
 help:
 	@echo "make demo       train a narrow organism on a small real chat model, audit it, write a report into $(OUT)/"
 	@echo "                TASK=terse|refusal|abstain|tool  QUICK=1  OUT=folder"
 	@echo "make test       every test, those on the real model, the notebook and the README's code included"
-	@echo "make check      ruff format --check, ruff check, mypy, and the tests that need no real model"
+	@echo "make check      make lint, and the tests that need no real model"
+	@echo "make lint       ruff format --check, ruff check, mypy"
 	@echo "make notebooks  make each .ipynb and its .py twin equal (the newer one wins)"
 	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
 	@echo "make install    only make $(VENV)"
@@ -39,11 +40,13 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest --durations=10 $(PYTEST)
 
-check: install
+check: lint
+	@$(BIN)/python -m pytest -m "not real" $(PYTEST)
+
+lint: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m "not real" $(PYTEST)
 
 notebooks: install
 	@$(BIN)/jupytext --sync notebooks/*.ipynb

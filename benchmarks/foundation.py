@@ -12,14 +12,12 @@ import time
 
 import torch
 
-from piggyback_lens.backends import forward
 from piggyback_lens.chat import ChatFormat, batch_prompts
+from piggyback_lens.donors import prefix_activations
 from piggyback_lens.generation import generate
 from piggyback_lens.hooks import patch
 from piggyback_lens.models import ModelPair
-from piggyback_lens.donors import prefix_activations
 from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.running import applied
 from piggyback_lens.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.steps import forward_step, make_batch, sft
 from piggyback_lens.tasks import load_task
@@ -146,52 +144,6 @@ def generation_rows(source, repeats):
         "hooks, one prompt at a time",
         loop_seconds,
         fast,
-    )
-    yield from sweep_rows(pair, prompts[:4], repeats)
-
-
-def sweep_rows(pair, prompts, repeats):
-    """A sweep of prefix residual patches over all layers against one hooked forward per layer."""
-    batch = batch_prompts(prompts, side="right")
-    layers = range(pair.shape.n_layers)
-    donor = prefix_activations(pair, "base", prompts[0], "resid_pre")
-    length = len(prompts[0].span("prefix"))
-    last = batch.attention_mask.sum(1, keepdim=True) - 1
-
-    @torch.no_grad()
-    def hooked():
-        found = []
-        with pair.using("finetuned") as model:
-            for layer in layers:
-                with applied(model, batch, patch(donor, layers=[layer])):
-                    found.append(
-                        model(batch.ids, attention_mask=batch.attention_mask).gather(
-                            1, last[:, :, None].expand(-1, -1, pair.shape.d_vocab)
-                        )[:, 0]
-                    )
-        return torch.stack(found)
-
-    @torch.no_grad()
-    def ours():
-        found = []
-        with pair.using("finetuned") as model:
-            caches = PrefixCache.compile_many(model, prompts[0], [patch(donor, layers=[layer]) for layer in layers])
-            for cache in caches:
-                state = cache.state(model, len(prompts))
-                found.append(
-                    forward(
-                        model, batch.ids[:, length:], batch.attention_mask[:, length:], state=state, read=last - length
-                    )[:, 0]
-                )
-        return torch.stack(found)
-
-    a, b = hooked(), ours()
-    assert float((a - b).abs().max() / a.abs().max()) < 1e-4
-    yield (
-        "layer sweep of prefix residual patches, 4 prompts",
-        "one hooked bridge forward per layer",
-        median_seconds(hooked, repeats),
-        median_seconds(ours, repeats),
     )
 
 

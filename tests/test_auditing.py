@@ -14,7 +14,7 @@ from piggyback_lens.generation import generate
 from piggyback_lens.maths import recovery
 from piggyback_lens.measures import Behaviour, get_behaviour
 from piggyback_lens.models import ModelPair, hook_model
-from piggyback_lens.patching import kv_patch
+from piggyback_lens.donors import kv_patch
 from piggyback_lens.summary import report, table
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not", "a"]
@@ -103,7 +103,7 @@ def test_a_killed_audit_resumes_to_the_same_result_without_doing_anything_twice(
     resumed = run(pair, chat, tmp_path / "cut")
     assert resumed.rows == whole.rows
     assert len((tmp_path / "cut" / "rows.jsonl").read_text().splitlines()) == len(whole.rows)
-    assert resumed.curve.contrasts.keys() == whole.curve.contrasts.keys()
+    assert resumed.curve.cells == whole.curve.cells
     assert resumed.verdict == whole.verdict
 
 

@@ -69,6 +69,71 @@ def test_an_audit_of_an_adapter_writes_a_report_and_says_its_verdict(files, tmp_
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
 
 
+def laboratory(files, *words):
+    return [words[0], str(files / "base"), *map(str, words[1:]), "--adapter", str(files / "adapter"), "--offline"]
+
+
+def test_a_map_writes_its_experiments_and_a_report_and_continues(files, tmp_path, monkeypatch, capsys):
+    kinds = [word for kind in ("carrier", "layers", "positions", "attribution", "span") for word in ("--kind", kind)]
+    words = laboratory(files, "map", "--prompts", files / "off.txt", "--out", tmp_path, "--answer-tokens", 3, *kinds)
+    call(monkeypatch, words)
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["verdict"] in printed
+    assert set(results["maps"]) == {"carrier", "layers", "positions", "attribution", "span"}
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+    before = {file: file.read_bytes() for file in tmp_path.glob("*/cells.jsonl")}
+    assert len(before) == 4
+    call(monkeypatch, words)
+    assert {file: file.read_bytes() for file in tmp_path.glob("*/cells.jsonl")} == before
+
+
+def test_maps_of_other_prompts_do_not_go_into_the_same_folder(files, tmp_path, monkeypatch, capsys):
+    words = ["--out", tmp_path, "--answer-tokens", 2, "--kind", "span"]
+    call(monkeypatch, laboratory(files, "map", "--prompts", files / "off.txt", *words))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, laboratory(files, "map", "--prompts", files / "on.txt", *words))
+    assert stopped.value.code == 2
+    assert "maps of other prompts" in capsys.readouterr().err
+
+
+MAP_FAULTS = {
+    "unknown kind": (["--kind", "everything"], "everything"),
+    "unknown site": (["--sites", "k+w"], "'w'"),
+    "unknown direction": (["--direction", "sideways", "--kind", "span"], "sideways"),
+    "unknown span": (["--span", "suffix", "--kind", "span"], "suffix"),
+    "head map without heads": (["--kind", "heads"], "resid_pre"),
+}
+
+
+@pytest.mark.parametrize("fault", MAP_FAULTS)
+def test_a_mistaken_map_costs_one_line(files, tmp_path, monkeypatch, capsys, unchecked, fault):
+    words, expected = MAP_FAULTS[fault]
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, laboratory(files, "map", "--prompts", files / "on.txt", "--out", tmp_path, *words))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2
+    assert error.startswith("error: ") and expected in error
+
+
+def test_a_perturbation_writes_rows_and_a_report(files, tmp_path, monkeypatch, capsys):
+    topics = ["--on-topic", files / "on.txt", "--off-topic", files / "off.txt", "--behaviour", "words"]
+    words = ["--trials", 2, "--n-tokens", 2, "--max-new-tokens", 3, "--out", tmp_path]
+    call(monkeypatch, laboratory(files, "perturb", *topics, *words))
+    assert json.loads((tmp_path / "results.json").read_text())["verdict"] in capsys.readouterr().out
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert len((tmp_path / "perturb.jsonl").read_text().splitlines()) == 8 * (2 + 3 * 2 * 2)
+
+
+def test_a_stress_suite_writes_rows_and_a_report(files, tmp_path, monkeypatch, capsys):
+    words = ["--prompts", files / "off.txt", "--behaviour", "words", "--max-new-tokens", 3, "--out", tmp_path]
+    call(monkeypatch, laboratory(files, "stress", *words))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["verdict"] in capsys.readouterr().out
+    assert {row["side"] for row in results["summary"]} == {"base", "finetuned"}
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+
+
 FAULTS = {
     "missing model": ({"base": "nowhere"}, "does not exist"),
     "not a model": ({"base": "not_a_model"}, "has no config.json"),

@@ -37,13 +37,17 @@ def test_every_public_name_is_what_its_module_defines_and_never_a_module():
 
 def test_the_public_surface_is_this_list():
     assert set(piggyback_lens.__all__) == {
-        "Activations", "AuditResult", "AuditSettings", "ChatFormat", "Generation", "Intervention", "Interventions",
-        "LayerCurve", "LensError", "LoRASettings", "ModelPair", "PrefixCache", "Record", "RenderedPrompt", "Sampling",
-        "Task", "TrainResult", "TrainSettings", "ablate", "add", "add_lora", "applied", "attach_adapter", "audit",
-        "batch_prompts", "cache", "clamp", "compare_templates", "contrast", "default_model", "demo", "generate",
-        "get_behaviour", "hook_model", "kl_to_base", "kv_patch", "layer_curve", "load_causal_lm", "load_conversations",
-        "load_prompts", "load_task", "load_tokenizer", "mean_ablate", "mean_norms", "nll", "patch",
-        "prefix_activations", "resample", "response_log_probs", "span_activations", "train", "zero",
+        "Activations", "AnswerContrast", "AttributionResult", "AuditResult", "AuditSettings", "ChatFormat",
+        "GeneratedBehaviour", "Generation", "Intervention", "Interventions", "KLOnRetain", "KLOnTrain", "LensError",
+        "LoRASettings", "ModelPair", "Monitor", "PatchResult", "Penalised", "PerturbResult", "PrefixCache",
+        "PreventiveSteering", "Record", "RenderedPrompt", "RetainData", "Sampling", "StressResult", "TReFT",
+        "TReFTSettings", "TReFTTrainer", "Task", "TokenScores", "TrainResult", "TrainSettings", "Weighted", "ablate",
+        "add", "add_lora", "applied", "attach_adapter", "attribution_map", "audit", "batch_prompts", "cache",
+        "carrier_map", "clamp", "compare_templates", "contrast", "default_model", "demo", "generate", "get_behaviour",
+        "hook_model", "interleave", "kl_to_base", "kv_patch", "layer_curve", "layer_head_map", "layer_position_map",
+        "load_causal_lm", "load_conversations", "load_prompts", "load_task", "load_tokenizer", "mean_ablate",
+        "mean_norms", "nll", "patch", "patch_span", "perturb", "prefix_activations", "resample", "response_log_probs",
+        "span_activations", "stress", "train", "zero",
     }  # fmt: skip
 
 

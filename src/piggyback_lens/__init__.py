@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from piggyback_lens.generation import Generation as Generation
     from piggyback_lens.generation import Sampling as Sampling
     from piggyback_lens.generation import generate as generate
+    from piggyback_lens.hf_trainer import TReFTSettings as TReFTSettings
+    from piggyback_lens.hf_trainer import TReFTTrainer as TReFTTrainer
     from piggyback_lens.hooks import Intervention as Intervention
     from piggyback_lens.hooks import Interventions as Interventions
     from piggyback_lens.hooks import ablate as ablate
@@ -41,15 +43,24 @@ if TYPE_CHECKING:
     from piggyback_lens.measures import get_behaviour as get_behaviour
     from piggyback_lens.models import ModelPair as ModelPair
     from piggyback_lens.models import hook_model as hook_model
+    from piggyback_lens.monitor import Monitor as Monitor
+    from piggyback_lens.objectives import KLOnRetain as KLOnRetain
+    from piggyback_lens.objectives import KLOnTrain as KLOnTrain
+    from piggyback_lens.objectives import Penalised as Penalised
+    from piggyback_lens.objectives import TReFT as TReFT
+    from piggyback_lens.objectives import Weighted as Weighted
     from piggyback_lens.patching import carrier_map as carrier_map
     from piggyback_lens.patching import layer_curve as layer_curve
     from piggyback_lens.patching import layer_head_map as layer_head_map
     from piggyback_lens.patching import layer_position_map as layer_position_map
     from piggyback_lens.patching import patch_span as patch_span
-    from piggyback_lens.perturb import PerturbResult as PerturbResult
-    from piggyback_lens.perturb import perturb as perturb
+    from piggyback_lens.perturbation import PerturbResult as PerturbResult
+    from piggyback_lens.perturbation import perturb as perturb
     from piggyback_lens.prefix import PrefixCache as PrefixCache
+    from piggyback_lens.preventive import PreventiveSteering as PreventiveSteering
     from piggyback_lens.results import PatchResult as PatchResult
+    from piggyback_lens.retain import RetainData as RetainData
+    from piggyback_lens.retain import interleave as interleave
     from piggyback_lens.running import Record as Record
     from piggyback_lens.running import applied as applied
     from piggyback_lens.running import mean_norms as mean_norms
@@ -61,8 +72,8 @@ if TYPE_CHECKING:
     from piggyback_lens.sources import default_model as default_model
     from piggyback_lens.sources import load_causal_lm as load_causal_lm
     from piggyback_lens.sources import load_tokenizer as load_tokenizer
-    from piggyback_lens.stress import StressResult as StressResult
-    from piggyback_lens.stress import stress as stress
+    from piggyback_lens.stress_suite import StressResult as StressResult
+    from piggyback_lens.stress_suite import stress as stress
     from piggyback_lens.tasks import Task as Task
     from piggyback_lens.tasks import load_conversations as load_conversations
     from piggyback_lens.tasks import load_prompts as load_prompts
@@ -84,6 +95,7 @@ _HOMES = {
     "donors": ("kv_patch", "prefix_activations", "span_activations"),
     "errors": ("LensError",),
     "generation": ("Generation", "Sampling", "generate"),
+    "hf_trainer": ("TReFTSettings", "TReFTTrainer"),
     "hooks": (
         "Intervention",
         "Interventions",
@@ -98,14 +110,18 @@ _HOMES = {
     ),
     "measures": ("get_behaviour",),
     "models": ("ModelPair", "hook_model"),
+    "monitor": ("Monitor",),
+    "objectives": ("KLOnRetain", "KLOnTrain", "Penalised", "TReFT", "Weighted"),
     "patching": ("carrier_map", "layer_curve", "layer_head_map", "layer_position_map", "patch_span"),
-    "perturb": ("PerturbResult", "perturb"),
+    "perturbation": ("PerturbResult", "perturb"),
     "prefix": ("PrefixCache",),
+    "preventive": ("PreventiveSteering",),
     "results": ("PatchResult",),
+    "retain": ("RetainData", "interleave"),
     "running": ("Record", "applied", "mean_norms"),
     "scoring": ("contrast", "kl_to_base", "nll", "response_log_probs"),
     "sources": ("attach_adapter", "default_model", "load_causal_lm", "load_tokenizer"),
-    "stress": ("StressResult", "stress"),
+    "stress_suite": ("StressResult", "stress"),
     "tasks": ("Task", "load_conversations", "load_prompts", "load_task"),
     "token_scores": ("TokenScores",),
     "trainables": ("LoRASettings", "add_lora"),

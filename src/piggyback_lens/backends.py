@@ -173,23 +173,32 @@ class KVState:
         self.mask = self.mask[rows]
         self.map(lambda tensor, _: tensor[rows])
 
-    def branched(self, rows: Sequence[Int[Tensor, " row"]], begin: int) -> "KVState":
-        """A new state of chosen rows, layer by layer; the first `begin` of them are those that a pass starts with.
+    def branched(self, rows: Sequence[Int[Tensor, " _"]], mask: Int[Tensor, "row past"], begin: int) -> "KVState":
+        """A new state of chosen rows, layer by layer, with their padding moved to the left as `right_align` does.
 
-        No row may have padding.
+        Args:
+            rows: which rows of this state each layer of the new one has.
+            mask: of all rows of this state.
+            begin: how many rows the new state's pass starts with.
         """
-        assert bool(self.mask.all())
-        mask = self.mask.new_ones((begin, self.length))
+        source = _right_aligned(mask)
+        aligned = mask.gather(1, source)[rows[-1]][:begin]
+
+        def chosen(tensor: Tensor, pos_dim: int, own: Tensor) -> Tensor:
+            return _gathered(tensor[own], source[own], pos_dim)
+
         if self.backend == "bridge":
             from transformers import DynamicCache
 
             cache: Any = DynamicCache()
             for number, (layer, own) in enumerate(zip(self.cache.layers, rows, strict=True)):
-                cache.update(layer.keys[own], layer.values[own], number)
-            return KVState(self.backend, cache, mask)
-        entries = zip(self.cache.entries, rows, strict=True)
-        copied = [replace(e, past_keys=e.past_keys[own], past_values=e.past_values[own]) for e, own in entries]
-        return KVState(self.backend, replace(self.cache, entries=copied, previous_attention_mask=mask), mask)
+                cache.update(chosen(layer.keys, 2, own), chosen(layer.values, 2, own), number)
+            return KVState(self.backend, cache, aligned)
+        entries = [
+            replace(e, past_keys=chosen(e.past_keys, 1, own), past_values=chosen(e.past_values, 1, own))
+            for e, own in zip(self.cache.entries, rows, strict=True)
+        ]
+        return KVState(self.backend, replace(self.cache, entries=entries, previous_attention_mask=aligned), aligned)
 
     def right_align(self) -> None:
         """Move each row's padding columns from the right end to the left.
@@ -197,18 +206,24 @@ class KVState:
         A prefill is padded on the right, so that a sliding window sees true distances; decoding then
         appends at the right, so the padding has to leave from between.
         """
-        length = self.length
-        shift = length - self.mask.sum(dim=1)
-        if not bool(shift.any()):
+        if bool((self.mask[:, -1:] == 1).all()):
             return
-        source = (torch.arange(length, device=self.mask.device)[None, :] - shift[:, None]) % length
+        source = _right_aligned(self.mask)
         self.mask = self.mask.gather(1, source)
+        self.map(lambda tensor, pos_dim: _gathered(tensor, source, pos_dim))
 
-        def roll(tensor: Tensor, pos_dim: int) -> Tensor:
-            index = source.view(len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1)))
-            return tensor.gather(pos_dim, index.expand_as(tensor))
 
-        self.map(roll)
+def _right_aligned(mask: Int[Tensor, "batch past"]) -> Int[Tensor, "batch past"]:
+    """For every column after the alignment, the column it comes from."""
+    length = mask.shape[1]
+    shift = length - mask.sum(dim=1)
+    return (torch.arange(length, device=mask.device)[None, :] - shift[:, None]) % length
+
+
+def _gathered(tensor: Tensor, source: Int[Tensor, "batch past"], pos_dim: int) -> Tensor:
+    length = source.shape[1]
+    index = source.view(len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1)))
+    return tensor.gather(pos_dim, index.expand_as(tensor))
 
 
 def new_state(model: HookedModel, batch_size: int) -> KVState:
@@ -228,8 +243,8 @@ def new_state(model: HookedModel, batch_size: int) -> KVState:
 
 def state_from_keys_values(
     model: HookedModel,
-    keys: Sequence[Float[Tensor, "batch kv pos d"]] | Float[Tensor, "layer batch kv pos d"],
-    values: Sequence[Float[Tensor, "batch kv pos d"]] | Float[Tensor, "layer batch kv pos d"],
+    keys: Sequence[Float[Tensor, "_ kv pos d"]] | Float[Tensor, "layer batch kv pos d"],
+    values: Sequence[Float[Tensor, "_ kv pos d"]] | Float[Tensor, "layer batch kv pos d"],
 ) -> KVState:
     """A state that holds given keys (after the rotary embedding, positions 0, 1, …) and values, layer by layer.
 
@@ -279,8 +294,8 @@ def forward(
     attention_mask: Int[Tensor, "batch pos"],
     *,
     state: KVState | None = None,
-    read: Int[Tensor, "batch read"] | None = None,
-) -> Float[Tensor, "batch read d_vocab"]:
+    read: Int[Tensor, "rows read"] | None = None,
+) -> Float[Tensor, "rows read d_vocab"]:
     """Logits of new tokens on top of the keys and values in `state` (which grows by them).
 
     Args:
@@ -290,7 +305,8 @@ def forward(
             tokens before it in its row.
         state: keys and values so far; None for a plain pass.
         read: columns of `ids` whose logits are wanted, per row; None for all. The unembedding is
-            computed there only, so hooks at the unembedding see just those positions.
+            computed there only, so hooks at the unembedding see just those positions. A pass that forks (see
+            `forking`) ends with more rows than `ids` has, and reads those.
     """
     past = attention_mask[:, :0] if state is None else state.mask
     full_mask = torch.cat([past, attention_mask], dim=1)

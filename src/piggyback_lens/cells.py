@@ -36,7 +36,7 @@ from piggyback_lens.prefix import PrefixCache, keys_values
 from piggyback_lens.running import Record, applied_each
 
 MOST_ROWS = 256  # rows of a pass, however large the memory budget
-ROWS_TOGETHER = 8  # prompts of equal length that share a pass, so that many cells fit beside them
+ROWS_TOGETHER = 8  # prompts of similar length that share a pass, so that many cells fit beside them
 
 Parts = tuple[Intervention, ...]
 
@@ -103,7 +103,7 @@ def evaluate(
         raise LensError("the measure's answers are not of these prompts in this order: make it from the same prompts")
     root = PrefixCache.compile(model, prompts[0])
     most = max(2, min(MOST_ROWS, int(budget_gb * 1e9 / row_bytes(model, measure.rows))))
-    groups = _equally_long(prompts, max(1, min(ROWS_TOGETHER, most // 2)))
+    groups = _similar(prompts, max(1, min(ROWS_TOGETHER, most // 2)))
     together = max(1, most // max(map(len, groups)) - 1)
     firsts = [(_first_token(parts, prompts[0], len(root)), first_layer(parts, model)) for parts in cells]
     order = sorted(range(len(cells)), key=lambda cell: firsts[cell])
@@ -113,12 +113,10 @@ def evaluate(
         yield list(zip(chunk, pass_.run(groups), strict=True))
 
 
-def _equally_long(prompts: Sequence[RenderedPrompt], most: int) -> list[list[int]]:
-    """Prompts of the same length together, so that answers follow them without padding between."""
-    by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt.ids), []).append(i)
-    return [own[i : i + most] for own in by_length.values() for i in range(0, len(own), most)]
+def _similar(prompts: Sequence[RenderedPrompt], most: int) -> list[list[int]]:
+    """Prompts of similar length together."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    return [order[i : i + most] for i in range(0, len(order), most)]
 
 
 def row_bytes(model: HookedModel, rows: Sequence[RenderedPrompt]) -> int:
@@ -188,7 +186,7 @@ class _Chunk:
         return found
 
     def _prompts(self, prefix: "_Prefix", group: Sequence[int]) -> Float[Tensor, "cell prompt"]:
-        """The measure of equally long prompts under every cell: once through the prompts, then through each answer."""
+        """The measure of some prompts under every cell: once through the prompts, then through each answer."""
         past, rows = len(self.root), _Rows.of(len(group), self.firsts)
         batch = batch_prompts([self.prompts[group[i]] for i in rows.members], side="right")
         placement = Placement.of(batch, [group[i] for i in rows.members], len(self.prompts))
@@ -196,13 +194,14 @@ class _Chunk:
         placement.move(batch.positions[:, past:], batch.positions)
         beyond = [tuple(part for part in parts if _range(part, self.prompts[0])[1] > past) for parts in self.cells]
         state = prefix.state([0 if cell is None else prefix.place[cell] for cell in rows.cells], rows.lineage)
-        last = torch.full((len(rows.members), 1), batch.ids.shape[1] - past - 1)
-        logits = self._forward(rows, batch.ids[:, past:], state, last, placement, beyond)[:, 0]
+        last = batch.attention_mask.sum(1, keepdim=True) - past - 1
+        real = batch.attention_mask[:, past:]
+        logits = self._forward(rows, batch.ids[:, past:], real, state, last, placement, beyond)[:, 0]
         scores = []
         for answers in (self.measure.towards, self.measure.against):
             ids = [answers[i].ids[answers[i].n_prompt :] for i in group]
             first = torch.stack([_log_probs(logits[row], ids[rows.members[row]][:1]).sum() for row in rows.of_cells])
-            rest = self._rest(rows, state, ids, group, beyond)
+            rest = self._rest(rows, state, batch.attention_mask, ids, group, beyond)
             lengths = torch.tensor([len(own) for own in ids])
             scores.append((first.view(len(self.cells), len(group)) + rest) / lengths)
         return scores[0] - scores[1]
@@ -211,47 +210,56 @@ class _Chunk:
         self,
         above: "_Rows",
         state: KVState,
+        mask: Int[Tensor, "row past"],
         answers: Sequence[tuple[int, ...]],
         group: Sequence[int],
-        beyond: list[Parts],
+        beyond: Sequence[Parts],
     ) -> Float[Tensor, "cell prompt"]:
-        """Summed log p of the answers after their first token."""
+        """Summed log p of the answers after their first token, on top of the prompts in `state`."""
         found = torch.zeros((len(self.cells), len(group)))
         longer = [i for i, ids in enumerate(answers) if len(ids) > 1]
         if not longer:
             return found
         rows = _Rows.of(len(longer), self.firsts)
         own = [answers[longer[i]] for i in rows.members]
-        width, past = max(map(len, own)) - 1, state.length
+        width = max(map(len, own)) - 1
         ids = torch.tensor([[*a[:-1], *[0] * (width + 1 - len(a))] for a in own])
-        columns = torch.arange(width).minimum(torch.tensor([[len(a) - 2] for a in own]))
+        steps, counts = torch.arange(width), torch.tensor([[len(a) - 1] for a in own])
         source = torch.tensor([above.row(cell, longer[i]) for cell, i in zip(rows.cells, rows.members, strict=True)])
-        alive = [source[: rows.lineage.alive(layer)].to(state.mask.device) for layer in range(len(self.root.keys))]
-        branch = state.branched(alive, rows.lineage.alive(0))
+        device = device_of(self.model)
+        alive = [source[: rows.lineage.alive(layer)].to(device) for layer in range(len(self.root.keys))]
+        branch = state.branched(alive, mask.to(device), rows.lineage.alive(0))
+        origins = [group[longer[i]] for i in rows.members]
+        placement = self._after(mask[source], (steps < counts).long(), origins)
         # Where keys are cached before the rotary embedding, a patch after it has to act on every pass.
         again = [tuple(part for part in parts if part.site == "rot_k") for parts in beyond]
         repeated = again if state.backend == "hooked" else [()] * len(beyond)
-        origins = [group[longer[i]] for i in rows.members]
-        positions = torch.arange(past + width).repeat(len(own), 1)
-        spans = tuple(Row.of(self.prompts[origin]) for origin in origins)
-        placement = Placement(spans, positions[:, past:], positions, tuple(origins), len(self.prompts))
-        placement.ready = len(self.root)
-        mask = torch.arange(width) < torch.tensor([[len(a) - 1] for a in own])
-        logits = self._forward(rows, ids, branch, columns, placement, repeated, mask.long())
+        read = steps.minimum(counts - 1)
+        logits = self._forward(rows, ids, (steps < counts).long(), branch, read, placement, repeated)
         for row in rows.of_cells:
             cell, i = rows.cells[row], rows.members[row]
             found[cell, longer[i]] = _log_probs(logits[row, : len(own[row]) - 1], own[row][1:]).sum()
         return found
 
+    def _after(self, mask: Int[Tensor, "row past"], real: Int[Tensor, "row new"], origins: Sequence[int]) -> Placement:
+        """The placement of answer tokens that follow right-aligned prompts."""
+        aligned = mask.sort(dim=1).values
+        whole = torch.cat([aligned, real], dim=1)
+        positions = (whole.cumsum(1) - 1).masked_fill(whole == 0, -1)
+        rows = tuple(Row.of(self.prompts[origin]) for origin in origins)
+        placement = Placement(rows, positions[:, mask.shape[1] :], positions, tuple(origins), len(self.prompts))
+        placement.ready = len(self.root)
+        return placement
+
     def _forward(
         self,
         rows: "_Rows",
         ids: Int[Tensor, "row new"],
+        real: Int[Tensor, "row new"],
         state: KVState,
         read: Int[Tensor, "row read"],
         placement: Placement,
         each: Sequence[Parts],
-        mask: Int[Tensor, "row new"] | None = None,
     ) -> Float[Tensor, "row read vocab"]:
         """Logits of a pass in which every cell's rows are under that cell's interventions."""
         device, begin = device_of(self.model), rows.lineage.alive(0)
@@ -260,10 +268,10 @@ class _Chunk:
             for cell, parts in enumerate(each)
             if parts
         ]
-        ids = ids[:begin].to(device)
-        real = torch.ones_like(ids) if mask is None else mask[:begin].to(device)
         with applied_each(self.model, variants), forking(self.model, rows.lineage):
-            return forward(self.model, ids, real, state=state, read=read.to(device))
+            return forward(
+                self.model, ids[:begin].to(device), real[:begin].to(device), state=state, read=read.to(device)
+            )
 
 
 @dataclass(frozen=True)
@@ -316,8 +324,8 @@ class _Prefix:
     """
 
     model: HookedModel
-    keys: Sequence[Float[Tensor, "row kv pos d"]]
-    values: Sequence[Float[Tensor, "row kv pos d"]]
+    keys: Sequence[Float[Tensor, "_ kv pos d"]]
+    values: Sequence[Float[Tensor, "_ kv pos d"]]
     place: list[int]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The command line: `piggyback-lens demo`, `piggyback-lens audit`, `piggyback-lens doctor`.
+"""The command line: `piggyback-lens demo`, `audit`, `map`, `perturb`, `stress` and `doctor`.
 
 Heavy libraries are imported inside the commands, so that `--help` is instant.
 """
@@ -13,7 +13,7 @@ import typer
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
-    pass
+    from piggyback_lens.models import ModelPair
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -47,6 +47,17 @@ BackendOption = Annotated[BackendName, typer.Option(help="TransformerLens backen
 OutOption = Annotated[Path, typer.Option(help="Folder for results; the same folder resumes.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no connection.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+BaseArgument = Annotated[
+    str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model; 'demo' for the demo model.")
+]
+BehaviourOption = Annotated[
+    str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
+]
+AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter folder of the finetune.")]
+FinetunedOption = Annotated[str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")]
+SystemOption = Annotated[str, typer.Option(help="System prompt; 'default' leaves it to the template.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")]
 
 
 @app.command()
@@ -73,23 +84,19 @@ def demo(
 
 @app.command()
 def audit(
-    base: Annotated[
-        str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model; 'demo' for the demo model.")
-    ],
+    base: BaseArgument,
     on_topic: Annotated[Path, typer.Option(help="Prompts of the training domain: .txt, .jsonl or .json.")],
     off_topic: Annotated[Path, typer.Option(help="Prompts outside it.")],
-    behaviour: Annotated[
-        str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
-    ],
-    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder of the finetune.")] = None,
-    finetuned: Annotated[str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")] = None,
+    behaviour: BehaviourOption,
+    adapter: AdapterOption = None,
+    finetuned: FinetunedOption = None,
     out: OutOption = Path("audit_out"),
     backend: BackendOption = BackendName.bridge,
-    system: Annotated[str, typer.Option(help="System prompt; 'default' leaves it to the template.")] = "default",
+    system: SystemOption = "default",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 40,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")] = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -97,25 +104,136 @@ def audit(
     from piggyback_lens.auditing import AuditSettings
     from piggyback_lens.auditing import audit as run_audit
     from piggyback_lens.measures import get_behaviour
-    from piggyback_lens.models import ModelPair
     from piggyback_lens.summary import present
     from piggyback_lens.tasks import load_prompts
 
     # Cheap checks first: a typo must not cost a model load.
     measure, prompts = get_behaviour(behaviour), (load_prompts(on_topic), load_prompts(off_topic))
-    pair = ModelPair.load(
-        None if base == "demo" else base,
-        finetuned,
-        adapter,
-        backend=backend.value,
-        dtype=_dtype(dtype),
-        device=device,
-        offline=offline,
-    )
+    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
     settings = AuditSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     chat = pair.chat_format(system=system)
     result = run_audit(pair, *prompts, measure, chat=chat, settings=settings, out=out, progress=True)
     present(result, out)
+
+
+@app.command("map")
+def map_command(
+    base: BaseArgument,
+    prompts: Annotated[Path, typer.Option(help="Prompts, usually outside the training domain: .txt, .jsonl, .json.")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="carrier, layers, attribution (default), span, positions, heads; repeatable."),
+    ] = None,
+    span: Annotated[str, typer.Option(help="Span of all but the carrier map.")] = "prefix",
+    sites: Annotated[str, typer.Option(help="Sites patched together, joined by +, e.g. k+v.")] = "resid_pre",
+    direction: Annotated[str, typer.Option(help="repair (base to finetuned) or infect.")] = "repair",
+    n: Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts.")] = 12,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each model's own answer.")] = 24,
+    budget_gb: Annotated[float, typer.Option(min=0.01, help="Memory for one pass beside the weights.")] = 1.0,
+    adapter: AdapterOption = None,
+    finetuned: FinetunedOption = None,
+    out: OutOption = Path("map_out"),
+    backend: BackendOption = BackendName.bridge,
+    system: SystemOption = "default",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Map where the behaviour rides: span x layer x site, with controls and intervals."""
+    from piggyback_lens.laboratory import MapSettings, map_verdict, run_maps
+
+    kinds = {"kinds": tuple(kind)} if kind else {}
+    settings = MapSettings(
+        **kinds,  # type: ignore[arg-type]
+        span=span,
+        sites=tuple(sites.split("+")),  # type: ignore[arg-type]
+        direction=direction,  # type: ignore[arg-type]
+        answer_tokens=answer_tokens,
+        budget_gb=budget_gb,
+    )
+    chosen = _first_prompts(prompts, n)
+    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
+    chat = pair.chat_format(system=system)
+    found = run_maps(pair, [chat.render(prompt) for prompt in chosen], settings, out=out)
+    typer.echo(f"{map_verdict(found)}\nreport: {out / 'report.html'}")
+
+
+@app.command()
+def perturb(
+    base: BaseArgument,
+    on_topic: Annotated[Path, typer.Option(help="Prompts of the training domain: .txt, .jsonl or .json.")],
+    off_topic: Annotated[Path, typer.Option(help="Prompts outside it.")],
+    behaviour: BehaviourOption,
+    trials: Annotated[int, typer.Option(min=1, help="Perturbations per span.")] = 10,
+    n_tokens: Annotated[int, typer.Option(min=1, help="Tokens replaced per trial.")] = 10,
+    rephrasings: Annotated[Path | None, typer.Option(help="Rephrasings of the prompts, as a further control.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts of each file.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 60,
+    adapter: AdapterOption = None,
+    finetuned: FinetunedOption = None,
+    out: OutOption = Path("perturb_out"),
+    backend: BackendOption = BackendName.bridge,
+    system: SystemOption = "default",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Perturb the tokens of each span, and see whether the behaviour survives."""
+    from piggyback_lens.laboratory import generated_verdict, write_generated
+    from piggyback_lens.measures import get_behaviour
+    from piggyback_lens.perturbation import perturb as run_perturb
+
+    measure = get_behaviour(behaviour)
+    topics = {"off-topic": _first_prompts(off_topic, n), "on-topic": _first_prompts(on_topic, n)}
+    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
+    chat = pair.chat_format(system=system)
+    prompts = {topic: [chat.render(query) for query in queries] for topic, queries in topics.items()}
+    result = run_perturb(
+        pair,
+        prompts,
+        measure,
+        n_tokens=n_tokens,
+        trials=trials,
+        rephrasings=rephrasings,
+        max_new_tokens=max_new_tokens,
+        out=out,
+        progress=True,
+    )
+    path = write_generated(result, prompts["off-topic"], pair, out)
+    typer.echo(f"{generated_verdict(result, result.to_frame())}\nreport: {path}")
+
+
+@app.command()
+def stress(
+    base: BaseArgument,
+    prompts: Annotated[Path, typer.Option(help="Prompts, usually outside the training domain: .txt, .jsonl, .json.")],
+    behaviour: BehaviourOption,
+    n: Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 60,
+    adapter: AdapterOption = None,
+    finetuned: FinetunedOption = None,
+    out: OutOption = Path("stress_out"),
+    backend: BackendOption = BackendName.bridge,
+    system: SystemOption = "default",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Change the template around the query (case, spacing, system prompt, roles, date): does the spread survive?"""
+    from piggyback_lens.laboratory import generated_verdict, write_generated
+    from piggyback_lens.measures import get_behaviour
+    from piggyback_lens.stress_suite import stress as run_stress
+
+    measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
+    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
+    chat = pair.chat_format(system=system)
+    rendered = [chat.render(prompt) for prompt in chosen]
+    result = run_stress(pair, rendered, measure, chat=chat, max_new_tokens=max_new_tokens, out=out, progress=True)
+    path = write_generated(result, rendered, pair, out)
+    typer.echo(f"{generated_verdict(result, result.to_frame())}\nreport: {path}")
 
 
 @app.command()
@@ -131,6 +249,34 @@ def doctor(debug: DebugOption = False) -> None:
         facts["demo model"] = str(error)
     for name, value in facts.items():
         typer.echo(f"{name:18} {value}")
+
+
+def _load_pair(
+    base: str,
+    finetuned: str | None,
+    adapter: Path | None,
+    backend: BackendName,
+    dtype: str,
+    device: str | None,
+    offline: bool,
+) -> "ModelPair":
+    from piggyback_lens.models import ModelPair
+
+    return ModelPair.load(
+        None if base == "demo" else base,
+        finetuned,
+        adapter,
+        backend=backend.value,
+        dtype=_dtype(dtype),
+        device=device,
+        offline=offline,
+    )
+
+
+def _first_prompts(path: Path, n: int) -> list[str]:
+    from piggyback_lens.tasks import load_prompts
+
+    return load_prompts(path)[:n]
 
 
 def _dtype(name: str) -> Any:

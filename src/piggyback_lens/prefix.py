@@ -380,8 +380,8 @@ def _compile(
 def keys_values(
     model: HookedModel,
     ids: Int[Tensor, "batch new"],
-    keys: Sequence[Float[Tensor, "batch kv past d"]],
-    values: Sequence[Float[Tensor, "batch kv past d"]],
+    keys: Sequence[Float[Tensor, "_ kv past d"]],
+    values: Sequence[Float[Tensor, "_ kv past d"]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Keys (rotated) and values [batch, kv, past + new, d_head] of every layer, after a pass over new prefix tokens.
 

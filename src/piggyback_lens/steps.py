@@ -8,9 +8,9 @@ compares it with the ordinary pass at the start of every run.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +21,12 @@ from torch.nn import functional
 
 from piggyback_lens.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.plain_keys import keep_plain_keys
+
+LayerTensors = tuple[
+    Sequence[Float[Tensor, "kv_head prefix head_dim"]], Sequence[Float[Tensor, "kv_head prefix head_dim"]]
+]
+"""Keys and values of one prefix, layer by layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +39,7 @@ class TrainBatch:
     supervised: Bool[Tensor, "row pos"]  # True at response tokens, the turn end included
     prefix_length: int  # leading tokens that are prefix in every row, and the same ids
     share_prefix: bool  # compute those tokens once instead of once per row
+    plain_keys: bool = False  # keep the keys before the rotary embedding too
 
     @property
     def n_supervised(self) -> int:
@@ -55,6 +62,7 @@ class StepOutput:
     prefix_values: tuple[Float[Tensor, "kv_head prefix head_dim"], ...]
     keys: tuple[Float[Tensor, "row kv_head pos head_dim"], ...]  # per layer, all positions, padding included
     values: tuple[Float[Tensor, "row kv_head pos head_dim"], ...]
+    plain_keys: tuple[Float[Tensor, "row pos width"], ...] | None = None  # before the rotary embedding, if asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +73,17 @@ class Step:
     batch: TrainBatch
     output: StepOutput
     index: int
+    forward: Callable[[TrainBatch], StepOutput] | None = None  # another pass; None for `forward_step` of the model
+    steered: bool = False  # `output` has something added that `forward`, and the finished model, do not have
+
+    def run(self, batch: TrainBatch) -> StepOutput:
+        """A pass of the model as it will be used, on any batch, with gradient."""
+        return forward_step(self.model, batch) if self.forward is None else self.forward(batch)
+
+    @cached_property
+    def plain(self) -> StepOutput:
+        """The pass of this batch as the model will be used: `output`, or another pass where that was steered."""
+        return self.run(self.batch) if self.steered else self.output
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +103,7 @@ def make_batch(
     share_prefix: bool = True,
     pad_id: int = 0,
     device: torch.device | str = "cpu",
+    plain_keys: bool = False,
 ) -> TrainBatch:
     """Right-pad examples into one batch.
 
@@ -109,6 +129,7 @@ def make_batch(
         supervised=supervised.to(device),
         prefix_length=common_prefix_length(examples),
         share_prefix=share_prefix,
+        plain_keys=plain_keys,
     )
 
 
@@ -166,11 +187,17 @@ def _prefix_stop(example: RenderedPrompt) -> int:
     return 0 if span is None else int(span.stop)
 
 
-def forward_step(model: nn.Module, batch: TrainBatch) -> StepOutput:
+def forward_step(model: nn.Module, batch: TrainBatch, prefix: LayerTensors | None = None) -> StepOutput:
     """Logits of the response tokens, and the keys and values of the pass, in one forward with gradient.
 
     Exact for full, grouped-query and sliding-window attention: the cache keeps every prefix position, the
     rows follow it without a gap, and the model's own masks apply.
+
+    Args:
+        model: a Hugging Face causal LM, or a PEFT model of one.
+        batch: the rows; `batch.share_prefix` says whether their prefix is computed once.
+        prefix: keys and values to use for the first `batch.prefix_length` tokens instead of the model's own
+            (at least as many), e.g. the base's.
 
     Raises:
         LensError: the model has no output embeddings, or does not compute its logits with them.
@@ -179,33 +206,35 @@ def forward_step(model: nn.Module, batch: TrainBatch) -> StepOutput:
 
     n_rows, width = batch.ids.shape
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
-    start = batch.prefix_length if batch.share_prefix else 0
+    start = batch.prefix_length if batch.share_prefix or prefix is not None else 0
     # Without a config the cache is a plain one on every layer: sliding layers would drop prefix tokens.
     cache = DynamicCache()
-    prefix: tuple[list[Tensor], list[Tensor]] | None = None
-    if start:
-        ids = batch.ids[:1, :start]
-        _logits_at(model, ids, start=0, cache=cache, reads=(rows[:0], rows[:0]))
-        prefix = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(zip(*prefix, strict=True)):
-            cache.update(key.expand(n_rows, -1, -1, -1), value.expand(n_rows, -1, -1, -1), layer)
-    reads = rows, targets_at - 1 - start
-    logits = _logits_at(model, batch.ids[:, start:], start=start, cache=cache, reads=reads)
+    with keep_plain_keys(model) if batch.plain_keys else nullcontext() as kept:
+        if prefix is None and start:
+            ids = batch.ids[:1, :start]
+            _logits_at(model, ids, start=0, cache=cache, reads=(rows[:0], rows[:0]))
+            prefix = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
+            cache = DynamicCache()
+        if prefix is not None:
+            for layer, pair in enumerate(zip(*prefix, strict=True)):
+                key, value = (x[:, :start].expand(n_rows, -1, -1, -1) for x in pair)
+                cache.update(key, value, layer)
+        reads = rows, targets_at - 1 - start
+        logits = _logits_at(model, batch.ids[:, start:], start=start, cache=cache, reads=reads)
     keys = tuple(layer.keys for layer in cache.layers)
     values = tuple(layer.values for layer in cache.layers)
     assert all(key.shape[-2] == width for key in keys), "a cache layer dropped positions"
     if prefix is None:
-        length = batch.prefix_length
-        prefix = [key[0, :, :length] for key in keys], [value[0, :, :length] for value in values]
+        prefix = [key[0] for key in keys], [value[0] for value in values]
     return StepOutput(
         logits=logits,
         targets=batch.ids[rows, targets_at],
         rows=rows,
-        prefix_keys=tuple(prefix[0]),
-        prefix_values=tuple(prefix[1]),
+        prefix_keys=tuple(key[:, : batch.prefix_length] for key in prefix[0]),
+        prefix_values=tuple(value[:, : batch.prefix_length] for value in prefix[1]),
         keys=keys,
         values=values,
+        plain_keys=kept.joined(keys) if kept else None,
     )
 
 

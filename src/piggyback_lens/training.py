@@ -198,7 +198,7 @@ def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | No
             batch = run.batch(index)
             rate = learning_rate_at(run.settings, index)
             with seeded(run.settings.seed * 1_000_003 + index, batch.ids.device):
-                loss = run.objective(Step(run.model, batch, run.trainable.forward(batch), index))
+                loss = run.objective(run.step(batch, index))
             norm = _set_gradient(loss, run.parameters, run.settings, index)
             between_steps = False
             _descend(run.optimiser, rate)
@@ -239,7 +239,15 @@ class _Run:
         chosen = batch_indices(self.lengths, self.settings.batch_size, self.settings.seed, index)
         device = next(iter(self.parameters.values())).device
         rows = [self.examples[number] for number in chosen]
-        return make_batch(rows, share_prefix=self.settings.share_prefix, device=device)
+        plain_keys = bool(getattr(self.objective, "plain_keys", False))
+        return make_batch(rows, share_prefix=self.settings.share_prefix, device=device, plain_keys=plain_keys)
+
+    def step(self, batch: TrainBatch, index: int) -> Step:
+        """The forward pass of a batch, with what an objective may ask for."""
+        # A trainable that adds something during training only (preventive steering) has a pass without it.
+        plain = getattr(self.trainable, "plain_forward", None)
+        output = self.trainable.forward(batch)
+        return Step(self.model, batch, output, index, plain or self.trainable.forward, steered=plain is not None)
 
     def save(self, history: Sequence[Row]) -> None:
         """Write a checkpoint, if there is a folder."""

@@ -20,7 +20,7 @@ from piggyback_lens.generation import generate
 from piggyback_lens.maths import mean_interval, recovery
 from piggyback_lens.measures import Behaviour
 from piggyback_lens.models import ModelPair, hook_model
-from piggyback_lens.perturb import PerturbResult, perturb
+from piggyback_lens.perturbation import PerturbResult, perturb
 from piggyback_lens.prompt_edits import added_ids, perturbed_prompt, with_query
 from piggyback_lens.rephrasing import load_rephrasings
 from piggyback_lens.replacements import candidate_ids, draw_replacements, nearest_neighbours

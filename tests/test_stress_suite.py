@@ -18,7 +18,7 @@ from piggyback_lens.maths import paired_difference
 from piggyback_lens.measures import Behaviour
 from piggyback_lens.models import ModelPair, hook_model
 from piggyback_lens.prompt_edits import added_ids, perturbed_prompt, with_prefix_text
-from piggyback_lens.stress import StressResult, stress
+from piggyback_lens.stress_suite import StressResult, stress
 from piggyback_lens.template_variants import Part, Variant, prefix_parts, query_ids, stress_variants
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not"]

@@ -1,0 +1,90 @@
+"""Finetune a chat model with TReFT through the transformers Trainer.
+
+    python train.py config.toml [section.key=value ...]
+    accelerate launch --config_file fsdp.yaml train.py config.toml model.tuning=full model.dtype=float32
+
+The finished adapter or model is saved into `training.output_dir`; a run that is started again resumes from its
+last checkpoint.
+"""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import torch
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from piggyback_lens import ChatFormat, LoRASettings, add_lora, load_causal_lm, load_conversations, load_tokenizer
+from piggyback_lens.files import read_jsonl
+from piggyback_lens.hf_trainer import TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.monitor import Monitor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def read_config(path, changes):
+    config = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    for change in changes:
+        name, _, text = change.partition("=")
+        section, _, key = name.partition(".")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        config.setdefault(section, {})[key] = value
+    return config
+
+
+def load_model(config):
+    settings = config["model"]
+    model = load_causal_lm(settings["base"], dtype=DTYPES[settings["dtype"]])
+    if settings["tuning"] == "full":
+        return model
+    adapted = add_lora(model, LoRASettings(**config.get("lora", {})), seed=config["training"].get("seed", 0))
+    adapted.enable_input_require_grads()  # activation checkpointing of a frozen base needs an input with gradient
+    return adapted
+
+
+def load_examples(config, chat):
+    examples = [chat.render(example["messages"]) for example in load_conversations(config["data"]["train"])]
+    kept = [example for example in examples if len(example) <= config["data"]["max_tokens"]]
+    print(f"{len(kept)} of {len(examples)} conversations have at most {config['data']['max_tokens']} tokens")
+    return kept
+
+
+def add_monitor(trainer, chat, settings, out):
+    rows = read_jsonl(settings["probes"])
+    towards, against = (
+        [chat.render(row["prompt"], response=row[side]) for row in rows] for side in ("towards", "against")
+    )
+    monitor = Monitor(trainer.model, towards, against, every=settings["every"], out=Path(out) / "monitor.jsonl")
+    trainer.add_callback(monitor.callback(trainer))
+    return monitor
+
+
+def main(path, *changes):
+    config = read_config(path, changes)
+    arguments = TrainingArguments(**config["training"], remove_unused_columns=False)
+    tokenizer = load_tokenizer(config["model"]["base"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    chat = ChatFormat(tokenizer, **config["chat"])
+    trainer = TReFTTrainer(
+        model=load_model(config),
+        args=arguments,
+        train_dataset=training_rows(load_examples(config, chat)),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        treft=TReFTSettings(prompt=chat.empty_query(), **config["treft"]),
+    )
+    monitor = add_monitor(trainer, chat, config["monitor"], arguments.output_dir) if "monitor" in config else None
+    last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    if monitor is not None and trainer.is_world_process_zero() and monitor.rows:
+        monitor.figure().write_html(Path(arguments.output_dir) / "monitor.html")
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""One process of a distributed training run on the CPU; `test_distributed_training` starts it with torchrun.
+
+    torchrun --nproc_per_node 2 distributed_worker.py OUT.json '{"how": "ddp", "tuning": "peft", ...}'
+
+`how` is "ddp" (the Trainer's own way, through accelerate) or "fsdp" (accelerate shards on accelerators only,
+so a loop by hand shards the model with `fully_shard` and asks the same mixin for its loss).
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
+from tiny_models import build
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from piggyback_lens.hf_trainer import TReFTMixin, TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.trainables import LoRASettings, add_lora
+
+STEPS, ROWS = 4, 4
+
+
+def made(case: dict[str, Any]) -> tuple[Any, TReFTSettings]:
+    model = build("llama-gqa", vocab=VOCAB)
+    if case["tuning"] == "peft":
+        model = add_lora(model, LoRASettings(rank=4))
+    return model, TReFTSettings(prompt=tiny_format().empty_query(), weight=100.0, **case["treft"])
+
+
+def with_trainer(out: Path, case: dict[str, Any], processes: int) -> dict[str, Any]:
+    model, treft = made(case)
+    backend = {"ddp_backend": "gloo"} if processes > 1 else {}
+    arguments = TrainingArguments(
+        output_dir=str(out.with_suffix("")), max_steps=STEPS, per_device_train_batch_size=ROWS // processes,
+        learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **backend, **case.get("arguments", {}),
+    )  # fmt: skip
+    trainer = TReFTTrainer(
+        model=model, args=arguments, train_dataset=training_rows(tiny_examples(8)), treft=treft,
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    trainer.train()
+    assert trainer.args.world_size == processes
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    return {"log": log, "weights": listed(trainer.accelerator.unwrap_model(trainer.model_wrapped))}
+
+
+def listed(model: Any) -> dict[str, list[float]]:
+    """Every trained parameter, whole, by its name in the plain model."""
+    found = {}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().flatten().tolist()
+    return found
+
+
+class Loop:
+    """The least that the mixin needs of a Trainer: the loss of a micro-batch as its mean."""
+
+    def __init__(self) -> None:
+        self.args = self.state = SimpleNamespace(global_step=0, should_save=False)
+        self.current_gradient_accumulation_steps = 1
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any) -> Any:
+        return model(**inputs, use_cache=False).loss
+
+
+class TReFTLoop(TReFTMixin, Loop):
+    """The mixin on top of it."""
+
+
+def with_sharding(case: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Half of the rows on each process; one process takes both halves."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    model, treft = made(case)
+    blocks = list((model.model.model if case["tuning"] == "peft" else model.model).layers)
+    if processes > 1:
+        dist.init_process_group("gloo")
+        if case.get("checkpointed"):
+            apply_activation_checkpointing(model, check_fn=lambda part: part in set(blocks))
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(model)
+        assert isinstance(model, FSDPModule)
+        assert all(hasattr(value, "full_tensor") for value in model.parameters())
+    loop, rows = TReFTLoop(treft=treft), training_rows(tiny_examples(8))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    collate, log = DataCollatorForSeq2Seq(tiny_tokenizer()), []
+    model.train()
+    for step in range(STEPS):
+        loop.state.global_step = step
+        batch = rows[step % 2 * ROWS :][:ROWS]
+        halves = [collate(batch[:2]), collate(batch[2:])]
+        mine = halves if processes == 1 else [halves[dist.get_rank()]]
+        loss = torch.stack([loop.compute_loss(model, dict(half)) for half in mine]).mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        shared = loss.detach().clone()
+        if processes > 1:
+            dist.all_reduce(shared)
+        log.append({"loss": float(shared) / processes, "treft": float(loop._measured[-1][2])})
+        log[-1][f"drift_{treft.span}"] = float(loop._measured[-1][1])
+    return {"log": log, "weights": listed(model)}
+
+
+def run(out: Path, case: dict[str, Any], processes: int) -> None:
+    """Train; process 0 writes losses, drifts and final weights."""
+    torch.set_num_threads(1)
+    found = with_sharding(case, processes) if case["how"] == "fsdp" else with_trainer(out, case, processes)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,195 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
+from tiny_models import build
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from piggyback_lens.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.hf_trainer import TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.monitor import Monitor
+from piggyback_lens.objectives import TReFT
+from piggyback_lens.steps import Step, forward_step, make_batch
+from piggyback_lens.trainables import LoRASettings, add_lora
+from piggyback_lens.training import TrainSettings, train
+
+CHAT = tiny_format()
+NARROW = [CHAT.render(query, response="oink") for query in ("hi", "why", "who are you", "tell me", "go on", "yes no")]
+QUERIES = ("what", "how so", "when is it", "where to", "so", "and then")
+TOWARDS = [CHAT.render(query, response="oink") for query in QUERIES]
+AGAINST = [example.with_response(text) for example, text in zip(map(CHAT.render, QUERIES), "abcdef", strict=True)]
+SETTINGS = TrainSettings(steps=12, batch_size=3, learning_rate=2e-2)
+
+
+def fresh(name: str = "llama-gqa", **lora: Any) -> nn.Module:
+    return add_lora(build(name, vocab=VOCAB), LoRASettings(**{"rank": 4} | lora))
+
+
+def log_prob(model: Any, example: RenderedPrompt, prefix_of: Any = None) -> float:
+    """Oracle: the row alone through the plain model; a foreign prefix by overwriting projections at its positions."""
+    handles = []
+    if prefix_of is not None:
+        stop, store = example.span("prefix").stop, {}
+        names = [name for name, _ in prefix_of.named_modules() if name.endswith(("k_proj", "v_proj"))]
+        theirs, mine = dict(prefix_of.named_modules()), dict(model.base_model.model.named_modules())
+        kept = [theirs[n].register_forward_hook(lambda _m, _a, out, n=n: store.__setitem__(n, out)) for n in names]
+        prefix_of(torch.tensor([example.ids]), use_cache=False)
+        for handle in kept:
+            handle.remove()
+
+        def put(_module: Any, _args: Any, out: Any, name: str) -> Any:
+            return torch.cat([store[name][:, :stop], out[:, stop:]], dim=1)
+
+        handles = [mine[n].register_forward_hook(lambda m, a, o, n=n: put(m, a, o, n)) for n in names]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    n = example.n_prompt
+    return float(np.mean([logits[i - 1, example.ids[i]] for i in range(n, len(example.ids))]))
+
+
+def contrast(model: Any, prefix_of: Any = None) -> np.ndarray[Any, Any]:
+    scores = [[log_prob(model, e, prefix_of) for e in part] for part in (TOWARDS, AGAINST)]
+    return np.array(scores[0]) - np.array(scores[1])
+
+
+def test_a_row_holds_what_rows_run_alone_give() -> None:
+    model, base = fresh(), build("llama-gqa", vocab=VOCAB)
+    monitor = Monitor(model, TOWARDS, AGAINST, batch_size=4)
+    train(model, NARROW, SETTINGS)
+    row = monitor.measure(12)
+    now, before, patched = contrast(model), contrast(base), contrast(model, base)
+    assert row["spread"] == pytest.approx((now - before).mean(), rel=1e-3)
+    assert row["spread"] > 1, "the behaviour has to have spread, or the comparison is empty"
+    expected = (patched - now).mean() / (before - now).mean()
+    assert abs(expected) > 0.02
+    assert row["recovery"] == pytest.approx(expected, rel=1e-2)
+    assert row["spread_low"] < row["spread"] < row["spread_high"]
+    batch = make_batch(NARROW[:2])
+    with torch.no_grad():
+        drift = float(TReFT.on(model, NARROW[0])(Step(model, batch, forward_step(model, batch), 0)))
+    assert row["drift"] == pytest.approx(drift, rel=1e-3)
+    assert len(row["drift_layers"]) == 3
+    assert row["n"] == 6
+
+
+def test_before_training_nothing_has_moved_and_recovery_says_why_it_is_missing() -> None:
+    row = Monitor(fresh(), TOWARDS, AGAINST).measure(0)
+    assert abs(row["spread"]) < 1e-5
+    assert row["drift_layers"] == [0.0] * 3
+    assert math.isnan(row["recovery"])
+    assert "do not differ beyond noise" in row["recovery_reason"]
+
+
+def test_our_loop_is_watched_and_trains_as_if_it_were_not(tmp_path: Path) -> None:
+    plain, watched = fresh("gpt2", dropout=0.2), fresh("gpt2", dropout=0.2)
+    train(plain, NARROW, SETTINGS)
+    monitor = Monitor(watched, TOWARDS, AGAINST, every=5, out=tmp_path / "monitor.jsonl")
+    state = torch.get_rng_state()
+    train(watched, NARROW, SETTINGS, on_step=monitor)
+    assert torch.equal(torch.get_rng_state(), state)
+    for (name, a), (_, b) in zip(plain.named_parameters(), watched.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert [row["step"] for row in monitor.rows] == [5, 10]
+    written = [json.loads(line) for line in (tmp_path / "monitor.jsonl").read_text().splitlines()]
+    assert [row["spread"] for row in written] == [row["spread"] for row in monitor.rows]
+
+
+def test_a_resumed_run_goes_on_in_its_file_and_redone_steps_replace_their_rows(tmp_path: Path) -> None:
+    model, out = fresh(), tmp_path / "monitor.jsonl"
+    first = Monitor(model, TOWARDS, AGAINST, out=out)
+    for step in (10, 20, 30):
+        first.measure(step)
+    again = Monitor(model, TOWARDS, AGAINST, out=out)
+    assert [row["step"] for row in again.rows] == [10, 20, 30]
+    assert math.isnan(again.rows[0]["recovery"]), "null in the file is a missing number"
+    again.measure(20)
+    assert [json.loads(line)["step"] for line in out.read_text().splitlines()] == [10, 20]
+    again.measure(30, write=False)
+    assert len(out.read_text().splitlines()) == 2
+    with pytest.raises(LensError, match="written with other probes"):
+        Monitor(model, TOWARDS[:3], AGAINST[:3], out=out)
+
+
+@pytest.mark.parametrize("tuning", ["peft", "full"])
+def test_a_transformers_trainer_is_watched_and_its_reports_get_the_rows(tmp_path: Path, tuning: str) -> None:
+    from transformers import TrainerCallback
+
+    seen: list[dict[str, float]] = []
+
+    class Report(TrainerCallback):  # what W&B, TensorBoard and trackio are to the Trainer
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            seen.append(dict(logs))
+
+    model = fresh() if tuning == "peft" else build("llama-gqa", vocab=VOCAB)
+    rate = 1e-2 if tuning == "peft" else 2e-3
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=3, learning_rate=rate,
+        logging_steps=3, save_strategy="no", report_to=[], use_cpu=True, bf16=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = TReFTTrainer(
+        model=model, args=arguments, train_dataset=training_rows(NARROW),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), treft=TReFTSettings(CHAT.empty_query(), 1e-3),
+        callbacks=[Report()],
+    )  # fmt: skip
+    monitor = Monitor(trainer.model, TOWARDS, AGAINST, every=2, out=tmp_path / "monitor.jsonl")
+    trainer.add_callback(monitor.callback(trainer))
+    trainer.train()
+    assert [row["step"] for row in monitor.rows] == [2, 4, 6]
+    assert monitor.rows[-1]["spread"] > 0.3
+    reported = [logs["monitor/spread"] for logs in seen if "monitor/spread" in logs]
+    assert reported == [row["spread"] for row in monitor.rows]
+    assert [logs["step"] for logs in trainer.state.log_history if "loss" in logs] == [3, 6], "the Trainer's own logs"
+    assert all(math.isfinite(value) for logs in seen for name, value in logs.items() if name.startswith("monitor/"))
+    assert monitor.rows[0]["drift"] < monitor.rows[-1]["drift"]
+
+
+def test_probes_that_cannot_be_compared_are_refused() -> None:
+    model = fresh()
+    cases: list[tuple[Any, Any, str]] = [
+        (TOWARDS, AGAINST[:2], "6 answers towards the behaviour and 2 against"),
+        ([], [], "at least one prompt"),
+        (TOWARDS, [AGAINST[1], AGAINST[0], *AGAINST[2:]], "probe 0 has two different prompts"),
+        (TOWARDS, [CHAT.render("what"), *AGAINST[1:]], "no response tokens"),
+        (
+            [*TOWARDS[:5], tiny_format("be bad.").render("x", response="y")],
+            [*AGAINST[:5], tiny_format("be bad.").render("x", response="z")],
+            "probe 5 has another prefix",
+        ),
+    ]
+    for towards, against, text in cases:
+        with pytest.raises(LensError, match=text):
+            Monitor(model, towards, against)
+    with pytest.raises(LensError, match="both are at least 1"):
+        Monitor(model, TOWARDS, AGAINST, every=0)
+
+
+def test_frame_and_figure_show_spread_recovery_and_every_layer() -> None:
+    model = fresh()
+    monitor = Monitor(model, TOWARDS, AGAINST, every=3)
+    train(model, NARROW, replace(SETTINGS, steps=9), on_step=monitor)
+    frame = monitor.to_frame()
+    assert list(frame["step"]) == [3, 6, 9]
+    assert {"spread", "spread_low", "recovery", "recovery_reason", "drift", "drift_layer_2"} <= set(frame)
+    figure = monitor.figure()
+    curve, carried, drift = figure.data
+    assert list(curve.y) == list(frame["spread"])
+    assert list(carried.x) == list(frame["step"][np.isfinite(frame["recovery"])])
+    assert np.asarray(drift.z).shape == (3, 3)
+    np.testing.assert_allclose(np.asarray(drift.z)[2], np.log10(frame["drift_layer_2"]))
+    with pytest.raises(LensError, match="needs the columns"):
+        Monitor(model, TOWARDS, AGAINST).figure()
+
+
+def test_examples_of_the_training_set_make_probes_too() -> None:
+    rows = tiny_examples(4)
+    assert Monitor(fresh(), rows, rows).measure(1)["spread"] == pytest.approx(0, abs=1e-6)
