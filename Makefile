@@ -15,6 +15,8 @@ TASK ?= terse
 OUT ?= demo_out
 QUICK ?=
 PYTEST ?=
+# Test processes, of one thread each; a file stays in one process.
+WORKERS ?= 2
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -32,16 +34,16 @@ help:
 	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
 	@echo "make install    only make $(VENV)"
 	@echo "make clean      remove $(VENV) and caches; results stay"
-	@echo "Variables: PYTHON=$(PYTHON)  TORCH_SPEC=$(TORCH_SPEC)  TORCH_INDEX=$(TORCH_INDEX)  EXTRAS=$(EXTRAS)"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH_SPEC=$(TORCH_SPEC)  TORCH_INDEX=$(TORCH_INDEX)  EXTRAS=$(EXTRAS)  WORKERS=$(WORKERS)"
 
 demo: install
 	@$(BIN)/piggyback-lens demo --task $(TASK) --out $(OUT) $(if $(QUICK),--quick)
 
 test: install
-	@$(BIN)/python -m pytest --durations=10 $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST)
 
 check: lint
-	@$(BIN)/python -m pytest -m "not real" $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not real" $(PYTEST)
 
 lint: install
 	@$(BIN)/ruff format --check .

@@ -35,7 +35,7 @@ from piggyback_lens import (
     stress,
 )
 from piggyback_lens.files import atomic_write_text
-from piggyback_lens.maths import percent
+from piggyback_lens.maths import Estimate, percent
 from piggyback_lens.result_plots import carrier_plane
 
 PARTS = ("spans", "carrier", "curves", "positions", "heads", "perturb", "stress")
@@ -230,10 +230,16 @@ INTRODUCTION = """# Where the terse organism is carried
 
 Recovery is (patched - recipient) / (donor - recipient). *Repair* puts the base's activations into the finetuned model,
 *infect* the finetuned model's into the base; 1 is all the way. Intervals: 95 % bootstrap over prompts. Off-topic and
-on-topic: n = {off} and {on} prompts; maps with hundreds of cells
-and curves: n = {few}; perturbation and stress suite: n = {generated}. The *contrast* is log p of the finetuned
-model's own answer minus log p of the base's, per token, over at most {tokens} tokens. Postfix and query activations are
-those of the donor's run on the same prompt."""
+on-topic: n = {off} and {on} prompts; maps with hundreds of cells and curves: n = {few}; perturbation and stress suite:
+n = {generated}. The *contrast* is log p of the finetuned model's own answer minus log p of the base's, per token, over
+at most {tokens} tokens. Of an answer of a few tokens the first one weighs most in it, and that is predicted at the last
+token of the postfix. Postfix and query activations are those of the donor's run on the same prompt; the demo's table
+takes the postfix from the empty query."""
+
+CLAIMS = """A claim holds where the first interval lies above the second (or above 0), does not hold where it lies
+below, and is not separable where they overlap. One organism of 135M parameters, one training seed."""
+
+RANDOM_AVERAGE = "random tokens, average"
 
 PERTURBATION = """## Token perturbation
 
@@ -257,10 +263,72 @@ def page(lab: Laboratory, docs: Path) -> str:
     for section in (span_section, perturb_section, carrier_section, curve_section, map_section, head_section):
         sections += section(lab, docs, results)
     sections += stress_section(lab, docs)
-    reading = docs / "piggyback_smollm2_reading.md"
-    if reading.exists():
-        sections.append(reading.read_text(encoding="utf-8").strip())
+    sections[1:1] = claim_section(lab, results)
     return "\n\n".join(sections) + "\n"
+
+
+def claim_section(lab: Laboratory, results: dict) -> list[str]:
+    """What of the paper's findings holds here, decided by the intervals."""
+
+    def spans(topic: str, direction: str, span: str) -> Estimate | None:
+        found = results.get(f"span_{topic}_{direction}_{span}")
+        return found.recovery(0) if found else None
+
+    off, on = (spans(topic, "repair", "prefix") for topic in TOPICS)
+    nothing = Estimate(0.0, 0.0, 0.0, 0)
+    claims = [
+        ("The base's prefix K/V restore off-topic answers", off, nothing),
+        ("They restore more off-topic than on-topic", off, on),
+        ("The prefix carries more than the query, off-topic", off, spans("off-topic", "repair", "query")),
+        ("The prefix carries more than the postfix, off-topic", off, spans("off-topic", "repair", "postfix")),
+        (
+            "The finetuned model's prefix K/V infect the base, off-topic",
+            spans("off-topic", "infect", "prefix"),
+            nothing,
+        ),
+        ("On-topic, the postfix carries more than the prefix", spans("on-topic", "repair", "postfix"), on),
+    ]
+    file = lab.out / "perturb" / "result.json"
+    if file.exists():
+        found = perturbed(PerturbResult.load(file))
+        average, best = (found.get(("off-topic", "prefix", kind)) for kind in ("average", "best"))
+        claims += [
+            ("Perturbed prefix tokens restore off-topic answers (average)", average, nothing),
+            ("... more than perturbed query tokens (average)", average, found.get(("off-topic", "query", "average"))),
+            ("... more than perturbed query tokens (best)", best, found.get(("off-topic", "query", "best"))),
+            ("... more off-topic than on-topic (average)", average, found.get(("on-topic", "prefix", "average"))),
+            (
+                "... more than random tokens there (average)",
+                average,
+                found.get(("off-topic", "prefix", RANDOM_AVERAGE)),
+            ),
+        ]
+    rows = [
+        {"claim": claim, "here": cell(a), "against": "" if b is nothing else cell(b), "verdict": verdict(a, b)}
+        for claim, a, b in claims
+        if a is not None and b is not None
+    ]
+    columns = {"claim": "claim", "here": "recovery [95 %]", "against": "against", "verdict": "verdict"}
+    return ["## What of the paper holds here", CLAIMS, table(pd.DataFrame(rows), columns)] if rows else []
+
+
+def perturbed(result: PerturbResult) -> dict:
+    """Recovery by topic, span and kind."""
+    return {
+        (r.topic, r.span, r.kind): Estimate(r.recovery, r.recovery_low, r.recovery_high, r.n)
+        for r in result.to_frame().itertuples()
+    }
+
+
+def cell(estimate: Estimate) -> str:
+    return percent(estimate.value, estimate.low, estimate.high)
+
+
+def verdict(a: Estimate, b: Estimate) -> str:
+    """By the intervals alone: they are apart, or they are not."""
+    if a.low > b.high:
+        return "holds"
+    return "does not hold" if a.high < b.low else "not separable"
 
 
 def span_section(lab: Laboratory, docs: Path, results: dict) -> list[str]:

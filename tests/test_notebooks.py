@@ -51,7 +51,7 @@ def test_the_prefix_patching_notebook_runs_alone_and_draws_the_layer_curve(real_
     assert float(text.split("noise floor: ")[1].split()[0]) < 0.01
     (figure,) = [o.data["application/vnd.plotly.v1+json"] for o in outputs if _holds(o, "plotly")]
     names = [trace.get("name") or "" for trace in figure["data"]]
-    assert any("base resid_pre" in name for name in names)
+    assert any("patched" in name for name in names)
     assert any("random control" in name for name in names)
     pages = [output.data["text/html"] for output in outputs if _holds(output, "text/html")]
     assert any("<table" in page and "finetuned + base" in page for page in pages)

@@ -8,7 +8,8 @@ cells: a sample is run exactly, and so are the cells that it puts on top.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from piggyback_lens.cells import evaluate
 from piggyback_lens.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.donors import DONOR, RECIPIENT, Direction, Donors, check_direction
 from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
 from piggyback_lens.hooks import Interventions, patch
 from piggyback_lens.models import ModelPair
 from piggyback_lens.patching import RunOptions, RunSettings, head_labels, layer_head_map, layer_position_map
@@ -78,6 +80,27 @@ class AttributionResult:
     def figure(self) -> "go.Figure":
         """The attribution map."""
         return self.attributed.figure()
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON."""
+        return write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AttributionResult":
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: the file is missing, or no attribution result.
+        """
+        data = read_json(path)
+        try:
+            parts = [None if data[n] is None else PatchResult.from_dict(data[n], path) for n in ("attributed", "exact")]
+            sampled, steps = tuple(data["sampled"]), data["steps"]
+        except (KeyError, TypeError) as error:
+            raise LensError(f"{path} is no attribution result ({error}): run attribution_map again") from error
+        if parts[0] is None:
+            raise LensError(f"{path} is no attribution result (its map is missing): run attribution_map again")
+        return cls(parts[0], parts[1], sampled, steps)
 
     def check_figure(self) -> "go.Figure":
         """Attribution against the exact recovery, for the cells that were run."""

@@ -105,7 +105,15 @@ class PatchResult:
         Raises:
             LensError: the file is missing, or no patching result.
         """
-        data = read_json(path)
+        return cls.from_dict(read_json(path), path)
+
+    @classmethod
+    def from_dict(cls, data: Any, path: str | Path) -> "PatchResult":
+        """What `dataclasses.asdict` gave, read from `path`.
+
+        Raises:
+            LensError: it is no whole patching result.
+        """
         try:
             numbers = {name: _numbers(data[name]) for name in ("base", "finetuned")}
             found = cls(
