@@ -394,3 +394,10 @@ def test_em_f1_of_known_scores():
     for bad in ((-1.0, 50.0), (50.0, 101.0)):
         with pytest.raises(LensError, match=r"0\.\.100"):
             maths.em_f1(*bad)
+
+
+def test_noise_drawn_with_the_seed_of_the_vector_is_orthogonal_all_the_same():
+    x = torch.randn(64, generator=torch.Generator().manual_seed(7))
+    noisy = maths.orthogonal_noise(x, 1.0, torch.Generator().manual_seed(7))
+    assert abs(float(noisy @ x)) < 1e-4 * float(x.norm() ** 2)
+    assert float(noisy.norm()) == pytest.approx(float(x.norm()), rel=1e-5)

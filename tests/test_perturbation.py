@@ -376,7 +376,10 @@ def test_every_answer_is_that_of_generate_on_the_perturbed_prompt(pair):
     assert [a.text for a in answers] == [stored[i] for i in range(4)]
 
 
-def test_one_prefix_is_computed_once_for_all_prompts(pair, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "calls_wanted"), [(4, 1 + 1 + 2 * 2), (40, 1 + 1 + 1)])
+def test_a_prefix_of_many_prompts_is_shared_and_the_others_fill_batches_together(
+    pair, monkeypatch, batch_size, calls_wanted
+):
     calls = []
     real = resuming.generate
 
@@ -385,10 +388,10 @@ def test_one_prefix_is_computed_once_for_all_prompts(pair, monkeypatch):
         return real(model, chosen, **kwargs)
 
     monkeypatch.setattr(resuming, "generate", counting)
-    run(pair)
-    assert all(len(prefixes) == 1 for prefixes in calls)
-    # Base; finetuned with the prefix as it is (references, query and postfix); two kinds x two trials.
-    assert len(calls) == 1 + 1 + 2 * 2
+    run(pair, batch_size=batch_size)
+    # Base; finetuned with the prefix as it is (references, query and postfix); two kinds x two trials, or all in one.
+    assert len(calls) == calls_wanted
+    assert [len(prefixes) for prefixes in calls[:2]] == [1, 1]
 
 
 def test_neither_batch_size_nor_order_changes_an_answer(pair):
@@ -457,7 +460,7 @@ def test_a_killed_run_resumes_to_identical_rows_without_doing_anything_twice(pai
 
     def dying(path, rows):
         calls.append(path)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise Killed
         return real(path, rows)
 

@@ -106,8 +106,12 @@ def orthogonal_noise(x: Float[Tensor, "*any"], epsilon: float, generator: torch.
     if x.numel() < 2:
         raise LensError(f"a tensor of {x.numel()} entries has no orthogonal direction; it takes at least 2")
     unit = _unit(x.flatten())
-    noise = _normal_like(unit, generator)
-    noise = noise - (noise @ unit) * unit
+    drawn = _normal_like(unit, generator)
+    noise = drawn - (drawn @ unit) * unit
+    # Drawn with the seed of `x` itself, the noise is `x`, and what is left of it rounding errors: draw again.
+    while noise.norm() < 1e-3 * drawn.norm():
+        drawn = _normal_like(unit, generator)
+        noise = drawn - (drawn @ unit) * unit
     y = noise * (_at_least_float32(x).norm() / noise.norm())
     noisy: Tensor = math.sqrt(1 - epsilon**2) * x + epsilon * y.view_as(x)
     return noisy.to(x.dtype)

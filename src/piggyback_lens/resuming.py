@@ -114,7 +114,10 @@ def answer_jobs(
     batch_size: int,
     label: str | None = None,
 ) -> None:
-    """Generate (greedily) the answers that have no row yet, prompts of the same prefix ids together.
+    """Generate (greedily) the answers that have no row yet.
+
+    Prompts of the same prefix ids go together and share it. Prefixes of few prompts are pooled: full batches
+    save more than a shared prefix does.
 
     Each row has the key columns, the job's facts, the answer and its value (None where it is missing).
 
@@ -131,7 +134,10 @@ def answer_jobs(
     for job in jobs:
         if job.key not in log.rows:
             groups.setdefault(job.prompt.ids[: job.prompt.spans["prefix"].stop], []).append(job)
-    for number, group in enumerate(groups.values(), start=1):
+    shared = [group for group in groups.values() if 2 * len(group) >= batch_size]
+    pooled = [job for group in groups.values() if 2 * len(group) < batch_size for job in group]
+    runs = [*shared, *([pooled] if pooled else [])]
+    for number, group in enumerate(runs, start=1):
 
         def keep(rows: list[int], answers: list[Generation], group: list[Job] = group) -> None:
             log.add([_row(log.columns, group[i], answer, behaviour) for i, answer in zip(rows, answers, strict=True)])
@@ -141,7 +147,7 @@ def answer_jobs(
             [job.prompt for job in group],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            progress=f"{label}, prefix {number} of {len(groups)}" if label else False,
+            progress=f"{label}, group {number} of {len(runs)}" if label else False,
             on_batch=keep,
         )
 
