@@ -9,12 +9,12 @@ import tiny_models
 import torch
 
 from piggyback_lens.auditing import CONDITIONS, AuditResult, AuditSettings, audit, check_identity
+from piggyback_lens.donors import kv_patch
 from piggyback_lens.errors import LensError
 from piggyback_lens.generation import generate
 from piggyback_lens.maths import recovery
 from piggyback_lens.measures import Behaviour, get_behaviour
 from piggyback_lens.models import ModelPair, hook_model
-from piggyback_lens.donors import kv_patch
 from piggyback_lens.summary import report, table
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not", "a"]

@@ -269,7 +269,8 @@ def _label_axes(figure: "go.Figure", x_labels: Sequence[object], y_labels: Seque
 
 
 def history_figure(frame: "pd.DataFrame", *, title: str = "training history") -> "go.Figure":
-    """One panel for each quantity over the steps: the loss, its terms (nats per token), gradient norm, rate.
+    """One panel for each quantity over the steps: the loss, its terms (nats per token; drift of keys and values:
+    relative), gradient norm, rate.
 
     ``frame`` has a column step and any of loss, terms of the loss, grad_norm, lr; the columns tokens and
     seconds are bookkeeping and not drawn.
@@ -289,7 +290,10 @@ def history_figure(frame: "pd.DataFrame", *, title: str = "training history") ->
         cols=1,
         shared_xaxes=True,
         vertical_spacing=0.16 / len(drawn),
-        subplot_titles=[plot_text(names.get(name, f"{name} (nats per token)")) for name in drawn],
+        subplot_titles=[
+            plot_text(names.get(name, f"{name} ({'relative' if name.startswith('drift') else 'nats per token'})"))
+            for name in drawn
+        ],
     )
     figure.update_annotations(x=0, xanchor="left", font={"size": 14, "color": INK})
     for row, name in enumerate(drawn, start=1):
