@@ -32,7 +32,6 @@ for prompt, *answers in zip(prompts, base, finetuned, patched, strict=True):
 
 own_answers = AnswerContrast([a.completed() for a in finetuned], [a.completed() for a in base])
 curve = layer_curve(pair, prompts, layers=range(0, pair.shape.n_layers, 3), measure=own_answers)
-print(
-    f"\n{curve.to_frame()[['layer', 'series', 'value', 'low', 'high']].round(3).to_string(index=False)}\nnoise floor {curve.noise_floor:.1e}"
-)
+shown = curve.to_frame()[["layer", "series", "value", "low", "high"]].round(3).to_string(index=False)
+print(f"\n{shown}\nnoise floor {curve.noise_floor:.1e}")
 curve.figure().write_html(options.out)

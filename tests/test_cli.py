@@ -113,7 +113,8 @@ def test_a_mistaken_map_costs_one_line(files, tmp_path, monkeypatch, capsys, unc
         call(monkeypatch, laboratory(files, "map", "--prompts", files / "on.txt", "--out", tmp_path, *words))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2
-    assert error.startswith("error: ") and expected in error
+    assert error.startswith("error: ")
+    assert expected in error
 
 
 def test_a_perturbation_writes_rows_and_a_report(files, tmp_path, monkeypatch, capsys):
