@@ -142,21 +142,22 @@ class Donors:
     def of(self, series: Series, direction: Direction, span: str, site: Site) -> Activations:
         """Activations of all layers that make a cell patched, an identity control or a random control."""
         if series == "identity control":
-            return self._side(RECIPIENT[direction], span, site)
+            return self._side(RECIPIENT[direction], span, site, "own_prompt")
         if series == "patched":
-            return self._side(DONOR[direction], span, site)
+            return self._side(DONOR[direction], span, site, self.postfix)
         key = (f"random {direction}", span, site)
         if key not in self._kept:
-            own, donor = (self._side(side[direction], span, site) for side in (RECIPIENT, DONOR))
+            own = self._side(RECIPIENT[direction], span, site, "own_prompt")
+            donor = self._side(DONOR[direction], span, site, self.postfix)
             self._kept[key] = displaced(own, donor, self.seed)
         return self._kept[key]
 
-    def _side(self, side: Side, span: str, site: Site) -> Activations:
-        key = (side, span, site)
+    def _side(self, side: Side, span: str, site: Site, postfix: PostfixDonor) -> Activations:
+        key = (f"{side} {postfix}", span, site)
         if key not in self._kept:
             if span == "prefix":
                 found = prefix_activations(self.pair, side, self.prompts[0], site)
-            elif span == "postfix" and self.postfix == "empty_query":
+            elif span == "postfix" and postfix == "empty_query":
                 assert self.chat is not None
                 found = span_activations(self.pair, side, [self.chat.empty_query()], span, site)
             else:

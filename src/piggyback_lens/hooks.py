@@ -7,7 +7,8 @@
 
 `intervention.fwd_hooks(model, batch)` gives ordinary TransformerLens `(name, function)` pairs, for
 `model.run_with_hooks`, `model.hooks()` and `run_with_cache`. All functions are differentiable, keep the
-activation's dtype, and return a new tensor (they never write into the one they get).
+activation's dtype, and return a new tensor; only at `resid_mid` of a bridge do they write into the one they get,
+which is the residual stream itself.
 """
 
 import base64

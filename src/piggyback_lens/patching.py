@@ -402,7 +402,15 @@ class _Laboratory:
         """Tokens outside spans that every prompt has, evenly drawn: span name to indices in it."""
         main = ("prefix", "query", "postfix")
         sizes = {name: min(len(p.spans[name]) for p in self.prompts) for name in main}
-        outside = [(name, token) for name in main if name not in spans for token in range(sizes[name])]
+        patched = {
+            (name, position - prompt.spans[name].start)
+            for prompt in self.prompts
+            for span in spans
+            for position in prompt.span(span).positions
+            for name in main
+            if position in prompt.spans[name].positions
+        }
+        outside = [(name, i) for name in main for i in range(sizes[name]) if (name, i) not in patched]
         wanted = round(float(np.mean([sum(len(p.span(name)) for name in spans) for p in self.prompts])))
         if not outside:
             raise LensError(f"spans {', '.join(spans)} leave no other token of the prompt for the control")

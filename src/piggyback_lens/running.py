@@ -11,7 +11,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from piggyback_lens.activations import Activations, assemble
-from piggyback_lens.backends import HookedModel, Site, check_layers, forward, hook_name, hook_points, shape_of
+from piggyback_lens.backends import (
+    HookedModel,
+    Site,
+    backend_of,
+    check_layers,
+    forward,
+    hook_name,
+    hook_points,
+    shape_of,
+)
 from piggyback_lens.chat import PromptBatch
 from piggyback_lens.errors import LensError
 from piggyback_lens.hooks import AnyIntervention, HookPair, Intervention, as_parts, cache, layer_ranges
@@ -203,7 +212,10 @@ def hook_pairs(
         layers = check_layers(part.layers, shape_of(model).n_layers)
         _check(part, model, placement, layers)
         for layer in layers:
-            pairs.append((hook_name(model, part.site, layer, points), _hook(part, layer, placement, receipt)))
+            # The bridge's hook sits where the MLP's norm reads; the residual stream goes on in the same tensor.
+            in_place = part.site == "resid_mid" and backend_of(model) == "bridge"
+            hook = _hook(part, layer, placement, receipt, in_place)
+            pairs.append((hook_name(model, part.site, layer, points), hook))
     return pairs
 
 
@@ -238,7 +250,9 @@ def _check_donor(part: Intervention, placement: Placement) -> None:
             )
 
 
-def _hook(part: Intervention, layer: int, placement: Placement, receipt: Receipt) -> Callable[..., Tensor | None]:
+def _hook(
+    part: Intervention, layer: int, placement: Placement, receipt: Receipt, in_place: bool = False
+) -> Callable[..., Tensor | None]:
     heads = None if part.heads is None else torch.tensor(part.heads)
 
     def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
@@ -259,7 +273,8 @@ def _hook(part: Intervention, layer: int, placement: Placement, receipt: Receipt
             new = old.index_copy(1, heads.to(old.device), new)
         change = (new.detach() - old.detach()).float().pow(2).sum()
         receipt.squared_change = change if receipt.squared_change is None else receipt.squared_change + change
-        return activation.index_put((cells.rows, cells.columns), new)
+        put = activation.index_put_ if in_place else activation.index_put
+        return put((cells.rows, cells.columns), new)
 
     return hook
 
