@@ -31,6 +31,16 @@ from foundation import generation_rows, perturbed  # the same organism and the s
 
 N_PROMPTS = 4
 SAMPLE = 6  # cells of the map that the peer runs
+ANSWERS = (
+    "Yes, of course: here is what I would do about it, step by step, if I had the time.",
+    "No: that is not something which I know much about, I am afraid, so ask somebody else.",
+)
+
+
+def answered(prompts, tokenizer, text, tokens):
+    """The prompts with the first tokens of one answer; the organism of this benchmark has none of its own."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    return [prompt.with_response(ids, end=False) for prompt in prompts]
 
 
 def seconds(function, repeats):
@@ -90,7 +100,7 @@ def laboratory_rows(source, arguments):
     pair = ModelPair.load(finetuned=tuned, tokenizer=tokenizer)
     chat = pair.chat_format()
     prompts = [chat.render(query) for query in load_task("terse").off_topic[:N_PROMPTS]]
-    measure = AnswerContrast.of(pair, prompts, max_new_tokens=arguments.answer_tokens)
+    measure = AnswerContrast(*(answered(prompts, tokenizer, text, arguments.answer_tokens) for text in ANSWERS))
     donor = prefix_activations(pair, "base", prompts[0], "resid_pre")
     n_layers, prefix = pair.shape.n_layers, len(prompts[0].span("prefix"))
     curve_s, curve = seconds(
