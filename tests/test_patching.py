@@ -167,8 +167,8 @@ def test_activations_of_a_span_are_those_of_each_prompt_alone(name, backend):
 
 @pytest.mark.parametrize(("name", "backend"), FEW, ids=IDS)
 def test_the_identity_control_moves_nothing(name, backend):
-    tiny, some = pair(name, backend), prompts(MANY)
-    measure = AnswerContrast.of(tiny, some, max_new_tokens=5)
+    tiny, some = pair(name, backend), prompts(THREE)
+    measure = contrast() if name == "gemma3" else AnswerContrast.of(tiny, some, max_new_tokens=5)  # Gemmas agree
     results = [
         patch_span(tiny, some, ("prefix", "query", "postfix"), ("k", "v", "z"), measure=measure),
         layer_curve(tiny, some, span="query", measure=measure, control_layers=2, direction="infect"),
@@ -180,8 +180,8 @@ def test_the_identity_control_moves_nothing(name, backend):
         for i in identity:
             assert result.values[i] == pytest.approx(recipient, abs=1e-5)
             assert result.cells[i]["change_norm"] < 1e-3
-            moved = result.recovery(i).value  # Gemma's answers differ too little for a number
-            assert abs(moved) < 1e-5 or (name == "gemma3" and np.isnan(moved))
+            moved = result.recovery(i).value
+            assert abs(moved) < 1e-5 or (name == "gemma3" and np.isnan(moved))  # made-up answers may differ too little
         assert result.noise_floor < 1e-4
         random = [i for i, labels in enumerate(result.cells) if labels["series"] == "random control"]
         assert max(np.abs(np.array(result.values[i]) - recipient).max() for i in random) > 1e-3

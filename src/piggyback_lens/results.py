@@ -119,10 +119,12 @@ class PatchResult:
             found = cls(
                 **{**data, **numbers, "cells": tuple(data["cells"]), "values": [*map(_numbers, data["values"])]}
             )
-            complete = len(found.cells) == len(found.values) and isinstance(found.settings, Mapping)
-        except (KeyError, TypeError, AttributeError) as error:
+            labelled = all({"series", "direction"} <= cell.keys() for cell in found.cells)
+            named = {"name", "unit"} <= found.measure.keys() and isinstance(found.settings, Mapping)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise LensError(f"{path} is no patching result ({error}): run the experiment again") from error
-        if not complete or {len(row) for row in found.values} - {len(found.base)}:
+        sizes = {len(row) for row in (*found.values, found.base, found.finetuned)}
+        if len(found.cells) != len(found.values) or len(sizes) != 1 or not labelled or not named:
             raise LensError(f"{path} is no whole patching result: run the experiment again")
         return found
 
