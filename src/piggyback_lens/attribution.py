@@ -139,10 +139,11 @@ def attribution_map(
         steps: None for the gradient at the recipient; m for integrated gradients in m midpoint steps.
         check_cells: so many evenly spaced cells are run exactly, for the rank correlation; 0 for none.
         top_cells: so many of the largest are run exactly as well.
-        **run: as for the exact maps; the measure has to be an `AnswerContrast`.
+        **run: as for the exact maps; the measure has to be an `AnswerContrast`. `out` gets attribution.json.
 
     Raises:
-        LensError: as the exact maps; a measure that is not differentiable; steps below 1.
+        LensError: as the exact maps; a measure that is not differentiable; steps below 1; several sites other than
+            q, k and v, which lie side by side.
     """
     settings = RunSettings(**run)
     if by not in get_args(By):
@@ -156,6 +157,10 @@ def attribution_map(
     chosen = check_layers(layers, pair.shape.n_layers)
     wanted: tuple[Site, ...] = (sites,) if isinstance(sites, str) else tuple(sites)
     labels = _labels(pair, prompts, by, span, wanted)
+    if len(wanted) > 1 and not set(wanted) <= {"q", "k", "v"}:
+        raise LensError(
+            f"sites {list(wanted)} lie behind one another, and gradients would count twice: take one, or k, v"
+        )
     donors = Donors(pair, list(prompts), settings.postfix_donor, settings.chat, settings.seed)
     with pair.using(DONOR[direction]) as model:
         there = _unpatched(model, prompts, measure)
@@ -200,7 +205,10 @@ def attribution_map(
     exact = _exact(
         pair, prompts, cells, {*sampled, *top}, by, span, wanted, direction, replace(settings, measure=measure)
     )
-    return AttributionResult(found, exact, tuple(sampled), steps)
+    result = AttributionResult(found, exact, tuple(sampled), steps)
+    if settings.out is not None:
+        result.save(Path(settings.out) / "attribution.json")
+    return result
 
 
 def _labels(
