@@ -28,8 +28,8 @@ class AnswerContrast:
         against: the same prompts with the base's answer.
     """
 
-    towards: tuple[RenderedPrompt, ...]
-    against: tuple[RenderedPrompt, ...]
+    towards: Sequence[RenderedPrompt]
+    against: Sequence[RenderedPrompt]
     name = "answer contrast"
     unit = "nats per token"
 
@@ -61,7 +61,7 @@ class AnswerContrast:
     @property
     def rows(self) -> tuple[RenderedPrompt, ...]:
         """What is scored: all of `towards`, then all of `against`."""
-        return self.towards + self.against
+        return (*self.towards, *self.against)
 
     def __len__(self) -> int:
         return len(self.towards)

@@ -8,6 +8,7 @@ around them. Edits are ordinary torch hooks; they act before any intervention th
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -147,11 +148,21 @@ def edited_sites(model: Any, edits: Mapping[tuple[int, Site], SiteEdit]) -> Iter
         for (layer, site), edit in edits.items():
             if is_hooked_model(model):
                 point = points[hook_name(model, site, layer, points)]
-                hook = point.register_forward_hook(lambda _m, _a, output, edit=edit: edit(output), prepend=True)
+                # The bridge's hook sits where the MLP's norm reads; the residual stream goes on in the same tensor.
+                change = _written if site == "resid_mid" and has_modules(model) else _returned
+                hook = point.register_forward_hook(partial(change, edit), prepend=True)
             else:
                 hook = _edit_block(decoder_blocks(model)[layer], site, edit)
             stack.callback(hook.remove)
         yield
+
+
+def _returned(edit: SiteEdit, _: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return edit(output)
+
+
+def _written(edit: SiteEdit, _: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.copy_(edit(output))
 
 
 def _edit_block(block: nn.Module, site: Site, edit: SiteEdit) -> Any:

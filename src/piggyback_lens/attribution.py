@@ -19,14 +19,21 @@ from torch import Tensor
 
 from piggyback_lens.answers import AnswerContrast, GeneratedBehaviour, mean_log_prob
 from piggyback_lens.backends import HEAD_SITES, HookedModel, Site, check_layers, device_of, forward, hook_name
-from piggyback_lens.cells import evaluate
+from piggyback_lens.cells import evaluate, require_one_prefix
 from piggyback_lens.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.donors import DONOR, RECIPIENT, Direction, Donors, check_direction
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.hooks import Interventions, patch
 from piggyback_lens.models import ModelPair
-from piggyback_lens.patching import RunOptions, RunSettings, head_labels, layer_head_map, layer_position_map
+from piggyback_lens.patching import (
+    RunOptions,
+    RunSettings,
+    check_sites,
+    head_labels,
+    layer_head_map,
+    layer_position_map,
+)
 from piggyback_lens.placement import Placement
 from piggyback_lens.prefix import similar_batches
 from piggyback_lens.results import PatchResult
@@ -153,9 +160,10 @@ def attribution_map(
     if isinstance(settings.measure, GeneratedBehaviour):
         raise LensError("a generated behaviour has no gradient: give an AnswerContrast")
     check_direction(direction)
+    require_one_prefix(prompts)
+    wanted = check_sites(sites)
     measure = settings.measure or AnswerContrast.of(pair, prompts)
     chosen = check_layers(layers, pair.shape.n_layers)
-    wanted: tuple[Site, ...] = (sites,) if isinstance(sites, str) else tuple(sites)
     labels = _labels(pair, prompts, by, span, wanted)
     if len(wanted) > 1 and not set(wanted) <= {"q", "k", "v"}:
         raise LensError(

@@ -333,7 +333,7 @@ class _Prefix:
         """Compile the prefix parts of all cells in one pass, from the first token that any of them touches on."""
         model, root, prompt = chunk.model, chunk.root, chunk.prompts[0]
         length, n = len(root), len(chunk.prompts)
-        own = [tuple(part for part in parts if _range(part, prompt)[0] < length) for parts in chunk.cells]
+        own = [tuple(part for part in parts if _first_token([part], prompt, length) < length) for parts in chunk.cells]
         touching = [cell for cell, parts in enumerate(own) if parts]
         device, dtype = device_of(model), dtype_of(model)
         base = [[layer[None].to(device, dtype) for layer in side] for side in (root.keys, root.values)]

@@ -174,8 +174,8 @@ def of_tokens(whole: Activations, tokens: Sequence[int]) -> Activations:
     """
     shortest = min(whole.lengths)
     wrong = [token for token in tokens if not 0 <= token < shortest]
-    if wrong or whole.tokens is not None:
-        raise LensError(f"token {wrong[:1] or tokens} of span {whole.span!r}: choose from 0 to {shortest - 1}")
+    if wrong or not tokens or whole.tokens is not None:
+        raise LensError(f"token {wrong[:1] or list(tokens)} of span {whole.span!r}: choose from 0 to {shortest - 1}")
     values = {key: value[:, list(tokens)] for key, value in whole.values.items()}
     return replace(whole, tokens=tuple(tokens), values=values, lengths=(len(tokens),) * len(whole.lengths))
 

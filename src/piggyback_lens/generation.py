@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from piggyback_lens.backends import HookedModel, KVState, device_of, forward, new_state, shape_of
+from piggyback_lens.backends import HookedModel, KVState, backend_of, device_of, forward, new_state, shape_of
 from piggyback_lens.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.hooks import AnyIntervention, Intervention, as_parts
@@ -111,6 +111,7 @@ def generate(
         LensError: no prompts, prompts that hold a response, a cache that does not fit, an intervention
             that touched nothing.
     """
+    backend_of(model)  # refuses anything else before work begins
     prompts = list(prompts)
     if not prompts or max_new_tokens < 1 or batch_size < 1:
         raise LensError(

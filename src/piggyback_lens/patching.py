@@ -14,7 +14,7 @@ import numpy as np
 
 from piggyback_lens.answers import Measure
 from piggyback_lens.backends import HEAD_SITES, SITES, Site, check_layers
-from piggyback_lens.cells import Parts
+from piggyback_lens.cells import Parts, require_one_prefix
 from piggyback_lens.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.donors import Direction, Donors, PostfixDonor, Series, check_direction, of_tokens
 from piggyback_lens.errors import LensError
@@ -304,6 +304,20 @@ def head_labels(n_heads: int, n_kv_heads: int, *, kv: bool) -> list[str]:
     return [f"kv {head} (q {low}-{high})" for head, (low, high) in enumerate(ranges)]
 
 
+def check_sites(sites: Sites) -> tuple[Site, ...]:
+    """One or several sites as a tuple.
+
+    Raises:
+        LensError: none at all (a patch that is never made moves nothing), or an unknown one.
+    """
+    found = _tuple(sites)
+    wrong = [site for site in found if site not in SITES]
+    if wrong or not found:
+        asked = f"site {wrong[0]!r} is not known" if wrong else "no site to patch"
+        raise LensError(f"{asked}: choose one of {', '.join(SITES)}")
+    return found
+
+
 def _among(cells: list[tuple[int, int]], only: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
     """The cells that were asked for."""
     if only is None:
@@ -329,6 +343,7 @@ class _Laboratory:
 
     def __init__(self, pair: ModelPair, prompts: Sequence[RenderedPrompt], run: RunSettings) -> None:
         self.pair, self.prompts, self.run = pair, list(prompts), run
+        require_one_prefix(self.prompts)
         if any("response" in prompt.spans for prompt in self.prompts):
             raise LensError("a prompt holds a response already: give prompts without one; the measure brings answers")
         self.donors = Donors(pair, self.prompts, run.postfix_donor, run.chat, run.seed)
@@ -348,17 +363,20 @@ class _Laboratory:
         check_direction(direction)
         chosen = check_layers(layers, self.pair.shape.n_layers)
         spans = ["prompt" if name == "all" else name for name in _tuple(span)]
+        wanted = check_sites(sites)
+        if not spans:
+            raise LensError("no span to patch: choose prefix, query, postfix, another span of the template, or prompt")
         parts = [
             part
             for name in spans
-            for site in _tuple(sites)
+            for site in wanted
             for part in self.part(series, direction, name, site, chosen, heads, tokens)
         ]
         labels = {
             "series": series,
             "direction": direction,
             "span": " + ".join(spans),
-            "sites": "+".join(_tuple(sites)),
+            "sites": "+".join(wanted),
             "layers": list(chosen),
             "heads": None if heads is None else list(heads),
             "tokens": None if tokens is None else list(tokens),
@@ -376,8 +394,6 @@ class _Laboratory:
         tokens: Sequence[int] | None,
     ) -> Parts:
         """Patch of one span at one site."""
-        if site not in SITES:
-            raise LensError(f"site {site!r} is not known: choose one of {', '.join(SITES)}")
         self.prompts[0].span(span) if span != "prompt" else None
         donor = self.donors.of(series, direction, span, site)
         if tokens is not None:
@@ -401,6 +417,7 @@ class _Laboratory:
     def other_tokens(self, spans: Sequence[str]) -> dict[str, list[int]]:
         """Tokens outside spans that every prompt has, evenly drawn: span name to indices in it."""
         main = ("prefix", "query", "postfix")
+        spans = [part for name in spans for part in (main if name in ("prompt", "all") else (name,))]
         sizes = {name: min(len(p.spans[name]) for p in self.prompts) for name in main}
         patched = {
             (name, position - prompt.spans[name].start)
