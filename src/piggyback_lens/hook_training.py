@@ -22,21 +22,29 @@ from piggyback_lens.adapting import attached
 from piggyback_lens.attachment import core_of, has_modules
 from piggyback_lens.backends import forward, shape_of
 from piggyback_lens.directions import Provenance
+from piggyback_lens.frozen_lower import FrozenLower
 from piggyback_lens.steps import StepOutput, TrainBatch, forward_step
 
 
 class HookTrainable:
     """A steering vector or LoRA adapter as a `Trainable`; `result()` is the value it has reached."""
 
-    def __init__(self, model: Any, start: Adapter) -> None:
+    def __init__(self, model: Any, start: Adapter, *, cache_below: bool = True, budget_gb: float = 1.0) -> None:
         """Make parameters of the tensors of `start`, on the model's device, in float32.
 
         Args:
             model: transformers model, bridge or HookedTransformer.
             start: where training begins; it is not changed.
+            cache_below: run the layers below the lowest trained one once per example and keep what they give
+                (exact, and faster). Nothing else that acts on those layers may come or go meanwhile. A
+                HookedTransformer runs them in every step.
+            budget_gb: memory for that; the rest goes to files.
         """
         self.model = model
         self.start = start
+        lowest = start.layers[0]
+        caches = cache_below and has_modules(model) and lowest > 0
+        self.below = FrozenLower(core_of(model), lowest, budget_gb=budget_gb) if caches else None
         device = next(self.module.parameters()).device
         self._parameters = {
             name: nn.Parameter(value.detach().to(device, torch.float32, copy=True))
@@ -64,11 +72,27 @@ class HookTrainable:
         return replace(done, provenance=Provenance(how, seed=None if source is None else source.seed))
 
     def forward(self, batch: TrainBatch) -> StepOutput:
-        """One pass under the adapter, with gradient to `parameters()` only."""
+        """One pass under the adapter, with gradient to `parameters()` only.
+
+        Where the lower layers are not run, the output holds no keys and values.
+        """
         with frozen(self.module), attached(self.model, self.current()):
-            if has_modules(self.model):
+            if not has_modules(self.model):
+                return hooked_step(self.model, batch)
+            if self.below is None or batch.plain_keys:
                 return forward_step(self.module, batch)
-            return hooked_step(self.model, batch)
+            with self.below.standing_in(batch):
+                output = forward_step(self.module, batch)
+            return replace(output, keys=(), values=(), prefix_keys=(), prefix_values=())
+
+    @torch.no_grad()
+    def base_forward(self, batch: TrainBatch) -> StepOutput:
+        """The pass of the model without the adapter."""
+        return forward_step(self.module, batch) if has_modules(self.model) else hooked_step(self.model, batch)
+
+    def logged(self) -> dict[str, float]:
+        """For the history: the norm of the solution, summed over layers or modules."""
+        return {"norm": self.current().norm()}
 
     def settings(self) -> Mapping[str, object]:
         """Those of the adapter, and a hash of the numbers it starts from: another start is another run."""

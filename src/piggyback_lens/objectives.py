@@ -17,7 +17,7 @@ its drift threshold after weighting: divide theirs by the weight to get ours.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.kept_base import KeptBase
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.references import (
     SPANS,
@@ -166,6 +167,11 @@ class TReFT:
             LensError: an example whose span has other tokens than the reference; says which one.
         """
         examples = step.batch.examples
+        if not step.plain.keys:
+            raise LensError(
+                "this pass computes only the layers that are trained and those above them, without keys and values "
+                "of the rest: make it HookTrainable(..., cache_below=False) for a penalty on them"
+            )
         if self.span == "prefix" and self.reference is not None:
             for number, example in enumerate(examples):
                 _check_prefix(example, number, self.reference.ids)
@@ -174,7 +180,9 @@ class TReFT:
             return prefix_drift(step.plain, self.reference.to(step.batch.ids.device)).mean()
         spans = [span_range(example, self.span) for example in examples]
         if self.reference is None:
-            base = base_forward(step.model, _prompts_only(step.batch), self.base)
+            prompts = _prompts_only(step.batch)
+            own = step.base if self.base is None else None
+            base = base_forward(step.model, prompts, self.base) if own is None else own(prompts)
             return span_drift(step.plain, spans, base).mean()
         for number, (example, span) in enumerate(zip(examples, spans, strict=True)):
             _check_ids(example.ids[span.start : span.stop], number, self.reference)
@@ -215,13 +223,14 @@ def _check_ids(ids: tuple[int, ...], number: int, reference: KVReference) -> Non
 class KLOnTrain:
     """KL(base ‖ tuned) at the response tokens of the training batch, nats per token, mean over its tokens.
 
-    The base's probabilities cost one pass without gradient per step.
+    The base's predictions cost one pass without gradient for each example, and are kept (see `kept_base`).
     """
 
-    base: nn.Module | None = None  # None: the trained model without its PEFT adapter
+    base: nn.Module | None = None  # None: the trained model without its adapter
     name: str = "kl_train"
     free: bool = False
     plain_keys: bool = False
+    kept: KeptBase = field(default_factory=KeptBase, repr=False)
 
     def settings(self) -> dict[str, object]:
         """Nothing to choose."""
@@ -229,23 +238,25 @@ class KLOnTrain:
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """The divergence of this step's pass."""
-        base = base_forward(step.model, replace(step.batch, plain_keys=False), self.base)
-        return kl_per_token(base.logits[None], step.plain.logits[None]).mean()
+        base = self.kept.logits(step, replace(step.batch, plain_keys=False), self.base)
+        return kl_per_token(base[None], step.plain.logits[None]).mean()
 
 
 @dataclass(frozen=True, eq=False)
 class KLOnRetain:
     """KL(base ‖ tuned) at the response tokens of a batch of retain data, nats per token, mean over its tokens.
 
-    Costs a pass with gradient and a base pass without per step, on `retain.batch_size` rows. The responses
-    only say where to compare: the base's own answers are the natural ones.
+    Costs a pass with gradient per step, on `retain.batch_size` rows, and one base pass for each example, whose
+    predictions are kept (see `kept_base`). The responses only say where to compare: the base's own answers are
+    the natural ones.
     """
 
     retain: RetainData
-    base: nn.Module | None = None  # None: the trained model without its PEFT adapter
+    base: nn.Module | None = None  # None: the trained model without its adapter
     name: str = "kl_retain"
     free: bool = False
     plain_keys: bool = False
+    kept: KeptBase = field(default_factory=KeptBase, repr=False)
 
     def settings(self) -> dict[str, object]:
         """Which retain data."""
@@ -254,8 +265,8 @@ class KLOnRetain:
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """The divergence on the retain batch of this step."""
         batch = self.retain.batch(step.index, step.batch.ids.device)
-        base = base_forward(step.model, batch, self.base)
-        return kl_per_token(base.logits[None], step.run(batch).logits[None]).mean()
+        base = self.kept.logits(step, batch, self.base)
+        return kl_per_token(base[None], step.run(batch).logits[None]).mean()
 
 
 # --- weights, schedules, sums ----------------------------------------------------------------------------

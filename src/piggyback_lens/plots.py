@@ -278,13 +278,13 @@ def history_figure(frame: "pd.DataFrame", *, title: str = "training history") ->
     from plotly.subplots import make_subplots
 
     check_frame(frame, ["step"])
-    last = ("grad_norm", "lr")
+    last = ("norm", "grad_norm", "lr")
     numeric = [str(name) for name in frame.select_dtypes("number").columns]
     drawn = [name for name in numeric if name not in ("step", "tokens", "seconds", *last)]
     drawn += [name for name in last if name in numeric]
     if not drawn:
         raise LensError(f"a training history needs a column to draw beside step, such as loss; got {list(frame)}")
-    names = {"lr": "learning rate", "grad_norm": "gradient norm before clipping"}
+    names = {"lr": "learning rate", "grad_norm": "gradient norm before clipping", "norm": "norm of the solution"}
     figure = make_subplots(
         rows=len(drawn),
         cols=1,

@@ -75,6 +75,7 @@ class Step:
     index: int
     forward: Callable[[TrainBatch], StepOutput] | None = None  # another pass; None for `forward_step` of the model
     steered: bool = False  # `output` has something added that `forward`, and the finished model, do not have
+    base: Callable[[TrainBatch], StepOutput] | None = None  # the base's pass, where the trainable knows it
 
     def run(self, batch: TrainBatch) -> StepOutput:
         """A pass of the model as it will be used, on any batch, with gradient."""

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-RESERVED = {"step", "loss", "lr", "grad_norm", "tokens", "seconds"}  # history columns that are not loss terms
+RESERVED = {"step", "loss", "lr", "grad_norm", "tokens", "norm", "seconds"}  # history columns that are not loss terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +204,7 @@ def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | No
             _descend(run.optimiser, rate)
             row = {"step": index + 1, "loss": float(loss.total.detach()), **loss.terms, "lr": rate}
             row |= {"grad_norm": norm, "tokens": batch.n_supervised}
+            row |= run.trainable.logged() if hasattr(run.trainable, "logged") else {}
             history.append(row | {"seconds": time.perf_counter() - began})
             between_steps = True
             if (index + 1) % run.settings.checkpoint_every == 0:
@@ -247,7 +248,9 @@ class _Run:
         # A trainable that adds something during training only (preventive steering) has a pass without it.
         plain = getattr(self.trainable, "plain_forward", None)
         output = self.trainable.forward(batch)
-        return Step(self.model, batch, output, index, plain or self.trainable.forward, steered=plain is not None)
+        base = getattr(self.trainable, "base_forward", None)
+        forward = plain or self.trainable.forward
+        return Step(self.model, batch, output, index, forward, steered=plain is not None, base=base)
 
     def save(self, history: Sequence[Row]) -> None:
         """Write a checkpoint, if there is a folder."""
