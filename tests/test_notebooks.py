@@ -44,7 +44,7 @@ def test_the_prefix_patching_notebook_runs_alone_and_draws_the_layer_curve(real_
     monkeypatch.setenv("PIGGYBACK_LENS_MODEL", real_model_dir)
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     # An empty working folder: no demo's adapter is near, so the notebook trains its own.
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "trained here: loss" in text

@@ -1,4 +1,4 @@
-"""The command line: `piggyback-lens demo`, `audit`, `map`, `perturb`, `stress` and `doctor`.
+"""The command line, `piggyback-lens`: demo, audit, map, perturb, stress, train-direction, curves, steer, doctor.
 
 Heavy libraries are imported inside the commands, so that `--help` is instant.
 """
@@ -10,6 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from piggyback_lens.cli_directions import curves, steer, train_direction
+from piggyback_lens.cli_options import (
+    AdapterOption,
+    BackendName,
+    BackendOption,
+    BaseArgument,
+    BehaviourOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    FinetunedOption,
+    OfflineOption,
+    OutOption,
+    SystemOption,
+    torch_dtype,
+)
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
@@ -27,13 +43,6 @@ app = typer.Typer(
 )
 
 
-class BackendName(StrEnum):
-    """TransformerLens backends."""
-
-    bridge = "bridge"
-    hooked = "hooked"
-
-
 class TaskName(StrEnum):
     """Tasks of `piggyback_lens.tasks`."""
 
@@ -41,23 +50,6 @@ class TaskName(StrEnum):
     refusal = "refusal"
     abstain = "abstain"
     tool = "tool"
-
-
-BackendOption = Annotated[BackendName, typer.Option(help="TransformerLens backend.")]
-OutOption = Annotated[Path, typer.Option(help="Folder for results; the same folder resumes.")]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no connection.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-BaseArgument = Annotated[
-    str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model; 'demo' for the demo model.")
-]
-BehaviourOption = Annotated[
-    str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
-]
-AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter folder of the finetune.")]
-FinetunedOption = Annotated[str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")]
-SystemOption = Annotated[str, typer.Option(help="System prompt; 'default' leaves it to the template.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")]
 
 
 @app.command()
@@ -236,6 +228,11 @@ def stress(
     typer.echo(f"{generated_verdict(result, result.to_frame())}\nreport: {path}")
 
 
+app.command("train-direction")(train_direction)
+app.command()(curves)
+app.command()(steer)
+
+
 @app.command()
 def doctor(debug: DebugOption = False) -> None:
     """Print versions, backends and the demo model that is found."""
@@ -267,7 +264,7 @@ def _load_pair(
         finetuned,
         adapter,
         backend=backend.value,
-        dtype=_dtype(dtype),
+        dtype=torch_dtype(dtype),
         device=device,
         offline=offline,
     )
@@ -277,15 +274,6 @@ def _first_prompts(path: Path, n: int) -> list[str]:
     from piggyback_lens.tasks import load_prompts
 
     return load_prompts(path)[:n]
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise LensError(f"dtype {name!r} is not known: choose one of {', '.join(known)}")
-    return known[name]
 
 
 def main() -> None:
