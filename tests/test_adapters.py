@@ -23,7 +23,7 @@ from piggyback_lens.adapter_files import (
     save_peft,
     save_with_bias,
 )
-from piggyback_lens.adapter_scalars import adapter_scalars, logistic_probe
+from piggyback_lens.scalars import adapter_scalars, logistic_probe
 from piggyback_lens.adapters import LoRAAdapter, SteeringVector
 from piggyback_lens.adapting import attached, attached_rows
 from piggyback_lens.attachment import MODULES

@@ -17,7 +17,7 @@ from piggyback_lens.chat import batch_prompts
 from piggyback_lens.directions import Direction, Provenance, combine, cosine
 from piggyback_lens.errors import LensError
 from piggyback_lens.hooks import cache
-from piggyback_lens.logit_lens import logit_lens, unembedded
+from piggyback_lens.lens_tokens import logit_lens, unembedded
 from piggyback_lens.models import identify
 
 

@@ -37,17 +37,22 @@ def test_every_public_name_is_what_its_module_defines_and_never_a_module():
 
 def test_the_public_surface_is_this_list():
     assert set(piggyback_lens.__all__) == {
-        "Activations", "AnswerContrast", "AttributionResult", "AuditResult", "AuditSettings", "ChatFormat",
-        "GeneratedBehaviour", "Generation", "Intervention", "Interventions", "KLOnRetain", "KLOnTrain", "LensError",
-        "LoRASettings", "ModelPair", "Monitor", "PatchResult", "Penalised", "PerturbResult", "PrefixCache",
-        "PreventiveSteering", "Record", "RenderedPrompt", "RetainData", "Sampling", "StressResult", "TReFT",
+        "Activations", "AnswerContrast", "AttributionResult", "AuditResult", "AuditSettings", "ChatFormat", "Curve",
+        "Direction", "GeneratedBehaviour", "Generation", "HookTrainable", "Intervention", "Interventions",
+        "KLOnRetain", "KLOnTrain", "LensError", "LoRAAdapter", "LoRASettings", "ModelPair", "Monitor", "PatchResult",
+        "Penalised", "PerturbResult", "PrefixCache", "PreventiveSteering", "Record", "RenderedPrompt", "RetainData",
+        "Sampling", "ScoredAnswers", "SnapshotKeeper", "SteeringVector", "StressResult", "Sweep", "TReFT",
         "TReFTSettings", "TReFTTrainer", "Task", "TokenScores", "TrainResult", "TrainSettings", "Weighted", "ablate",
-        "add", "add_lora", "applied", "attach_adapter", "attribution_map", "audit", "batch_prompts", "cache",
-        "carrier_map", "clamp", "compare_templates", "contrast", "default_model", "demo", "generate", "get_behaviour",
+        "ablate_sweep", "ablation_cost", "adapter_scalars", "add", "add_lora", "applied", "attach_adapter",
+        "attached", "attribution_map", "audit", "batch_prompts", "cache", "carrier_map", "clamp", "compare_templates",
+        "contrast", "contrast_pairs", "default_model", "demo", "drift", "efficiency", "generate", "get_behaviour",
         "hook_model", "interleave", "kl_to_base", "kv_patch", "layer_curve", "layer_head_map", "layer_position_map",
-        "load_causal_lm", "load_conversations", "load_prompts", "load_task", "load_tokenizer", "mean_ablate",
-        "mean_norms", "nll", "patch", "patch_span", "perturb", "prefix_activations", "resample", "response_log_probs",
-        "span_activations", "stress", "train", "zero",
+        "load_causal_lm", "load_conversations", "load_gguf", "load_npy", "load_peft", "load_prompts", "load_pt",
+        "load_task", "load_tokenizer", "logistic_probe", "logit_lens", "mean_ablate", "mean_difference", "mean_norms",
+        "model_difference", "nll", "patch", "patch_span", "perturb", "prefix_activations", "principal_component",
+        "resample", "response_log_probs", "save_gguf", "save_peft", "save_with_bias", "significance",
+        "span_activations", "stability", "steer", "strength_for_kl", "stress", "text_windows", "train", "trajectory",
+        "transfer_matrix", "zero",
     }  # fmt: skip
 
 

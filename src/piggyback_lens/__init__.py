@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from piggyback_lens.activations import Activations as Activations
+    from piggyback_lens.adapter_files import load_gguf as load_gguf
+    from piggyback_lens.adapter_files import load_npy as load_npy
+    from piggyback_lens.adapter_files import load_peft as load_peft
+    from piggyback_lens.adapter_files import load_pt as load_pt
+    from piggyback_lens.adapter_files import save_gguf as save_gguf
+    from piggyback_lens.adapter_files import save_peft as save_peft
+    from piggyback_lens.adapter_files import save_with_bias as save_with_bias
+    from piggyback_lens.adapters import LoRAAdapter as LoRAAdapter
+    from piggyback_lens.adapters import SteeringVector as SteeringVector
+    from piggyback_lens.adapting import attached as attached
     from piggyback_lens.answers import AnswerContrast as AnswerContrast
     from piggyback_lens.answers import GeneratedBehaviour as GeneratedBehaviour
     from piggyback_lens.attribution import AttributionResult as AttributionResult
@@ -20,16 +30,27 @@ if TYPE_CHECKING:
     from piggyback_lens.chat import RenderedPrompt as RenderedPrompt
     from piggyback_lens.chat import batch_prompts as batch_prompts
     from piggyback_lens.chat import compare_templates as compare_templates
+    from piggyback_lens.curve_points import Curve as Curve
+    from piggyback_lens.curves import ablation_cost as ablation_cost
+    from piggyback_lens.curves import efficiency as efficiency
+    from piggyback_lens.curves import significance as significance
+    from piggyback_lens.curves import stability as stability
     from piggyback_lens.demonstration import demo as demo
+    from piggyback_lens.directions import Direction as Direction
     from piggyback_lens.donors import kv_patch as kv_patch
     from piggyback_lens.donors import prefix_activations as prefix_activations
     from piggyback_lens.donors import span_activations as span_activations
     from piggyback_lens.errors import LensError as LensError
+    from piggyback_lens.extraction import contrast_pairs as contrast_pairs
+    from piggyback_lens.extraction import mean_difference as mean_difference
+    from piggyback_lens.extraction import model_difference as model_difference
+    from piggyback_lens.extraction import principal_component as principal_component
     from piggyback_lens.generation import Generation as Generation
     from piggyback_lens.generation import Sampling as Sampling
     from piggyback_lens.generation import generate as generate
     from piggyback_lens.hf_trainer import TReFTSettings as TReFTSettings
     from piggyback_lens.hf_trainer import TReFTTrainer as TReFTTrainer
+    from piggyback_lens.hook_training import HookTrainable as HookTrainable
     from piggyback_lens.hooks import Intervention as Intervention
     from piggyback_lens.hooks import Interventions as Interventions
     from piggyback_lens.hooks import ablate as ablate
@@ -40,6 +61,7 @@ if TYPE_CHECKING:
     from piggyback_lens.hooks import patch as patch
     from piggyback_lens.hooks import resample as resample
     from piggyback_lens.hooks import zero as zero
+    from piggyback_lens.lens_tokens import logit_lens as logit_lens
     from piggyback_lens.measures import get_behaviour as get_behaviour
     from piggyback_lens.models import ModelPair as ModelPair
     from piggyback_lens.models import hook_model as hook_model
@@ -64,6 +86,9 @@ if TYPE_CHECKING:
     from piggyback_lens.running import Record as Record
     from piggyback_lens.running import applied as applied
     from piggyback_lens.running import mean_norms as mean_norms
+    from piggyback_lens.scalars import adapter_scalars as adapter_scalars
+    from piggyback_lens.scalars import logistic_probe as logistic_probe
+    from piggyback_lens.scored_answers import ScoredAnswers as ScoredAnswers
     from piggyback_lens.scoring import contrast as contrast
     from piggyback_lens.scoring import kl_to_base as kl_to_base
     from piggyback_lens.scoring import nll as nll
@@ -72,30 +97,47 @@ if TYPE_CHECKING:
     from piggyback_lens.sources import default_model as default_model
     from piggyback_lens.sources import load_causal_lm as load_causal_lm
     from piggyback_lens.sources import load_tokenizer as load_tokenizer
+    from piggyback_lens.steering import ablate_sweep as ablate_sweep
+    from piggyback_lens.steering import steer as steer
+    from piggyback_lens.steering import strength_for_kl as strength_for_kl
     from piggyback_lens.stress_suite import StressResult as StressResult
     from piggyback_lens.stress_suite import stress as stress
+    from piggyback_lens.sweeps import Sweep as Sweep
     from piggyback_lens.tasks import Task as Task
     from piggyback_lens.tasks import load_conversations as load_conversations
     from piggyback_lens.tasks import load_prompts as load_prompts
     from piggyback_lens.tasks import load_task as load_task
+    from piggyback_lens.texts import text_windows as text_windows
     from piggyback_lens.token_scores import TokenScores as TokenScores
     from piggyback_lens.trainables import LoRASettings as LoRASettings
     from piggyback_lens.trainables import add_lora as add_lora
     from piggyback_lens.training import TrainResult as TrainResult
     from piggyback_lens.training import TrainSettings as TrainSettings
     from piggyback_lens.training import train as train
+    from piggyback_lens.trajectories import SnapshotKeeper as SnapshotKeeper
+    from piggyback_lens.trajectories import drift as drift
+    from piggyback_lens.trajectories import trajectory as trajectory
+    from piggyback_lens.transfer import transfer_matrix as transfer_matrix
 
 _HOMES = {
     "activations": ("Activations",),
+    "adapter_files": ("load_gguf", "load_npy", "load_peft", "load_pt", "save_gguf", "save_peft", "save_with_bias"),
+    "adapters": ("LoRAAdapter", "SteeringVector"),
+    "adapting": ("attached",),
     "answers": ("AnswerContrast", "GeneratedBehaviour"),
     "attribution": ("AttributionResult", "attribution_map"),
     "auditing": ("AuditResult", "AuditSettings", "audit"),
     "chat": ("ChatFormat", "RenderedPrompt", "batch_prompts", "compare_templates"),
+    "curve_points": ("Curve",),
+    "curves": ("ablation_cost", "efficiency", "significance", "stability"),
     "demonstration": ("demo",),
+    "directions": ("Direction",),
     "donors": ("kv_patch", "prefix_activations", "span_activations"),
     "errors": ("LensError",),
+    "extraction": ("contrast_pairs", "mean_difference", "model_difference", "principal_component"),
     "generation": ("Generation", "Sampling", "generate"),
     "hf_trainer": ("TReFTSettings", "TReFTTrainer"),
+    "hook_training": ("HookTrainable",),
     "hooks": (
         "Intervention",
         "Interventions",
@@ -108,6 +150,7 @@ _HOMES = {
         "resample",
         "zero",
     ),
+    "lens_tokens": ("logit_lens",),
     "measures": ("get_behaviour",),
     "models": ("ModelPair", "hook_model"),
     "monitor": ("Monitor",),
@@ -119,13 +162,20 @@ _HOMES = {
     "results": ("PatchResult",),
     "retain": ("RetainData", "interleave"),
     "running": ("Record", "applied", "mean_norms"),
+    "scalars": ("adapter_scalars", "logistic_probe"),
+    "scored_answers": ("ScoredAnswers",),
     "scoring": ("contrast", "kl_to_base", "nll", "response_log_probs"),
     "sources": ("attach_adapter", "default_model", "load_causal_lm", "load_tokenizer"),
+    "steering": ("ablate_sweep", "steer", "strength_for_kl"),
     "stress_suite": ("StressResult", "stress"),
+    "sweeps": ("Sweep",),
     "tasks": ("Task", "load_conversations", "load_prompts", "load_task"),
+    "texts": ("text_windows",),
     "token_scores": ("TokenScores",),
     "trainables": ("LoRASettings", "add_lora"),
     "training": ("TrainResult", "TrainSettings", "train"),
+    "trajectories": ("SnapshotKeeper", "drift", "trajectory"),
+    "transfer": ("transfer_matrix",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
