@@ -1,6 +1,7 @@
 """Notebooks: the pair of .ipynb and .py says the same, and the notebook runs from its first cell to its last."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ def path(request) -> Path:
     return request.param
 
 
-def test_there_is_a_notebook():
-    assert [path.stem for path in NOTEBOOKS] == ["01_prefix_patching"]
+def test_the_notebooks_are_these():
+    assert [path.stem for path in NOTEBOOKS] == ["01_prefix_patching", "02_narrow_and_general"]
 
 
 def test_a_notebook_and_its_script_hold_the_same_cells(path):
@@ -56,6 +57,30 @@ def test_the_prefix_patching_notebook_runs_alone_and_draws_the_layer_curve(real_
     pages = [output.data["text/html"] for output in outputs if _holds(output, "text/html")]
     assert any("<table" in page and "finetuned + base" in page for page in pages)
     assert any("query" in page and "background" in page for page in pages)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_directions_notebook_runs_alone_and_draws_three_curves(real_model_dir, tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PIGGYBACK_LENS_MODEL", real_model_dir)
+    monkeypatch.setenv("PIGGYBACK_LENS_STEPS", "8")
+    monkeypatch.setenv("PIGGYBACK_LENS_TEXTS", "4")
+    notebook = nbformat.read(NOTEBOOKS[1], as_version=4)
+    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    found = re.findall(r"(?:general|narrow): loss ([\d.]+) -> ([\d.]+)", text)
+    assert len(found) == 2
+    assert all(float(after) < float(before) for before, after in found)
+    figures = [o.data["application/vnd.plotly.v1+json"] for o in outputs if _holds(o, "plotly")]
+    assert [figure["layout"]["title"]["text"].split(":")[0].split(">")[-1] for figure in figures] == [
+        "Efficiency",
+        "Stability",
+        "Significance",
+    ]
 
 
 def _holds(output, kind: str) -> bool:
