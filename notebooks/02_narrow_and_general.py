@@ -115,7 +115,7 @@ curve.difference("narrow", "general").round(3)  # paired over the conversations
 # %% [markdown]
 # ## Stability
 #
-# A part of the vector gives way to orthogonal noise of the same length. 0: as good as the solution, 1: as bad as the base.
+# Part of the vector gives way to orthogonal noise of its length. 0: as good as the solution, 1: as bad as the base.
 
 # %%
 noise = stability(model, solutions, conversations[:TEXTS], epsilons=(0, 0.3, 0.6, 0.9), n_noise=2)
