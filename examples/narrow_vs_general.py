@@ -38,6 +38,7 @@ from piggyback_lens.curves import efficiency, significance, stability
 from piggyback_lens.directions import Direction
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.hook_training import HookTrainable
+from piggyback_lens.latents import LatentAttribution, attribute, fit, load_sae
 from piggyback_lens.maths import Estimate, mean_interval
 from piggyback_lens.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.retain import RetainData
@@ -60,6 +61,7 @@ NEW_TOKENS = 32
 CURVE_TEXTS, WINDOWS, WINDOW = 24, 16, 48
 EPSILONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+SAE_LATENTS, SAE_ACTIVE, SAE_STEPS, SAE_TEXTS, SAE_HELD = 2048, 32, 90, 230, 24
 DRIFT_EVERY, DRIFT_PROMPTS = 10, 8
 WIDTH, SCALE = 1000, 2
 
@@ -177,9 +179,9 @@ def trained(lab: Laboratory, start: Adapter, rate: float, weight: float, out: Pa
     trainable = HookTrainable(lab.model, start)
     keeper = SnapshotKeeper(trainable, every=5) if on_step is None else on_step(trainable)
     settings = TrainSettings(steps=STEPS, batch_size=BATCH, learning_rate=rate, checkpoint_every=STEPS)
-    result = train(
-        trainable.module, lab.train, settings, objective=objective, trainable=trainable, out=out, on_step=keeper
-    )
+    discard(out)  # a run that was stopped half-way would lack its first snapshots: it is short, and starts anew
+    run = {"objective": objective, "trainable": trainable, "on_step": keeper}
+    result = train(trainable.module, lab.train, settings, out=out, **run)
     if len(keeper.snapshots) > 1:
         write_json(out / "snapshots.json", [{"step": s.step, "values": flat(s.solution)} for s in keeper.snapshots])
     return trainable.result(), result
@@ -280,7 +282,24 @@ def discard(folder: Path) -> None:
 
 
 def latents_part(lab: Laboratory) -> None:
-    """Placeholder until the latents module is wired in."""
+    """A small SAE trained here on help texts, and the latents that the vectors point along."""
+    from piggyback_lens.latent_training import train_sae
+
+    folder, files = lab.out.parent / "sae", {name: lab.out / f"latents_{name}.json" for name in ("general", "narrow")}
+    texts = text_windows(lab.tokenizer, n=SAE_TEXTS + SAE_HELD, length=128)
+    held, texts = texts[:SAE_HELD], texts[SAE_HELD:]
+    if not (folder.parent / "sae_fit.json").exists():
+        print("training a sparse autoencoder", flush=True)
+        discard(folder)
+        found = train_sae(lab.model, texts, layer=LAYER, out=folder, d_sae=SAE_LATENTS, k=SAE_ACTIVE, steps=SAE_STEPS)
+        frame = fit(found.latents, lab.model, held).to_frame()
+        write_json(folder.parent / "sae_fit.json", {"tokens": found.tokens, "fit": frame.to_dict("records")})
+    latents = load_sae(folder, model=lab.model, site="resid_post", layer=LAYER)
+    for name, file in files.items():
+        if not file.exists():
+            print(f"{lab.task.name}: latents of the {name} vector", flush=True)
+            direction = lab.solution("vector", name).direction()
+            attribute(latents, direction, lab.model, held[:8]).save(file)
 
 
 RUN = dict(zip(PARTS, (train_part, behaviour_part, curves_part, drift_part, latents_part), strict=True))
@@ -486,7 +505,30 @@ def snapshots(lab: Laboratory, name: str) -> list:
 
 
 def latent_section(lab: Laboratory, docs: Path) -> list[str]:
-    return []
+    files = {name: lab.out / f"latents_{name}.json" for name in ("general", "narrow")}
+    if not all(file.exists() for file in files.values()):
+        return []
+    about = read_json(lab.out.parent / "sae_fit.json")
+    numbers = ", ".join(f"{row['metric'].replace('_', ' ')} {row['value']:.3g}" for row in about["fit"])
+    sections = [
+        f"Latents of an SAE trained here on {about['tokens']} tokens of help texts ({SAE_LATENTS} latents, "
+        f"{SAE_ACTIVE} active; on held-out text: {numbers}), by |cosine| with the decoder's row. Beyond chance: larger "
+        f"than the largest of any latent for any of the random directions."
+    ]
+    for name, file in files.items():
+        rows = [
+            {
+                "latent": r.latent,
+                "cosine": r.cosine,
+                "random directions [95 %]": f"[{r.random_low:.3g}, {r.random_high:.3g}]",
+                "beyond chance": "yes" if r.beyond_chance else "no",
+                "change of activation": r.change,
+            }
+            for r in LatentAttribution.load(file).top(5).itertuples()
+        ]
+        sections.append(f"{name}:\n\n{table(rows)}")
+    sections.append(draw(docs, f"{lab.task.name}_latents_general", LatentAttribution.load(files["general"]).figure()))
+    return sections
 
 
 def draw(docs: Path, name: str, figure: Any) -> str:
