@@ -23,7 +23,6 @@ from piggyback_lens.adapter_files import (
     save_peft,
     save_with_bias,
 )
-from piggyback_lens.scalars import adapter_scalars, logistic_probe
 from piggyback_lens.adapters import LoRAAdapter, SteeringVector
 from piggyback_lens.adapting import attached, attached_rows
 from piggyback_lens.attachment import MODULES
@@ -34,6 +33,7 @@ from piggyback_lens.generation import generate
 from piggyback_lens.hook_training import HookTrainable
 from piggyback_lens.hooks import ablate, cache
 from piggyback_lens.running import applied
+from piggyback_lens.scalars import adapter_scalars, logistic_probe
 from piggyback_lens.sources import attach_adapter
 from piggyback_lens.steps import forward_step, make_batch, response_nll
 from piggyback_lens.trainables import LoRASettings, Trainable, add_lora

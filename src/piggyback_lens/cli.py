@@ -1,4 +1,4 @@
-"""The command line, `piggyback-lens`: demo, audit, map, perturb, stress, train-direction, curves, steer, doctor.
+"""The command line: demo, audit, map, perturb, stress, train-direction, curves, steer, compare and doctor.
 
 Heavy libraries are imported inside the commands, so that `--help` is instant.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from piggyback_lens.cli_compare import compare
 from piggyback_lens.cli_directions import curves, steer, train_direction
 from piggyback_lens.cli_options import (
     AdapterOption,
@@ -231,6 +232,7 @@ def stress(
 app.command("train-direction")(train_direction)
 app.command()(curves)
 app.command()(steer)
+app.command()(compare)
 
 
 @app.command()

@@ -1,0 +1,353 @@
+"""TReFT and its rivals on SmolLM2-135M: which finetuning keeps a behaviour narrow? Written as a page of docs.
+
+python examples/treft_vs_rivals.py treft_out docs [--model DIR] [--tasks terse,refusal] [--seeds 0,1] [--minutes 60]
+
+For every task: learning rate and weights are chosen on validation prompts with one seed, then all methods run on
+test prompts with every seed. Each cell is written as it is finished, and the same command continues; the page is
+written from what is there (its pictures need Chrome or Chromium). --extras adds TReFT on other spans, mixtures
+and no system prompt, for the first task and seed.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from piggyback_lens import GeneratedBehaviour, LensError, ModelPair, default_model, patch_span
+from piggyback_lens.comparing import compare_methods
+from piggyback_lens.comparison import Comparison
+from piggyback_lens.comparison_plan import Cell, cell_folder
+from piggyback_lens.engines import local
+from piggyback_lens.files import atomic_write_text, read_json, write_json
+from piggyback_lens.maths import Estimate, mean_interval, paired_difference, percent, spread
+from piggyback_lens.methods import parse_method
+from piggyback_lens.progress import say
+from piggyback_lens.results import PatchResult
+from piggyback_lens.tasks import load_task
+from piggyback_lens.training import TrainSettings
+
+RATES = ("1e-4", "3e-4")  # learning rates of plain finetuning that are tried
+CANDIDATES = ("treft:lambda=3,10,30", "kl_train:lambda=0.1,1", "kl_retain:lambda=1,10")  # at the rate chosen with it
+FIXED = ("interleave:rate=0.2", "preventive:alpha=1")
+KEPT = 0.8  # of the on-topic behaviour, which a setting has to keep on validation prompts to be chosen
+SPANS = ("prefix", "postfix", "query")
+CARRIER_PROMPTS = 8
+EXTRAS = ("treft:span=postfix", "treft:span=query", "treft:span=all")
+SHARES = (1.0, 0.5, 0.1)
+
+
+class Study:
+    """Settings, the folder and the time that is left."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.out, self.docs = given.out, given.docs
+        self.model = given.model or default_model(offline=True)
+        self.tasks, self.seeds = given.tasks.split(","), tuple(int(seed) for seed in given.seeds.split(","))
+        self.rates = given.rates.split(",")
+        self.candidates = given.candidates.split(";")
+        self.training = TrainSettings(steps=given.steps, batch_size=given.batch)
+        self.n, self.tokens, self.workers = given.n, given.tokens, given.workers
+        self.deadline = time.monotonic() + 60 * given.minutes
+
+    @property
+    def minutes(self) -> float:
+        return max(0.0, (self.deadline - time.monotonic()) / 60)
+
+    def compare(self, task: str, stage: str, methods: list[str], **settings: object) -> Comparison:
+        """One stage of one task, in its own folder."""
+        settings = {"training": self.training, "n_prompts": self.n, "max_new_tokens": self.tokens, **settings}
+        call = {"out": self.out / task / stage, "minutes": self.minutes, "offline": True, **settings}
+        say(f"{task}, {stage}: {', '.join(methods)} ({self.minutes:.0f} minutes left)")
+        if self.workers == 1:
+            return compare_methods(self.model, task, methods, **call)
+        with local(self.workers) as executor:
+            return compare_methods(self.model, task, methods, executor=executor, **call)
+
+
+# --- the two stages --------------------------------------------------------------------------------------
+
+
+def choose(study: Study, task: str) -> tuple[list[str], Comparison]:
+    """Learning rate, then weights, on validation prompts with one seed; the methods of the second stage."""
+    seeds = {"seeds": study.seeds[:1], "split": "validation"}
+    plain = study.compare(task, "validation", [f"sft:lr={','.join(study.rates)}"], **seeds)
+    rate = best_rate(plain)
+    specs = [f"{spec}:lr={rate}" for spec in (f"sft;{';'.join(study.candidates)}").split(";")]
+    tuned = study.compare(task, "validation", [f"sft:lr={','.join(study.rates)}", *specs], **seeds)
+    require_whole(tuned)
+    table = tuned.table()
+    chosen = [f"sft:lr={rate}"]
+    for family in dict.fromkeys(parse_method(spec)[0].family for spec in study.candidates):
+        chosen.append(best_of(table[table["family"] == family]))
+    return [*chosen, *(f"{spec}:lr={rate}" for spec in FIXED)], tuned
+
+
+def require_whole(found: Comparison) -> None:
+    if found.card["finished"] < found.card["asked"]:
+        raise LensError("the time is over before the settings were chosen: run the same command again")
+
+
+def best_rate(found: Comparison) -> str:
+    """The smallest learning rate that changes the on-topic behaviour at least 95 % as much as the best one does."""
+    require_whole(found)
+    base, frame = found.base_means()["on"].value, found.to_frame()
+    changed = (frame["on"] - base).abs()
+    good = [parse_method(m)[0].learning_rate for m in frame.loc[changed >= 0.95 * changed.max(), "method"]]
+    return f"{min(rate for rate in good if rate is not None):g}"
+
+
+def best_of(rows: pd.DataFrame) -> str:
+    """Of the rows that keep enough on-topic, the one that recovers most off-topic; of none, the one that keeps most."""
+    keeping = rows[rows["kept"] >= KEPT]
+    if keeping.empty:
+        return str(rows.sort_values("kept", na_position="first")["method"].iloc[-1])
+    recovered = keeping["recovered"].where(keeping["recovered"].notna(), -keeping["spread"].abs())
+    return str(keeping.loc[recovered.idxmax(), "method"])
+
+
+# --- where the behaviour is carried ----------------------------------------------------------------------
+
+
+def carriers(study: Study, task: str, found: Comparison) -> list[dict]:
+    """Recovery of off-topic answers with the base's keys and values of one span, for SFT and TReFT of one seed."""
+    rows, seed = [], study.seeds[0]
+    for label in [key[0] for key in found.keys if parse_method(key[0])[0].family in ("sft", "treft")]:
+        folder = cell_folder(study.out / task / "test", Cell(parse_method(label)[0], seed))
+        out = study.out / task / "carriers" / folder.name
+        pair, prompts = None, []
+        for span in SPANS:
+            file = out / span / "result.json"
+            if not file.exists():
+                if pair is None:
+                    pair = ModelPair.load(study.model, adapter=folder / "adapter", offline=True)
+                    chat = pair.chat_format()
+                    prompts = [chat.render(text) for text in load_task(task).off_topic[: min(CARRIER_PROMPTS, study.n)]]
+                say(f"{task}, carriers: {span} of {label}")
+                measure = GeneratedBehaviour(found.behaviour, study.tokens)
+                patch_span(pair, prompts, span, controls=False, measure=measure, out=out / span)
+            result = PatchResult.load(file)
+            own = result.recovery(0)
+            tuned, base, patched = (mean_interval(v) for v in (result.finetuned, result.base, result.values[0]))
+            row = {"method": label, "seed": seed, "span": span, "base": number(base), "finetuned": number(tuned)}
+            row |= {"patched": number(patched), "recovery [95 %]": percent(own.value, own.low, own.high), "n": own.n}
+            rows.append(row | {"note": own.reason})
+    return rows
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+def number(e: Estimate) -> str:
+    return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows)])
+
+
+def results(found: Comparison) -> str:
+    """The table of one stage of one task."""
+    base = found.base_means()
+    empty = dict.fromkeys(("kept", "recovered", "KL", "perplexity", "drift", "on, seeds", "off, seeds"), "")
+    rows = [{"method": "base", "on-topic": number(base["on"]), "off-topic": number(base["off"]), **empty}]
+    drift = dict(zip(found.keys, found.table()["drift"], strict=True))
+    for key in found.keys:
+        own = found.estimates(key)
+        row = {"method": key[0], "on-topic": number(own["on"]), "off-topic": number(own["off"])}
+        row |= {name: percent(own[name].value, own[name].low, own[name].high) for name in ("kept", "recovered")}
+        worse = own["perplexity_change"]
+        row |= {
+            "KL": number(own["kl"]),
+            "perplexity": f"{100 * worse.value:.2f} % [{100 * worse.low:.2f}, {100 * worse.high:.2f}]",
+        }
+        row["drift"] = f"{drift[key]:.2g}"
+        for topic in ("on", "off"):
+            row[f"{topic}, seeds"] = ", ".join(f"{value:.3g}" for value in found.per_seed(key, topic))
+        rows.append(row)
+    return markdown(rows)
+
+
+def claims(found: Comparison) -> list[dict]:
+    """What holds here: decided by intervals over prompts, and by all seeds agreeing."""
+    keys = {parse_method(key[0])[0].family: key for key in found.keys}
+    sft, treft = keys["sft"], keys.get("treft")
+    base = {topic: found.base_means()[topic].value for topic in ("on", "off")}
+    of_base = [math.nan if v is None else v for v in found.bases["default"]["off"]["values"]]
+    gap = spread(found.values(sft, "off"), of_base)
+    away = 1.0 if gap.value > 0 else -1.0  # the sign of the spread
+    moved = [away * (value - base["off"]) > 0 for value in found.per_seed(sft, "off")]
+    rows = [told("Plain finetuning spreads off-topic", gap, away, moved)]
+    if treft is None:
+        return rows
+    own = found.estimates(treft)
+    back = [
+        away * (plain - value) > 0
+        for plain, value in zip(found.per_seed(sft, "off"), found.per_seed(treft, "off"), strict=False)
+    ]
+    rows.append(told("TReFT brings off-topic answers back towards the base (recovered)", own["recovered"], 1.0, back))
+    kept = own["kept"]
+    over = Estimate(kept.value - KEPT, kept.low - KEPT, kept.high - KEPT, kept.n, kept.reason)
+    rows.append(told(f"TReFT keeps more than {100 * KEPT:.0f} % on-topic (kept minus that)", over, 1.0, []))
+    for family, rival in keys.items():
+        if family in ("sft", "treft"):
+            continue
+        less = paired_difference(found.values(rival, "off"), found.values(treft, "off"))
+        agree = [
+            away * (other - value) > 0
+            for other, value in zip(found.per_seed(rival, "off"), found.per_seed(treft, "off"), strict=False)
+        ]
+        rows.append(told(f"TReFT spreads less than {rival[0]} (off-topic, difference)", less, away, agree))
+        on = paired_difference(found.values(treft, "on"), found.values(rival, "on"))
+        toward = 1.0 if found.estimates(sft)["on"].value > base["on"] else -1.0
+        agree = [
+            toward * (value - other) > 0
+            for other, value in zip(found.per_seed(rival, "on"), found.per_seed(treft, "on"), strict=False)
+        ]
+        rows.append(told(f"TReFT keeps more on-topic than {rival[0]} (difference)", on, toward, agree))
+    return rows
+
+
+def told(claim: str, e: Estimate, sign: float, seeds: list[bool]) -> dict:
+    low, high = sorted((sign * e.low, sign * e.high)) if math.isfinite(e.low) else (math.nan, math.nan)
+    if not math.isfinite(low):
+        verdict = f"undefined ({e.reason})"
+    elif low > 0:
+        verdict = "holds" if all(seeds) else "not separable (seeds disagree)"
+    else:
+        verdict = "does not hold" if high < 0 else "not separable"
+    return {"claim": claim, "estimate [95 %]": number(e), "n": e.n, "verdict": verdict}
+
+
+INTRODUCTION = """# TReFT and its rivals on a small model
+
+{model}, tasks {tasks}, seeds {seeds}; {steps} steps of {batch} rows, LoRA on all linear modules. Written by
+`python examples/treft_vs_rivals.py treft_out docs`; no number below is typed by hand.
+
+Every method gets the same data, steps and learning rate. The rate and the weights were chosen per task on validation
+prompts with seed {first}: the smallest rate that changes on-topic answers at least 95 % as much as the best one, then
+of the weights that keep at least {kept} % on-topic the one that recovers most off-topic. The tables after that are on
+test prompts: {n} on-topic and {n} off-topic, greedy answers of at most {tokens} tokens. Intervals: 95 % bootstrap over
+prompts after averaging the seeds; they do not hold the spread between seeds, whose means are listed. *Kept*:
+(method - base) / (plain finetuning - base) on-topic. *Recovered*: (method - plain finetuning) / (base - plain
+finetuning) off-topic; undefined where plain finetuning does not differ from the base beyond noise. KL: base to tuned,
+nats per token, on the base's own off-topic answers. Perplexity: change on plain text. Drift: mean over layers of the
+relative squared deviation of the prefix's keys and values."""
+
+CLAIMS = """A claim holds where its interval lies on the claimed side of 0 and every seed agrees, does not hold where
+it lies on the other side, and is not separable in between. Nothing is corrected for the number of claims."""
+
+CARRIERS = """Off-topic answers with the base's keys and values of one span in the finetuned model, all layers, donor:
+the base's run on the same prompt; one seed. Recovery: (patched - finetuned) / (base - finetuned)."""
+
+
+def section(study: Study, task: str, pictures: bool) -> list[str]:
+    """Everything of one task that is finished."""
+    folder = study.out / task
+    parts = [f"## {task}: {load_task(task).description}"]
+    tuned = folder / "validation"
+    if (folder / "test" / "results.json").exists():
+        found = Comparison.load(folder / "test")
+        finished, asked = found.card["finished"], found.card["asked"]
+        parts.append(f"Measured: {found.behaviour.label} ({found.behaviour.unit}). {finished} of {asked} cells.")
+        parts += ["### Test prompts", results(found), "### What holds", markdown(claims(found))]
+        for name, draw in (("pareto", found.pareto_figure), ("update", found.update_figure)):
+            if pictures:
+                draw().write_image(study.docs / f"treft_{task}_{name}.png", width=1000, scale=2)
+            parts.append(f"![{name}](treft_{task}_{name}.png)")
+    if (folder / "carriers.json").exists():
+        parts += ["### Which tokens carry it", CARRIERS, markdown(read_json(folder / "carriers.json"))]
+    for file in sorted(folder.glob("extra_*/results.json")):
+        extra = Comparison.load(file)
+        name = file.parent.name.removeprefix("extra_")
+        parts += [f"### {name}", results_by_axes(extra)]
+    if (tuned / "results.json").exists():
+        parts += ["### Validation prompts, from which the settings were chosen", results(Comparison.load(tuned))]
+    return parts
+
+
+def results_by_axes(found: Comparison) -> str:
+    rows = []
+    for key in found.keys:
+        own, axes = found.estimates(key), dict(zip(("system", "share"), key[1:3], strict=True))
+        row = {"method": key[0], **{k: "none" if v is None else v for k, v in axes.items()}}
+        row |= {name: number(own[name]) for name in ("on", "off", "spread", "kl")}
+        rows.append(row | {"seeds": ", ".join(map(str, found.seeds(key)))})
+    return markdown(rows)
+
+
+def write_page(study: Study, pictures: bool) -> Path:
+    facts = {"model": Path(study.model).name.split(".Q")[0], "tasks": ", ".join(study.tasks), "n": study.n}
+    facts |= {"seeds": ", ".join(map(str, study.seeds)), "first": study.seeds[0], "kept": round(100 * KEPT)}
+    facts |= {"steps": study.training.steps, "batch": study.training.batch_size, "tokens": study.tokens}
+    parts = [INTRODUCTION.format(**facts), CLAIMS]
+    for task in study.tasks:
+        parts += section(study, task, pictures)
+    page = "\n\n".join(parts) + "\n"
+    print(page)
+    return atomic_write_text(study.docs / "treft_smollm2.md", page)
+
+
+def extras(study: Study, task: str, methods: list[str]) -> None:
+    """TReFT on other spans, noisy mixtures, and training without a system prompt; one seed."""
+    sft, treft = methods[0], methods[1]
+    weight, rate = parse_method(treft)[0].weight, sft.split("lr=")[1]
+    one = {"seeds": study.seeds[:1]}
+    study.compare(task, "extra_spans", [sft, treft, *(f"{e}:lambda={weight:g}:lr={rate}" for e in EXTRAS)], **one)
+    study.compare(task, "extra_mixtures", [sft, treft], shares=SHARES, **one)
+    study.compare(task, "extra_system_prompt", [sft, treft], systems=("default", None), **one)
+
+
+def run_task(study: Study, task: str, with_extras: bool) -> None:
+    methods, _ = choose(study, task)
+    write_json(study.out / task / "chosen.json", methods)
+    found = study.compare(task, "test", methods, seeds=study.seeds)
+    require_whole_seed(found, study.seeds[0])
+    if task == study.tasks[0]:
+        write_json(study.out / task / "carriers.json", carriers(study, task, found))
+        if with_extras:
+            extras(study, task, methods)
+
+
+def require_whole_seed(found: Comparison, seed: int) -> None:
+    labels = [cell["label"] for cell in found.cells if cell["cell"]["seed"] == seed]
+    if not {"sft", "treft"} <= {parse_method(label)[0].family for label in labels}:
+        raise LensError("the time is over before the first seed was finished: run the same command again")
+
+
+def main() -> None:
+    asks = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    asks.add_argument("out", type=Path)
+    asks.add_argument("docs", type=Path)
+    asks.add_argument("--model", type=str)
+    asks.add_argument("--tasks", default="terse,refusal,abstain")
+    asks.add_argument("--seeds", default="0,1,2")
+    asks.add_argument("--minutes", type=float, default=math.inf)
+    asks.add_argument("--steps", type=int, default=60)
+    asks.add_argument("--batch", type=int, default=8)
+    asks.add_argument("--rates", default=",".join(RATES))
+    asks.add_argument("--candidates", default=";".join(CANDIDATES))
+    asks.add_argument("--n", type=int, default=12)
+    asks.add_argument("--tokens", type=int, default=48)
+    asks.add_argument("--threads", type=int)
+    asks.add_argument("--workers", type=int, default=1)
+    asks.add_argument("--extras", action="store_true")
+    asks.add_argument("--no-pictures", action="store_true")
+    given = asks.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    study = Study(given)
+    for task in study.tasks:
+        try:
+            run_task(study, task, given.extras)
+        except LensError as error:
+            say(f"{task}: {error}")
+    print(f"written: {write_page(study, not given.no_pictures)}")
+
+
+if __name__ == "__main__":
+    main()
