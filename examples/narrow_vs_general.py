@@ -38,7 +38,9 @@ from piggyback_lens.curves import efficiency, significance, stability
 from piggyback_lens.directions import Direction
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.hook_training import HookTrainable
-from piggyback_lens.latents import LatentAttribution, attribute, fit, load_sae
+from piggyback_lens.latent_attribution import LatentAttribution, attribute_latents
+from piggyback_lens.latent_fit import fit_latents
+from piggyback_lens.latents import load_sae
 from piggyback_lens.maths import Estimate, mean_interval
 from piggyback_lens.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.retain import RetainData
@@ -292,14 +294,14 @@ def latents_part(lab: Laboratory) -> None:
         print("training a sparse autoencoder", flush=True)
         discard(folder)
         found = train_sae(lab.model, texts, layer=LAYER, out=folder, d_sae=SAE_LATENTS, k=SAE_ACTIVE, steps=SAE_STEPS)
-        frame = fit(found.latents, lab.model, held).to_frame()
+        frame = fit_latents(found.latents, lab.model, held).to_frame()
         write_json(folder.parent / "sae_fit.json", {"tokens": found.tokens, "fit": frame.to_dict("records")})
     latents = load_sae(folder, model=lab.model, site="resid_post", layer=LAYER)
     for name, file in files.items():
         if not file.exists():
             print(f"{lab.task.name}: latents of the {name} vector", flush=True)
             direction = lab.solution("vector", name).direction()
-            attribute(latents, direction, lab.model, held[:8]).save(file)
+            attribute_latents(latents, direction, lab.model, held[:8]).save(file)
 
 
 RUN = dict(zip(PARTS, (train_part, behaviour_part, curves_part, drift_part, latents_part), strict=True))

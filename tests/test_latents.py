@@ -16,18 +16,11 @@ from piggyback_lens.chat import batch_prompts
 from piggyback_lens.directions import Direction, Provenance
 from piggyback_lens.errors import LensError
 from piggyback_lens.hooks import add
+from piggyback_lens.latent_activations import site_activations
+from piggyback_lens.latent_attribution import CONTROL_SEED, LatentAttribution, attribute_latents
+from piggyback_lens.latent_fit import fit_latents
 from piggyback_lens.latent_training import train_sae
-from piggyback_lens.latents import (
-    CONTROL_SEED,
-    LatentAttribution,
-    ablate_latent,
-    attribute,
-    fit,
-    latents_of,
-    load_sae,
-    site_activations,
-    steer_latent,
-)
+from piggyback_lens.latents import ablate_latent, latents_of, load_sae, steer_latent
 from piggyback_lens.models import identify
 from piggyback_lens.variants import Text
 
@@ -225,12 +218,12 @@ def test_layers_above_the_one_that_is_read_do_not_run(bridge):
 
 def test_tokens_far_longer_than_the_others_are_left_out_and_counted(bridge):
     latents = latents_of(perfect_sae(bridge), bridge)
-    plain = fit(latents, bridge, TEXTS[1:2])
+    plain = fit_latents(latents, bridge, TEXTS[1:2])
     handle = bridge.hook_dict["blocks.1.hook_out"].register_forward_hook(stretch(4), prepend=True)
     try:
         (own,) = site_activations(bridge, TEXTS[1:2], site="resid_post", layer=LAYER)
         (every,) = site_activations(bridge, TEXTS[1:2], site="resid_post", layer=LAYER, outliers=True)
-        found = fit(latents, bridge, TEXTS[1:2])
+        found = fit_latents(latents, bridge, TEXTS[1:2])
     finally:
         handle.remove()
     assert (len(own), len(every)) == (10, 11)
@@ -266,7 +259,7 @@ def values(found, side="model"):
 
 
 def test_an_sae_that_loses_nothing_explains_everything_with_one_latent_per_coordinate(model):
-    found = values(fit(latents_of(perfect_sae(model), model), model, TEXTS))
+    found = values(fit_latents(latents_of(perfect_sae(model), model), model, TEXTS))
     assert found["explained_variance"] == pytest.approx(1, abs=1e-9)
     assert found["relative_error"] == pytest.approx(0, abs=1e-9)
     assert found["l0"] == D
@@ -274,7 +267,7 @@ def test_an_sae_that_loses_nothing_explains_everything_with_one_latent_per_coord
 
 def test_fit_is_the_ratio_of_sums_over_all_tokens(model):
     latents = latents_of(sae_of(model), model)
-    frame = fit(latents, model, TEXTS, batch_size=3).to_frame().set_index("metric")
+    frame = fit_latents(latents, model, TEXTS, batch_size=3).to_frame().set_index("metric")
     a = torch.cat([activations_of(model, text) for text in TEXTS]).double()
     rebuilt, codes = latents.reconstruct(a.float()).double(), latents.encode(a.float())
     error = (a - rebuilt).square().sum()
@@ -294,10 +287,10 @@ def test_a_pair_gets_a_row_for_each_side():
     both = pair()
     with both.using("base") as base:
         latents = latents_of(perfect_sae(base), base)
-    found = fit(latents, both, EXAMPLES, span="response")
+    found = fit_latents(latents, both, EXAMPLES, span="response")
     assert list(found.to_frame()["side"].unique()) == ["base", "finetuned"]
     noisy = sae_of(base)
-    sides = fit(latents_of(noisy, base), both, EXAMPLES)
+    sides = fit_latents(latents_of(noisy, base), both, EXAMPLES)
     assert values(sides, "base")["explained_variance"] != values(sides, "finetuned")["explained_variance"]
     figure = found.figure()
     assert list(figure.data[0].y) == ["base", "finetuned"]
@@ -309,13 +302,13 @@ def test_a_pair_gets_a_row_for_each_side():
 
 def test_a_decoder_row_is_its_own_top_latent_and_random_directions_have_none(bridge):
     latents = latents_of(sae_of(bridge), bridge)
-    own = attribute(latents, direction(3 * latents.decoder[7]), n_random=30)
+    own = attribute_latents(latents, direction(3 * latents.decoder[7]), n_random=30)
     first = own.top(1).iloc[0]
     assert first["latent"] == 7
     assert first["cosine"] == pytest.approx(1, abs=1e-6)
     assert first["beyond_chance"]
     assert first["random_low"] < 0 < first["random_high"] < 0.6
-    other = attribute(latents, direction(normal(D, seed=77)), n_random=30)
+    other = attribute_latents(latents, direction(normal(D, seed=77)), n_random=30)
     assert not other.to_frame()["beyond_chance"].any()
     assert other.to_frame()["cosine_z"].abs().max() < 4
 
@@ -324,7 +317,7 @@ def test_a_random_direction_is_not_among_its_own_controls(bridge):
     latents = latents_of(sae_of(bridge), bridge)
     for drawn in range(3):
         random = direction(normal(D)).random_like(drawn)
-        found = attribute(latents, random, n_random=5)
+        found = attribute_latents(latents, random, n_random=5)
         assert max(map(abs, found.cosine)) not in [pytest.approx(chance, abs=1e-6) for chance in found.chance["cosine"]]
 
 
@@ -332,14 +325,14 @@ def test_cosines_do_not_depend_on_the_lengths_of_the_decoder_rows(bridge):
     sae, stretched = sae_of(bridge), sae_of(bridge)
     with torch.no_grad():
         stretched.W_dec.mul_(torch.linspace(0.1, 5, 24)[:, None])
-    found = [attribute(latents_of(s, bridge), direction(normal(D, seed=5))).cosine for s in (sae, stretched)]
+    found = [attribute_latents(latents_of(s, bridge), direction(normal(D, seed=5))).cosine for s in (sae, stretched)]
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_changes_are_the_mean_differences_of_encoded_activations(model):
     latents = latents_of(sae_of(model), model)
     vector = normal(D, seed=4)
-    found = attribute(latents, direction(vector), model, TEXTS, strength=1.5, n_random=5, batch_size=3)
+    found = attribute_latents(latents, direction(vector), model, TEXTS, strength=1.5, n_random=5, batch_size=3)
     a = torch.cat([activations_of(model, text) for text in TEXTS])
     expected = (latents.encode(a + 1.5 * vector) - latents.encode(a)).double().mean(0)
     assert_close(torch.tensor(found.change, dtype=torch.float64), expected, atol=1e-4, rtol=1e-3)
@@ -355,7 +348,7 @@ def test_changes_are_the_mean_differences_of_encoded_activations(model):
 def test_an_attribution_survives_its_file_and_draws_itself(bridge, tmp_path):
     latents = latents_of(sae_of(bridge), bridge)
     for texts in ([], TEXTS):
-        found = attribute(latents, direction(normal(D)), bridge if texts else None, texts, n_random=4)
+        found = attribute_latents(latents, direction(normal(D)), bridge if texts else None, texts, n_random=4)
         again = LatentAttribution.load(found.save(tmp_path / "a.json"))
         assert again == found
         assert len(found.to_frame()) == 24
@@ -377,11 +370,11 @@ def test_directions_and_settings_that_do_not_fit_are_refused(bridge):
         (direction(torch.zeros(D)), "zero vector"),
     ):
         with pytest.raises(LensError, match=message):
-            attribute(latents, wrong)
+            attribute_latents(latents, wrong)
     with pytest.raises(LensError, match="both or neither"):
-        attribute(latents, direction(normal(D)), bridge)
+        attribute_latents(latents, direction(normal(D)), bridge)
     with pytest.raises(LensError, match="by='change'"):
-        attribute(latents, direction(normal(D))).top(by="change")
+        attribute_latents(latents, direction(normal(D))).top(by="change")
 
 
 # ---------------------------------------------------------------- steering and ablating
@@ -495,7 +488,7 @@ def test_training_lowers_the_loss_and_saves_what_load_sae_takes(model, tmp_path,
     assert again.provenance.settings["model_check"] == "same probe logits"
     norms = torch.cat([activations_of(model, text) for text in LONG]).norm(dim=1)
     assert again.provenance.settings["longest"] == pytest.approx(10 * float(norms.median()), rel=1e-4)
-    found = values(fit(again, model, LONG))
+    found = values(fit_latents(again, model, LONG))
     assert found["explained_variance"] > 0.3  # of the model's own activations: the scale is folded in
     if "k" in sparsity:
         assert found["l0"] <= 8

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from piggyback_lens.chat import RenderedPrompt as RenderedPrompt
     from piggyback_lens.chat import batch_prompts as batch_prompts
     from piggyback_lens.chat import compare_templates as compare_templates
+    from piggyback_lens.comparing import compare_methods as compare_methods
+    from piggyback_lens.comparison import Comparison as Comparison
     from piggyback_lens.curve_points import Curve as Curve
     from piggyback_lens.curves import ablation_cost as ablation_cost
     from piggyback_lens.curves import efficiency as efficiency
@@ -61,8 +63,17 @@ if TYPE_CHECKING:
     from piggyback_lens.hooks import patch as patch
     from piggyback_lens.hooks import resample as resample
     from piggyback_lens.hooks import zero as zero
+    from piggyback_lens.latent_attribution import LatentAttribution as LatentAttribution
+    from piggyback_lens.latent_attribution import attribute_latents as attribute_latents
+    from piggyback_lens.latent_fit import fit_latents as fit_latents
+    from piggyback_lens.latent_training import train_sae as train_sae
+    from piggyback_lens.latents import Latents as Latents
+    from piggyback_lens.latents import ablate_latent as ablate_latent
+    from piggyback_lens.latents import load_sae as load_sae
+    from piggyback_lens.latents import steer_latent as steer_latent
     from piggyback_lens.lens_tokens import logit_lens as logit_lens
     from piggyback_lens.measures import get_behaviour as get_behaviour
+    from piggyback_lens.methods import Method as Method
     from piggyback_lens.models import ModelPair as ModelPair
     from piggyback_lens.models import hook_model as hook_model
     from piggyback_lens.monitor import Monitor as Monitor
@@ -128,6 +139,8 @@ _HOMES = {
     "attribution": ("AttributionResult", "attribution_map"),
     "auditing": ("AuditResult", "AuditSettings", "audit"),
     "chat": ("ChatFormat", "RenderedPrompt", "batch_prompts", "compare_templates"),
+    "comparing": ("compare_methods",),
+    "comparison": ("Comparison",),
     "curve_points": ("Curve",),
     "curves": ("ablation_cost", "efficiency", "significance", "stability"),
     "demonstration": ("demo",),
@@ -150,8 +163,13 @@ _HOMES = {
         "resample",
         "zero",
     ),
+    "latent_attribution": ("LatentAttribution", "attribute_latents"),
+    "latent_fit": ("fit_latents",),
+    "latent_training": ("train_sae",),
+    "latents": ("Latents", "ablate_latent", "load_sae", "steer_latent"),
     "lens_tokens": ("logit_lens",),
     "measures": ("get_behaviour",),
+    "methods": ("Method",),
     "models": ("ModelPair", "hook_model"),
     "monitor": ("Monitor",),
     "objectives": ("KLOnRetain", "KLOnTrain", "Penalised", "TReFT", "Weighted"),

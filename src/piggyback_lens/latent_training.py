@@ -2,7 +2,7 @@
 
 Normalisation: during training activations are multiplied by one number, so that their mean length is √d_in
 ("expected_average_only_in"); at the end it is folded into the weights, and the saved SAE reads the model's own
-activations. The first token of every text is left out, and so are other attention sinks (`latents.OUTLIER`).
+activations. The first token of every text is left out, and so are other attention sinks (`latent_activations.OUTLIER`).
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from piggyback_lens.backends import HookedModel, Site, check_layers, hook_name, shape_of
 from piggyback_lens.errors import LensError
-from piggyback_lens.latents import OUTLIER, Latents, TokenSource, load_sae, require_sae_lens, site_activations
+from piggyback_lens.latent_activations import OUTLIER, TokenSource, site_activations
+from piggyback_lens.latents import Latents, load_sae, require_sae_lens
 from piggyback_lens.models import identify
 from piggyback_lens.progress import shown
 
