@@ -131,7 +131,7 @@ class Fit:
         return figure
 
 
-def fit(
+def fit_latents(
     latents: Latents,
     model: HookedModel | ModelPair,
     texts: Sequence[TokenSource],
