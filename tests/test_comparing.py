@@ -343,6 +343,21 @@ def test_processes_give_the_same_numbers_as_none(model, everything, tmp_path):
         assert all(torch.equal(value, other[key]) for key, value in own.items())
 
 
+@pytest.mark.slow
+def test_a_local_ray_gives_the_same_numbers_as_none(model, everything, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    # Cells name this test's functions nowhere, but Ray's workers need the tests' folder for the tiny models.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    try:
+        with engines.ray(num_cpus=1, include_dashboard=False, log_to_driver=False) as executor:
+            found = compare(model, tmp_path, ALL[:2], executor=executor)
+            with pytest.raises(LensError, match="layer 9"):
+                compare(model, tmp_path / "wrong", ["preventive:layer=9"], executor=executor)
+    finally:
+        ray.shutdown()
+    assert numbers(found) == numbers(everything[0])[:3]
+
+
 def test_an_error_in_a_cell_comes_through_an_executor(model, tmp_path):
     with ThreadPoolExecutor(2) as executor, pytest.raises(LensError, match="layer 9"):
         compare(model, tmp_path, ["sft", "preventive:layer=9"], executor=executor)
