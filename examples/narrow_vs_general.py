@@ -65,7 +65,7 @@ EPSILONS = (0.0, 0.3, 0.6, 0.9)
 FRACTIONS = (0.0, 0.5, 1.0, 1.5)
 SAE_LATENTS, SAE_ACTIVE, SAE_STEPS, SAE_TEXTS, SAE_HELD = 2048, 32, 90, 230, 24
 DRIFT_EVERY, DRIFT_PROMPTS = 10, 8
-WIDTH, SCALE = 1000, 2
+WIDTH, SCALE = 1000, 1
 
 
 class Laboratory:
@@ -323,7 +323,9 @@ bootstrap over prompts or texts. One training seed per solution. Random controls
 averages 3 noise seeds."""
 
 CLAIMS = """Decided by the intervals alone: a claim holds where the interval of the difference lies on its side of 0.
-Norms are those of the vector, or of s*B*A. Equal norms are the smaller of the two solutions' own."""
+Norms are those of the vector, or of s*B*A. Equal norms are the smaller of the two solutions' own. Noise as the paper
+defines it also shortens the solution; where the shortening alone costs as much, the solution is less efficient rather
+than less stable."""
 
 
 def page(labs: list[Laboratory], docs: Path) -> str:
@@ -414,7 +416,9 @@ def stability_claim(curve: Curve, epsilon: float = 0.6) -> dict:
     narrow, general = rows["narrow"], rows["general"]
     text = f"{interval(narrow)} against {interval(general)}"
     apart = "holds" if narrow.low > general.high else "does not hold" if narrow.high < general.low else "not separable"
+    shrunk = [frame[(frame.series == f"{name}, shrunk control") & (frame.x == epsilon)].value.iloc[0] for name in rows]
     what = f"general is more stable: relative loss increase of narrow against general at noise {epsilon:g}"
+    what += f" (from the shortening alone, without noise: {shrunk[0]:.3g} against {shrunk[1]:.3g})"
     return {"claim": what, "difference [95 %]": text, "verdict": apart}
 
 
@@ -513,8 +517,8 @@ def latent_section(lab: Laboratory, docs: Path) -> list[str]:
     about = read_json(lab.out.parent / "sae_fit.json")
     numbers = ", ".join(f"{row['metric'].replace('_', ' ')} {row['value']:.3g}" for row in about["fit"])
     sections = [
-        f"Latents of an SAE trained here on {about['tokens']} tokens of help texts ({SAE_LATENTS} latents, "
-        f"{SAE_ACTIVE} active; on held-out text: {numbers}), by |cosine| with the decoder's row. Beyond chance: larger "
+        f"Latents of the vectors in an SAE trained here on {about['tokens']} tokens of help texts, {SAE_LATENTS} latents "
+        f"({SAE_ACTIVE} active; on held-out text: {numbers}), by |cosine| with the decoder's row. Beyond chance: larger "
         f"than the largest of any latent for any of the random directions."
     ]
     for name, file in files.items():
