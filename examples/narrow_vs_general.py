@@ -375,7 +375,7 @@ def claims(labs: list[Laboratory]) -> list[dict]:
 
 
 def claims_of(lab: Laboratory, kind: str) -> list[dict]:
-    found = []
+    found = behaviour_claims(lab, kind)
     if (curve := curve_of(lab, kind, "efficiency")) is not None:
         own = curve.settings["own_norms"]
         at = min(own.values())
@@ -393,6 +393,33 @@ def claims_of(lab: Laboratory, kind: str) -> list[dict]:
         what = f"general is more significant: KL on plain text of general minus narrow at norm {row.x:.3g}"
         found.append({"claim": what, "difference [95 %]": interval(row), "verdict": verdict(row)})
     return found
+
+
+def behaviours(lab: Laboratory) -> dict[tuple[str, str], np.ndarray]:
+    """Values per prompt, by solution and topic."""
+    files = (read_json(file) for file in (lab.out / "behaviour").glob("*.json"))
+    return {(data["name"], data["topic"]): np.array(data["values"], dtype=float) for data in files}
+
+
+def behaviour_claims(lab: Laboratory, kind: str) -> list[dict]:
+    """Whether the narrow solution is narrow in what the model answers, not only in its loss."""
+    values = behaviours(lab)
+    if (f"narrow {kind}", "off-topic") not in values:
+        return []
+    narrow, general, base = (
+        {topic: values[name, topic] for topic in ("on-topic", "off-topic")}
+        for name in (f"narrow {kind}", f"general {kind}", "base")
+    )
+    sign = np.sign((general["on-topic"] - base["on-topic"]).mean())
+    less = mean_interval(sign * (general["off-topic"] - narrow["off-topic"]))
+    more = mean_interval(sign * (narrow["on-topic"] - base["on-topic"]))
+    what = f"narrow {{}}: {lab.behaviour.label}, change of the answers in the direction trained"
+    return [
+        {"claim": what.format("does the task, on-topic against the base"), "difference [95 %]": interval(more),
+         "verdict": verdict(more)},
+        {"claim": what.format("spreads less than general, off-topic"), "difference [95 %]": interval(less),
+         "verdict": verdict(less)},
+    ]  # fmt: skip
 
 
 def nearest(frame: pd.DataFrame, x: float) -> Any:
@@ -441,10 +468,7 @@ def training_section(lab: Laboratory) -> list[str]:
 
 
 def behaviour_section(lab: Laboratory) -> list[str]:
-    found = {}
-    for file in (lab.out / "behaviour").glob("*.json"):
-        data = read_json(file)
-        found[data["name"], data["topic"]] = np.array(data["values"], dtype=float)
+    found = behaviours(lab)
     if not found:
         return []
     rows = []
@@ -517,9 +541,9 @@ def latent_section(lab: Laboratory, docs: Path) -> list[str]:
     about = read_json(lab.out.parent / "sae_fit.json")
     numbers = ", ".join(f"{row['metric'].replace('_', ' ')} {row['value']:.3g}" for row in about["fit"])
     sections = [
-        f"Latents of the vectors in an SAE trained here on {about['tokens']} tokens of help texts, {SAE_LATENTS} latents "
-        f"({SAE_ACTIVE} active; on held-out text: {numbers}), by |cosine| with the decoder's row. Beyond chance: larger "
-        f"than the largest of any latent for any of the random directions."
+        f"Latents of the vectors in an SAE trained here on {about['tokens']} tokens of help texts, {SAE_LATENTS} "
+        f"latents, {SAE_ACTIVE} active (on held-out text: {numbers}), by |cosine| with the decoder's row. Beyond chance: "
+        f"larger than the largest of any latent for any of the random directions."
     ]
     for name, file in files.items():
         rows = [
