@@ -542,8 +542,8 @@ def latent_section(lab: Laboratory, docs: Path) -> list[str]:
     numbers = ", ".join(f"{row['metric'].replace('_', ' ')} {row['value']:.3g}" for row in about["fit"])
     sections = [
         f"Latents of the vectors in an SAE trained here on {about['tokens']} tokens of help texts, {SAE_LATENTS} "
-        f"latents, {SAE_ACTIVE} active (on held-out text: {numbers}), by |cosine| with the decoder's row. Beyond chance: "
-        f"larger than the largest of any latent for any of the random directions."
+        f"latents, {SAE_ACTIVE} active (on held-out text: {numbers}), by |cosine| with the decoder's row. "
+        f"Beyond chance: larger than the largest of any latent for any of the random directions."
     ]
     for name, file in files.items():
         rows = [
