@@ -203,3 +203,14 @@ def test_rows_of_examples_seen_in_other_batches_are_put_together():
     assert kept.passes == 2
     assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert float(kl_per_token(expected[None], found[None]).max()) < 1e-6
+
+
+def test_what_was_kept_of_one_base_is_not_used_for_another():
+    penalty, batch = KLOnRetain(RetainData(RETAIN, batch_size=6)), make_batch(EXAMPLES)
+    for seed in (0, 1, 0):
+        model = build("llama-gqa", seed, vocab=tiny_chat.VOCAB)
+        trainable = HookTrainable(model, SteeringVector.zeros(32, [1]))
+        step = Step(model, batch, trainable.forward(batch), 0, trainable.forward, base=trainable.base_forward)
+        # The vector is zero, so the tuned model is its own base.
+        assert float(penalty(step).detach()) == pytest.approx(0, abs=1e-6)
+    assert penalty.kept.passes == 3

@@ -10,7 +10,7 @@ those layers may come or go later. They are kept in memory up to a budget, then 
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,8 @@ class FrozenLower:
             self.blocks[self.start].register_forward_pre_hook(stop, with_kwargs=True, prepend=True),
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(_Reached):
                 self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except _Reached:
-            pass
         finally:
             for handle in handles:
                 handle.remove()

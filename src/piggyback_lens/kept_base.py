@@ -5,6 +5,7 @@ vocabulary); the logits are one matrix product away. Where a model does more to 
 (soft-capping, scaling) nothing is kept, and the base is run anew.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ Key = tuple[int, tuple[int, ...]]
 class KeptBase:
     """The base's logits at the response tokens of examples, after the first time without a pass.
 
+    What was kept of one model is forgotten when another one comes.
+
     Attributes:
         passes: passes of the base so far.
         keeps: False once the model was found to change its logits after the output embeddings.
@@ -29,6 +32,7 @@ class KeptBase:
     def __init__(self) -> None:
         self.passes = 0
         self.keeps = True
+        self._owner: weakref.ref[nn.Module] | None = None
         self._hidden: dict[Key, Float[Tensor, "token d_model"]] = {}
 
     def __len__(self) -> int:
@@ -44,6 +48,9 @@ class KeptBase:
             base: another model.
         """
         model = step.model if base is None else base
+        if self._owner is None or self._owner() is not model:  # a penalty that is used again, for another model
+            self._hidden.clear()
+            self._owner, self.keeps = weakref.ref(model), True
         head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         keys = [(example.n_prompt, example.ids) for example in batch.examples]
         if head is None or not self.keeps:
