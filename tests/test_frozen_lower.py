@@ -99,6 +99,22 @@ def test_the_model_is_as_before_also_after_an_error(kind):
     assert torch.equal(before, after)
 
 
+def test_a_forward_that_somebody_has_put_on_a_block_comes_back():
+    """As accelerate does to place a model on several devices."""
+    model = model_of("llama-gqa")
+    block, calls = model.model.layers[0], []
+    own = block.forward
+
+    def placed(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    block.forward = placed
+    trainable, batch = HookTrainable(model, start_of(model, "vector")), make_batch(EXAMPLES)
+    trainable.forward(batch)
+    assert (vars(block)["forward"], len(calls)) == (placed, 1)  # it ran to fill the store, and was passed by after
+
+
 def test_what_exceeds_the_budget_is_read_from_files():
     model = model_of("llama-gqa")
     inside, outside = (FrozenLower(model, 1, budget_gb=budget) for budget in (1.0, 0.0))

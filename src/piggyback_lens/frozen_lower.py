@@ -101,7 +101,7 @@ class FrozenLower:
             return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
 
         handle = self.blocks[self.start].register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
-        # A bridge wraps each block, and has set a forward of its own on what is inside.
+        # A bridge wraps each block; others (accelerate) set a forward of their own on it, which has to come back.
         lower = [getattr(block, "_original_component", block) for block in list(self.blocks)[: self.start]]
         before = [vars(block).get("forward") for block in lower]
         try:
