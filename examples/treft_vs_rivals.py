@@ -307,10 +307,9 @@ def run_task(study: Study, task: str, with_extras: bool) -> None:
     write_json(study.out / task / "chosen.json", methods)
     found = study.compare(task, "test", methods, seeds=study.seeds)
     require_whole_seed(found, study.seeds[0])
-    if task == study.tasks[0]:
-        write_json(study.out / task / "carriers.json", carriers(study, task, found))
-        if with_extras:
-            extras(study, task, methods)
+    write_json(study.out / task / "carriers.json", carriers(study, task, found))
+    if with_extras and task == study.tasks[0]:
+        extras(study, task, methods)
 
 
 def require_whole_seed(found: Comparison, seed: int) -> None:
