@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from piggyback_lens.adapters import LoRAAdapter, SteeringVector
-from piggyback_lens.chat import ChatFormat
-from piggyback_lens.hook_training import HookTrainable
+from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.finetuning.hook_training import HookTrainable
+from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
+from piggyback_lens.finetuning.retain import RetainData
+from piggyback_lens.finetuning.steps import Step, make_batch, sft
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.maths import kl_per_token
-from piggyback_lens.models import hook_model
-from piggyback_lens.objectives import KLOnRetain, Penalised, Weighted
-from piggyback_lens.retain import RetainData
-from piggyback_lens.sources import default_model, load_causal_lm, load_tokenizer
-from piggyback_lens.steps import Step, make_batch, sft
+from piggyback_lens.measuring.variants import response_texts, variant_nll
+from piggyback_lens.models.pair import hook_model
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import load_task
-from piggyback_lens.trainables import LoRASettings, add_lora
-from piggyback_lens.variants import response_texts, variant_nll
+from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
 
 sys.path.insert(0, str(Path(__file__).parent))
 from training import CLOCKS, in_turns

@@ -12,17 +12,17 @@ import time
 
 import torch
 
-from piggyback_lens.chat import ChatFormat, batch_prompts
-from piggyback_lens.donors import prefix_activations
-from piggyback_lens.generation import generate
-from piggyback_lens.hooks import patch
-from piggyback_lens.models import ModelPair
-from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.sources import default_model, load_causal_lm, load_tokenizer
-from piggyback_lens.steps import forward_step, make_batch, sft
+from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
+from piggyback_lens.finetuning.steps import forward_step, make_batch, sft
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import Step
+from piggyback_lens.interventions.donors import prefix_activations
+from piggyback_lens.interventions.hooks import patch
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import load_task
-from piggyback_lens.trainables import add_lora
-from piggyback_lens.training import Step
 
 N_PROMPTS, NEW_TOKENS = 16, 24
 

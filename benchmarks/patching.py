@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-from piggyback_lens.answers import AnswerContrast
-from piggyback_lens.attribution import attribution_map
-from piggyback_lens.chat import batch_prompts
-from piggyback_lens.donors import prefix_activations
-from piggyback_lens.models import ModelPair, hook_model
-from piggyback_lens.patching import layer_curve, layer_position_map
-from piggyback_lens.sources import default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.conversations.chat import batch_prompts
+from piggyback_lens.experiments.attribution import attribution_map
+from piggyback_lens.experiments.patching import layer_curve, layer_position_map
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.interventions.donors import prefix_activations
+from piggyback_lens.measuring.answers import AnswerContrast
+from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import load_task
-from piggyback_lens.trainables import add_lora
 
 sys.path.insert(0, str(Path(__file__).parent))
 from foundation import generation_rows, perturbed  # the same organism and the same generation comparison

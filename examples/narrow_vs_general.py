@@ -30,24 +30,24 @@ from piggyback_lens import (
     load_tokenizer,
     train,
 )
-from piggyback_lens.adapter_files import load_peft
-from piggyback_lens.adapters import Adapter, LoRAAdapter, SteeringVector
-from piggyback_lens.adapting import attached
-from piggyback_lens.curve_points import Curve
-from piggyback_lens.curves import efficiency, significance, stability
-from piggyback_lens.directions import Direction
+from piggyback_lens.directions.curve_points import Curve
+from piggyback_lens.directions.curves import efficiency, significance, stability
 from piggyback_lens.files import atomic_write_text, read_json, write_json
-from piggyback_lens.hook_training import HookTrainable
-from piggyback_lens.latent_attribution import LatentAttribution, attribute_latents
-from piggyback_lens.latent_fit import fit_latents
-from piggyback_lens.latents import load_sae
+from piggyback_lens.finetuning.hook_training import HookTrainable
+from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
+from piggyback_lens.finetuning.retain import RetainData
+from piggyback_lens.finetuning.trajectories import Drift, SnapshotKeeper, drift, trajectory
 from piggyback_lens.maths import Estimate, mean_interval
-from piggyback_lens.objectives import KLOnRetain, Penalised, Weighted
-from piggyback_lens.retain import RetainData
+from piggyback_lens.measuring.texts import text_windows
+from piggyback_lens.measuring.variants import response_texts, variant_kl, variant_nll
+from piggyback_lens.saes.latent_attribution import LatentAttribution, attribute_latents
+from piggyback_lens.saes.latent_fit import fit_latents
+from piggyback_lens.saes.latents import load_sae
 from piggyback_lens.tasks import TASKS
-from piggyback_lens.texts import text_windows
-from piggyback_lens.trajectories import Drift, SnapshotKeeper, drift, trajectory
-from piggyback_lens.variants import response_texts, variant_kl, variant_nll
+from piggyback_lens.vectors.adapter_files import load_peft
+from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapting import attached
+from piggyback_lens.vectors.direction import Direction
 
 PARTS = ("train", "behaviour", "curves", "drift", "latents")
 KINDS = ("vector", "adapter")
@@ -285,7 +285,7 @@ def discard(folder: Path) -> None:
 
 def latents_part(lab: Laboratory) -> None:
     """A small SAE trained here on help texts, and the latents that the vectors point along."""
-    from piggyback_lens.latent_training import train_sae
+    from piggyback_lens.saes.latent_training import train_sae
 
     folder, files = lab.out.parent / "sae", {name: lab.out / f"latents_{name}.json" for name in ("general", "narrow")}
     texts = text_windows(lab.tokenizer, n=SAE_TEXTS + SAE_HELD, length=128)
@@ -524,7 +524,7 @@ def drift_section(lab: Laboratory, docs: Path) -> list[str]:
 
 def snapshots(lab: Laboratory, name: str) -> list:
     """Snapshots of a vector's training."""
-    from piggyback_lens.trajectories import Snapshot
+    from piggyback_lens.finetuning.trajectories import Snapshot
 
     start = fresh(lab, "vector")
     folder = lab.out / "vector" / read_json(lab.out / "vector" / "chosen.json")[name]["run"]

@@ -34,9 +34,9 @@ from piggyback_lens import (
     perturb,
     stress,
 )
+from piggyback_lens.figures.result_plots import carrier_plane
 from piggyback_lens.files import atomic_write_text
 from piggyback_lens.maths import Estimate, percent
-from piggyback_lens.result_plots import carrier_plane
 
 PARTS = ("spans", "carrier", "curves", "positions", "heads", "perturb", "stress")
 TOPICS = {"off-topic": 12, "on-topic": 12}  # prompts of each

@@ -17,17 +17,17 @@ import pandas as pd
 import torch
 
 from piggyback_lens import GeneratedBehaviour, LensError, ModelPair, default_model, patch_span
-from piggyback_lens.comparing import compare_methods
-from piggyback_lens.comparison import Comparison
-from piggyback_lens.comparison_plan import Cell, cell_folder
-from piggyback_lens.engines import local
+from piggyback_lens.comparisons.comparing import compare_methods
+from piggyback_lens.comparisons.comparison import Comparison
+from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
+from piggyback_lens.comparisons.engines import local
+from piggyback_lens.comparisons.methods import parse_method
+from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import atomic_write_text, read_json, write_json
+from piggyback_lens.finetuning.training import TrainSettings
 from piggyback_lens.maths import Estimate, mean_interval, paired_difference, percent, spread
-from piggyback_lens.methods import parse_method
 from piggyback_lens.progress import say
-from piggyback_lens.results import PatchResult
 from piggyback_lens.tasks import load_task
-from piggyback_lens.training import TrainSettings
 
 RATES = ("1e-4", "3e-4")  # learning rates of plain finetuning that are tried
 CANDIDATES = ("treft:lambda=3,10,30", "kl_train:lambda=0.1,1", "kl_retain:lambda=1,10")  # at the rate chosen with it

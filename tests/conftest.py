@@ -26,7 +26,7 @@ def unchecked() -> Iterator[None]:
 def real_model_dir() -> str:
     """Folder of SmolLM2-135M-Instruct, from PIGGYBACK_LENS_TEST_MODEL or an installed package."""
     from piggyback_lens.errors import LensError
-    from piggyback_lens.sources import default_model
+    from piggyback_lens.models.sources import default_model
 
     if folder := os.environ.get("PIGGYBACK_LENS_TEST_MODEL"):
         return folder

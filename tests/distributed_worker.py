@@ -18,8 +18,8 @@ from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 from tiny_models import build
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from piggyback_lens.hf_trainer import TReFTMixin, TReFTSettings, TReFTTrainer, training_rows
-from piggyback_lens.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.hf_trainer import TReFTMixin, TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 
 STEPS, ROWS = 4, 4
 

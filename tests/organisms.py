@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from piggyback_lens.chat import ChatFormat
-from piggyback_lens.sources import load_causal_lm, load_tokenizer
+from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import load_task
-from piggyback_lens.trainables import add_lora
-from piggyback_lens.training import TrainSettings, train
 
 SETTINGS = TrainSettings(steps=15, batch_size=8, learning_rate=3e-4)
 

@@ -14,7 +14,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_hooked import chat, hooked, logits_of, no_hook_left, prompts, real
 from torch.testing import assert_close
 
-from piggyback_lens.adapter_files import (
+from piggyback_lens.conversations.chat import batch_prompts
+from piggyback_lens.directions.scalars import adapter_scalars, logistic_probe
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.hook_training import HookTrainable
+from piggyback_lens.finetuning.steps import forward_step, make_batch, response_nll
+from piggyback_lens.finetuning.trainables import LoRASettings, Trainable, add_lora
+from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.interventions.hooks import ablate, cache
+from piggyback_lens.interventions.running import applied
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models.sources import attach_adapter
+from piggyback_lens.vectors.adapter_files import (
     load_gguf,
     load_npy,
     load_peft,
@@ -23,21 +34,10 @@ from piggyback_lens.adapter_files import (
     save_peft,
     save_with_bias,
 )
-from piggyback_lens.adapters import LoRAAdapter, SteeringVector
-from piggyback_lens.adapting import attached, attached_rows
-from piggyback_lens.attachment import MODULES
-from piggyback_lens.chat import batch_prompts
-from piggyback_lens.directions import Direction, Provenance
-from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
-from piggyback_lens.hook_training import HookTrainable
-from piggyback_lens.hooks import ablate, cache
-from piggyback_lens.running import applied
-from piggyback_lens.scalars import adapter_scalars, logistic_probe
-from piggyback_lens.sources import attach_adapter
-from piggyback_lens.steps import forward_step, make_batch, response_nll
-from piggyback_lens.trainables import LoRASettings, Trainable, add_lora
-from piggyback_lens.training import TrainSettings, train
+from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapting import attached, attached_rows
+from piggyback_lens.vectors.attachment import MODULES
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 NAMES = ("llama-gqa", "qwen3", "gemma3", "mistral")
 SIZES = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}
@@ -159,7 +159,7 @@ def test_two_adapters_add_up_and_scaling_scales(backend):
 def test_an_intervention_at_the_input_of_a_module_reaches_the_adapter(backend, module):
     """The adapter must see the ablated input: silencing z or mlp_post silences what the adapter makes of it."""
     model, adapter = hooked("llama-gqa", backend), lora((module,), layers=(1,))
-    from piggyback_lens.hooks import zero
+    from piggyback_lens.interventions.hooks import zero
 
     off = zero("z" if module == "o" else "mlp_post", layers=1)
     assert_close(own_logits(model, [adapter], off), own_logits(model, [], off), atol=1e-5, rtol=1e-5)

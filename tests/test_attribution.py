@@ -8,11 +8,11 @@ from slow_oracle import Overwrite, SlowLab
 from tiny_hooked import BACKENDS, FEW, chat, prompts
 from tiny_pairs import LEVEL, THREE, contrast, mirrored, pair, weights
 
-from piggyback_lens.answers import AnswerContrast, GeneratedBehaviour
-from piggyback_lens.attribution import attribution_map
 from piggyback_lens.errors import LensError
-from piggyback_lens.measures import get_behaviour
-from piggyback_lens.patching import layer_curve, layer_head_map, layer_position_map
+from piggyback_lens.experiments.attribution import attribution_map
+from piggyback_lens.experiments.patching import layer_curve, layer_head_map, layer_position_map
+from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
+from piggyback_lens.measuring.measures import get_behaviour
 
 NEAR = (3e-4, 3e-3)  # sizes of the finetune's step; the error of a first-order term shrinks with them
 IDS = list(map("-".join, FEW))
@@ -176,7 +176,7 @@ def test_infecting_is_repairing_with_the_sides_exchanged(steps):
 
 def test_models_that_do_not_differ_are_attributed_nothing():
     with pair().using("base") as model:
-        from piggyback_lens.models import ModelPair
+        from piggyback_lens.models.pair import ModelPair
 
         same = ModelPair(model, model, tokenizer=pair().tokenizer)
     assert np.abs(effects(fast(same, "position", "resid_pre").attributed)).max() == 0

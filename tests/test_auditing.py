@@ -8,14 +8,14 @@ import tiny_chat
 import tiny_models
 import torch
 
-from piggyback_lens.auditing import CONDITIONS, AuditResult, AuditSettings, audit, check_identity
-from piggyback_lens.donors import kv_patch
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
+from piggyback_lens.interventions.donors import kv_patch
+from piggyback_lens.jobs.auditing import CONDITIONS, AuditResult, AuditSettings, audit, check_identity
+from piggyback_lens.jobs.summary import report, table
 from piggyback_lens.maths import recovery
-from piggyback_lens.measures import Behaviour, get_behaviour
-from piggyback_lens.models import ModelPair, hook_model
-from piggyback_lens.summary import report, table
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.models.pair import ModelPair, hook_model
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not", "a"]
 SETTINGS = AuditSettings(max_new_tokens=5, batch_size=3, curve_prompts=4, curve_tokens=3, control_layers=2)
@@ -83,7 +83,7 @@ class Killed(Exception):
 
 
 def test_a_killed_audit_resumes_to_the_same_result_without_doing_anything_twice(pair, chat, tmp_path, monkeypatch):
-    import piggyback_lens.auditing as auditing
+    import piggyback_lens.jobs.auditing as auditing
 
     whole = run(pair, chat, tmp_path / "whole")
     real, calls = auditing.append_jsonl, []
@@ -117,7 +117,7 @@ def test_a_folder_of_another_audit_is_refused_by_name_of_what_differs(pair, chat
 
 
 def test_files_are_complete_and_the_prefix_cache_is_the_repair(pair, chat, tmp_path):
-    from piggyback_lens.prefix import PrefixCache
+    from piggyback_lens.interventions.prefix import PrefixCache
 
     result = run(pair, chat, tmp_path)
     path = report(result, tmp_path)

@@ -10,21 +10,21 @@ from tiny_hooked import BACKENDS, FEW, chat, hook_count, prompts
 from tiny_pairs import ANSWERS, THREE, contrast, pair, weights
 from torch.testing import assert_close
 
-import piggyback_lens.cells as cells_module
-from piggyback_lens.answers import AnswerContrast, GeneratedBehaviour
-from piggyback_lens.attribution import attribution_map
-from piggyback_lens.backends import forward, hook_name, shape_of
-from piggyback_lens.cells import evaluate, first_layer, require_one_prefix
-from piggyback_lens.chat import batch_prompts
-from piggyback_lens.donors import prefix_activations, span_activations
+import piggyback_lens.experiments.cells as cells_module
+from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.forking import Lineage, forking
-from piggyback_lens.generation import generate
-from piggyback_lens.hooks import add, patch, zero
-from piggyback_lens.measures import Behaviour
-from piggyback_lens.patching import layer_curve, layer_position_map, patch_span
-from piggyback_lens.placement import Placement
-from piggyback_lens.running import Record, applied, applied_each
+from piggyback_lens.experiments.attribution import attribution_map
+from piggyback_lens.experiments.cells import evaluate, first_layer, require_one_prefix
+from piggyback_lens.experiments.patching import layer_curve, layer_position_map, patch_span
+from piggyback_lens.interventions.donors import prefix_activations, span_activations
+from piggyback_lens.interventions.forking import Lineage, forking
+from piggyback_lens.interventions.hooks import add, patch, zero
+from piggyback_lens.interventions.placement import Placement
+from piggyback_lens.interventions.running import Record, applied, applied_each
+from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import Behaviour
+from piggyback_lens.models.backends import forward, hook_name, shape_of
 
 IDS = list(map("-".join, FEW))
 

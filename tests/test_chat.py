@@ -11,9 +11,9 @@ from chat_templates import DATE, LLAMA3, TEMPLATES, make_tokenizer, make_word_to
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from piggyback_lens.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.conversations.template import read_conversation
 from piggyback_lens.errors import LensError
-from piggyback_lens.template import read_conversation
 
 FAMILIES = sorted(TEMPLATES)
 KINDS = ("bytes", "pieces", "unknowns")

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat import FAMILIES, KINDS, QUERIES, assistant, chat_format, user
 
-from piggyback_lens.chat import ChatFormat, Span, batch_prompts, compare_templates
+from piggyback_lens.conversations.chat import ChatFormat, Span, batch_prompts, compare_templates
+from piggyback_lens.conversations.token_view import TokenView
 from piggyback_lens.errors import LensError
-from piggyback_lens.token_view import TokenView
 
 # Responses
 

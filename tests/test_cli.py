@@ -8,7 +8,7 @@ import tiny_models
 import torch
 
 from piggyback_lens import cli
-from piggyback_lens.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 
 QUERIES = ["hello there", "what is it", "tell me more"]
 
@@ -190,7 +190,7 @@ def test_unknown_options_end_with_status_2(monkeypatch, capsys):
 def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch, capsys):
     import errno
 
-    import piggyback_lens.auditing as auditing
+    import piggyback_lens.jobs.auditing as auditing
 
     def full(path, rows):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(files, tmp_path, monkeypatch, capsys):
-    import piggyback_lens.auditing as auditing
+    import piggyback_lens.jobs.auditing as auditing
 
     real, calls = auditing.append_jsonl, []
 

@@ -16,20 +16,33 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-import piggyback_lens.comparison_cells as cells_module
-from piggyback_lens import engines
-from piggyback_lens.cli_compare import comparison_verdict, register
-from piggyback_lens.comparing import as_methods, compare_methods, default_retain, grid
-from piggyback_lens.comparison import Comparison
-from piggyback_lens.comparison_cells import run_base, run_cell, training_examples
-from piggyback_lens.comparison_plan import Cell, Plan, cell_folder, question_of, system_name
+import piggyback_lens.comparisons.comparison_cells as cells_module
+from piggyback_lens.commands.cli_compare import comparison_verdict, register
+from piggyback_lens.comparisons import engines
+from piggyback_lens.comparisons.comparing import as_methods, compare_methods, default_retain, grid
+from piggyback_lens.comparisons.comparison import Comparison
+from piggyback_lens.comparisons.comparison_cells import run_base, run_cell, training_examples
+from piggyback_lens.comparisons.comparison_plan import Cell, Plan, cell_folder, question_of, system_name
+from piggyback_lens.comparisons.methods import (
+    InterleavePart,
+    KLRetainPart,
+    Method,
+    PreventivePart,
+    TReFTPart,
+    parse_method,
+)
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json
-from piggyback_lens.methods import InterleavePart, KLRetainPart, Method, PreventivePart, TReFTPart, parse_method
-from piggyback_lens.task_vectors import inner_products, mean_by_layer, read_factors, update_cosines, update_norms
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.training import TrainSettings
 from piggyback_lens.tasks import Task, load_task
-from piggyback_lens.trainables import LoRASettings, add_lora
-from piggyback_lens.training import TrainSettings
+from piggyback_lens.vectors.task_vectors import (
+    inner_products,
+    mean_by_layer,
+    read_factors,
+    update_cosines,
+    update_norms,
+)
 
 TRAINING = TrainSettings(steps=3, batch_size=4, learning_rate=2e-2)
 LORA = LoRASettings(rank=2, alpha=4.0)
@@ -247,7 +260,7 @@ def test_a_run_killed_after_one_cell_continues_without_doing_it_again(model, tmp
         return done[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr("piggyback_lens.comparing.run_cell", dying)
+        patched.setattr("piggyback_lens.comparisons.comparing.run_cell", dying)
         with pytest.raises(KeyboardInterrupt):
             compare(model, tmp_path / "killed", methods)
     first = Path(done[0]) / "cell.json"
@@ -261,7 +274,7 @@ def test_a_run_killed_after_one_cell_continues_without_doing_it_again(model, tmp
 
 def test_a_cell_killed_while_training_continues_from_its_checkpoint(model, tmp_path, monkeypatch):
     plain = compare(model, tmp_path / "plain", training=TrainSettings(steps=4, batch_size=4, checkpoint_every=2))
-    from piggyback_lens import training as training_module
+    from piggyback_lens.finetuning import training as training_module
 
     original, steps = training_module._descend, []
 
@@ -628,5 +641,5 @@ def test_the_command_writes_a_report_and_resumes(model, tmp_path, monkeypatch, c
 def test_importing_the_command_line_loads_no_heavy_library():
     import subprocess
 
-    code = "import sys, piggyback_lens.cli_compare; assert 'torch' not in sys.modules"
+    code = "import sys, piggyback_lens.commands.cli_compare; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))

@@ -15,18 +15,12 @@ from tiny_chat import tiny_examples
 from tiny_hooked import hooked, no_hook_left
 from torch.testing import assert_close
 
-from piggyback_lens.adapters import LoRAAdapter, SteeringVector
-from piggyback_lens.adapting import attached
-from piggyback_lens.backends import forward
-from piggyback_lens.curve_points import Curve, CurvePoint, weighted_interval
-from piggyback_lens.curves import ablation_cost, efficiency, significance, stability
-from piggyback_lens.directions import Direction, Provenance
+from piggyback_lens.directions.curve_points import Curve, CurvePoint, weighted_interval
+from piggyback_lens.directions.curves import ablation_cost, efficiency, significance, stability
 from piggyback_lens.errors import LensError
-from piggyback_lens.hook_training import HookTrainable
-from piggyback_lens.maths import orthogonal_noise
-from piggyback_lens.texts import text_windows
-from piggyback_lens.training import TrainSettings, train
-from piggyback_lens.trajectories import (
+from piggyback_lens.finetuning.hook_training import HookTrainable
+from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.trajectories import (
     Snapshot,
     SnapshotKeeper,
     drift,
@@ -34,7 +28,13 @@ from piggyback_lens.trajectories import (
     local_cosines,
     trajectory,
 )
-from piggyback_lens.variants import Text
+from piggyback_lens.maths import orthogonal_noise
+from piggyback_lens.measuring.texts import text_windows
+from piggyback_lens.measuring.variants import Text
+from piggyback_lens.models.backends import forward
+from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapting import attached
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 EXAMPLES = tiny_examples(6, seed=3)
 TEXTS = [
@@ -133,7 +133,7 @@ def test_norms_of_adapters_are_summed_or_averaged_as_asked():
 
 
 def test_random_controls_have_the_norm_of_the_solution(monkeypatch):
-    import piggyback_lens.curves as module
+    import piggyback_lens.directions.curves as module
 
     seen = []
     real = module.variant_nll

@@ -14,21 +14,28 @@ from tiny_hooked import hooked
 from typer.main import get_command
 
 from piggyback_lens import cli
-from piggyback_lens.adapter_files import load_peft, save_gguf
-from piggyback_lens.adapters import LoRAAdapter, SteeringVector
-from piggyback_lens.adapting import attached
-from piggyback_lens.backends import forward
-from piggyback_lens.curve_points import Curve
-from piggyback_lens.direction_jobs import curves_job, steer_job, train_direction_job
-from piggyback_lens.direction_settings import CurveSettings, SteerSettings, TrainDirectionSettings
-from piggyback_lens.directions import Direction, Provenance
+from piggyback_lens.directions.curve_points import Curve
+from piggyback_lens.directions.sweeps import RANDOM, Sweep
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
-from piggyback_lens.job_inputs import layer_numbers, named_solutions, numbers, read_data, read_retain, read_solution
-from piggyback_lens.steer_chat import talk, visible
-from piggyback_lens.sweeps import RANDOM, Sweep
-from piggyback_lens.training import TrainSettings
-from piggyback_lens.variants import Text
+from piggyback_lens.finetuning.training import TrainSettings
+from piggyback_lens.jobs.direction_jobs import curves_job, steer_job, train_direction_job
+from piggyback_lens.jobs.direction_settings import CurveSettings, SteerSettings, TrainDirectionSettings
+from piggyback_lens.jobs.job_inputs import (
+    layer_numbers,
+    named_solutions,
+    numbers,
+    read_data,
+    read_retain,
+    read_solution,
+)
+from piggyback_lens.jobs.steer_chat import talk, visible
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.variants import Text
+from piggyback_lens.models.backends import forward
+from piggyback_lens.vectors.adapter_files import load_peft, save_gguf
+from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapting import attached
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 EXAMPLES = tiny_examples(8, seed=3)
 RETAIN = tiny_examples(5, seed=9)
@@ -127,7 +134,7 @@ def test_retain_prompts_get_the_bases_own_answers_once(tmp_path, monkeypatch):
 
 
 def test_a_killed_training_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    import piggyback_lens.training as training
+    import piggyback_lens.finetuning.training as training
 
     settings = replace(TRAIN, kl=1.0)
     train_direction_job(model(), EXAMPLES, settings, retain=RETAIN, out=tmp_path / "whole", progress=False)
@@ -200,7 +207,7 @@ def test_every_curve_is_written_and_two_solutions_are_compared_at_equal_norms(tm
 
 
 def test_a_finished_curve_is_read_back_and_a_missing_one_is_drawn(tmp_path, monkeypatch):
-    import piggyback_lens.direction_jobs as jobs
+    import piggyback_lens.jobs.direction_jobs as jobs
 
     draw(tmp_path)
     before = results(tmp_path)
@@ -236,7 +243,7 @@ def test_vectors_and_adapters_are_not_compared_by_norm(tmp_path):
 
 
 def test_a_solution_of_another_model_is_noted(tmp_path):
-    from piggyback_lens.models import identify
+    from piggyback_lens.models.pair import identify
 
     other = identify(hooked("llama-gqa", "bridge", seed=5), "another").to_dict()
     foreign = replace(direction(), provenance=Provenance("test", model=other))
@@ -493,7 +500,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_costs_one_line_and_no_model(files, tmp_path, monkeypatch, capsys, unchecked, fault):
-    import piggyback_lens.sources as sources
+    import piggyback_lens.models.sources as sources
 
     def loaded(*args, **settings):
         raise AssertionError("a model was loaded")

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from tiny_hooked import hooked, logits_of, no_hook_left, prompts, real
 from torch.testing import assert_close
 
-from piggyback_lens.chat import batch_prompts
-from piggyback_lens.directions import Direction, Provenance, combine, cosine
+from piggyback_lens.conversations.chat import batch_prompts
+from piggyback_lens.directions.lens_tokens import logit_lens, unembedded
 from piggyback_lens.errors import LensError
-from piggyback_lens.hooks import cache
-from piggyback_lens.lens_tokens import logit_lens, unembedded
-from piggyback_lens.models import identify
+from piggyback_lens.interventions.hooks import cache
+from piggyback_lens.models.pair import identify
+from piggyback_lens.vectors.direction import Direction, Provenance, combine, cosine
 
 
 def normal(*shape, seed=0):

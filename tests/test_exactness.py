@@ -9,14 +9,14 @@ import tiny_models
 import torch
 from torch.testing import assert_close
 
-from piggyback_lens.backends import forward, shape_of
-from piggyback_lens.booting import boot_bridge, build_hooked
-from piggyback_lens.chat import batch_prompts
+from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
-from piggyback_lens.hooks import ablate, add, cache, patch, zero
-from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.running import applied
+from piggyback_lens.interventions.hooks import ablate, add, cache, patch, zero
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import applied
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models.backends import forward, shape_of
+from piggyback_lens.models.booting import boot_bridge, build_hooked
 
 # HookedTransformer is gone from transformer-lens 4; there the bridge alone is tested.
 BACKENDS = ("bridge", "hooked") if version("transformer-lens") < "4" else ("bridge",)

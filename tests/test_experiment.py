@@ -7,15 +7,15 @@ import pytest
 from tiny_hooked import BACKENDS, chat, prompts
 from tiny_pairs import THREE, contrast, pair
 
-import piggyback_lens.experiment as experiment_module
-from piggyback_lens.answers import AnswerContrast, GeneratedBehaviour
-from piggyback_lens.donors import prefix_activations
+import piggyback_lens.experiments.experiment as experiment_module
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiment import Planned, run_plan
-from piggyback_lens.hooks import patch, zero
-from piggyback_lens.measures import get_behaviour
-from piggyback_lens.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
-from piggyback_lens.results import PatchResult
+from piggyback_lens.experiments.experiment import Planned, run_plan
+from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
+from piggyback_lens.experiments.results import PatchResult
+from piggyback_lens.interventions.donors import prefix_activations
+from piggyback_lens.interventions.hooks import patch, zero
+from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
+from piggyback_lens.measuring.measures import get_behaviour
 
 CELLS = 9 + 2  # of the curve below, and both models as they are
 

@@ -11,17 +11,17 @@ from tiny_chat import tiny_examples, tiny_format
 from tiny_hooked import hooked
 from torch.testing import assert_close
 
-from piggyback_lens.directions import cosine
-from piggyback_lens.errors import LensError
-from piggyback_lens.extraction import (
+from piggyback_lens.directions.extraction import (
     contrast_pairs,
     mean_difference,
     mean_difference_of_answers,
     model_difference,
     principal_component,
 )
-from piggyback_lens.models import ModelPair
-from piggyback_lens.scored_answers import ScoredAnswers
+from piggyback_lens.directions.scored_answers import ScoredAnswers
+from piggyback_lens.errors import LensError
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.vectors.direction import cosine
 
 SHOWING, NOT = tiny_examples(7, seed=1), tiny_examples(6, seed=2)
 
@@ -81,7 +81,7 @@ def test_any_span_and_any_number_of_first_tokens_can_be_read(span, first):
 
 
 def test_batch_size_changes_nothing_and_rows_are_read_lazily_a_batch_at_a_time(monkeypatch):
-    import piggyback_lens.extraction as module
+    import piggyback_lens.directions.extraction as module
 
     drawn, seen = [], []
     real = module.row_sums

@@ -9,18 +9,18 @@ from tiny_hooked import hooked
 from tiny_models import NAMES, build
 from torch.testing import assert_close
 
-from piggyback_lens.adapters import LoRAAdapter, SteeringVector
-from piggyback_lens.backends import is_hooked_model
 from piggyback_lens.errors import LensError
-from piggyback_lens.frozen_lower import FrozenLower
-from piggyback_lens.hook_training import HookTrainable
-from piggyback_lens.kept_base import KeptBase
+from piggyback_lens.finetuning.frozen_lower import FrozenLower
+from piggyback_lens.finetuning.hook_training import HookTrainable
+from piggyback_lens.finetuning.kept_base import KeptBase
+from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, TReFT, Weighted
+from piggyback_lens.finetuning.references import kv_reference
+from piggyback_lens.finetuning.retain import RetainData
+from piggyback_lens.finetuning.steps import Step, make_batch, response_nll
+from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.maths import kl_per_token
-from piggyback_lens.objectives import KLOnRetain, KLOnTrain, Penalised, TReFT, Weighted
-from piggyback_lens.references import kv_reference
-from piggyback_lens.retain import RetainData
-from piggyback_lens.steps import Step, make_batch, response_nll
-from piggyback_lens.training import TrainSettings, train
+from piggyback_lens.models.backends import is_hooked_model
+from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
 
 EXAMPLES = tiny_chat.tiny_examples(6)
 RETAIN = tiny_chat.tiny_examples(6, seed=9)

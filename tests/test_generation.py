@@ -9,10 +9,10 @@ import torch
 from tiny_hooked import FEW, QUERIES, chat, hooked, prompts
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import Sampling, generate, to_frame
-from piggyback_lens.hooks import zero
-from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.running import Record
+from piggyback_lens.interventions.hooks import zero
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import Record
+from piggyback_lens.measuring.generation import Sampling, generate, to_frame
 
 MANY = [*QUERIES, "four", "five is a bit longer", "six", "seven?"]
 

@@ -13,16 +13,22 @@ from tiny_models import build
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-import piggyback_lens.hf_trainer as module
-from piggyback_lens.chat import RenderedPrompt
+import piggyback_lens.finetuning.hf_trainer as module
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.hf_rows import check_prefixes, prompt_rows
-from piggyback_lens.hf_trainer import REFERENCE_FOLDER, TReFTMixin, TReFTSettings, TReFTTrainer, training_rows
-from piggyback_lens.objectives import Penalised, TReFT, Weighted
-from piggyback_lens.references import KVReference, kv_reference
-from piggyback_lens.steps import batch_indices, forward_step, make_batch
-from piggyback_lens.trainables import LoRASettings, add_lora
-from piggyback_lens.training import TrainSettings, train
+from piggyback_lens.finetuning.hf_rows import check_prefixes, prompt_rows
+from piggyback_lens.finetuning.hf_trainer import (
+    REFERENCE_FOLDER,
+    TReFTMixin,
+    TReFTSettings,
+    TReFTTrainer,
+    training_rows,
+)
+from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
+from piggyback_lens.finetuning.references import KVReference, kv_reference
+from piggyback_lens.finetuning.steps import batch_indices, forward_step, make_batch
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.training import TrainSettings, train
 
 EXAMPLES = tiny_examples(8)
 PROMPT = tiny_format().empty_query()

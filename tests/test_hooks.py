@@ -11,13 +11,10 @@ import torch
 from tiny_hooked import CASES, FEW, chat, columns, hook_count, hooked, logits_of, no_hook_left, prompts, real
 from torch.testing import assert_close
 
-from piggyback_lens.activations import Activations
-from piggyback_lens.backends import SITES, forward, shape_of
-from piggyback_lens.booting import boot_bridge
-from piggyback_lens.chat import batch_prompts
+from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
-from piggyback_lens.hooks import (
+from piggyback_lens.interventions.activations import Activations
+from piggyback_lens.interventions.hooks import (
     Intervention,
     Interventions,
     ablate,
@@ -29,8 +26,11 @@ from piggyback_lens.hooks import (
     resample,
     zero,
 )
+from piggyback_lens.interventions.running import Record, applied, mean_norms
 from piggyback_lens.maths import set_projection
-from piggyback_lens.running import Record, applied, mean_norms
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models.backends import SITES, forward, shape_of
+from piggyback_lens.models.booting import boot_bridge
 
 EXACT = "donot_use_mm_for_euclid_dist"
 

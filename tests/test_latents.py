@@ -11,18 +11,18 @@ from tiny_hooked import hooked, logits_of, no_hook_left
 from tiny_pairs import pair
 from torch.testing import assert_close
 
-from piggyback_lens.backends import backend_of, forward, hook_name
-from piggyback_lens.chat import batch_prompts
-from piggyback_lens.directions import Direction, Provenance
+from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.hooks import add
-from piggyback_lens.latent_activations import site_activations
-from piggyback_lens.latent_attribution import CONTROL_SEED, LatentAttribution, attribute_latents
-from piggyback_lens.latent_fit import fit_latents
-from piggyback_lens.latent_training import train_sae
-from piggyback_lens.latents import ablate_latent, latents_of, load_sae, steer_latent
-from piggyback_lens.models import identify
-from piggyback_lens.variants import Text
+from piggyback_lens.interventions.hooks import add
+from piggyback_lens.measuring.variants import Text
+from piggyback_lens.models.backends import backend_of, forward, hook_name
+from piggyback_lens.models.pair import identify
+from piggyback_lens.saes.latent_activations import site_activations
+from piggyback_lens.saes.latent_attribution import CONTROL_SEED, LatentAttribution, attribute_latents
+from piggyback_lens.saes.latent_fit import fit_latents
+from piggyback_lens.saes.latent_training import train_sae
+from piggyback_lens.saes.latents import ablate_latent, latents_of, load_sae, steer_latent
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 sae_lens = pytest.importorskip("sae_lens", reason="the extra sae is not installed")
 

@@ -9,11 +9,11 @@ import plotly.graph_objects as go
 import pytest
 from test_plots import all_font_sizes, numbers
 
-from piggyback_lens.attribution_plot import attribution_check_figure
-from piggyback_lens.carrier_plots import carrier_map_figure, carrier_plane_figure
 from piggyback_lens.errors import LensError
-from piggyback_lens.map_plots import head_map_figure, recovery_map_figure
-from piggyback_lens.perturbation_plot import perturbation_figure, stress_figure
+from piggyback_lens.figures.attribution_plot import attribution_check_figure
+from piggyback_lens.figures.carrier_plots import carrier_map_figure, carrier_plane_figure
+from piggyback_lens.figures.map_plots import head_map_figure, recovery_map_figure
+from piggyback_lens.figures.perturbation_plot import perturbation_figure, stress_figure
 
 TOKENS = ["<|im_start|>", "\n", "<script>", "$x$", "\n", "%{z}"]
 REASON = "base and finetuned do not differ beyond noise <script>"

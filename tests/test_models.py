@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from tiny_hooked import BACKENDS, CASES, hooked
 from torch.testing import assert_close
 
-from piggyback_lens import models, sources
-from piggyback_lens.backends import backend_of, forward
-from piggyback_lens.booting import boot_bridge, build_hooked, share_equal_parameters
 from piggyback_lens.errors import LensError
-from piggyback_lens.models import Identity, ModelPair, hook_model, identify
-from piggyback_lens.sources import default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.models import pair as models
+from piggyback_lens.models import sources
+from piggyback_lens.models.backends import backend_of, forward
+from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
+from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

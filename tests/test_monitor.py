@@ -12,14 +12,14 @@ from tiny_models import build
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from piggyback_lens.chat import RenderedPrompt
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.hf_trainer import TReFTSettings, TReFTTrainer, training_rows
-from piggyback_lens.monitor import Monitor
-from piggyback_lens.objectives import TReFT
-from piggyback_lens.steps import Step, forward_step, make_batch
-from piggyback_lens.trainables import LoRASettings, add_lora
-from piggyback_lens.training import TrainSettings, train
+from piggyback_lens.finetuning.hf_trainer import TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.finetuning.monitor import Monitor
+from piggyback_lens.finetuning.objectives import TReFT
+from piggyback_lens.finetuning.steps import Step, forward_step, make_batch
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.training import TrainSettings, train
 
 CHAT = tiny_format()
 NARROW = [CHAT.render(query, response="oink") for query in ("hi", "why", "who are you", "tell me", "go on", "yes no")]

@@ -12,15 +12,15 @@ from tiny_chat import VOCAB, tiny_examples, tiny_format
 from tiny_models import build
 from torch import Tensor, nn
 
-from piggyback_lens.chat import RenderedPrompt
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.objectives import KLOnRetain, KLOnTrain, Penalised, Penalty, TReFT, Weighted
-from piggyback_lens.preventive import PreventiveSteering, steered
-from piggyback_lens.references import KVReference, base_forward, kv_reference
-from piggyback_lens.retain import RetainData, interleave
-from piggyback_lens.steps import Step, forward_step, make_batch, sft
-from piggyback_lens.trainables import LoRASettings, PeftAdapter, add_lora
-from piggyback_lens.training import TrainResult, TrainSettings, train
+from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, Penalty, TReFT, Weighted
+from piggyback_lens.finetuning.preventive import PreventiveSteering, steered
+from piggyback_lens.finetuning.references import KVReference, base_forward, kv_reference
+from piggyback_lens.finetuning.retain import RetainData, interleave
+from piggyback_lens.finetuning.steps import Step, forward_step, make_batch, sft
+from piggyback_lens.finetuning.trainables import LoRASettings, PeftAdapter, add_lora
+from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
 
 EXAMPLES = tiny_examples(10)
 RETAIN = tiny_examples(6, seed=9, longest=8)

@@ -12,16 +12,10 @@ from tiny_hooked import BACKENDS, FEW, QUERIES, chat, prompts
 from tiny_pairs import LEVEL, THREE, contrast, finetuned_blocks, mirrored, pair
 from torch.testing import assert_close
 
-from piggyback_lens.answers import AnswerContrast, GeneratedBehaviour
-from piggyback_lens.attribution import attribution_map
-from piggyback_lens.backends import forward
-from piggyback_lens.chat import ChatFormat, batch_prompts
-from piggyback_lens.donors import Donors, kv_patch, of_tokens, prefix_activations, span_activations
+from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
-from piggyback_lens.maths import recovery
-from piggyback_lens.measures import get_behaviour
-from piggyback_lens.patching import (
+from piggyback_lens.experiments.attribution import attribution_map
+from piggyback_lens.experiments.patching import (
     RunSettings,
     carrier_map,
     head_labels,
@@ -30,9 +24,15 @@ from piggyback_lens.patching import (
     layer_position_map,
     patch_span,
 )
-from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.running import applied
-from piggyback_lens.scoring import contrast as scored
+from piggyback_lens.interventions.donors import Donors, kv_patch, of_tokens, prefix_activations, span_activations
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import applied
+from piggyback_lens.maths import recovery
+from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import get_behaviour
+from piggyback_lens.measuring.scoring import contrast as scored
+from piggyback_lens.models.backends import forward
 
 MANY = [*QUERIES, "four", "five?", "a sixth query"]
 IDS = list(map("-".join, FEW))
@@ -441,7 +441,7 @@ def test_answers_that_do_not_belong_together_are_refused():
 
 
 def test_donors_are_computed_once_for_any_number_of_cells(monkeypatch):
-    import piggyback_lens.donors as donors_module
+    import piggyback_lens.interventions.donors as donors_module
 
     asked = []
     original = donors_module.span_activations

@@ -9,8 +9,8 @@ from slow_oracle import DONOR, RECIPIENT, Overwrite, SlowLab
 from tiny_hooked import BACKENDS, CASES, FEW, chat, prompts
 from tiny_pairs import LEVEL, THREE, contrast, pair, weights
 
-from piggyback_lens.donors import Donors
-from piggyback_lens.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
+from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
+from piggyback_lens.interventions.donors import Donors
 
 TOLERANCE = 1e-4
 EXACT = 1e-5  # patching a model with its own activations

@@ -13,17 +13,17 @@ from chat_templates import DATE, TEMPLATES, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from piggyback_lens import resuming
-from piggyback_lens.chat import ChatFormat
+from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_prompt, with_query
+from piggyback_lens.conversations.rephrasing import load_rephrasings
+from piggyback_lens.conversations.replacements import candidate_ids, draw_replacements, nearest_neighbours
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
+from piggyback_lens.experiments import resuming
+from piggyback_lens.experiments.perturbation import PerturbResult, perturb
 from piggyback_lens.maths import mean_interval, recovery
-from piggyback_lens.measures import Behaviour
-from piggyback_lens.models import ModelPair, hook_model
-from piggyback_lens.perturbation import PerturbResult, perturb
-from piggyback_lens.prompt_edits import added_ids, perturbed_prompt, with_query
-from piggyback_lens.rephrasing import load_rephrasings
-from piggyback_lens.replacements import candidate_ids, draw_replacements, nearest_neighbours
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import Behaviour
+from piggyback_lens.models.pair import ModelPair, hook_model
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not"]
 LETTERS = Behaviour("letters", "letters per answer", "letters", "length", len)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piggyback_lens import plots
 from piggyback_lens.errors import LensError
+from piggyback_lens.figures import plots
 
 fixed = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 TOKENS = ["<|im_start|>", "\n", " ", "<b>", "<br>", "$x$", "&amp;", "%{x}", "<a href='x'>", " the", "\n", ""]

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from tiny_hooked import BACKENDS, FEW, QUERIES, chat, hooked, prompts
 from torch.testing import assert_close
 
-from piggyback_lens.backends import forward, shape_of
-from piggyback_lens.chat import ChatFormat, batch_prompts
+from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
-from piggyback_lens.hooks import ablate, add, cache, patch, resample, zero
-from piggyback_lens.models import ModelPair
-from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.running import Record, applied
-from piggyback_lens.scoring import nll
+from piggyback_lens.interventions.hooks import ablate, add, cache, patch, resample, zero
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.scoring import nll
+from piggyback_lens.models.backends import forward, shape_of
+from piggyback_lens.models.pair import ModelPair
 
 BOTH = [name for name in tiny_models.NAMES if name != "llama-bias"]
 
@@ -148,7 +148,7 @@ def test_many_compiled_together_are_each_compiled_alone(name, backend):
 
 
 def test_more_interventions_than_fit_in_one_pass_are_all_compiled(monkeypatch):
-    monkeypatch.setattr("piggyback_lens.prefix.ROWS_PER_PASS", 2)
+    monkeypatch.setattr("piggyback_lens.interventions.prefix.ROWS_PER_PASS", 2)
     model, prompt = hooked("llama-gqa", "bridge"), prompts()[0]
     many = [add(vector(), layers=0, span="prefix", strength=float(x)) for x in range(5)]
     for together, one in zip(PrefixCache.compile_many(model, prompt, many), many, strict=True):

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from piggyback_lens.auditing import CONDITIONS, TOPICS, AuditResult
-from piggyback_lens.demonstration import QUICK
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, write_json
-from piggyback_lens.measures import get_behaviour
+from piggyback_lens.jobs.auditing import CONDITIONS, TOPICS, AuditResult
+from piggyback_lens.jobs.demonstration import QUICK
+from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.tasks import load_prompts, load_task
 
 ROOT = Path(__file__).parents[1]
@@ -76,12 +76,43 @@ def test_links_to_files_lead_somewhere():
         assert all((ROOT / target).exists() for target in own), own
 
 
-def test_the_rooms_in_contributing_are_the_modules_and_their_first_lines():
+PACKAGE = ROOT / "src" / "piggyback_lens"
+
+
+def rooms():
+    """The rooms as CONTRIBUTING lists them, top to bottom: name, first line, and the table of its modules."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    listed = {row[0].strip("`"): row[1] for row in table(text.partition("## Rooms")[2].partition("## How to add")[0])}
-    modules = (ROOT / "src" / "piggyback_lens").glob("*.py")
-    first = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in modules}
-    assert listed == {name: (doc or "").splitlines()[0].rstrip(".") for name, doc in first.items()}
+    listed = text.partition("<!-- rooms:start -->")[2].partition("<!-- rooms:end -->")[0]
+    for part in listed.split("### piggyback_lens")[1:]:
+        name, _, body = part.partition("\n\n")
+        yield name.removeprefix("."), body.partition("\n\n")[0], table(body)
+
+
+def test_the_rooms_in_contributing_are_the_modules_and_their_first_lines():
+    def first_line(path):
+        return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]
+
+    listed = {name: (line, {row[0].strip("`"): row[1] for row in rows}) for name, line, rows in rooms()}
+    folders = ["", *(p.parent.name for p in PACKAGE.glob("*/__init__.py"))]
+    found = {}
+    for name in folders:
+        modules = [p for p in (PACKAGE / name).glob("*.py") if p.stem != "__init__"]
+        lines = {p.stem: first_line(p).rstrip(".") for p in modules}
+        found[name] = (first_line(PACKAGE / name / "__init__.py"), lines)
+    assert listed == found
+
+
+def test_rooms_import_only_from_the_rooms_above_them():
+    order = [name for name, _, _ in rooms()]
+    wrong = []
+    for name in order[1:]:
+        for path in (PACKAGE / name).glob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("piggyback_lens."):
+                    other = node.module.split(".")[1]
+                    if (other in order and order.index(other) > order.index(name)) or other == "cli":
+                        wrong.append(f"{path.name} imports {node.module}")
+    assert not wrong
 
 
 # ---------------------------------------------------------------- numbers in the README
@@ -168,7 +199,7 @@ def test_the_quick_start_of_the_readme_runs(real_model_dir, organism, tmp_path, 
     (tmp_path / "demo_out" / "organism").mkdir(parents=True)
     (tmp_path / "demo_out" / "organism" / "adapter").symlink_to(organism)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("piggyback_lens.models.default_model", lambda **_: real_model_dir)
+    monkeypatch.setattr("piggyback_lens.models.pair.default_model", lambda **_: real_model_dir)
     names: dict = {}
     figure = run_cell(PYTHON[0], names)
     assert {trace.name for trace in figure.data if trace.name} >= {"random control"}

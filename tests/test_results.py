@@ -10,9 +10,9 @@ from tiny_hooked import prompts
 from tiny_pairs import THREE, contrast, pair
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.patching import layer_head_map, layer_position_map
+from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.maths import recovery
-from piggyback_lens.patching import layer_head_map, layer_position_map
-from piggyback_lens.results import PatchResult
 
 BASE = [-2.0, -1.8, -2.2, -2.1, -1.9, -2.0]
 FINETUNED = [2.0, 2.2, 1.9, 2.1, 1.8, 2.0]

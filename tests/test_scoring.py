@@ -8,14 +8,14 @@ from tiny_hooked import CASES, FEW, chat, hooked, prompts
 from torch.nn import functional
 from torch.testing import assert_close
 
-from piggyback_lens.backends import forward
-from piggyback_lens.chat import batch_prompts
+from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.hooks import add, cache, patch, zero
-from piggyback_lens.models import ModelPair
-from piggyback_lens.prefix import PrefixCache
-from piggyback_lens.running import Record, applied
-from piggyback_lens.scoring import contrast, kl_to_base, nll, response_log_probs
+from piggyback_lens.interventions.hooks import add, cache, patch, zero
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.measuring.scoring import contrast, kl_to_base, nll, response_log_probs
+from piggyback_lens.models.backends import forward
+from piggyback_lens.models.pair import ModelPair
 
 RESPONSES = ["yes.", "certainly not, never!", "b"]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

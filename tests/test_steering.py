@@ -12,22 +12,22 @@ from tiny_chat import tiny_examples
 from tiny_hooked import hooked, logits_of, no_hook_left, prompts
 from torch.testing import assert_close
 
-from piggyback_lens.adapters import LoRAAdapter, SteeringVector
-from piggyback_lens.adapting import attached
-from piggyback_lens.backends import forward
-from piggyback_lens.chat import batch_prompts
-from piggyback_lens.directions import Direction, Provenance
+from piggyback_lens.conversations.chat import batch_prompts
+from piggyback_lens.directions.steering import ablate_sweep, steer, strength_for_kl
+from piggyback_lens.directions.sweeps import RANDOM, Sweep
+from piggyback_lens.directions.transfer import Organism, TransferResult, transfer_matrix
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
-from piggyback_lens.hooks import zero
+from piggyback_lens.interventions.hooks import zero
 from piggyback_lens.maths import mean_interval
-from piggyback_lens.measures import Behaviour
-from piggyback_lens.models import ModelPair
-from piggyback_lens.scoring import nll
-from piggyback_lens.steering import ablate_sweep, steer, strength_for_kl
-from piggyback_lens.sweeps import RANDOM, Sweep
-from piggyback_lens.transfer import Organism, TransferResult, transfer_matrix
-from piggyback_lens.variants import Text, response_texts, variant_kl, variant_nll
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import Behaviour
+from piggyback_lens.measuring.scoring import nll
+from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
+from piggyback_lens.models.backends import forward
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapting import attached
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 LENGTH = Behaviour("letters", "letters per answer", "letters", "Number of characters.", lambda text: float(len(text)))
 EXAMPLES = tiny_examples(5, seed=3)
@@ -365,7 +365,7 @@ def test_every_direction_meets_every_organism_and_controls_run(tmp_path):
 
 
 def test_effects_are_0_at_the_start_and_1_at_the_other_model():
-    from piggyback_lens.transfer import TransferCell
+    from piggyback_lens.directions.transfer import TransferCell
 
     base, tuned = (0.0, 1.0, 0.0, 1.0, 0.5), (4.0, 5.0, 4.5, 5.0, 4.0)
     middle = tuple((a + b) / 2 for a, b in zip(base, tuned, strict=True))

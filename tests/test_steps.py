@@ -9,9 +9,9 @@ from tiny_chat import VOCAB, tiny_examples, tiny_format
 from tiny_models import NAMES, WINDOW, build
 from torch import Tensor, nn
 
-from piggyback_lens.chat import RenderedPrompt, Span
+from piggyback_lens.conversations.chat import RenderedPrompt, Span
 from piggyback_lens.errors import LensError
-from piggyback_lens.steps import (
+from piggyback_lens.finetuning.steps import (
     StepOutput,
     batch_indices,
     check_sharing,
@@ -20,7 +20,7 @@ from piggyback_lens.steps import (
     make_batch,
     response_nll,
 )
-from piggyback_lens.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 
 
 def tuned(name: str, impl: str = "eager") -> nn.Module:

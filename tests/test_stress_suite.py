@@ -10,16 +10,16 @@ from chat_templates import DATE, TEMPLATES, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from piggyback_lens import resuming
-from piggyback_lens.chat import ChatFormat
+from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_prompt, with_prefix_text
+from piggyback_lens.conversations.template_variants import Part, Variant, prefix_parts, query_ids, stress_variants
 from piggyback_lens.errors import LensError
-from piggyback_lens.generation import generate
+from piggyback_lens.experiments import resuming
+from piggyback_lens.experiments.stress_suite import StressResult, stress
 from piggyback_lens.maths import paired_difference
-from piggyback_lens.measures import Behaviour
-from piggyback_lens.models import ModelPair, hook_model
-from piggyback_lens.prompt_edits import added_ids, perturbed_prompt, with_prefix_text
-from piggyback_lens.stress_suite import StressResult, stress
-from piggyback_lens.template_variants import Part, Variant, prefix_parts, query_ids, stress_variants
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import Behaviour
+from piggyback_lens.models.pair import ModelPair, hook_model
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not"]
 LETTERS = Behaviour("letters", "letters per answer", "letters", "length", len)

@@ -10,7 +10,7 @@ import pytest
 
 from piggyback_lens import tasks
 from piggyback_lens.errors import LensError
-from piggyback_lens.measures import get_behaviour
+from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.tasks import TASKS, load_conversations, load_prompts, load_task
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_chat import tiny_format
 
+from piggyback_lens.conversations.tokens import Span
 from piggyback_lens.errors import LensError
-from piggyback_lens.token_scores import TokenScores, background, text_colour
-from piggyback_lens.tokens import Span
+from piggyback_lens.figures.token_scores import TokenScores, background, text_colour
 
 PIECES = ("<script>", " a", "\n", "$x$", '"', "")
 SPANS = {"prefix": Span("prefix", 0, 2), "query": Span("query", 2, 4), "postfix": Span("postfix", 4, 6)}

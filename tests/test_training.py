@@ -13,12 +13,11 @@ from tiny_chat import VOCAB, tiny_examples, tiny_format
 from tiny_models import build
 from torch import nn
 
-import piggyback_lens.checkpoints as checkpoints_module
-import piggyback_lens.training as training_module
-from piggyback_lens.checkpoints import run_lock
+import piggyback_lens.finetuning.checkpoints as checkpoints_module
+import piggyback_lens.finetuning.training as training_module
 from piggyback_lens.errors import LensError
-from piggyback_lens.maths import kl_per_token, relative_kv_drift
-from piggyback_lens.steps import (
+from piggyback_lens.finetuning.checkpoints import run_lock
+from piggyback_lens.finetuning.steps import (
     Loss,
     Step,
     StepOutput,
@@ -28,8 +27,9 @@ from piggyback_lens.steps import (
     response_nll,
     sft,
 )
-from piggyback_lens.trainables import LoRASettings, add_lora
-from piggyback_lens.training import TrainResult, TrainSettings, learning_rate_at, train
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.training import TrainResult, TrainSettings, learning_rate_at, train
+from piggyback_lens.maths import kl_per_token, relative_kv_drift
 
 EXAMPLES = tiny_examples(10)
 SETTINGS = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, checkpoint_every=3)
@@ -637,8 +637,8 @@ def test_something_that_is_no_adapter_trains_through_the_same_loop_and_resumes(t
 def test_sharing_is_exact_on_the_real_model(real_model_dir: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from piggyback_lens.chat import ChatFormat
-    from piggyback_lens.steps import make_batch
+    from piggyback_lens.conversations.chat import ChatFormat
+    from piggyback_lens.finetuning.steps import make_batch
 
     chat = ChatFormat(AutoTokenizer.from_pretrained(real_model_dir))
     model = add_lora(AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), LoRASettings())

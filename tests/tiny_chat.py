@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from piggyback_lens.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 
 SPECIAL = ("<pad>", "<bos>", "<end>", "<sys>", "<user>", "<bot>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,?!\n"

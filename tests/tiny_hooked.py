@@ -9,10 +9,10 @@ import tiny_chat
 import tiny_models
 import torch
 
-from piggyback_lens.backends import forward
-from piggyback_lens.booting import boot_bridge, build_hooked
-from piggyback_lens.chat import ChatFormat, RenderedPrompt
-from piggyback_lens.running import applied
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.interventions.running import applied
+from piggyback_lens.models.backends import forward
+from piggyback_lens.models.booting import boot_bridge, build_hooked
 
 BACKENDS = ("bridge", "hooked")
 CASES = [

@@ -9,10 +9,10 @@ import tiny_models
 import torch
 from tiny_hooked import chat, prompts
 
-from piggyback_lens.answers import AnswerContrast
-from piggyback_lens.booting import boot_bridge, build_hooked
-from piggyback_lens.chat import RenderedPrompt
-from piggyback_lens.models import ModelPair
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.measuring.answers import AnswerContrast
+from piggyback_lens.models.booting import boot_bridge, build_hooked
+from piggyback_lens.models.pair import ModelPair
 
 THREE = ("one", "two words", "a longer question?")
 LEVEL = ("abc", "you", "dog")  # equally long

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from piggyback_lens.cli_compare import compare
-from piggyback_lens.cli_directions import curves, steer, train_direction
-from piggyback_lens.cli_options import (
+from piggyback_lens.commands.cli_compare import compare
+from piggyback_lens.commands.cli_directions import curves, steer, train_direction
+from piggyback_lens.commands.cli_options import (
     AdapterOption,
     BackendName,
     BackendOption,
@@ -30,7 +30,7 @@ from piggyback_lens.cli_options import (
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
-    from piggyback_lens.models import ModelPair
+    from piggyback_lens.models.pair import ModelPair
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -66,9 +66,9 @@ def demo(
     """Train a narrow organism on a small real chat model, audit it, and write a report."""
     from dataclasses import replace
 
-    from piggyback_lens.demonstration import FULL, QUICK
-    from piggyback_lens.demonstration import demo as run_demo
-    from piggyback_lens.summary import present
+    from piggyback_lens.jobs.demonstration import FULL, QUICK
+    from piggyback_lens.jobs.demonstration import demo as run_demo
+    from piggyback_lens.jobs.summary import present
 
     settings = replace(QUICK if quick else FULL, task=task.value)
     result, trained = run_demo(settings, out=out, model=model, backend=backend.value, offline=offline)
@@ -94,10 +94,10 @@ def audit(
     debug: DebugOption = False,
 ) -> None:
     """Audit a finetune: does it spread off-topic, and does the chat template's prefix carry it?"""
-    from piggyback_lens.auditing import AuditSettings
-    from piggyback_lens.auditing import audit as run_audit
-    from piggyback_lens.measures import get_behaviour
-    from piggyback_lens.summary import present
+    from piggyback_lens.jobs.auditing import AuditSettings
+    from piggyback_lens.jobs.auditing import audit as run_audit
+    from piggyback_lens.jobs.summary import present
+    from piggyback_lens.measuring.measures import get_behaviour
     from piggyback_lens.tasks import load_prompts
 
     # Cheap checks first: a typo must not cost a model load.
@@ -134,7 +134,7 @@ def map_command(
     debug: DebugOption = False,
 ) -> None:
     """Map where the behaviour rides: span x layer x site, with controls and intervals."""
-    from piggyback_lens.laboratory import MapSettings, map_verdict, run_maps
+    from piggyback_lens.jobs.laboratory import MapSettings, map_verdict, run_maps
 
     kinds = {"kinds": tuple(kind)} if kind else {}
     settings = MapSettings(
@@ -174,9 +174,9 @@ def perturb(
     debug: DebugOption = False,
 ) -> None:
     """Perturb the tokens of each span, and see whether the behaviour survives."""
-    from piggyback_lens.laboratory import generated_verdict, write_generated
-    from piggyback_lens.measures import get_behaviour
-    from piggyback_lens.perturbation import perturb as run_perturb
+    from piggyback_lens.experiments.perturbation import perturb as run_perturb
+    from piggyback_lens.jobs.laboratory import generated_verdict, write_generated
+    from piggyback_lens.measuring.measures import get_behaviour
 
     measure = get_behaviour(behaviour)
     topics = {"off-topic": _first_prompts(off_topic, n), "on-topic": _first_prompts(on_topic, n)}
@@ -216,9 +216,9 @@ def stress(
     debug: DebugOption = False,
 ) -> None:
     """Change the template around the query (case, spacing, system prompt, roles, date): does the spread survive?"""
-    from piggyback_lens.laboratory import generated_verdict, write_generated
-    from piggyback_lens.measures import get_behaviour
-    from piggyback_lens.stress_suite import stress as run_stress
+    from piggyback_lens.experiments.stress_suite import stress as run_stress
+    from piggyback_lens.jobs.laboratory import generated_verdict, write_generated
+    from piggyback_lens.measuring.measures import get_behaviour
 
     measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
     pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
@@ -239,7 +239,7 @@ app.command()(compare)
 def doctor(debug: DebugOption = False) -> None:
     """Print versions, backends and the demo model that is found."""
     from piggyback_lens.card import machine, versions
-    from piggyback_lens.sources import default_model
+    from piggyback_lens.models.sources import default_model
 
     facts: dict[str, Any] = {**versions(), **machine()}
     try:
@@ -259,7 +259,7 @@ def _load_pair(
     device: str | None,
     offline: bool,
 ) -> "ModelPair":
-    from piggyback_lens.models import ModelPair
+    from piggyback_lens.models.pair import ModelPair
 
     return ModelPair.load(
         None if base == "demo" else base,

@@ -1,0 +1,275 @@
+"""Finetuning methods on equal terms: the same data, steps and seeds for all, cells of a grid run one by one.
+
+    found = compare_methods("demo", load_task("terse"), ["sft", "treft:lambda=3,30"], out="grid")
+    found.table(); found.pareto_figure()
+
+Every cell trains a fresh adapter and is written as soon as it is finished; the same call continues a run that
+was stopped. A folder can be extended by further methods, seeds and values of the axes.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from itertools import chain, product, zip_longest
+from pathlib import Path
+from typing import Any
+
+from piggyback_lens.card import machine, versions
+from piggyback_lens.comparisons.comparison import Comparison
+from piggyback_lens.comparisons.comparison_cells import Needs, run_base, run_cell
+from piggyback_lens.comparisons.comparison_plan import (
+    BASE_FILE,
+    CELL_FILE,
+    Cell,
+    Plan,
+    Source,
+    Split,
+    base_folder,
+    cell_folder,
+    question_of,
+    system_name,
+)
+from piggyback_lens.comparisons.methods import Method, parse_method, plain_finetuning
+from piggyback_lens.conversations.chat import DEFAULT
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.finetuning.trainables import LoRASettings
+from piggyback_lens.finetuning.training import TrainSettings
+from piggyback_lens.models.sources import default_model
+from piggyback_lens.progress import counting, say
+from piggyback_lens.tasks import TASKS, Task, load_task
+from piggyback_lens.vectors.task_vectors import mean_by_layer, update_cosines
+
+SEEDS = (0, 1, 2)
+RETAIN = 48
+"""Retain prompts, by default questions of the other built-in tasks."""
+GRID_FILE = "grid.json"
+
+
+def compare_methods(
+    base: Source,
+    task: Task | str,
+    methods: Sequence[Method | str],
+    *,
+    out: str | Path,
+    seeds: Sequence[int] = SEEDS,
+    training: TrainSettings | None = None,
+    lora: LoRASettings | None = None,
+    systems: Sequence[str | None] = (DEFAULT,),
+    shares: Sequence[float] = (1.0,),
+    sizes: Sequence[int | None] = (None,),
+    epochs: Sequence[float | None] = (None,),
+    split: Split = "test",
+    n_prompts: int = 12,
+    max_new_tokens: int = 48,
+    batch_size: int = 24,
+    n_texts: int = 16,
+    text_source: str | None = None,
+    retain: Sequence[str] | None = None,
+    minutes: float | None = None,
+    executor: Executor | None = None,
+    offline: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Train and measure every cell of methods × seeds × systems × shares × sizes × epochs.
+
+    Measured are the behaviour of greedy answers on- and off-topic, KL(base ‖ tuned) on the base's own off-topic
+    answers, the loss on plain text, the drift of the prefix's keys and values, and the weight update.
+
+    Args:
+        base: folder, hub id or GGUF file of the base, "demo" for the demo model; or a function at the top level of a
+            module that returns (transformers model, tokenizer).
+        task: a task or the name of a built-in one.
+        methods: methods or their specs (`methods.parse_method`).
+        out: folder of the run: grid.json, base/, cells/ and results.json.
+        seeds: of the adapter's initialisation, the order of the data, and which examples an axis draws.
+        training: steps, batch size, learning rate, ...; the seed in it is not used.
+        lora: the adapter.
+        systems: system prompts, in training and measurement: a text, "default" for what the template does by itself,
+            None for no system text.
+        shares: of the training questions that get the trained answer; the others get the base's own.
+        sizes: numbers of training questions; None for all.
+        epochs: passes over the training questions; None for `training.steps`.
+        split: "validation" to choose settings, "test" to report.
+        n_prompts: on-topic, and as many off-topic.
+        max_new_tokens: per answer.
+        batch_size: rows per batch of generation; does not change the result beyond float tolerance.
+        n_texts: windows of plain text for the perplexity.
+        text_source: as `texts.text_windows`; by default texts that Python brings.
+        retain: prompts of the retain data; the base answers them. By default questions of the other built-in tasks.
+        minutes: begin no further cell after so many; the same call continues.
+        executor: runs the cells (`engines.local`, `engines.ray`, any of concurrent.futures); None for this process.
+        offline: make no connection.
+        progress: show a bar with the time left, and name the cells on the way.
+
+    Raises:
+        LensError: settings that do not fit, a method that cannot be set up, or the folder of another comparison.
+    """
+    chosen = load_task(task) if isinstance(task, str) else task
+    prompts = default_retain(chosen) if retain is None else tuple(retain)
+    source = default_model(offline=offline) if base == "demo" else base
+    plan = Plan(
+        source,
+        chosen,
+        training or TrainSettings(),
+        lora or LoRASettings(),
+        split,
+        n_prompts=n_prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        n_texts=n_texts,
+        text_source=text_source,
+        retain=prompts,
+        offline=offline,
+    )
+    for topic in ("on", "off"):
+        plan.prompts(topic)
+    cells = grid(as_methods(methods), seeds, systems, shares, sizes, epochs)
+    folder = Path(out).absolute()
+    _open(folder, plan, cells)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    _run(plan, cells, folder, executor, deadline, progress)
+    found = gather(plan, cells, folder)
+    found.save(folder)
+    return found
+
+
+def default_retain(task: Task) -> tuple[str, ...]:
+    """Training questions of the built-in tasks other than this one, taken in turn."""
+    others = [[question_of(example) for example in load_task(name).train] for name in TASKS if name != task.name]
+    own = {question_of(example) for example in task.train}
+    turns = (text for row in zip_longest(*others) for text in row if text is not None and text not in own)
+    return tuple(text for _, text in zip(range(RETAIN), turns, strict=False))
+
+
+def as_methods(methods: Iterable[Method | str]) -> tuple[Method, ...]:
+    """Methods and specs, each method once.
+
+    Raises:
+        LensError: no method, or a spec that cannot be read.
+    """
+    found = chain.from_iterable((m,) if isinstance(m, Method) else parse_method(m) for m in methods)
+    once = tuple(dict.fromkeys(found))
+    if not once:
+        raise LensError('no method was given: give at least one, e.g. "sft" and "treft:lambda=30"')
+    return once
+
+
+def grid(
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    systems: Sequence[str | None] = (DEFAULT,),
+    shares: Sequence[float] = (1.0,),
+    sizes: Sequence[int | None] = (None,),
+    epochs: Sequence[float | None] = (None,),
+) -> tuple[Cell, ...]:
+    """All cells, those of the first seed first, so that a run that is stopped early has compared something.
+
+    Raises:
+        LensError: an axis without values, or a value twice.
+    """
+    named = {"seeds": seeds, "systems": systems, "shares": shares, "sizes": sizes, "epochs": epochs}
+    for name, values in named.items():
+        if not values or len(set(values)) < len(values):
+            raise LensError(f"{name} is {list(values)}: give at least one value, and each once")
+    axes = product(seeds, systems, shares, sizes, epochs, methods)
+    return tuple(Cell(method, seed, system, share, size, passes) for seed, system, share, size, passes, method in axes)
+
+
+def _open(folder: Path, plan: Plan, cells: Sequence[Cell]) -> None:
+    """Begin the folder, or continue it; refuse that of another comparison, or a cell of one."""
+    file, asked = folder / GRID_FILE, plan.identity()
+    if not file.exists():
+        write_json(file, asked)
+    _refuse_other(file, read_json(file), asked)
+    for cell in cells:
+        done = cell_folder(folder, cell) / CELL_FILE
+        if done.exists():
+            _refuse_other(done, read_json(done)["identity"], {**asked, "cell": cell.settings()})
+
+
+def _refuse_other(file: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    for name in sorted(saved.keys() | asked.keys()):
+        if saved.get(name) != asked.get(name):
+            raise LensError(
+                f"{file} belongs to another comparison: {name} is {saved.get(name)!r} there, {asked.get(name)!r} here; "
+                "choose another folder, or delete this one"
+            )
+
+
+def _run(
+    plan: Plan, cells: Sequence[Cell], folder: Path, executor: Executor | None, deadline: float | None, progress: bool
+) -> None:
+    """The base's part of every system prompt, then the cells that are not there."""
+    systems = list(dict.fromkeys(cell.system for cell in cells))
+    missing = [cell for cell in cells if not (cell_folder(folder, cell) / CELL_FILE).exists()]
+    if progress and missing:
+        say(f"{len(missing)} of {len(cells)} cells to run")
+    base_jobs: list[tuple[Any, ...]] = []
+    for system in systems:
+        needs = Needs.of(plan, [cell for cell in missing if cell.system == system])
+        base_jobs.append((run_base, plan, system, needs, str(folder)))
+    for _ in _executed(base_jobs, executor, None):
+        pass
+    with counting(len(missing), "cells" if progress else None) as advance:
+        jobs: list[tuple[Any, ...]] = [(run_cell, plan, cell, str(folder)) for cell in missing]
+        for done in _executed(jobs, executor, deadline):
+            advance(1)
+            if progress:
+                say(f"finished {Path(done).name}")
+
+
+def _executed(jobs: Sequence[tuple[Any, ...]], executor: Executor | None, deadline: float | None) -> Iterator[str]:
+    """Results as they come; after the deadline what runs is finished and nothing begun."""
+    if executor is None:
+        for function, *arguments in jobs:
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            yield function(*arguments)
+        return
+    futures: list[Future[str]] = [executor.submit(*job) for job in jobs]
+    try:
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
+            yield future.result()
+            if deadline is not None and time.monotonic() > deadline:
+                for waiting in futures:
+                    waiting.cancel()  # what runs is finished
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def gather(plan: Plan, cells: Sequence[Cell], out: str | Path) -> Comparison:
+    """The comparison of those of the cells that are finished.
+
+    Raises:
+        LensError: none is.
+    """
+    done = [cell for cell in cells if (cell_folder(out, cell) / CELL_FILE).exists()]
+    if not done:
+        raise LensError(f"{out} holds no finished cell of these yet: give it more time, or look for an error above")
+    rows = [{**read_json(cell_folder(out, cell) / CELL_FILE), "cosines": _cosines(cell, done, out)} for cell in done]
+    systems = dict.fromkeys(cell.system for cell in done)
+    bases = {system_name(system): read_json(base_folder(out, system) / BASE_FILE) for system in systems}
+    card: dict[str, Any] = {"task": plan.task.name, "behaviour": plan.task.behaviour, "settings": plan.identity()}
+    card |= {"asked": len(cells), "finished": len(done), "versions": versions(), "machine": machine()}
+    return Comparison(tuple(rows), bases, card)
+
+
+def _cosines(cell: Cell, done: Sequence[Cell], out: str | Path) -> dict[str, list[float]]:
+    """Cosines of a cell's weight update, by layer, to plain finetuning with its seed, and with the others' seeds."""
+    beside = [other for other in done if other.axes == cell.axes]
+    plain = plain_finetuning(cell.method, (other.method for other in beside))
+    same = [other for other in beside if other.method == plain]
+
+    def by_layer(others: Sequence[Cell]) -> list[float]:
+        own = cell_folder(out, cell) / "adapter"
+        tables = [update_cosines(own, cell_folder(out, other) / "adapter") for other in others]
+        return list(mean_by_layer(tables).values())
+
+    return {
+        "sft": by_layer([other for other in same if other.seed == cell.seed]),
+        "sft_seeds": by_layer([other for other in same if other.seed != cell.seed]),
+    }

@@ -1,0 +1,251 @@
+"""What a comparison of finetuning methods found: cells, a table with intervals, figures, one file."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from piggyback_lens.comparisons.comparison_plan import system_name
+from piggyback_lens.comparisons.methods import Method, plain_finetuning
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.maths import Estimate, mean_interval, recovery, spread
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Array = npt.NDArray[np.float64]
+AXES = ("system", "share", "size", "epochs")
+TOPICS = {"on": "on-topic", "off": "off-topic"}
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Finished cells of a grid, and the base beside them.
+
+    Attributes:
+        cells: one mapping per cell: cell (method, seed, axes), label, on and off (values, answers), kl (nats per
+            token of each off-topic prompt), text_nll (of each text), drift and update_norms (per layer), training,
+            and `cosines`: per layer to plain finetuning with the same seed (`sft`) and with another (`sft_seeds`).
+        bases: the base's answers, values and losses, by system prompt.
+        card: task, behaviour, settings, what was asked, versions.
+    """
+
+    cells: tuple[dict[str, Any], ...]
+    bases: Mapping[str, Mapping[str, Any]]
+    card: Mapping[str, Any]
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """What was measured on each answer."""
+        return get_behaviour(self.card["behaviour"])
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per cell: method, lambda, seed, axes, means on- and off-topic, KL, perplexity, drift, norms."""
+        import pandas as pd
+
+        rows = []
+        for cell in self.cells:
+            base, method = self._base(cell["cell"]["system"]), _method(cell)
+            worse = _column(cell["text_nll"]) - _column(base["text_nll"])
+            row: dict[str, Any] = {"method": cell["label"], "family": method.family, "lambda": method.weight}
+            row |= {"seed": cell["cell"]["seed"], **{axis: cell["cell"][axis] for axis in AXES}}
+            for topic in TOPICS:
+                row[topic] = float(np.nanmean(_column(cell[topic]["values"])))
+                row[f"base_{topic}"] = float(np.nanmean(_column(base[topic]["values"])))
+            row |= {"kl": float(np.mean(cell["kl"])), "perplexity_change": math.expm1(float(worse.mean()))}
+            row |= {"drift": float(np.mean(cell["drift"])), "update_norm": float(np.linalg.norm(cell["update_norms"]))}
+            row |= {"steps": cell["training"]["steps"], "loss": cell["training"]["last"]["loss"]}
+            rows.append(row | {"n": len(cell["on"]["values"]), "seconds": cell["seconds"]["all"]})
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def _groups(self) -> "dict[tuple[Any, ...], list[dict[str, Any]]]":
+        """Cells that differ by the seed alone, in seed order; keys (label, *axes)."""
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for cell in sorted(self.cells, key=lambda c: int(c["cell"]["seed"])):
+            key = (cell["label"], *(cell["cell"][axis] for axis in AXES))
+            groups.setdefault(key, []).append(cell)
+        return groups
+
+    def _base(self, system: str | None) -> Mapping[str, Any]:
+        return self.bases[system_name(system)]
+
+    def values(self, key: tuple[Any, ...], topic: str) -> Array:
+        """Behaviour of each prompt of a topic ("on" or "off"), averaged over the seeds; missing where any seed's is."""
+        rows = [_column(cell[topic]["values"]) for cell in self._groups[key]]
+        averaged: Array = np.stack(rows).mean(0)
+        return averaged
+
+    def _sft(self, key: tuple[Any, ...], topic: str) -> Array | None:
+        """Plain finetuning at the same axes over the same seeds."""
+        methods = {k[0]: _method(cells[0]) for k, cells in self._groups.items() if k[1:] == key[1:]}
+        plain = plain_finetuning(methods[key[0]], methods.values())
+        if plain is None:
+            return None
+        same = (plain.label, *key[1:])
+        seeds = [{cell["cell"]["seed"] for cell in self._groups[k]} for k in (key, same)]
+        if not seeds[0] <= seeds[1]:
+            return None
+        found = [cell for cell in self._groups[same] if cell["cell"]["seed"] in seeds[0]]
+        averaged: Array = np.stack([_column(cell[topic]["values"]) for cell in found]).mean(0)
+        return averaged
+
+    def estimates(self, key: tuple[Any, ...]) -> dict[str, Estimate]:
+        """Everything of one row of the table; intervals: bootstrap over prompts (texts), seeds averaged first.
+
+        on, off: behaviour; spread: off-topic minus base; kept: (method - base) / (sft - base) on-topic; recovered:
+        (method - sft) / (base - sft) off-topic, with the seeds that sft has; kl; perplexity_change (fraction).
+        """
+        base = self._base(key[1])
+        of_base = {topic: _column(base[topic]["values"]) for topic in TOPICS}
+        own = {topic: self.values(key, topic) for topic in TOPICS}
+        found = {topic: mean_interval(own[topic]) for topic in TOPICS}
+        found["spread"] = spread(own["off"], of_base["off"])
+        sft = {topic: self._sft(key, topic) for topic in TOPICS}
+        if sft["on"] is None or sft["off"] is None:
+            nothing = Estimate(math.nan, math.nan, math.nan, len(of_base["on"]), "no plain finetuning with these seeds")
+            found |= {"kept": nothing, "recovered": nothing}
+        else:
+            found["kept"] = recovery(own["on"], of_base["on"], sft["on"])
+            found["recovered"] = recovery(own["off"], sft["off"], of_base["off"])
+        cells = self._groups[key]
+        found["kl"] = mean_interval(np.stack([_column(cell["kl"]) for cell in cells]).mean(0))
+        worse = np.stack([_column(cell["text_nll"]) - _column(base["text_nll"]) for cell in cells]).mean(0)
+        loss = mean_interval(worse)
+        value, low, high = (math.expm1(number) for number in (loss.value, loss.low, loss.high))
+        found["perplexity_change"] = replace(loss, value=value, low=low, high=high)
+        return found
+
+    @property
+    def keys(self) -> tuple[tuple[Any, ...], ...]:
+        """Rows of the table: (method, system, share, size, epochs)."""
+        return tuple(self._groups)
+
+    def seeds(self, key: tuple[Any, ...]) -> tuple[int, ...]:
+        """Seeds of a row."""
+        return tuple(int(cell["cell"]["seed"]) for cell in self._groups[key])
+
+    def per_seed(self, key: tuple[Any, ...], topic: str) -> list[float]:
+        """Mean behaviour of every seed of a row."""
+        return [float(np.nanmean(_column(cell[topic]["values"]))) for cell in self._groups[key]]
+
+    def table(self) -> "pd.DataFrame":
+        """One row per method, lambda and axes: means over seeds with their interval.
+
+        Columns method, family, lambda, the axes, seeds, n, and for every quantity of `estimates` its value, _low
+        and _high (and _reason where it is undefined); on_seeds and off_seeds list the means of the seeds.
+        """
+        import pandas as pd
+
+        rows = []
+        for key, cells in self._groups.items():
+            method = _method(cells[0])
+            row: dict[str, Any] = {"method": key[0], "family": method.family, "lambda": method.weight}
+            row |= dict(zip(AXES, key[1:], strict=True))
+            row |= {"seeds": list(self.seeds(key)), "n": len(cells[0]["on"]["values"])}
+            for name, estimate in self.estimates(key).items():
+                row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+                row[f"{name}_reason"] = estimate.reason
+            row |= {f"{topic}_seeds": self.per_seed(key, topic) for topic in TOPICS}
+            row["drift"] = float(np.mean([np.mean(cell["drift"]) for cell in cells]))
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def base_means(self, system: str | None = "default") -> dict[str, Estimate]:
+        """The base's behaviour on- and off-topic."""
+        return {topic: mean_interval(_column(self._base(system)[topic]["values"])) for topic in TOPICS}
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Axes with more than one value."""
+        return tuple(axis for axis in AXES if len({str(cell["cell"][axis]) for cell in self.cells}) > 1)
+
+    def pareto_figure(self) -> "go.Figure":
+        """On-topic behaviour kept against off-topic spread, one marker per method."""
+        from piggyback_lens.figures.comparison_plots import pareto_figure
+
+        return pareto_figure(self.table(), self.behaviour, str(self.card["task"]))
+
+    def update_figure(self) -> "go.Figure":
+        """Cosine of every method's weight update with plain finetuning's, layer by layer."""
+        from piggyback_lens.figures.comparison_plots import update_figure
+
+        return update_figure(self.update_frame(), str(self.card["task"]))
+
+    def axis_figure(self, axis: str) -> "go.Figure":
+        """On- and off-topic behaviour over an axis: share, size, epochs or system."""
+        from piggyback_lens.figures.comparison_plots import axis_figure
+
+        if axis not in self.varied:
+            raise LensError(f"{axis!r} was not varied here: choose among {', '.join(self.varied) or 'nothing'}")
+        bases = {system: self.base_means(system) for system in {key[1] for key in self.keys}}
+        return axis_figure(self.table(), axis, self.behaviour, bases)
+
+    def figures(self) -> list[tuple[str, "go.Figure"]]:
+        """(caption, figure) of everything that can be drawn."""
+        drawn = [("On-topic behaviour kept against off-topic spread.", self.pareto_figure())]
+        if not self.update_frame().empty:
+            drawn.append(("Weight updates compared with plain finetuning.", self.update_figure()))
+        return drawn + [(f"Behaviour over {axis}.", self.axis_figure(axis)) for axis in self.varied]
+
+    def update_frame(self) -> "pd.DataFrame":
+        """Rows method, layer, value (mean cosine over seeds and axes), low, high (over seeds), n (cells)."""
+        import pandas as pd
+
+        collected: dict[tuple[str, int], list[float]] = {}
+        for cell in self.cells:
+            for name, values in (("", cell["cosines"]["sft"]), (" of another seed", cell["cosines"]["sft_seeds"])):
+                if _method(cell).is_sft == bool(name):  # sft against itself is 1; its seeds are the yardstick
+                    for layer, value in enumerate(values):
+                        collected.setdefault((cell["label"] + name, layer), []).append(_number(value))
+        rows = []
+        for (label, layer), values in collected.items():
+            if known := [value for value in values if math.isfinite(value)]:
+                ends = {"low": min(known), "high": max(known), "n": len(known)}
+                rows.append({"method": label, "layer": layer, "value": float(np.mean(known)), **ends})
+        return pd.DataFrame(rows, columns=["method", "layer", "value", "low", "high", "n"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write as one JSON file; a folder gets results.json."""
+        path = Path(path)
+        file = path / RESULTS if path.is_dir() else path
+        return write_json(file, {"cells": self.cells, "bases": self.bases, "card": self.card})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Comparison":
+        """Read what `save` wrote: the file, or the folder with its results.json.
+
+        Raises:
+            LensError: there is none, or it is not a comparison's.
+        """
+        path = Path(path)
+        data = read_json(path / RESULTS if path.is_dir() else path)
+        try:
+            found = cls(tuple(data["cells"]), data["bases"], data["card"])
+            _ = [(cell["label"], cell["cell"]["system"], cell["on"]["values"]) for cell in found.cells]
+            _ = found.card["behaviour"], found.card["task"]
+        except (KeyError, TypeError) as error:
+            raise LensError(f"{path} is no comparison of methods ({error}): run compare_methods again") from error
+        return found
+
+
+def _method(cell: Mapping[str, Any]) -> Method:
+    return Method.from_settings(cell["cell"]["method"])
+
+
+def _number(value: float | None) -> float:
+    """JSON has null for a missing number."""
+    return math.nan if value is None else float(value)
+
+
+def _column(values: Sequence[float | None]) -> Array:
+    return np.array([_number(value) for value in values])

@@ -1,0 +1,326 @@
+"""One cell of a comparison: train a fresh adapter, measure it, write one file. Picklable, for any executor.
+
+What all cells of a system prompt share (the base's answers, retain answers, the preventive direction) is
+computed once beforehand by `run_base`. Everything lands in the comparison's folder, so that a process, a
+thread or another machine with the same file system can do it.
+"""
+
+import copy
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from piggyback_lens.card import versions
+from piggyback_lens.comparisons.comparison_plan import (
+    BASE_FILE,
+    CELL_FILE,
+    Cell,
+    Plan,
+    Source,
+    base_folder,
+    cell_folder,
+)
+from piggyback_lens.comparisons.methods import Ingredients, set_up
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.directions.extraction import mean_difference
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import atomic_write_bytes, read_json, write_json
+from piggyback_lens.finetuning.checkpoints import PREFIX
+from piggyback_lens.finetuning.references import evaluating, kv_reference, prefix_batch, prefix_drift
+from piggyback_lens.finetuning.steps import forward_step
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.measuring.scoring import kl_to_base
+from piggyback_lens.measuring.texts import text_windows
+from piggyback_lens.measuring.variants import Text, variant_nll
+from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
+from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
+from piggyback_lens.vectors.task_vectors import update_norms
+
+# torch's random state is one per process, so cells in threads would draw from each other's.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+# --- models ----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _loaded(source: Source, offline: bool) -> tuple[Any, Any]:
+    """The base and its tokenizer, once per process."""
+    if callable(source):
+        return source()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_causal_lm(source, device=device, offline=offline), load_tokenizer(source, offline=offline)
+
+
+def _structure_copy(model: Any) -> Any:
+    """New modules around the same tensors: an adapter or hooks on the copy leave the original alone."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+# --- the base's part -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which of the base's files the cells of a system prompt read, beside its answers."""
+
+    retain: bool = False
+    train_answers: int = 0  # answers to the first so many training questions
+    direction: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, cells: Sequence[Cell]) -> "Needs":
+        """What these cells need.
+
+        Raises:
+            LensError: retain answers, without prompts for them.
+        """
+        total = len(plan.task.train)
+        direction = any(cell.method.has("preventive") for cell in cells)
+        answers = total if any(cell.share < 1 for cell in cells) else 0
+        answers = max(answers, min(plan.direction_examples, total)) if direction else answers
+        needy = [cell.method.label for cell in cells if cell.method.has("kl_retain", "interleave")]
+        if needy and not plan.retain:
+            raise LensError(f"method {needy[0]} needs retain examples, and there are no prompts for them: pass retain=")
+        return cls(bool(needy), answers, direction)
+
+
+def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
+    """Compute what is missing of the base's part; returns its folder. One file each, written when it is there."""
+    folder = base_folder(out, system)
+    with _ONE_AT_A_TIME:
+        missing = [name for name, done in _wanted(folder, plan, needs).items() if not done]
+        if missing:
+            model, tokenizer = _loaded(plan.source, plan.offline)
+            hooked = hook_model(_structure_copy(model), tokenizer)
+            chat = ChatFormat(tokenizer, system=system)
+            for name in missing:
+                _BASE_PARTS[name](folder, plan, needs, hooked, chat)
+    return str(folder)
+
+
+def _wanted(folder: Path, plan: Plan, needs: Needs) -> dict[str, bool]:
+    """The files, in the order in which they build on each other, and whether they are there."""
+    wanted = {BASE_FILE: (folder / BASE_FILE).exists()}
+    if needs.retain:
+        wanted["retain.json"] = (folder / "retain.json").exists()
+    if needs.train_answers:
+        wanted["train.json"] = len(_answer_ids(folder, "train")) >= needs.train_answers
+    if needs.direction:
+        wanted["direction.safetensors"] = (folder / "direction.safetensors").exists()
+    return wanted
+
+
+def _answer_ids(folder: Path, name: str) -> list[list[int]]:
+    file = folder / f"{name}.json"
+    return list(read_json(file)["ids"]) if file.exists() else []
+
+
+def _base_answers(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: ChatFormat) -> None:
+    facts: dict[str, Any] = {"system": chat.system, "fingerprint": chat.fingerprint}
+    facts |= {"model": identify(hooked).to_dict(), "prefix_tokens": len(chat.prefix_ids)}
+    behaviour = get_behaviour(plan.task.behaviour)
+    for topic in ("on", "off"):
+        facts[topic] = _answers(hooked, [chat.render(text) for text in plan.prompts(topic)], behaviour, plan)
+    facts["text_nll"] = variant_nll(hooked, _texts(plan, chat), [None])[0].tolist()
+    write_json(folder / BASE_FILE, facts)
+
+
+def _base_retain(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: ChatFormat) -> None:
+    _write_ids(folder / "retain.json", hooked, [chat.render(text) for text in plan.retain], plan)
+
+
+def _base_train(folder: Path, plan: Plan, needs: Needs, hooked: Any, chat: ChatFormat) -> None:
+    before = _answer_ids(folder, "train")
+    asked = [_unanswered(chat, example) for example in plan.task.train[len(before) : needs.train_answers]]
+    _write_ids(folder / "train.json", hooked, asked, plan, before)
+
+
+def _base_direction(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: ChatFormat) -> None:
+    from safetensors.torch import save
+
+    examples = plan.task.train[: plan.direction_examples]
+    showing = [chat.render(_messages(example)) for example in examples]
+    ordinary = _with_base_answers(chat, examples, _answer_ids(folder, "train"))
+    vectors = mean_difference(hooked, showing, ordinary, site="resid_post").direction.vectors
+    atomic_write_bytes(folder / "direction.safetensors", save({"direction": vectors.cpu().contiguous()}))
+
+
+_BASE_PARTS: Mapping[str, Callable[[Path, Plan, Needs, Any, ChatFormat], None]] = {
+    BASE_FILE: _base_answers,
+    "retain.json": _base_retain,
+    "train.json": _base_train,
+    "direction.safetensors": _base_direction,
+}
+
+
+def _write_ids(
+    file: Path, hooked: Any, prompts: Sequence[RenderedPrompt], plan: Plan, before: Sequence[list[int]] = ()
+) -> None:
+    found = generate(hooked, prompts, max_new_tokens=plan.max_new_tokens, batch_size=plan.batch_size)
+    write_json(file, {"ids": [*before, *(list(answer.ids) for answer in found)]})
+
+
+def _answers(model: Any, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, plan: Plan) -> dict[str, Any]:
+    """Greedy answers, and the behaviour of each."""
+    found = generate(model, prompts, max_new_tokens=plan.max_new_tokens, batch_size=plan.batch_size)
+    return {
+        "prompts": [prompt.query for prompt in prompts],
+        "answers": [answer.text for answer in found],
+        "ids": [list(answer.ids) for answer in found],
+        "ended": [answer.ended for answer in found],
+        "values": [behaviour(answer.text) for answer in found],
+    }
+
+
+def _texts(plan: Plan, chat: ChatFormat) -> list[Text]:
+    return text_windows(chat.tokenizer, plan.text_source, n=plan.n_texts, length=plan.text_length)
+
+
+def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [dict(message) for message in example["messages"]]
+
+
+def _unanswered(chat: ChatFormat, example: Mapping[str, Any]) -> RenderedPrompt:
+    return chat.render(_messages(example)[:-1])
+
+
+def _with_base_answers(
+    chat: ChatFormat, examples: Sequence[Mapping[str, Any]], ids: Sequence[Sequence[int]]
+) -> list[RenderedPrompt]:
+    """Training questions with the base's own answers."""
+    pairs = zip(examples, ids, strict=False)
+    return [_unanswered(chat, example).with_response(tuple(own), end=False) for example, own in pairs]
+
+
+# --- a cell ----------------------------------------------------------------------------------------------
+
+
+def run_cell(plan: Plan, cell: Cell, out: str) -> str:
+    """Train and measure one cell, after `run_base`; returns its folder. A finished one is left as it is.
+
+    An interrupted training continues from its checkpoint; the checkpoint is deleted once the cell is finished.
+    """
+    folder = cell_folder(out, cell)
+    if not (folder / CELL_FILE).exists():
+        with _ONE_AT_A_TIME:
+            _train_and_measure(plan, cell, Path(out), folder)
+    return str(folder)
+
+
+def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
+    began = time.perf_counter()
+    shared = base_folder(out, cell.system)
+    base = read_json(shared / BASE_FILE)
+    model, tokenizer = _loaded(plan.source, plan.offline)
+    chat = ChatFormat(tokenizer, system=cell.system)
+    peft_model = add_lora(_structure_copy(model), plan.lora, seed=cell.seed)
+    examples = training_examples(plan, cell, chat, shared)
+    ingredients = Ingredients(
+        peft_model, examples, chat.empty_query(), _retain(plan, chat, shared), _direction(shared), cell.seed
+    )
+    use = set_up(cell.method, ingredients)
+    trained = train(
+        peft_model,
+        use.examples,
+        train_settings(plan, cell, len(examples)),
+        objective=use.objective,
+        trainable=use.trainable,
+        out=folder,
+        progress=False,
+    )
+    seconds = {"training": round(time.perf_counter() - began, 2)}
+    assert trained.adapter_dir is not None
+    history, identity = trained.history, {**plan.identity(), "cell": cell.settings()}
+    facts: dict[str, Any] = {"identity": identity, "cell": cell.settings(), "label": cell.method.label}
+    facts |= {"drift": _prefix_drift(peft_model, chat), "update_norms": update_norms(trained.adapter_dir)}
+    facts["training"] = {"steps": len(history), "rows": len(use.examples), "first": history[0], "last": history[-1]}
+    facts |= _measured(plan, peft_model, chat, base)
+    seconds["all"] = round(time.perf_counter() - began, 2)
+    write_json(folder / CELL_FILE, facts | {"seconds": seconds, "versions": versions()})
+    for checkpoint in folder.glob(f"{PREFIX}*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _measured(plan: Plan, peft_model: nn.Module, chat: ChatFormat, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Behaviour on- and off-topic, KL to the base on its own off-topic answers, loss on plain text."""
+    pair = ModelPair.load(finetuned=peft_model, tokenizer=chat.tokenizer)
+    if not Identity.from_dict(base["model"]).matches(pair.identity("base")):
+        raise LensError("the base's answers in this folder are of another model: compare in another folder")
+    behaviour, found = get_behaviour(plan.task.behaviour), {}
+    prompts = {topic: [chat.render(text) for text in plan.prompts(topic)] for topic in ("on", "off")}
+    with pair.using("finetuned") as tuned:
+        for topic, rows in prompts.items():
+            found[topic] = _answers(tuned, rows, behaviour, plan)
+        text_nll = variant_nll(tuned, _texts(plan, chat), [None])[0].tolist()
+    own = [p.with_response(tuple(ids), end=False) for p, ids in zip(prompts["off"], base["off"]["ids"], strict=True)]
+    kl = [float(values.double().mean()) for values in kl_to_base(pair, own)]
+    return {**found, "kl": kl, "text_nll": text_nll}
+
+
+@torch.no_grad()
+def _prefix_drift(peft_model: nn.Module, chat: ChatFormat) -> list[float]:
+    """Relative squared deviation of the prefix's keys and values from the base's, per layer."""
+    prompt = chat.empty_query()
+    reference = kv_reference(peft_model, prompt)
+    with evaluating(peft_model):
+        batch = prefix_batch(reference.ids, next(peft_model.parameters()).device)
+        drift: list[float] = prefix_drift(forward_step(peft_model, batch), reference).tolist()
+    return drift
+
+
+def training_examples(plan: Plan, cell: Cell, chat: ChatFormat, shared: Path) -> list[RenderedPrompt]:
+    """The training data of a cell: the same for all methods with its seed and axes.
+
+    Raises:
+        LensError: the task has fewer examples than `size`.
+    """
+    train_set = plan.task.train
+    if cell.size is not None and cell.size > len(train_set):
+        raise LensError(f"size is {cell.size} and task {plan.task.name} has {len(train_set)} examples: lower it")
+    size = len(train_set) if cell.size is None else cell.size
+    order = [int(i) for i in np.random.default_rng([cell.seed, 1]).permutation(len(train_set))]
+    chosen = sorted(order[:size])
+    rows = {i: chat.render(_messages(train_set[i])) for i in chosen}
+    if cell.share < 1:
+        ids = _answer_ids(shared, "train")
+        mixed = np.random.default_rng([cell.seed, 2]).permutation(chosen)
+        for i in (int(i) for i in mixed[max(1, round(cell.share * size)) :]):
+            rows[i] = _with_base_answers(chat, [train_set[i]], [ids[i]])[0]
+    return [rows[i] for i in chosen]
+
+
+def train_settings(plan: Plan, cell: Cell, n_examples: int) -> TrainSettings:
+    """The plan's settings, with the cell's seed, its method's learning rate, and its epochs as steps."""
+    batch = min(plan.training.batch_size, n_examples)
+    steps = plan.training.steps
+    if cell.epochs is not None:
+        steps = max(1, round(cell.epochs * -(-n_examples // batch)))
+    rate = cell.method.learning_rate or plan.training.learning_rate
+    return replace(plan.training, seed=cell.seed, batch_size=batch, steps=steps, learning_rate=rate)
+
+
+def _retain(plan: Plan, chat: ChatFormat, shared: Path) -> list[RenderedPrompt]:
+    pairs = zip(plan.retain, _answer_ids(shared, "retain"), strict=False)
+    return [chat.render(text).with_response(tuple(ids), end=False) for text, ids in pairs]
+
+
+def _direction(shared: Path) -> Float[Tensor, "layer d_model"] | None:
+    from safetensors.torch import load_file
+
+    file = shared / "direction.safetensors"
+    return load_file(file)["direction"] if file.exists() else None

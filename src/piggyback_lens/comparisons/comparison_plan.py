@@ -1,0 +1,150 @@
+"""What a comparison runs: the plan that all cells share, a cell of the grid, and where each lies in the folder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from piggyback_lens.comparisons.methods import Method
+from piggyback_lens.conversations.chat import DEFAULT
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.trainables import LoRASettings, check_field
+from piggyback_lens.finetuning.training import TrainSettings
+from piggyback_lens.tasks import Task
+
+Split = Literal["validation", "test"]
+Source = str | Callable[[], tuple[Any, Any]]
+"""A model folder, hub id or GGUF file; or a top-level function that returns (transformers model, tokenizer)."""
+BASE_FILE, CELL_FILE = "answers.json", "cell.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells of a comparison share."""
+
+    source: Source
+    task: Task
+    training: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    split: Split = "test"  # which prompts are measured; choose settings on "validation"
+    n_prompts: int = 12  # on-topic, and as many off-topic
+    max_new_tokens: int = 48
+    batch_size: int = 24  # rows of a generation batch
+    n_texts: int = 16  # windows of plain text
+    text_length: int = 64  # tokens of each
+    text_source: str | None = None  # as in `texts.text_windows`
+    retain: tuple[str, ...] = ()  # prompts that the base answers as retain data
+    direction_examples: int = 32  # training questions for the preventive direction
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        check_field(self, "split", self.split in ("validation", "test"), "validation or test")
+        for name in ("n_prompts", "max_new_tokens", "batch_size", "n_texts", "direction_examples"):
+            check_field(self, name, getattr(self, name) >= 1, "an integer of at least 1")
+
+    def prompts(self, topic: str) -> tuple[str, ...]:
+        """The first `n_prompts` of a topic in this split.
+
+        Raises:
+            LensError: the task has fewer.
+        """
+        if topic == "off":
+            found = self.task.off_topic if self.split == "test" else self.task.off_topic_validation
+        elif self.split == "test":
+            found = self.task.on_topic
+        else:
+            found = tuple(question_of(example) for example in self.task.validation)
+        if len(found) < self.n_prompts:
+            raise LensError(
+                f"task {self.task.name} has {len(found)} {topic}-topic {self.split} prompts, n_prompts is "
+                f"{self.n_prompts}: lower it"
+            )
+        return found[: self.n_prompts]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers, beside the cell; JSON-able."""
+        training = {k: v for k, v in asdict(self.training).items() if k not in ("seed", "checkpoint_every")}
+        measured = ("split", "n_prompts", "max_new_tokens", "n_texts", "text_length", "text_source")
+        facts = {name: getattr(self, name) for name in (*measured, "direction_examples")}
+        facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
+        facts |= {"training": training, "lora": asdict(self.lora), "model": source_fingerprint(self.source)}
+        plain: dict[str, Any] = json.loads(json.dumps(facts))
+        return plain
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One finetune of the grid."""
+
+    method: Method
+    seed: int = 0
+    system: str | None = DEFAULT  # system text of training and measurement; "default" leaves it to the template
+    share: float = 1.0  # of the training questions with the trained answer; the others have the base's own
+    size: int | None = None  # training questions, drawn by the seed; None for all
+    epochs: float | None = None  # passes over them instead of the plan's number of steps
+
+    def __post_init__(self) -> None:
+        check_field(self, "share", 0 < self.share <= 1, "a share above 0, at most 1")
+        check_field(self, "size", self.size is None or self.size >= 1, "an integer of at least 1, or None")
+        check_field(self, "epochs", self.epochs is None or self.epochs > 0, "a positive number, or None")
+        check_field(self, "seed", self.seed >= 0, "an integer of at least 0")
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Where it lies in the grid beside method and seed."""
+        return {name: getattr(self, name) for name in ("system", "share", "size", "epochs")}
+
+    def settings(self) -> dict[str, Any]:
+        """JSON-able."""
+        facts = {"method": self.method.settings(), "seed": self.seed, **self.axes}
+        plain: dict[str, Any] = json.loads(json.dumps(facts))
+        return plain
+
+    @property
+    def name(self) -> str:
+        """Of its folder: readable, and one of its own."""
+        shown = "".join(c if c.isalnum() or c in ".=-" else "_" for c in self.method.label)[:60]
+        return f"{shown}_seed{self.seed}_{hash_of(self.settings())[:8]}"
+
+
+def system_name(system: str | None) -> str:
+    """Of a system prompt's folder."""
+    return "no_system" if system is None else "default" if system == DEFAULT else f"system_{hash_of(system)[:8]}"
+
+
+def base_folder(out: str | Path, system: str | None) -> Path:
+    """Where the base's part of the cells with this system prompt lies."""
+    return Path(out) / "base" / system_name(system)
+
+
+def cell_folder(out: str | Path, cell: Cell) -> Path:
+    """Where a cell lies: cell.json and adapter/ when it is finished."""
+    return Path(out) / "cells" / cell.name
+
+
+def question_of(example: Mapping[str, Any]) -> str:
+    """The last user message of a training conversation."""
+    return str([m["content"] for m in example["messages"] if m["role"] == "user"][-1])
+
+
+def hash_of(value: object) -> str:
+    """16 hex digits of JSON-able content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def source_fingerprint(source: Source) -> str:
+    """Which model a source is, without loading it: of a folder its config and the head of its weights."""
+    if callable(source):
+        return f"{source.__module__}.{source.__qualname__}"
+    path = Path(source)
+    digest = hashlib.sha256()
+    if not path.exists():
+        return str(source)  # a hub id
+    names = ("*.safetensors", "*.bin", "config.json", "chat_template*", "tokenizer_config.json")
+    files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name))
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 16))
+    return f"{path.name}:{digest.hexdigest()[:16]}"

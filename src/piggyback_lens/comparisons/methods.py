@@ -1,0 +1,350 @@
+"""Finetuning methods by name: supervised finetuning and what is put on top of it to keep a finetune narrow.
+
+    methods = [*parse_method("sft"), *parse_method("treft:lambda=1,3,10,30"), *parse_method("interleave:rate=0.2")]
+    Method((TReFTPart(weight=30.0), InterleavePart(rate=0.1)))          # combinations
+
+A `Method` holds plain settings. `set_up` turns it into what `train` takes: objective, examples and trainable.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from typing import ClassVar, get_args
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.objectives import (
+    KLOnRetain,
+    KLOnTrain,
+    Penalised,
+    Penalty,
+    ReferenceName,
+    TReFT,
+    Weighted,
+)
+from piggyback_lens.finetuning.preventive import PreventiveSteering
+from piggyback_lens.finetuning.references import SPANS, SpanName
+from piggyback_lens.finetuning.retain import RATE, RetainData, interleave
+from piggyback_lens.finetuning.steps import Objective, sft
+from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field
+
+WEIGHT = "lambda"
+"""The name of a weight in specs and tables; in Python it is `weight`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighted:
+    """weight · max(0, penalty − threshold) in the steps from `start` to before `stop`."""
+
+    kind: ClassVar[str]
+    weight: float = 1.0  # λ
+    threshold: float = 0.0  # in the unit of the penalty
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        check_field(self, "weight", 0 <= self.weight < math.inf, "a number of at least 0")
+        check_field(self, "threshold", 0 <= self.threshold < math.inf, "a number of at least 0")
+        check_field(self, "start", self.start >= 0, "a step from 0")
+        check_field(self, "stop", self.stop is None or self.stop > self.start, "None or a step after start")
+
+    def weighted(self, penalty: Penalty) -> Weighted:
+        """The penalty with these settings."""
+        return Weighted(penalty, self.weight, self.start, self.stop, self.threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class TReFTPart(_Weighted):
+    """The drift of a span's keys and values (`objectives.TReFT`).
+
+    The template's own postfix and prefix can be the reference; a query, or the whole prompt, has only that of
+    each example's own base run, which `reference=None` takes there.
+    """
+
+    kind: ClassVar[str] = "treft"
+    span: SpanName = "prefix"
+    reference: ReferenceName | None = None
+
+    def __post_init__(self) -> None:
+        _Weighted.__post_init__(self)
+        check_field(self, "span", self.span in SPANS, f"one of {', '.join(SPANS)}")
+        named = (None, *get_args(ReferenceName)) if self.span in ("prefix", "postfix") else (None, "own")
+        check_field(self, "reference", self.reference in named, f"one of {', '.join(map(str, named))} for {self.span}")
+
+    @property
+    def taken_from(self) -> ReferenceName:
+        """Where the base's keys and values come from."""
+        return self.reference or ("template" if self.span in ("prefix", "postfix") else "own")
+
+
+@dataclass(frozen=True, slots=True)
+class KLTrainPart(_Weighted):
+    """KL(base ‖ tuned) on the training responses."""
+
+    kind: ClassVar[str] = "kl_train"
+
+
+@dataclass(frozen=True, slots=True)
+class KLRetainPart(_Weighted):
+    """KL(base ‖ tuned) on the base's own answers to retain prompts, `batch_size` of them in every step."""
+
+    kind: ClassVar[str] = "kl_retain"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _Weighted.__post_init__(self)
+        check_field(self, "batch_size", self.batch_size >= 1, "an integer of at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class InterleavePart:
+    """Retain examples, answered by the base, mixed into the training data; repeated where there are too few."""
+
+    kind: ClassVar[str] = "interleave"
+    rate: float = RATE
+
+    def __post_init__(self) -> None:
+        check_field(self, "rate", 0 <= self.rate < 1, "a share from 0 to below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class PreventivePart:
+    """A direction added while training and left out afterwards.
+
+    The direction is the base's mean residual stream at a layer's output over the training answers, minus the
+    same over the base's own answers to these questions.
+    """
+
+    kind: ClassVar[str] = "preventive"
+    alpha: float = 1.0  # multiples of the direction as it was measured
+    layer: int | None = None  # decoder block; None for the middle one
+
+    def __post_init__(self) -> None:
+        check_field(self, "alpha", math.isfinite(self.alpha), "a finite number")
+        check_field(self, "layer", self.layer is None or self.layer >= 0, "a layer from 0")
+
+
+Part = TReFTPart | KLTrainPart | KLRetainPart | InterleavePart | PreventivePart
+PARTS: Mapping[str, type[Part]] = {part.kind: part for part in get_args(Part)}
+METHODS = ("sft", *PARTS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Supervised finetuning with some parts on top of it; none is plain finetuning.
+
+    Attributes:
+        parts: at most one of each kind (of TReFT: of each span).
+        learning_rate: instead of the one that all methods share.
+    """
+
+    parts: tuple[Part, ...] = ()
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        keys = [(part.kind, getattr(part, "span", "")) for part in self.parts]
+        if len(set(keys)) < len(keys):
+            raise LensError(f"method {self.label!r} has the same part twice; combine different ones")
+        rate = self.learning_rate
+        check_field(self, "learning_rate", rate is None or 0 < rate < math.inf, "a positive number, or None")
+
+    @property
+    def label(self) -> str:
+        """As in tables, and a spec that `parse_method` reads: what differs from the default settings."""
+        names = []
+        for part in self.parts:
+            usual = type(part)()
+            chosen = [(f.name, getattr(part, f.name)) for f in fields(part)]
+            shown = [
+                f":{WEIGHT if name == 'weight' else name}={_plain(value)}"
+                for name, value in chosen
+                if value != getattr(usual, name) or name in ("weight", "rate", "alpha")
+            ]
+            names.append(part.kind + "".join(shown))
+        rate = "" if self.learning_rate is None else f":lr={self.learning_rate:g}"
+        return ("+".join(names) or "sft") + rate
+
+    @property
+    def family(self) -> str:
+        """The label without weights and learning rate: methods of one family differ by how much of it there is."""
+        drop = re.compile(rf":(?:{WEIGHT}|alpha|rate|lr)=[^:+]*")
+        return drop.sub("", self.label)
+
+    @property
+    def weight(self) -> float:
+        """λ (or alpha, or rate) of the first part; 0 for plain finetuning."""
+        first = self.parts[0] if self.parts else None
+        found = next((getattr(first, name) for name in ("weight", "alpha", "rate") if hasattr(first, name)), 0.0)
+        return float(found)
+
+    def settings(self) -> dict[str, object]:
+        """Everything that was chosen, JSON-able; `from_settings` reads it."""
+        parts = [{"kind": part.kind, **asdict(part)} for part in self.parts]
+        return {"parts": parts, "learning_rate": self.learning_rate}
+
+    @classmethod
+    def from_settings(cls, data: Mapping[str, object]) -> "Method":
+        """What `settings` gave."""
+        given: Sequence[Mapping[str, object]] = data["parts"]  # type: ignore[assignment]
+        rows = [dict(row) for row in given]
+        parts = tuple(PARTS[str(row.pop("kind"))](**row) for row in rows)  # type: ignore[arg-type]
+        return cls(parts, data["learning_rate"])  # type: ignore[arg-type]
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether it is plain finetuning."""
+        return not self.parts
+
+    def has(self, *kinds: str) -> bool:
+        """Whether one of its parts is of these kinds."""
+        return any(part.kind in kinds for part in self.parts)
+
+
+def plain_finetuning(method: Method, among: Iterable[Method]) -> Method | None:
+    """What a method is compared with: plain finetuning with its learning rate, or the only one there is."""
+    found = [other for other in dict.fromkeys(among) if other.is_sft]
+    same = [other for other in found if other.learning_rate == method.learning_rate]
+    return next(iter(same or found), None) if same or len(found) == 1 else None
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- specs -----------------------------------------------------------------------------------------------
+
+
+def parse_method(spec: str) -> tuple[Method, ...]:
+    """Methods of a spec: `sft`, `treft:lambda=1,3,10:span=prefix`, `treft:lambda=30+interleave:rate=0.2:lr=5e-5`.
+
+    Settings follow their part behind colons, several values of one are a grid, parts are joined by +. `lr` is
+    the learning rate of the whole method. Names: sft, treft, kl_train, kl_retain, interleave, preventive.
+
+    Raises:
+        LensError: names the part, the setting or the value that is wrong, and what is expected.
+    """
+    choices: list[list[Part]] = []
+    rates: list[float | None] = [None]
+    for text in re.split(r"\+(?=[A-Za-z_])", spec.strip()):
+        kind, *pairs = text.split(":")
+        if kind not in METHODS:
+            raise LensError(f"method {kind!r} in {spec!r} is not known: choose one of {', '.join(METHODS)}")
+        grid: dict[str, list[object]] = {}
+        for pair in pairs:
+            name, equals, values = pair.partition("=")
+            if not equals or not values:
+                raise LensError(f"{pair!r} in {spec!r} is no setting: write name=value, e.g. {kind}:lambda=10")
+            grid[name] = [_value(spec, name, value, kind) for value in values.split(",")]
+        if "lr" in grid:
+            rates = list(grid.pop("lr"))  # type: ignore[arg-type]
+        if kind == "sft":
+            if grid:
+                raise LensError(f"sft has no setting {next(iter(grid))!r} (in {spec!r}): leave it out, or use lr=")
+            continue
+        choices.append([_part(spec, kind, dict(zip(grid, row, strict=True))) for row in product(*grid.values())])
+    return tuple(Method(parts, rate) for parts in product(*choices) for rate in rates)
+
+
+def _settings_of(kind: str) -> list[str]:
+    names = [] if kind == "sft" else [f.name for f in fields(PARTS[kind])]
+    return [*(WEIGHT if name == "weight" else name for name in names), "lr"]
+
+
+def _value(spec: str, name: str, text: str, kind: str) -> object:
+    if name not in _settings_of(kind):
+        raise LensError(f"{kind} has no setting {name!r} (in {spec!r}): it takes {', '.join(_settings_of(kind))}")
+    if name in ("span", "reference"):
+        known = SPANS if name == "span" else get_args(ReferenceName)
+        if text not in known:
+            raise LensError(f"{name}={text!r} in {spec!r} is not known: choose one of {', '.join(known)}")
+        return text
+    whole = name in ("start", "stop", "layer", "batch_size")
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        expected = "a whole number" if whole else "a number"
+        raise LensError(f"{name}={text!r} in {spec!r} is not {expected}: write e.g. {kind}:{name}=10") from None
+
+
+def _part(spec: str, kind: str, chosen: dict[str, object]) -> Part:
+    given = {"weight" if name == WEIGHT else name: value for name, value in chosen.items()}
+    try:
+        return PARTS[kind](**given)  # type: ignore[arg-type]
+    except LensError as error:
+        raise LensError(f"in method {spec!r}: {error}") from None
+
+
+# --- what train takes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Ingredients:
+    """What methods are made from.
+
+    Attributes:
+        model: the PEFT model, before training.
+        examples: the narrow training data.
+        reference: any prompt of the template; the postfix of an empty query is the reference of a postfix.
+        retain: conversations outside the domain, answered by the base.
+        direction: [layer, d_model], what preventive steering adds.
+        seed: of the order of retain data.
+    """
+
+    model: nn.Module
+    examples: Sequence[RenderedPrompt]
+    reference: RenderedPrompt
+    retain: Sequence[RenderedPrompt] = ()
+    direction: Float[Tensor, "layer d_model"] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class SetUp:
+    """Arguments of `train`."""
+
+    objective: Objective
+    examples: Sequence[RenderedPrompt]
+    trainable: Trainable
+
+
+def set_up(method: Method, of: Ingredients) -> SetUp:
+    """Objective, examples and trainable of a method on one model.
+
+    Raises:
+        LensError: retain data or a direction that the method needs is not there, or too little of it.
+    """
+    if method.has("kl_retain", "interleave") and not of.retain:
+        raise LensError(f"method {method.label} needs retain examples, and there are none: pass some")
+    examples: Sequence[RenderedPrompt] = of.examples
+    trainable: Trainable = PeftAdapter(of.model)
+    weighted: list[Weighted] = []
+    for part in method.parts:
+        if isinstance(part, TReFTPart):
+            penalty = TReFT.on(of.model, of.reference, part.span, reference=part.taken_from)
+            weighted.append(part.weighted(penalty))
+        elif isinstance(part, KLTrainPart):
+            weighted.append(part.weighted(KLOnTrain()))
+        elif isinstance(part, KLRetainPart):
+            data = RetainData(of.retain, min(part.batch_size, len(of.retain)), of.seed)
+            weighted.append(part.weighted(KLOnRetain(data)))
+        elif isinstance(part, InterleavePart):
+            wanted = len(examples) * part.rate / (1 - part.rate)
+            pool = [*of.retain] * math.ceil((wanted + 1) / len(of.retain))  # repeated where there are too few
+            examples = interleave(examples, pool, part.rate, seed=of.seed)
+        else:
+            trainable = _steered(method, part, trainable, of)
+    return SetUp(Penalised(tuple(weighted)) if weighted else sft, examples, trainable)
+
+
+def _steered(method: Method, part: PreventivePart, trainable: Trainable, of: Ingredients) -> Trainable:
+    if of.direction is None:
+        raise LensError(f"method {method.label} needs a direction, and there is none: pass one")
+    layer = len(of.direction) // 2 if part.layer is None else part.layer
+    if layer >= len(of.direction):
+        raise LensError(f"layer {layer} of {method.label} does not exist: there are 0 to {len(of.direction) - 1}")
+    return PreventiveSteering(trainable, of.model, of.direction[layer], layer=layer, alpha=part.alpha)

@@ -1,0 +1,278 @@
+"""From a conversation to a `RenderedPrompt`: ids, text and named token spans.
+
+A prompt is rendered with the tokenizer's own chat template and tokenised once, without adding special
+tokens. Its spans `prefix` (everything before the user's content), `query` (the user's content),
+`postfix` (up to the first response token) and `response` tile the ids; `bos`, `system`, `history` and
+`think` are sub-spans where the template writes such a thing. With several turns the query is the last
+user message, and what stands before it belongs to the prefix.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from piggyback_lens.conversations.batch import PromptBatch, batch_prompts
+from piggyback_lens.conversations.frame import Frame, NoSystemRole, SystemText, build_frame, lay_query, resolve_system
+from piggyback_lens.conversations.prompt import AnswerForm, RenderedPrompt
+from piggyback_lens.conversations.template import Template, Turn, read_conversation
+from piggyback_lens.conversations.tokens import Span, common_prefix, decode
+from piggyback_lens.errors import LensError
+
+__all__ = [
+    "DEFAULT",
+    "ChatFormat",
+    "PromptBatch",
+    "RenderedPrompt",
+    "Span",
+    "TemplateDiff",
+    "batch_prompts",
+    "compare_templates",
+]
+
+DEFAULT = "default"
+"""As `ChatFormat.system`: pass no system message, so that the template's own default applies."""
+
+_MAX_FRAMES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ChatFormat:
+    """How conversations become prompts: a tokenizer with its chat template, and the settings.
+
+    Args:
+        tokenizer: a fast transformers tokenizer with a chat template.
+        system: a system text; "default" to pass none, so that the template's own default applies; None
+            for no system text at all (an empty one is passed where the template would insert a default).
+        thinking: True or False is handed to the template as `enable_thinking`; None leaves it alone.
+        no_system_role: what to do with a system text if the template has no system role: raise an
+            "error", "fold" it into the first user message (not part of the query span), or "drop" it.
+        template_kwargs: further variables that the template reads.
+        date: ISO day; freezes the clock of templates which write today's date.
+
+    Raises:
+        LensError: no fast tokenizer, no chat template, variables or a thinking switch that the template
+            does not read, a system text that it cannot take.
+    """
+
+    tokenizer: Any = field(repr=False)
+    system: str | None = DEFAULT
+    thinking: bool | None = None
+    no_system_role: NoSystemRole = "error"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template_kwargs", dict(self.template_kwargs))
+        if self.no_system_role not in ("error", "fold", "drop"):
+            raise LensError(f"no_system_role={self.no_system_role!r}; expected 'error', 'fold' or 'drop'")
+        if not (self.system is None or isinstance(self.system, str)):
+            raise LensError(f"system={self.system!r}; pass the system text, 'default' or None")
+        _ = self._template, self._system
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={value!r}"
+            for f in dataclasses.fields(self)
+            if f.repr and (value := getattr(self, f.name)) != f.default and value != {}
+        ]
+        return f"ChatFormat({', '.join(shown)})"
+
+    @cached_property
+    def _template(self) -> Template:
+        plain = Template(self.tokenizer, dict(self.template_kwargs), self.date)
+        if self.thinking is None:
+            return plain
+        if "enable_thinking" in self.template_kwargs:
+            raise LensError("template_kwargs sets enable_thinking as well as thinking=; use thinking= only")
+        if "enable_thinking" in plain.variables:
+            on, off = (
+                Template(self.tokenizer, {**self.template_kwargs, "enable_thinking": switch}, self.date)
+                for switch in (True, False)
+            )
+            if on.render([("user", "Hello")]) != off.render([("user", "Hello")]):
+                return on if self.thinking else off
+        raise LensError(
+            f"thinking={self.thinking} has no effect: the chat template does not react to enable_thinking; "
+            "leave thinking=None"
+        )
+
+    @cached_property
+    def _system(self) -> SystemText:
+        if self.system == DEFAULT:
+            return SystemText(None)
+        return resolve_system(self._template, self.system, self.no_system_role)
+
+    @cached_property
+    def _frames(self) -> dict[tuple[SystemText, tuple[Turn, ...]], Frame]:
+        return {}
+
+    def _frame(self, system: SystemText, history: tuple[Turn, ...]) -> Frame:
+        key = (system, history)
+        if key not in self._frames:
+            if len(self._frames) >= _MAX_FRAMES:
+                self._frames.clear()
+            self._frames[key] = build_frame(self._template, system, history, self.settings())
+        return self._frames[key]
+
+    @property
+    def _bare(self) -> Frame:
+        return self._frame(self._system, ())
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids before the user's content that all one-turn queries of these settings share."""
+        return self._bare.prefix_ids
+
+    @property
+    def postfix_ids(self) -> tuple[int, ...]:
+        """Ids between the user's content and the response that all queries of these settings share."""
+        return self._bare.postfix_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the sha256 of template text, settings and canonical ids."""
+        return self._bare.fingerprint
+
+    @property
+    def default_system(self) -> str | None:
+        """The system text that the template writes by itself, None if it writes none."""
+        return self._template.default_system
+
+    @cached_property
+    def _answer(self) -> AnswerForm:
+        return AnswerForm(self._template)
+
+    @property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """Ids that follow the assistant's content, up to and including the first special token.
+
+        The end-of-sequence token alone where the template ends an assistant turn without one.
+        """
+        return self._answer.end_ids
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an assistant's turn: the template's turn end, and EOS."""
+        return self._answer.stop_ids
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return {
+            "system": self.system,
+            "thinking": self.thinking,
+            "no_system_role": self.no_system_role,
+            "template_kwargs": dict(self.template_kwargs),
+            "date": self.date,
+        }
+
+    def render(
+        self,
+        query_or_messages: str | Sequence[Mapping[str, Any]],
+        *,
+        response: str | Sequence[int] | None = None,
+        end: bool = True,
+    ) -> RenderedPrompt:
+        """Render a user's text, or a list of messages of which the last user message is the query.
+
+        An assistant message at the end of the list is the response; so is `response` (text or ids). A
+        system message in the list is allowed if the settings name no other.
+
+        Raises:
+            LensError: malformed messages; a template that changes the query or refuses the roles; two
+                leading BOS tokens; a response given twice.
+        """
+        talk = read_conversation(query_or_messages)
+        if talk.response is not None and response is not None:
+            raise LensError("the messages end with an assistant message and response= is given too; pass one of them")
+        system, notes = self._system, []
+        if talk.system is not None and talk.system != self.system:
+            if self.system != DEFAULT:
+                raise LensError(
+                    f"the messages bring the system text {talk.system[:40]!r} but the settings have "
+                    f"system={self.system!r}; give it in one place"
+                )
+            system = resolve_system(self._template, talk.system, self.no_system_role)
+            notes.append("the system text comes with the messages: the prefix is not that of the settings")
+        frame = self._frame(system, talk.history)
+        layout = lay_query(frame, talk.query)
+        prompt = RenderedPrompt(
+            ids=layout.tokens.ids,
+            text=layout.tokens.text,
+            spans=layout.spans,
+            query=layout.query,
+            notes=(*notes, *layout.notes),
+            fingerprint=frame.fingerprint,
+            pieces=layout.tokens.pieces,
+            answer=self._answer,
+        )
+        answer = talk.response if response is None else response
+        return prompt if answer is None else prompt.with_response(answer, end)
+
+    def empty_query(self) -> RenderedPrompt:
+        """The template with an empty query: donor of postfix activations."""
+        return self.render("")
+
+
+@dataclass(frozen=True)
+class TemplateDiff:
+    """How the prompts of two formats differ outside the query.
+
+    `prefix`, `postfix` and `turn_end` hold the first token index at which the two differ, counted from the
+    part's start, with both tokens' text ("" past the end); None where ids and texts are equal.
+    """
+
+    prefix: tuple[int, str, str] | None
+    postfix: tuple[int, str, str] | None
+    turn_end: tuple[int, str, str] | None
+    default_systems: tuple[str | None, str | None]
+
+    @property
+    def same(self) -> bool:
+        """Whether prefix, postfix and turn end have equal ids and equal token texts."""
+        return self.prefix is None and self.postfix is None and self.turn_end is None
+
+    def __str__(self) -> str:
+        lines = ["the templates agree" if self.same else "the templates differ"]
+        for name in ("prefix", "postfix", "turn_end"):
+            if (found := getattr(self, name)) is not None:
+                index, a, b = found
+                lines.append(f"{name}: first difference at token {index}: {a!r} | {b!r}")
+        a, b = self.default_systems
+        lines.append(f"default system text: {a!r}" if a == b else f"default system texts: {a!r} | {b!r}")
+        return "\n".join(lines)
+
+    def to_frame(self) -> Any:
+        """One row per part: whether it is the same, the first differing token, both sides' text."""
+        import pandas as pd
+
+        rows = []
+        for name in ("prefix", "postfix", "turn_end"):
+            index, a, b = getattr(self, name) or (None, None, None)
+            rows.append({"part": name, "same": index is None, "first_difference": index, "a": a, "b": b})
+        a, b = self.default_systems
+        rows.append({"part": "default_system", "same": a == b, "first_difference": None, "a": a, "b": b})
+        return pd.DataFrame(rows).astype({"first_difference": "Int64"})
+
+
+def compare_templates(a: ChatFormat, b: ChatFormat) -> TemplateDiff:
+    """Compare what two formats write around the query, token by token."""
+    return TemplateDiff(
+        prefix=_first_difference(a, b, a.prefix_ids, b.prefix_ids),
+        postfix=_first_difference(a, b, a.postfix_ids, b.postfix_ids),
+        turn_end=_first_difference(a, b, a.turn_end_ids, b.turn_end_ids),
+        default_systems=(a.default_system, b.default_system),
+    )
+
+
+def _first_difference(
+    a: ChatFormat, b: ChatFormat, ids_a: tuple[int, ...], ids_b: tuple[int, ...]
+) -> tuple[int, str, str] | None:
+    texts_a, texts_b = ([decode(f.tokenizer, (i,)) for i in ids] for f, ids in ((a, ids_a), (b, ids_b)))
+    pairs_a, pairs_b = list(zip(ids_a, texts_a, strict=True)), list(zip(ids_b, texts_b, strict=True))
+    if pairs_a == pairs_b:
+        return None
+    at = common_prefix(pairs_a, pairs_b)
+    text_a, text_b = (texts[at] if at < len(texts) else "" for texts in (texts_a, texts_b))
+    return at, text_a, text_b

@@ -1,0 +1,1 @@
+"""Experiments with directions: extract, steer, ablate, transfer, read, and the three curves."""

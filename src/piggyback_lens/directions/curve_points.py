@@ -1,0 +1,168 @@
+"""What the curves return: raw numbers per point, seed and text; tables with intervals; figures; files."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.maths import Estimate, mean_interval, recovery
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Kind = Literal["efficiency", "stability", "significance", "ablation"]
+FORMAT = "piggyback_lens.curve.1"
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One variant of the model.
+
+    Attributes:
+        series: name of the solution, or "name, ... control".
+        x: norm, noise share or layer, as the curve says.
+        fraction: the norm as a fraction of the solution's own; None where that has no meaning.
+        seed: of noise or of a random control.
+        values: per text: loss or KL, in nats per token.
+    """
+
+    series: str
+    x: float
+    fraction: float | None
+    seed: int | None
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve over norm, noise or layers.
+
+    Attributes:
+        kind: efficiency, stability, significance or ablation.
+        x_label: with its unit.
+        y_label: with its unit.
+        points: one for each series, x and seed.
+        base: per text, the loss of the unchanged model.
+        own: per solution and text, the loss at its own norm (stability).
+        weights: scored tokens per text: numbers are means over tokens, not over texts.
+        maxima: the tokens with the largest KL (significance), with what stands before them.
+        settings: everything that was chosen, with versions.
+    """
+
+    kind: Kind
+    x_label: str
+    y_label: str
+    points: tuple[CurvePoint, ...]
+    base: tuple[float, ...]
+    own: Mapping[str, tuple[float, ...]]
+    weights: tuple[float, ...]
+    settings: Mapping[str, Any]
+    maxima: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Names, in the order of the points."""
+        return tuple(dict.fromkeys(point.series for point in self.points))
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per series and x.
+
+        Columns: series, x, fraction, value, low, high (95 % bootstrap over texts, seeds averaged within a
+        text), n (texts), seeds, seed_sd (standard deviation of the value over the seeds), reason.
+        """
+        import pandas as pd
+
+        rows = []
+        for series in self.series:
+            for x in dict.fromkeys(point.x for point in self.points if point.series == series):
+                own = self._at(series, x)
+                each = [self._estimate(series, np.array(point.values)).value for point in own]
+                found = self._estimate(series, np.mean([point.values for point in own], axis=0))
+                row = {"series": series, "x": x, "fraction": own[0].fraction, "value": found.value}
+                row |= {"low": found.low, "high": found.high, "n": found.n, "seeds": len(own)}
+                row |= {"seed_sd": float(np.std(each, ddof=1)) if len(each) > 1 else math.nan}
+                rows.append(row | {"reason": found.reason})
+        return pd.DataFrame(rows)
+
+    def _at(self, series: str, x: float) -> list[CurvePoint]:
+        found = [point for point in self.points if point.series == series and point.x == x]
+        if not found:
+            known = sorted({point.x for point in self.points if point.series == series})
+            raise LensError(f"the curve has no point of {series!r} at {x:g}: its series are {self.series}, x {known}")
+        return found
+
+    def _estimate(self, series: str, values: Array) -> Estimate:
+        if self.kind != "stability":
+            return weighted_interval(values, self.weights)
+        weights = np.array(self.weights) / np.mean(self.weights)
+        own = np.array(self.own[series.split(",", 1)[0]])
+        return recovery(values * weights, own * weights, np.array(self.base) * weights)
+
+    def difference(self, a: str, b: str) -> "pd.DataFrame":
+        """Value of `a` minus value of `b` at every x that both have, with the interval of the paired difference.
+
+        Raises:
+            LensError: a stability curve (its solutions have scales of their own), or no common x.
+        """
+        import pandas as pd
+
+        if self.kind == "stability":
+            raise LensError("stability is relative to each solution's own gain: compare the two columns instead")
+        xs = [{point.x for point in self.points if point.series == name} for name in (a, b)]
+        common = sorted(xs[0] & xs[1])
+        if not common:
+            raise LensError(f"{a!r} and {b!r} have no common x: the curve's series are {', '.join(self.series)}")
+        rows = []
+        for x in common:
+            means = [np.mean([point.values for point in self._at(name, x)], axis=0) for name in (a, b)]
+            found = weighted_interval(means[0] - means[1], self.weights)
+            rows.append({"x": x, "value": found.value, "low": found.low, "high": found.high, "n": found.n})
+        return pd.DataFrame(rows).assign(series=f"{a} minus {b}")
+
+    def figure(self) -> "go.Figure":
+        """Lines with interval bands; controls in grey."""
+        from piggyback_lens.figures.direction_plots import curve_figure
+
+        figure: go.Figure = curve_figure(self.to_frame(), self.kind, self.x_label, self.y_label)
+        return figure
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as one JSON file."""
+        return write_json(path, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Curve":
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: no file, or another kind of file.
+        """
+        data = read_json(path)
+        if not isinstance(data, dict) or data.pop("format", "") != FORMAT:
+            raise LensError(f"{path} is not a curve saved by this library")
+        points = tuple(CurvePoint(**{**point, "values": _floats(point["values"])}) for point in data["points"])
+        own = {name: _floats(values) for name, values in data["own"].items()}
+        plain = {name: _floats(data[name]) for name in ("base", "weights")}
+        return cls(**{**data, **plain, "points": points, "own": own, "maxima": tuple(data["maxima"])})
+
+
+def weighted_interval(values: npt.ArrayLike, weights: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The mean over tokens, Σ w·v / Σ w for per-text means v of w tokens each, with a bootstrap over texts.
+
+    The interval is that of the ratio estimator, linearised: the mean of m + (w/w̄)(v − m), which is m.
+    """
+    v, w = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
+    mean = float((v * w).sum() / w.sum())
+    return mean_interval(mean + w / w.mean() * (v - mean), seed=seed)
+
+
+def _floats(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else float(value) for value in values)

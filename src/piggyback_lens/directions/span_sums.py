@@ -1,0 +1,123 @@
+"""Running sums of activations over a span, row by row: what means over any amount of data are made of."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
+from piggyback_lens.errors import LensError
+from piggyback_lens.interventions.hooks import cache
+from piggyback_lens.interventions.running import applied
+from piggyback_lens.models.backends import HookedModel, Site, check_layers, device_of, forward, shape_of
+
+Weighting = Literal["token", "response"]
+"""Mean over all tokens of all rows (long responses count more), or over the rows' own means."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What is read of each row."""
+
+    site: Site
+    layers: tuple[int, ...]
+    span: str
+    first: int | None  # only the first so many tokens of the span
+    weighting: Weighting
+
+    @classmethod
+    def of(
+        cls, model: HookedModel, site: Site, layers: Sequence[int] | int | None, span: str, first: int | None, how: str
+    ) -> "Reading":
+        """Checked settings.
+
+        Raises:
+            LensError: a layer the model does not have, an unknown weighting, or `first` below 1.
+        """
+        if how not in ("token", "response"):
+            raise LensError(f"weighting {how!r} is not known: choose 'token' or 'response'")
+        if first is not None and first < 1:
+            raise LensError(f"first={first}: at least one token has to be read")
+        return cls(site, check_layers(layers, shape_of(model).n_layers), span, first, how)  # type: ignore[arg-type]
+
+
+class Sums:
+    """Weighted sums of rows, over all and over the halves of random splits."""
+
+    def __init__(self, n_splits: int, seed: int) -> None:
+        if n_splits < 1:
+            raise LensError(f"n_splits={n_splits}: at least one split is needed for the split-half cosine")
+        self.draws = [random.Random(1_000_003 * seed + split) for split in range(n_splits)]
+        self.first_halves = [0] * n_splits  # which half the even row of the present two went to
+        self.sums: Tensor | None = None  # [split, half, layer, d]
+        self.weights = torch.zeros(n_splits, 2, dtype=torch.float64)
+        self.rows = self.tokens = 0
+
+    def add(self, rows: Iterable[tuple[Tensor, int]], weighting: Weighting) -> None:
+        """Add rows, each a sum over its tokens with their number."""
+        for total, n in rows:
+            value, weight = (total, float(n)) if weighting == "token" else (total / n, 1.0)
+            if self.sums is None:
+                self.sums = torch.zeros(len(self.draws), 2, *total.shape, dtype=torch.float64)
+            for split, draw in enumerate(self.draws):
+                if self.rows % 2 == 0:  # of every two rows one goes to each half
+                    self.first_halves[split] = draw.randrange(2)
+                half = self.first_halves[split] if self.rows % 2 == 0 else 1 - self.first_halves[split]
+                self.sums[split, half] += value
+                self.weights[split, half] += weight
+            self.rows += 1
+            self.tokens += n
+
+    def require_two(self, side: str) -> None:
+        """Refuse fewer than two rows, of which no halves can be made."""
+        if self.rows < 2:
+            raise LensError(f"{self.rows} rows {side}: at least 2 are needed on each side")
+
+    def means(self) -> Float[Tensor, "layer d"]:
+        """The mean over everything."""
+        assert self.sums is not None
+        total: Tensor = self.sums[0].sum(0) / self.weights[0].sum()
+        return total
+
+    def half_means(self) -> Float[Tensor, "split half layer d"]:
+        """The means of both halves of every split."""
+        assert self.sums is not None
+        return self.sums / self.weights[:, :, None, None]
+
+
+def row_sums(
+    model: HookedModel, prompts: Sequence[RenderedPrompt], where: Reading
+) -> Iterator[tuple[Float[Tensor, "layer d"], int]]:
+    """Per row the sum over its span's tokens, in float64, and their number."""
+    batch, device = batch_prompts(prompts, side="right"), device_of(model)
+    read = torch.zeros((len(prompts), 1), dtype=torch.long, device=device)
+    keep = cache(where.site, layers=where.layers, span=where.span, device=None)
+    with torch.no_grad(), applied(model, batch, keep) as record:
+        forward(model, batch.ids.to(device), batch.attention_mask.to(device), read=read)
+    kept = record.activations_of(where.span)
+    # Rows with fewer tokens hold zeros behind them, which a sum does not see.
+    sums = torch.stack([kept[where.site, i][:, : where.first].double().sum(1) for i in where.layers], dim=1).cpu()
+    for row, length in enumerate(kept.lengths):
+        yield sums[row], length if where.first is None else min(where.first, length)
+
+
+def batches(rows: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Lists of `size` rows, read as they are asked for."""
+    if size < 1:
+        raise LensError(f"batch_size {size}: it must be at least 1")
+    source = iter(rows)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def hash_rows(digest: Any, side: str, prompts: Sequence[RenderedPrompt]) -> None:
+    """Feed token ids and border of every row into a digest."""
+    for prompt in prompts:
+        digest.update(f"{side} {prompt.n_prompt} {prompt.ids}\n".encode())

@@ -1,0 +1,185 @@
+"""Do directions of one organism work in another? Added to every base, ablated from every finetune."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from piggyback_lens.card import versions
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.directions.sweeps import RANDOM
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.interventions.hooks import AnyIntervention
+from piggyback_lens.maths import mean_interval, recovery
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.models.pair import ModelPair, Side
+from piggyback_lens.progress import track
+from piggyback_lens.vectors.direction import Direction
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+FORMAT = "piggyback_lens.transfer.1"
+
+
+@dataclass(frozen=True, eq=False)
+class Organism:
+    """A finetune with its direction and the behaviour it was made to show.
+
+    Attributes:
+        pair: base and finetuned.
+        direction: of this behaviour.
+        behaviour: measured on every answer of this organism.
+        strength: with which the direction is added.
+    """
+
+    pair: ModelPair
+    direction: Direction
+    behaviour: str | Behaviour
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class TransferCell:
+    """One direction on one organism: the behaviour per prompt, random controls averaged over their seeds."""
+
+    mode: str  # "added" to the base, or "ablated" from the finetuned model
+    direction: str
+    organism: str
+    values: tuple[float, ...]
+    n_seeds: int = 1
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """Every direction on every organism.
+
+    Attributes:
+        cells: one for each mode, direction (random controls are named "random control") and organism.
+        base: behaviour of each organism's base, per prompt.
+        finetuned: the same of its finetuned model.
+        units: unit of each organism's behaviour.
+        settings: what was chosen.
+    """
+
+    cells: tuple[TransferCell, ...]
+    base: Mapping[str, tuple[float, ...]]
+    finetuned: Mapping[str, tuple[float, ...]]
+    units: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per cell.
+
+        Columns: mode, direction, organism, raw, raw_low, raw_high (behaviour in its unit), value, low, high
+        (effect with its 95 % interval), reason, n, seeds. The effect of adding is (x − base) / (finetuned −
+        base), that of ablating (x − finetuned) / (base − finetuned): 1 makes one model behave like the other.
+        """
+        import pandas as pd
+
+        rows = []
+        for cell in self.cells:
+            base, tuned, values = map(np.array, (self.base[cell.organism], self.finetuned[cell.organism], cell.values))
+            start, goal = (base, tuned) if cell.mode == "added" else (tuned, base)
+            raw, effect = mean_interval(values), recovery(values, start, goal)
+            label = {"mode": cell.mode, "direction": cell.direction, "organism": cell.organism}
+            numbers = {"raw": raw.value, "raw_low": raw.low, "raw_high": raw.high}
+            numbers |= {"value": effect.value, "low": effect.low, "high": effect.high}
+            rows.append(label | numbers | {"reason": effect.reason, "n": effect.n, "seeds": cell.n_seeds})
+        return pd.DataFrame(rows)
+
+    def figure(self) -> "go.Figure":
+        """Two maps, added and ablated: directions down, organisms across, effects as colours."""
+        from piggyback_lens.figures.direction_plots import transfer_figure
+
+        figure: go.Figure = transfer_figure(self.to_frame())
+        return figure
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as one JSON file."""
+        return write_json(path, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TransferResult":
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: no file, or another kind of file.
+        """
+        data = read_json(path)
+        if not isinstance(data, dict) or data.pop("format", "") != FORMAT:
+            raise LensError(f"{path} is not a transfer result saved by this library")
+        cells = tuple(TransferCell(**{**cell, "values": _numbers(cell["values"])}) for cell in data["cells"])
+        sides = [{name: _numbers(values) for name, values in data[side].items()} for side in ("base", "finetuned")]
+        return cls(cells, sides[0], sides[1], data["units"], data["settings"])
+
+
+def transfer_matrix(
+    organisms: Mapping[str, Organism],
+    prompts: Sequence[RenderedPrompt],
+    *,
+    n_random: int = 2,
+    seed: int = 0,
+    max_new_tokens: int = 60,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> TransferResult:
+    """Add every organism's direction to every base, ablate it from every finetuned model.
+
+    Args:
+        organisms: by name; their models must have the same width and layers, and use one chat template.
+        prompts: without responses, the same for all.
+        n_random: random directions of each organism's direction's length, per mode.
+        seed: of those.
+        max_new_tokens: per answer, greedy.
+        batch_size: rows per pass.
+        progress: show a progress bar.
+
+    Raises:
+        LensError: no organisms, or directions that do not fit a model.
+    """
+    if not organisms:
+        raise LensError("no organisms: give at least one, {'name': Organism(pair, direction, behaviour)}")
+    for other in organisms.values():
+        for own in organisms.values():
+            with other.pair.using("base") as model:
+                own.direction.check(model)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+
+    def measure(organism: Organism, side: Side, parts: AnyIntervention) -> tuple[float, ...]:
+        behaviour = get_behaviour(organism.behaviour)
+        with organism.pair.using(side) as model:
+            answers = generate(model, prompts, interventions=parts, **settings)
+        return tuple(behaviour(answer.text) for answer in answers)
+
+    cells: list[TransferCell] = []
+    base: dict[str, tuple[float, ...]] = {}
+    finetuned: dict[str, tuple[float, ...]] = {}
+    for name in track(list(organisms), "transfer" if progress else None):
+        organism = organisms[name]
+        base[name], finetuned[name] = (measure(organism, side, None) for side in ("base", "finetuned"))
+        start = 1_000_000_007 + 1_000_003 * seed
+        controls = [organism.direction.random_like(start + number) for number in range(n_random)]
+        tried = {other: ([own.direction], own.strength) for other, own in organisms.items()}
+        if controls:
+            tried[RANDOM] = (controls, organism.strength)
+        for label, (vectors, strength) in tried.items():
+            added = [measure(organism, "base", vector.steer(strength)) for vector in vectors]
+            ablated = [measure(organism, "finetuned", vector.ablation()) for vector in vectors]
+            for mode, found in (("added", added), ("ablated", ablated)):
+                values = tuple(np.mean(found, axis=0).tolist())
+                cells.append(TransferCell(mode, label, name, values, len(found)))
+    chosen = {"n_random": n_random, "seed": seed, "n_prompts": len(prompts), **settings, "versions": versions()}
+    chosen["strengths"] = {name: organism.strength for name, organism in organisms.items()}
+    units = {name: get_behaviour(organism.behaviour).unit for name, organism in organisms.items()}
+    return TransferResult(tuple(cells), base, finetuned, units, chosen)
+
+
+def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else float(value) for value in values)

@@ -1,0 +1,1 @@
+"""Where is it carried: patching, attribution, perturbation and stress, with controls and resumable files."""

@@ -1,0 +1,340 @@
+"""Attribution patching: the maps of `patching` to first order, from gradients, for the price of a few passes.
+
+For a patch of one cell from the recipient's activation r to the donor's d, the change of a differentiable
+measure M is (d - r) . dM/dr to first order: one forward and one backward pass give every layer, token and head
+at once. With `steps` the gradient is averaged along the straight line from r to d (integrated gradients), one
+layer at a time, which follows the curvature that the first order misses. The result says how well it ranks
+cells: a sample is run exactly, and so are the cells that it puts on top.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
+from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.cells import evaluate, require_one_prefix
+from piggyback_lens.experiments.patching import (
+    RunOptions,
+    RunSettings,
+    check_sites,
+    head_labels,
+    layer_head_map,
+    layer_position_map,
+)
+from piggyback_lens.experiments.results import PatchResult
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.interventions.donors import DONOR, RECIPIENT, Direction, Donors, check_direction
+from piggyback_lens.interventions.hooks import Interventions, patch
+from piggyback_lens.interventions.placement import Placement
+from piggyback_lens.interventions.prefix import similar_batches
+from piggyback_lens.interventions.running import applied
+from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, mean_log_prob
+from piggyback_lens.measuring.scoring import predicting_columns
+from piggyback_lens.models.backends import HEAD_SITES, HookedModel, Site, check_layers, device_of, forward, hook_name
+from piggyback_lens.models.pair import ModelPair
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+By = Literal["position", "head"]
+
+
+@dataclass(frozen=True)
+class AttributionResult:
+    """An attribution map, and how far it can be trusted.
+
+    Attributes:
+        attributed: the map; its values are recipient + attribution, so that recoveries read as those of a patch.
+        exact: the cells that were run exactly: an even sample, and the top ones.
+        sampled: which cells of `attributed` the even sample was.
+        steps: of integrated gradients; None for the plain gradient.
+    """
+
+    attributed: PatchResult
+    exact: PatchResult | None
+    sampled: tuple[int, ...]
+    steps: int | None
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per cell as `PatchResult.to_frame`, with the exact recovery (`exact`) and measure (`exact_raw`)."""
+        frame = self.attributed.to_frame()
+        if self.exact is None:
+            return frame.assign(exact=float("nan"), exact_raw=float("nan"))
+        keys = ["layer", "position" if "position" in frame else "head"]
+        known = self.exact.to_frame()
+        known = known[known["series"] == "patched"][[*keys, "value", "raw"]]
+        known = known.rename(columns={"value": "exact", "raw": "exact_raw"})
+        return frame.merge(known, on=keys, how="left")
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's rho between attributed and exact measure on the even sample of cells (not the top ones)."""
+        from scipy.stats import spearmanr
+
+        frame = self.to_frame().iloc[list(self.sampled)]
+        if len(frame) < 3:
+            return float("nan")
+        return float(spearmanr(frame["raw"], frame["exact_raw"]).statistic)
+
+    def figure(self) -> "go.Figure":
+        """The attribution map."""
+        return self.attributed.figure()
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON."""
+        return write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AttributionResult":
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: the file is missing, or no attribution result.
+        """
+        data = read_json(path)
+        try:
+            parts = [None if data[n] is None else PatchResult.from_dict(data[n], path) for n in ("attributed", "exact")]
+            sampled, steps = tuple(data["sampled"]), data["steps"]
+        except (KeyError, TypeError) as error:
+            raise LensError(f"{path} is no attribution result ({error}): run attribution_map again") from error
+        if parts[0] is None:
+            raise LensError(f"{path} is no attribution result (its map is missing): run attribution_map again")
+        return cls(parts[0], parts[1], sampled, steps)
+
+    def check_figure(self) -> "go.Figure":
+        """Attribution against the exact recovery, for the cells that were run."""
+        from piggyback_lens.figures.attribution_plot import attribution_check_figure
+
+        if self.exact is None:
+            raise LensError("no cell was run exactly: give check_cells or top_cells")
+        frame = self.to_frame().dropna(subset=["exact"]).rename(columns={"value": "attribution"})
+        return attribution_check_figure(frame, title="Attribution against exact patches")
+
+
+def attribution_map(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    *,
+    by: By = "position",
+    span: str = "prefix",
+    sites: Site | Sequence[Site] = "resid_pre",
+    layers: Sequence[int] | None = None,
+    direction: Direction = "repair",
+    steps: int | None = None,
+    check_cells: int = 24,
+    top_cells: int = 8,
+    **run: Unpack[RunOptions],
+) -> AttributionResult:
+    """The layer x position or layer x head map by gradient.
+
+    Args:
+        pair: base and finetuned.
+        prompts: rendered, without a response, all with the same prefix.
+        by: "position" (as `layer_position_map`) or "head" (as `layer_head_map`).
+        span: which tokens.
+        sites: which activations; several are attributed together.
+        layers: None for all.
+        direction: repair (base to finetuned) or infect.
+        steps: None for the gradient at the recipient; m for integrated gradients in m midpoint steps.
+        check_cells: so many evenly spaced cells are run exactly, for the rank correlation; 0 for none.
+        top_cells: so many of the largest are run exactly as well.
+        **run: as for the exact maps; the measure has to be an `AnswerContrast`. `out` gets attribution.json.
+
+    Raises:
+        LensError: as the exact maps; a measure that is not differentiable; steps below 1; several sites other than
+            q, k and v, which lie side by side.
+    """
+    settings = RunSettings(**run)
+    if by not in get_args(By):
+        raise LensError(f"by {by!r} is not known: choose 'position' or 'head'")
+    if steps is not None and steps < 1:
+        raise LensError(f"steps {steps}: integrated gradients take at least 1, None is the plain gradient")
+    if isinstance(settings.measure, GeneratedBehaviour):
+        raise LensError("a generated behaviour has no gradient: give an AnswerContrast")
+    check_direction(direction)
+    require_one_prefix(prompts)
+    wanted = check_sites(sites)
+    measure = settings.measure or AnswerContrast.of(pair, prompts)
+    chosen = check_layers(layers, pair.shape.n_layers)
+    labels = _labels(pair, prompts, by, span, wanted)
+    if len(wanted) > 1 and not set(wanted) <= {"q", "k", "v"}:
+        raise LensError(
+            f"sites {list(wanted)} lie behind one another, and gradients would count twice: take one, or k, v"
+        )
+    donors = Donors(pair, list(prompts), settings.postfix_donor, settings.chat, settings.seed)
+    with pair.using(DONOR[direction]) as model:
+        there = _unpatched(model, prompts, measure)
+    total = torch.zeros((len(chosen), len(labels), len(prompts)))
+    groups = [chosen] if steps is None else [(layer,) for layer in chosen]
+    # Donors of both sides come first: the sides of an adapter pair share one model.
+    ends = {site: [donors.of(s, direction, span, site) for s in ("identity control", "patched")] for site in wanted}
+    with pair.using(RECIPIENT[direction]) as model:
+        here = _unpatched(model, prompts, measure)
+        for group in groups:
+            for step in range(steps or 1):
+                fraction = None if steps is None else (step + 0.5) / steps
+                moved = _moved(ends, group, fraction)
+                for rows in similar_batches(measure.rows, 8):
+                    gradients = _gradients(model, prompts, measure, rows, wanted, group, span, moved)
+                    _add(total, gradients, ends, chosen, rows, len(prompts), by)
+    total /= steps or 1
+    values = [(here + total[i, j]).tolist() for i in range(len(chosen)) for j in range(len(labels))]
+    common = {"series": "patched", "direction": direction, "span": span, "sites": "+".join(wanted)}
+    cells = [{**common, "layers": [layer], "layer": layer, **label} for layer in chosen for label in labels]
+    sides = {RECIPIENT[direction]: here.tolist(), DONOR[direction]: there.tolist()}
+    facts = {
+        "names": dict(pair.names),
+        "n": len(prompts),
+        "seed": settings.seed,
+        "fingerprint": prompts[0].fingerprint,
+        "steps": steps,
+        "method": "attribution",
+    }
+    found = PatchResult(
+        f"layer_{by}",
+        tuple(cells),
+        values,
+        sides["base"],
+        sides["finetuned"],
+        {"name": measure.name, "unit": measure.unit},
+        facts,
+    )
+    sampled = sorted({round(i) for i in np.linspace(0, len(cells) - 1, check_cells)}) if check_cells > 0 else []
+    size = np.abs(np.array(values).mean(1) - here.mean().item())
+    top = np.argsort(-size)[: max(0, top_cells)].tolist()
+    exact = _exact(
+        pair, prompts, cells, {*sampled, *top}, by, span, wanted, direction, replace(settings, measure=measure)
+    )
+    result = AttributionResult(found, exact, tuple(sampled), steps)
+    if settings.out is not None:
+        result.save(Path(settings.out) / "attribution.json")
+    return result
+
+
+def _labels(
+    pair: ModelPair, prompts: Sequence[RenderedPrompt], by: By, span: str, sites: Sequence[Site]
+) -> list[dict[str, Any]]:
+    if by == "position":
+        if len({len(prompt.span(span)) for prompt in prompts}) > 1:
+            raise LensError(f"span {span!r} differs in length between prompts: a map needs equally many tokens")
+        pieces = [prompts[0].pieces[i] for i in prompts[0].span(span).positions]
+        return [{"position": i, "token": piece, "tokens": [i], "heads": None} for i, piece in enumerate(pieces)]
+    kinds = {site in ("k", "v", "rot_k") for site in sites}
+    if not set(sites) <= set(HEAD_SITES) or len(kinds) != 1:
+        raise LensError(f"sites {list(sites)}: a head map takes k, v, rot_k (key/value heads), or z, q (query heads)")
+    names = head_labels(pair.shape.n_heads, pair.shape.n_kv_heads, kv=kinds == {True})
+    group = 1 if kinds == {True} else pair.shape.n_heads // pair.shape.n_kv_heads
+    return [
+        {"head": i, "label": name, "group": i // group, "heads": [i], "tokens": None} for i, name in enumerate(names)
+    ]
+
+
+def _unpatched(
+    model: HookedModel, prompts: Sequence[RenderedPrompt], measure: AnswerContrast
+) -> Float[Tensor, " prompt"]:
+    return next(iter(evaluate(model, prompts, measure, [()])))[0][1].values
+
+
+def _moved(ends: Any, layers: Sequence[int], fraction: float | None) -> Interventions | None:
+    """The patch that puts the recipient's activations a fraction of the way to the donor's."""
+    if fraction is None:
+        return None
+    parts = Interventions(())
+    for site, (own, donor) in ends.items():
+        between = {
+            (site, layer): own[site, layer] + fraction * (donor[site, layer] - own[site, layer]) for layer in layers
+        }
+        parts += patch(replace(own, values=between))
+    return parts
+
+
+def _gradients(
+    model: HookedModel,
+    prompts: Sequence[RenderedPrompt],
+    measure: AnswerContrast,
+    rows: Sequence[int],
+    sites: Sequence[Site],
+    layers: Sequence[int],
+    span: str,
+    moved: Interventions | None,
+) -> dict[tuple[Site, int], Float[Tensor, "row token *feature"]]:
+    """Gradient of each row's mean log p at a span, padded to its longest row with zeros."""
+    device = device_of(model)
+    batch = batch_prompts([measure.rows[row] for row in rows], side="right", device=device)
+    placement = Placement.of(batch, [row % len(prompts) for row in rows], len(prompts))
+    kept: dict[tuple[Site, int], Tensor] = {}
+
+    def keeping(key: tuple[Site, int]) -> Any:
+        def keep(activation: Tensor, hook: Any = None) -> Tensor:
+            kept[key] = activation if activation.requires_grad else activation.detach().requires_grad_()
+            return kept[key]
+
+        return keep
+
+    names = [(hook_name(model, site, layer), keeping((site, layer))) for layer in layers for site in sites]
+    read, counts = predicting_columns(batch.prompts, 0)
+    with torch.enable_grad(), applied(model, placement, moved), model.hooks(fwd_hooks=names):
+        logits = forward(model, batch.ids, batch.attention_mask, read=read.to(device))
+        scores = [mean_log_prob(p, x[:n]) for p, x, n in zip(batch.prompts, logits, counts, strict=True)]
+        found = torch.autograd.grad(torch.stack(scores).sum(), list(kept.values()))
+    picked = {}
+    for key, gradient in zip(kept, found, strict=True):
+        cells = placement.cells(span, None, "prompt", None, gradient.shape[1]).to(gradient.device)
+        width = int(cells.slots.max()) + 1
+        whole = gradient.new_zeros((len(rows), width, *gradient.shape[2:]))
+        whole[cells.rows, cells.slots] = gradient[cells.rows, cells.columns]
+        picked[key] = whole
+    return picked
+
+
+def _add(
+    total: Float[Tensor, "layer cell prompt"],
+    gradients: dict[tuple[Site, int], Tensor],
+    ends: Any,
+    layers: Sequence[int],
+    rows: Sequence[int],
+    n: int,
+    by: By,
+) -> None:
+    """(donor - recipient) . gradient, summed over what a cell holds, into each row's prompt, with the row's sign."""
+    for (site, layer), gradient in gradients.items():
+        own, donor = (end[site, layer].to(gradient.device) for end in ends[site])
+        width = gradient.shape[1]
+        prompt = torch.tensor([row % n for row in rows])
+        source = prompt if len(own) > 1 else torch.zeros_like(prompt)
+        gap = (donor - own)[source.to(own.device)][:, :width]
+        product = (gap.float() * gradient.float()).flatten(2) if by == "position" else gap.float() * gradient.float()
+        attributed = product.sum(-1) if by == "position" else product.sum((1, 3))
+        sign = torch.tensor([1.0 if row < n else -1.0 for row in rows])
+        at = layers.index(layer)
+        total[at].index_add_(1, prompt, (attributed.cpu() * sign[:, None]).T.contiguous())
+
+
+def _exact(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    cells: Sequence[dict[str, Any]],
+    wanted: set[int],
+    by: By,
+    span: str,
+    sites: Sequence[Site],
+    direction: Direction,
+    settings: RunSettings,
+) -> PatchResult | None:
+    """Some cells of the map by patching."""
+    if not wanted:
+        return None
+    run: RunOptions = {"measure": settings.measure, "seed": settings.seed, "budget_gb": settings.budget_gb}
+    run |= {"postfix_donor": settings.postfix_donor, "chat": settings.chat}
+    keys = [(cells[i]["layer"], cells[i]["position" if by == "position" else "head"]) for i in sorted(wanted)]
+    if by == "position":
+        return layer_position_map(pair, prompts, span=span, sites=sites, only=keys, direction=direction, **run)
+    return layer_head_map(pair, prompts, span=span, sites=sites, only=keys, direction=direction, **run)

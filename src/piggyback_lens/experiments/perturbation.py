@@ -1,0 +1,377 @@
+"""Token perturbation: does the behaviour hang on the exact tokens of a span?
+
+"The Piggyback Hypothesis" (2606.06667), section 4.1. In each trial n random tokens of one span are replaced,
+each by one of its nearest neighbours among the input embeddings. If the prefix carries a behaviour that
+spread, a slightly different prefix loses it, while a slightly different query keeps it.
+
+The paper reports the best of ten trials for each prompt. A best of ten noisy trials lies nearer to the base
+than one trial even where the perturbation does nothing at all. Read it beside the same best of ten for the
+control (the same places, random tokens), and beside the average, which has no such bias.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from piggyback_lens.card import versions
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_prompt, with_query
+from piggyback_lens.conversations.rephrasing import load_rephrasings, rephrasings_of
+from piggyback_lens.conversations.replacements import Choices, candidate_ids, draw_replacements, nearest_neighbours
+from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.resuming import Job, Row, RowLog, answer_jobs, run_identity
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.maths import Array, Estimate, mean_interval, recovery
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.models.pair import SIDES, ModelPair, Side
+from piggyback_lens.progress import say
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Prompts = Sequence[RenderedPrompt] | Mapping[str, Sequence[RenderedPrompt]]
+COLUMNS = ("topic", "span", "kind", "trial", "index")
+REFERENCES: dict[str, Side] = {"base": "base", "unperturbed": "finetuned"}
+NEIGHBOURS, RANDOM, REPHRASED = "neighbours", "random tokens", "rephrased"
+KINDS = (*REFERENCES, NEIGHBOURS, RANDOM, REPHRASED)
+_SHOWN: dict[str, tuple[str, bool]] = {
+    "best": (NEIGHBOURS, True),
+    "average": (NEIGHBOURS, False),
+    "random tokens, best": (RANDOM, True),
+    "random tokens, average": (RANDOM, False),
+    "rephrased": (REPHRASED, False),
+}
+"""Kinds of the summary: which rows, and whether the best trial of each prompt or the mean over its trials."""
+
+
+@dataclass(frozen=True)
+class PerturbResult:
+    """Answers to perturbed prompts, and what they say.
+
+    Attributes:
+        rows: one mapping per answer: topic, span ("" for the references), kind ("base", "unperturbed",
+            "neighbours", "random tokens", "rephrased"), trial, index (of the prompt in its topic), n_replaced
+            (None where rephrased), n_span (tokens of the span), prompt (the query as given), text (the whole
+            prompt as the model read it), response, ended, value (None where it is missing).
+        settings: of the experiment, with the behaviour's name, label and unit, and package versions.
+    """
+
+    rows: list[Row]
+    settings: dict[str, Any]
+
+    def values(self, topic: str, span: str, kind: str) -> Array:
+        """Values [prompt, trial] of one kind of rows; NaN where an answer or its value is missing."""
+        found = {
+            (row["index"], row["trial"]): row["value"]
+            for row in self.rows
+            if (row["topic"], row["span"], row["kind"]) == (topic, span, kind)
+        }
+        shape = (self.settings["n"][topic], 1 + max((trial for _, trial in found), default=0))
+        table = np.full(shape, np.nan)
+        for place, value in found.items():
+            table[place] = math.nan if value is None else value
+        return table
+
+    def direction(self, topic: str) -> str:
+        """What the best trial is: "max" where the base's mean is above the finetuned model's, "min" where below.
+
+        "" where the two are equal: then no trial is better than another.
+        """
+        base, tuned = (_mean(self.values(topic, "", kind), 0) for kind in REFERENCES)
+        gap = float(np.nan_to_num(base[0] - tuned[0]))
+        return "max" if gap > 0 else "min" if gap < 0 else ""
+
+    def per_prompt(self, topic: str, span: str, kind: str) -> Array:
+        """One value per prompt, for a kind of the summary: its best trial, or the mean over its trials."""
+        rows, best = _SHOWN.get(kind, (kind, False))
+        table = self.values(topic, span, rows)
+        return _best(table, self.direction(topic)) if best else _mean(table, 1)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per topic, span and kind: "base", "unperturbed" (span ""), "best", "average", "random tokens,
+        best", "random tokens, average", "rephrased" (the mean over each prompt's rephrasings).
+
+        Columns: topic, span, kind, mean, low, high (95 % over prompts), n, recovery, recovery_low,
+        recovery_high, reason (why something is NaN), n_replaced (mean tokens per answer), n_short (prompts whose
+        span has fewer than n_tokens tokens that may be replaced), direction (see `direction`). Recovery is
+        (perturbed - finetuned) / (base - finetuned), paired over prompts.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([self._summary(*where) for where in self._cells()])
+
+    def _cells(self) -> Iterator[tuple[str, str, str]]:
+        there = {(row["topic"], row["span"], row["kind"]) for row in self.rows}
+        for topic in self.settings["n"]:
+            yield from ((topic, "", kind) for kind in REFERENCES)
+            for span in self.settings["spans"]:
+                yield from ((topic, span, kind) for kind, (rows, _) in _SHOWN.items() if (topic, span, rows) in there)
+
+    def _summary(self, topic: str, span: str, kind: str) -> dict[str, Any]:
+        seed, values = self.settings["seed"], self.per_prompt(topic, span, kind)
+        mean = mean_interval(values, seed=seed)
+        base, tuned = (_mean(self.values(topic, "", reference), 1) for reference in REFERENCES)
+        own, reason = Estimate(math.nan, math.nan, math.nan, mean.n), mean.reason
+        if kind not in REFERENCES:
+            own = recovery(values, tuned, base, seed=seed)
+            reason = own.reason or mean.reason
+            if kind in _SHOWN and _SHOWN[kind][1] and not self.direction(topic):
+                reason = "base and finetuned have the same mean: no trial is the best"
+        where = (topic, span, _SHOWN.get(kind, (kind, False))[0])
+        sizes = {
+            row["index"]: row["n_replaced"]
+            for row in self.rows
+            if (row["topic"], row["span"], row["kind"]) == where and row["n_replaced"] is not None
+        }
+        perturbed = where[2] in (NEIGHBOURS, RANDOM)
+        return {
+            **{"topic": topic, "span": span, "kind": kind},
+            **{"mean": mean.value, "low": mean.low, "high": mean.high, "n": mean.n},
+            **{"recovery": own.value, "recovery_low": own.low, "recovery_high": own.high, "reason": reason},
+            "n_replaced": sum(sizes.values()) / len(sizes) if sizes else math.nan,
+            "n_short": sum(size < self.settings["n_tokens"] for size in sizes.values()) if perturbed else 0,
+            "direction": self.direction(topic),
+        }
+
+    def generations(self) -> "pd.DataFrame":
+        """One row per answer."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def figure(self) -> "go.Figure":
+        """Every span and kind with its interval, against base and unperturbed."""
+        from piggyback_lens.figures.perturbation_plot import perturbation_figure
+
+        facts = self.settings["behaviour"]
+        title = f"{facts['label']} of {self.settings['names'][self.settings['side']]} when tokens are replaced"
+        return perturbation_figure(self.to_frame(), label=facts["label"], unit=facts["unit"], title=title)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as one JSON file, atomically."""
+        return write_json(path, {"result": "perturb", "settings": self.settings, "rows": self.rows})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PerturbResult":
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: the file is missing or holds something else.
+        """
+        saved = read_json(path)
+        if not isinstance(saved, dict) or saved.get("result") != "perturb":
+            raise LensError(f"{path} holds no perturbation result: pass a file that PerturbResult.save wrote")
+        return cls(saved["rows"], saved["settings"])
+
+
+def _mean(table: npt.NDArray[np.float64], axis: int) -> Array:
+    """Mean of what is not missing; NaN where nothing is there."""
+    there = ~np.isnan(table)
+    with np.errstate(invalid="ignore"):
+        mean: Array = np.where(there, table, 0.0).sum(axis) / there.sum(axis)
+    return mean
+
+
+def _best(table: Array, direction: str) -> Array:
+    """The largest or smallest trial of each prompt; NaN without a direction or without a value."""
+    if not direction:
+        return np.full(len(table), np.nan)
+    sign = 1.0 if direction == "max" else -1.0
+    best = np.where(np.isnan(table), -np.inf, sign * table).max(axis=1)
+    found: Array = np.where(np.isinf(best), np.nan, sign * best)
+    return found
+
+
+def perturb(
+    pair: ModelPair,
+    prompts: Prompts,
+    behaviour: str | Behaviour,
+    *,
+    spans: Sequence[str] = ("prefix", "query", "postfix"),
+    n_tokens: int = 10,
+    top: int = 5,
+    trials: int = 10,
+    side: Side = "finetuned",
+    rephrasings: Mapping[str, str | Sequence[str]] | str | os.PathLike[str] | None = None,
+    random_control: bool = True,
+    keep_special: bool = False,
+    special_candidates: bool = False,
+    max_new_tokens: int = 60,
+    batch_size: int = 40,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> PerturbResult:
+    """Replace tokens of one span at a time by near neighbours, and measure the behaviour of the answers.
+
+    Source: 2606.06667, section 4.1. In each trial `n_tokens` random tokens of the span (all of them where it
+    has fewer; every row says how many) are replaced, each by one, drawn uniformly, of its `top` neighbours under
+    the dot product of input embeddings. (That favours tokens with long embeddings; neighbours need not be related
+    words.) A perturbation is drawn from seed, span, trial and the span's ids, so one perturbed prefix (or postfix)
+    per trial is shared by all prompts, and its keys and values are computed once; the query has one per prompt and
+    trial. Neither batches nor the order of prompts matter.
+
+    Special tokens: as in the paper any token of the span may be replaced, so template markers and BOS are
+    replaced too, by ordinary tokens: special and added tokens are never candidates unless `special_candidates`.
+    `keep_special` leaves those of the prompt as they are.
+
+    The result has for every span the *average* (mean over prompts of the mean over trials) and the *best* (mean
+    over prompts of the trial nearest to the base's side, see `PerturbResult.direction`). The best of several
+    trials is biased towards the base even if nothing happens; the random-token control, which replaces the same
+    places by tokens drawn uniformly from the vocabulary, gets the same two statistics.
+
+    Args:
+        pair: base and finetuned.
+        prompts: rendered, without a response; or topic to such prompts, {"off-topic": ..., "on-topic": ...},
+            as in the paper's Table 1. One sequence is the topic "prompts".
+        behaviour: what is measured, a name or `Behaviour`.
+        spans: any named spans that all prompts have.
+        n_tokens: tokens replaced per trial.
+        top: neighbours to draw from.
+        trials: per span (and prompt).
+        side: the model whose prompts are perturbed; neighbours are those of its embeddings. The references are
+            always the base ("base") and the finetuned model ("unperturbed") on the prompts as they are.
+        rephrasings: of the queries, in place of perturbations: prompt to rephrasings, or a file that
+            `load_rephrasings` reads. Every prompt needs at least one; each counts as a trial.
+        random_control: also replace the same places by random tokens.
+        keep_special: replace ordinary tokens only.
+        special_candidates: let special and added tokens be neighbours and random tokens.
+        max_new_tokens: per answer.
+        batch_size: rows per generation batch.
+        seed: of the perturbations and the bootstrap.
+        out: folder for perturb.jsonl, written as answers come, and perturb.json; a rerun continues there.
+        progress: show progress bars.
+
+    Raises:
+        LensError: settings out of range, a span that is unknown or empty in a prompt, prompts without
+            rephrasings (named), or a folder that holds another experiment.
+    """
+    topics, measure = _topics(prompts), get_behaviour(behaviour)
+    _check(topics, spans, side, n_tokens=n_tokens, trials=trials, top=top)
+    settings: dict[str, Any] = {
+        "spans": list(spans),
+        "n_tokens": n_tokens,
+        "top": top,
+        "trials": trials,
+        "side": side,
+        "random_control": random_control,
+        "keep_special": keep_special,
+        "special_candidates": special_candidates,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "n": {topic: len(rendered) for topic, rendered in topics.items()},
+    }
+    everything = [prompt for rendered in topics.values() for prompt in rendered]
+    if rephrasings is not None:
+        if "query" not in spans:
+            raise LensError(f"rephrasings replace the query, and spans={list(spans)} leaves it out: add 'query'")
+        rephrasings = load_rephrasings(rephrasings) if isinstance(rephrasings, str | os.PathLike) else rephrasings
+        settings["rephrasings"] = rephrasings_of(rephrasings, [prompt.query for prompt in everything])
+    with pair.using(side) as model:
+        tables = _choices(model, pair.tokenizer, everything, settings)
+    jobs = _jobs(topics, tables, settings, added_ids(pair.tokenizer) if keep_special else frozenset())
+    identity = {"settings": settings, **run_identity(pair, measure, everything)}
+    log = RowLog.open(COLUMNS, out, "perturb", identity)
+    for each in SIDES:
+        if progress:
+            say(f"{sum(job.key not in log.rows for job in jobs[each])} answers of {pair.names[each]}")
+        label = f"{pair.names[each]}" if progress else None
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        with pair.using(each) as model:
+            answer_jobs(model, jobs[each], log, measure, label=label, **sizes)
+    facts = settings | {
+        name: identity[name] for name in ("behaviour", "template", "names", "backend", "dtype", "models")
+    }
+    facts |= {"batch_size": batch_size, "versions": versions()}
+    return PerturbResult(_in_order(log, settings), json.loads(json.dumps(facts)))
+
+
+def _topics(prompts: Prompts) -> dict[str, list[RenderedPrompt]]:
+    named = prompts if isinstance(prompts, Mapping) else {"prompts": prompts}
+    topics = {topic: list(rendered) for topic, rendered in named.items()}
+    empty = [topic for topic, rendered in topics.items() if not rendered]
+    if empty or not topics:
+        raise LensError(f"got no prompts{f' for the topic {empty[0]!r}' if empty else ''}; pass at least one")
+    return topics
+
+
+def _check(topics: Mapping[str, Sequence[RenderedPrompt]], spans: Sequence[str], side: Side, **counts: int) -> None:
+    if side not in SIDES:
+        raise LensError(f"side {side!r} is not known: choose 'base' or 'finetuned'")
+    if small := {name: count for name, count in counts.items() if count < 1}:
+        raise LensError(f"{small}: each must be at least 1")
+    if isinstance(spans, str) or not spans or len(set(spans)) < len(spans):
+        raise LensError(f"spans={spans!r}; expected a sequence of different span names, such as ('prefix', 'query')")
+    for topic, rendered in topics.items():
+        for i, prompt in enumerate(rendered):
+            if "response" in prompt.spans:
+                raise LensError(f"{topic}, prompt {i} holds a response already: pass prompts without one")
+            for span in spans:
+                try:
+                    prompt.span(span)
+                except LensError as error:
+                    raise LensError(f"{topic}, prompt {i}: {error}") from None
+
+
+def _choices(
+    model: HookedModel, tokenizer: Any, prompts: Sequence[RenderedPrompt], settings: Mapping[str, Any]
+) -> dict[str, Choices]:
+    """What tokens are replaced by, for each kind of perturbation."""
+    embeddings: Tensor = model.W_E  # type: ignore[attr-defined]  # both backends have it
+    candidates = candidate_ids(tokenizer, len(embeddings), settings["special_candidates"])
+    spans = [(prompt, prompt.span(name)) for prompt in prompts for name in settings["spans"]]
+    needed = sorted({token for prompt, span in spans for token in prompt.ids[span.start : span.stop]})
+    found: dict[str, Choices] = {NEIGHBOURS: nearest_neighbours(embeddings, needed, candidates, settings["top"])}
+    return found | ({RANDOM: candidates} if settings["random_control"] else {})
+
+
+def _jobs(
+    topics: Mapping[str, Sequence[RenderedPrompt]],
+    tables: Mapping[str, Choices],
+    settings: Mapping[str, Any],
+    protected: Set[int],
+) -> dict[Side, list[Job]]:
+    """All answers that are wanted, by the model that gives them."""
+    jobs: dict[Side, list[Job]] = {side: [] for side in SIDES}
+    draw = {"n_tokens": settings["n_tokens"], "seed": settings["seed"], "protected": protected}
+    for topic, rendered in topics.items():
+        for index, prompt in enumerate(rendered):
+            facts = {"n_replaced": 0, "n_span": None, "prompt": prompt.query}
+            for kind, side in REFERENCES.items():
+                jobs[side].append(Job((topic, "", kind, 0, index), prompt, facts))
+            own = jobs[settings["side"]]
+            for span in settings["spans"]:
+                for kind, choices in tables.items():
+                    for trial in range(settings["trials"]):
+                        new = draw_replacements(prompt, span, choices, trial=trial, **draw)
+                        sizes = {"n_replaced": len(new), "n_span": len(prompt.span(span))}
+                        other = perturbed_prompt(prompt, span, new)
+                        own.append(Job((topic, span, kind, trial, index), other, facts | sizes))
+            for trial, text in enumerate(settings.get("rephrasings", {}).get(prompt.query, ())):
+                unknown = {"n_replaced": None, "n_span": len(prompt.span("query"))}
+                own.append(Job((topic, "query", REPHRASED, trial, index), with_query(prompt, text), facts | unknown))
+    return jobs
+
+
+def _in_order(log: RowLog, settings: Mapping[str, Any]) -> list[Row]:
+    topics, spans = list(settings["n"]), ["", *settings["spans"]]
+    return sorted(
+        log.rows.values(),
+        key=lambda row: (
+            topics.index(row["topic"]),
+            spans.index(row["span"]),
+            KINDS.index(row["kind"]),
+            row["trial"],
+            row["index"],
+        ),
+    )

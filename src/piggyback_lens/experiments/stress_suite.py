@@ -1,0 +1,249 @@
+"""The template stress suite: how robust is a behaviour to small changes of the prefix, the query untouched?
+
+A behaviour that hangs on the exact prefix of the training template fades when the template is written a little
+differently; one that the finetune learned from the queries stays.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from piggyback_lens.card import versions
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.conversations.template_variants import Variant, stress_variants
+from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.resuming import Job, Row, RowLog, answer_jobs, ids_hash, run_identity
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.maths import Array, Estimate, mean_interval, recovery, spread
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.models.pair import SIDES, ModelPair, Side
+from piggyback_lens.progress import say
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+UNMODIFIED = "unmodified"
+COLUMNS = ("variant", "side", "index")
+
+
+@dataclass(frozen=True)
+class StressResult:
+    """Answers under every variant of the template, and what they say.
+
+    Attributes:
+        rows: one mapping per answer: variant, side, index (of the prompt), family, prefix_tokens, prompt (the
+            query), text (the whole prompt), response, ended, value (None where it is missing).
+        settings: of the experiment; "variants" lists name, family and first prompt's prefix text of each, and
+            why it was skipped, if so.
+    """
+
+    rows: list[Row]
+    settings: dict[str, Any]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Variants that were not run, with the reason."""
+        return {variant["name"]: variant["skipped"] for variant in self.settings["variants"] if variant["skipped"]}
+
+    def values(self, variant: str, side: str) -> Array:
+        """The behaviour of each prompt's answer; NaN where it is missing."""
+        values = np.full(self.settings["n"], np.nan)
+        for row in self.rows:
+            if (row["variant"], row["side"]) == (variant, side):
+                values[row["index"]] = math.nan if row["value"] is None else row["value"]
+        return values
+
+    def spread(self, variant: str) -> Estimate:
+        """Finetuned minus base under one variant, paired over prompts."""
+        tuned, base = (self.values(variant, side) for side in ("finetuned", "base"))
+        return spread(tuned, base, seed=self.settings["seed"])
+
+    def recovery(self, variant: str) -> Estimate:
+        """How much of the unmodified template's spread a variant takes away, paired over prompts.
+
+        1 - spread(variant) / spread(unmodified): 1 where the two models no longer differ, 0 where they differ
+        as before, negative where they differ more. NaN with the reason where the unmodified template has no
+        spread beyond noise.
+        """
+        before, after = (self.values(name, "finetuned") - self.values(name, "base") for name in (UNMODIFIED, variant))
+        return recovery(after, before, np.zeros(len(before)), seed=self.settings["seed"])
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per variant and side, the unmodified template first.
+
+        Columns: variant, family, side, mean, low, high (95 % over prompts), n, prefix_tokens (of the longest
+        prefix), spread, spread_low, spread_high, recovery, recovery_low, recovery_high (see `spread` and
+        `recovery`; the same on both rows of a variant, NaN if one side was not run), reason (why something is
+        NaN). Skipped variants have no rows: see `skipped`.
+        """
+        import pandas as pd
+
+        run = [variant for variant in self.settings["variants"] if not variant["skipped"]]
+        return pd.DataFrame([row for variant in run for row in self._summary(variant["name"], variant["family"])])
+
+    def _summary(self, name: str, family: str) -> list[dict[str, Any]]:
+        seed, n = self.settings["seed"], self.settings["n"]
+        gap = gone = Estimate(math.nan, math.nan, math.nan, n, "only one of base and finetuned was run")
+        if set(self.settings["sides"]) == set(SIDES):
+            gap = self.spread(name)
+            gone = Estimate(math.nan, math.nan, math.nan, n) if name == UNMODIFIED else self.recovery(name)
+        rows = []
+        for side in self.settings["sides"]:
+            mean = mean_interval(self.values(name, side), seed=seed)
+            sizes = [row["prefix_tokens"] for row in self.rows if (row["variant"], row["side"]) == (name, side)]
+            rows.append(
+                {
+                    **{"variant": name, "family": family, "side": side},
+                    **{"mean": mean.value, "low": mean.low, "high": mean.high, "n": mean.n},
+                    "prefix_tokens": max(sizes),
+                    **{"spread": gap.value, "spread_low": gap.low, "spread_high": gap.high},
+                    **{"recovery": gone.value, "recovery_low": gone.low, "recovery_high": gone.high},
+                    "reason": gone.reason or gap.reason or mean.reason,
+                }
+            )
+        return rows
+
+    def generations(self) -> "pd.DataFrame":
+        """One row per answer."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def figure(self) -> "go.Figure":
+        """Every variant with its interval, base beside finetuned."""
+        from piggyback_lens.figures.perturbation_plot import stress_figure
+
+        facts, names = self.settings["behaviour"], self.settings["names"]
+        title = f"{facts['label']} under variants of the template: {names['finetuned']} against {names['base']}"
+        frame = self.to_frame().rename(columns={"side": "model"})
+        return stress_figure(frame, label=facts["label"], unit=facts["unit"], title=title)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as one JSON file, atomically."""
+        return write_json(path, {"result": "stress", "settings": self.settings, "rows": self.rows})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "StressResult":
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: the file is missing or holds something else.
+        """
+        saved = read_json(path)
+        if not isinstance(saved, dict) or saved.get("result") != "stress":
+            raise LensError(f"{path} holds no stress result: pass a file that StressResult.save wrote")
+        return cls(saved["rows"], saved["settings"])
+
+
+def stress(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    behaviour: str | Behaviour,
+    *,
+    variants: Sequence[Variant] | None = None,
+    sides: Sequence[Side] = SIDES,
+    chat: ChatFormat | None = None,
+    max_new_tokens: int = 60,
+    batch_size: int = 40,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> StressResult:
+    """Answer the same queries under every variant of the template, and measure the behaviour.
+
+    Args:
+        pair: base and finetuned.
+        prompts: of the unmodified template, one turn each, without a response.
+        behaviour: what is measured, a name or `Behaviour`.
+        variants: default `stress_variants` of `chat`. Those with a reason in `skipped` are reported, not run.
+        sides: models to run.
+        chat: the settings of the prompts, for the default variants; default those of the pair's tokenizer.
+        max_new_tokens: per answer.
+        batch_size: rows per generation batch.
+        seed: of the bootstrap.
+        out: folder for stress.jsonl, written as answers come, and stress.json; a rerun continues there.
+        progress: show progress bars.
+
+    Raises:
+        LensError: no prompts, prompts of other settings than `chat`, two variants of one name, a variant that
+            changes the tokens of a query, or a folder that holds another experiment.
+    """
+    measure = get_behaviour(behaviour)
+    if not prompts or not sides or not set(sides) <= set(SIDES) or len(set(sides)) < len(sides):
+        raise LensError(
+            f"{len(prompts)} prompts, sides {list(sides)}: expected prompts, and 'base', 'finetuned' or both"
+        )
+    if variants is None:
+        variants = stress_variants(_checked(chat or pair.chat_format(), prompts))
+    names = [UNMODIFIED, *(variant.name for variant in variants)]
+    if len(set(names)) < len(names):
+        raise LensError(f"two variants have one name ({UNMODIFIED!r} is taken): {', '.join(names)}")
+    used = {variant.name: [variant(p) for p in prompts] for variant in variants if not variant.skipped}
+    rendered = {UNMODIFIED: list(prompts)} | used
+    families = {UNMODIFIED: UNMODIFIED} | {variant.name: variant.family for variant in variants}
+    settings = {
+        "sides": list(sides),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "n": len(prompts),
+    }
+    hashes = {name: ids_hash(own) for name, own in rendered.items()}
+    identity = {"settings": settings, **run_identity(pair, measure, prompts), "variants": hashes}
+    log = RowLog.open(COLUMNS, out, "stress", identity)
+    for side in sides:
+        jobs = _jobs(rendered, families, side)
+        if progress:
+            say(f"{sum(job.key not in log.rows for job in jobs)} answers of {pair.names[side]}")
+        label = pair.names[side] if progress else None
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        with pair.using(side) as model:
+            answer_jobs(model, jobs, log, measure, label=label, **sizes)
+    reasons = {UNMODIFIED: ""} | {variant.name: variant.skipped for variant in variants}
+    shown = [
+        {
+            "name": name,
+            "family": families[name],
+            "skipped": reason,
+            "prefix": "" if reason else rendered[name][0].span_text("prefix"),
+        }
+        for name, reason in reasons.items()
+    ]
+    facts = settings | {
+        name: identity[name] for name in ("behaviour", "template", "names", "backend", "dtype", "models")
+    }
+    facts |= {"variants": shown, "batch_size": batch_size, "versions": versions()}
+    order = list(rendered)
+    rows = sorted(log.rows.values(), key=lambda r: (order.index(r["variant"]), SIDES.index(r["side"]), r["index"]))
+    return StressResult(rows, json.loads(json.dumps(facts)))
+
+
+def _checked(chat: ChatFormat, prompts: Sequence[RenderedPrompt]) -> ChatFormat:
+    for i, prompt in enumerate(prompts):
+        if prompt.fingerprint != chat.fingerprint:
+            raise LensError(
+                f"prompt {i} was rendered with other settings than the chat format of the variants: pass chat=, "
+                "and prompts of one turn without a system message of their own"
+            )
+    return chat
+
+
+def _jobs(rendered: dict[str, list[RenderedPrompt]], families: dict[str, str], side: Side) -> list[Job]:
+    return [
+        Job(
+            (name, side, index),
+            prompt,
+            {
+                "family": families[name],
+                "prefix_tokens": len(prompt.spans["prefix"]),
+                "prompt": prompt.query,
+            },
+        )
+        for name, own in rendered.items()
+        for index, prompt in enumerate(own)
+    ]

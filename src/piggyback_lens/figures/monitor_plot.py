@@ -1,0 +1,72 @@
+"""The figure of a training monitor: spread, what the prefix carries of it, and the drift of every layer."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from piggyback_lens.figures.plot_style import BLUE, GREY, VERMILION, apply_style, check_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+_PANELS = {
+    "spread": ("spread off-topic (nats per token)", BLUE),
+    "recovery": ("prefix recovery (1 = the prefix carries all of it)", VERMILION),
+}
+
+
+def monitor_figure(frame: "pd.DataFrame", *, title: str = "training, watched off-topic") -> "go.Figure":
+    """Three panels over the steps: spread, prefix recovery (each with its 95 % interval), drift by layer.
+
+    `frame` is that of `Monitor.to_frame()`. Recovery is left out where it is not defined. The colour of the
+    drift is its common logarithm, since layers differ by orders of magnitude.
+    """
+    from plotly.subplots import make_subplots
+
+    layers = [str(name) for name in frame.columns if str(name).startswith("drift_layer_")]
+    check_frame(frame, ["step", "n", "spread", "recovery", "drift", *(layers or ["drift_layer_0"])])
+    names = [*(label for label, _ in _PANELS.values()), "drift of the prefix's keys and values by layer (log10)"]
+    figure = make_subplots(
+        rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.09, row_heights=[0.3, 0.3, 0.4], subplot_titles=names
+    )
+    figure.update_annotations(x=0, xanchor="left", font={"size": 14})
+    for row, (name, (_, colour)) in enumerate(_PANELS.items(), start=1):
+        _add_curve(figure, frame, name, colour=colour, row=row)
+    drift = frame[layers].to_numpy(dtype=float).T
+    shown = np.log10(np.where(drift > 0, drift, np.nan))
+    figure.add_heatmap(
+        x=frame["step"],
+        y=[int(name.removeprefix("drift_layer_")) for name in layers],
+        z=shown,
+        customdata=drift,
+        colorscale="Viridis",
+        colorbar={"title": {"text": "log10"}, "len": 0.36, "y": 0, "yanchor": "bottom"},
+        hovertemplate="step %{x}, layer %{y}: <b>%{customdata:.3g}</b><extra></extra>",
+        row=3,
+        col=1,
+    )
+    n = int(frame["n"].iloc[0])
+    apply_style(figure, title, f"teacher-forced, n = {n} off-topic prompts, 95 % intervals", height=760, room=18)
+    figure.update_layout(showlegend=False)
+    figure.update_yaxes(title_text="layer", row=3, col=1)
+    figure.update_xaxes(title_text="optimiser step", row=3, col=1)
+    return figure
+
+
+def _add_curve(figure: "go.Figure", frame: "pd.DataFrame", name: str, *, colour: str, row: int) -> None:
+    known = frame[np.isfinite(frame[name].to_numpy(dtype=float))]
+    up = (known[f"{name}_high"] - known[name]).clip(lower=0)
+    down = (known[name] - known[f"{name}_low"]).clip(lower=0)
+    figure.add_scatter(
+        x=known["step"],
+        y=known[name],
+        error_y={"type": "data", "array": up, "arrayminus": down, "color": colour, "thickness": 1, "width": 3},
+        mode="lines+markers",
+        marker={"size": 6},
+        line={"color": colour, "width": 2},
+        hovertemplate=f"step %{{x}}: <b>%{{y:.3g}}</b> {name}<extra></extra>",
+        row=row,
+        col=1,
+    )
+    figure.add_hline(y=0, line={"color": GREY, "width": 1, "dash": "dot"}, row=row, col=1)

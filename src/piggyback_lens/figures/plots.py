@@ -1,0 +1,317 @@
+"""Results → plotly figures. Every function returns the figure; none shows or saves it.
+
+One style: white, Okabe-Ito colours (told apart by colour-blind readers), no text below 13 px at a width of
+about 900 px, units on the axes, n and interval in the subtitle and under the cursor. All text that comes
+from outside (tokens, labels, titles) is shown literally.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.figures.condition_plot import conditions_figure
+from piggyback_lens.figures.plot_style import (
+    DASHES,
+    GREY,
+    INK,
+    MISSING,
+    ORANGE,
+    SERIES_COLOURS,
+    SYMBOLS,
+    apply_style,
+    check_frame,
+    interval_text,
+    n_text,
+    plot_text,
+    wrapped,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+__all__ = ["conditions_figure", "heatmap_figure", "history_figure", "layer_curve_figure", "plot_text"]
+
+LABEL_LENGTH = 24  # longer token labels are cut on the axis and whole under the cursor
+
+
+# --- layer curves ------------------------------------------------------------------------------------
+
+RECOVERY_LINES = {0.0: "0 = finetuned", 1.0: "1 = base restored"}
+
+
+def layer_curve_figure(
+    frame: "pd.DataFrame",
+    *,
+    title: str,
+    y_label: str,
+    references: Mapping[float, str] = RECOVERY_LINES,
+    noise_floor: float | None = None,
+    x_label: str = "layer",
+) -> "go.Figure":
+    """A line with its interval band over the layers for each series; controls in grey with hollow markers.
+
+    ``frame`` has columns layer, value, low, high, series, and optionally n. A series whose name contains
+    "control" is a control. ``references`` are horizontal lines with their names; ``noise_floor`` draws
+    dashed lines at ± that value: what lies between them cannot be told from numerical noise. The vertical
+    range follows the values; very wide bands are cut.
+    """
+    import plotly.graph_objects as go
+
+    check_frame(frame, ["layer", "value", "low", "high", "series"])
+    figure = go.Figure()
+    for height, text in references.items():
+        figure.add_hline(y=height, line={"color": GREY, "width": 1.3}, layer="below")
+        place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": height}
+        figure.add_annotation(**place, text=plot_text(text), showarrow=False, font={"color": GREY})
+    names = list(dict.fromkeys(frame["series"]))
+    colours = iter(SERIES_COLOURS * (len(names) // len(SERIES_COLOURS) + 1))
+    for index, name in enumerate(names):
+        is_control = "control" in str(name).lower()
+        colour = GREY if is_control else next(colours)
+        part = frame[frame["series"] == name].sort_values("layer")
+        _add_series(figure, part, plot_text(name), colour=colour, index=index, hollow=is_control)
+    if noise_floor is not None:
+        _add_noise_floor(figure, noise_floor)
+    n = f"; {n_text(frame)}" if "n" in frame else ""
+    band = "; band: 95 % bootstrap interval over prompts" if np.isfinite(frame["low"].to_numpy(float)).any() else ""
+    entries = len(names) + (noise_floor is not None)
+    apply_style(figure, title, f"line: mean{band}{n}", height=540 + 31 * entries)
+    layers = sorted(set(frame["layer"]))
+    figure.update_xaxes(
+        title_text=plot_text(x_label), tickvals=layers[:: max(1, math.ceil(len(layers) / 20))], showgrid=False
+    )
+    figure.update_yaxes(title_text=plot_text(y_label), range=_curve_range(frame, [*references, noise_floor or 0.0]))
+    # One entry a line below the axis title: their number, and so the room they need, is known.
+    legend = {"orientation": "v", "x": 0, "y": -0.17, "yanchor": "top", "font": {"size": 14}}
+    figure.update_layout(legend=legend, showlegend=True, margin_r=150, margin_b=80 + 31 * entries)
+    return figure
+
+
+def _add_noise_floor(figure: "go.Figure", height: float) -> None:
+    line = {"color": ORANGE, "width": 1.8, "dash": "dash"}
+    for sign in (-1, 1):
+        figure.add_hline(y=sign * height, line=line, layer="below")
+    name = f"numerical noise floor, ±{height:.2g}"
+    figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
+
+
+def _add_series(figure: "go.Figure", part: "pd.DataFrame", name: str, *, colour: str, index: int, hollow: bool) -> None:
+    import plotly.graph_objects as go
+
+    layer, value, low, high = (part[column].to_numpy(float) for column in ("layer", "value", "low", "high"))
+    known = np.isfinite(low) & np.isfinite(high)
+    for start, stop in _runs(known):
+        figure.add_scatter(
+            x=np.concatenate([layer[start:stop], layer[start:stop][::-1]]),
+            y=np.concatenate([high[start:stop], low[start:stop][::-1]]),
+            fill="toself",
+            mode="lines",
+            line={"width": 0},
+            fillcolor=colour,
+            opacity=0.18,
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=str(index),
+        )
+    n = [f", n = {count}" for count in part["n"]] if "n" in part else [""] * len(part)
+    text = [f"{interval_text(v, a, b)}{c}" for v, a, b, c in zip(value, low, high, n, strict=True)]
+    figure.add_trace(
+        go.Scatter(
+            x=layer,
+            y=value,
+            mode="lines+markers",
+            name=name,
+            legendgroup=str(index),
+            line={"color": colour, "width": 2.5, "dash": DASHES[index % len(DASHES)]},
+            marker={
+                "size": 8,
+                "symbol": SYMBOLS[index % len(SYMBOLS)],
+                "color": "white" if hollow else colour,
+                "line": {"width": 1.5, "color": colour},
+            },
+            text=text,
+            hovertemplate=f"<b>{name}</b><br>layer %{{x}}: %{{text}}<extra></extra>",
+        )
+    )
+
+
+def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Half-open ranges of neighbouring True entries."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
+    return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _curve_range(frame: "pd.DataFrame", references: Iterable[float]) -> list[float]:
+    inner = np.concatenate([frame["value"].to_numpy(float), np.array([*references], dtype=float)])
+    inner = inner[np.isfinite(inner)]
+    if not len(inner):
+        return [0.0, 1.0]
+    bottom, top = float(inner.min()), float(inner.max())
+    room = 0.4 * ((top - bottom) or 1.0)
+    outer = frame[["low", "high"]].to_numpy(float)
+    outer = np.clip(outer[np.isfinite(outer)], bottom - room, top + room)
+    edges = [bottom, top, *outer]
+    return [min(edges) - 0.06 * (top - bottom or 1.0), max(edges) + 0.06 * (top - bottom or 1.0)]
+
+
+# --- maps --------------------------------------------------------------------------------------------
+
+DIVERGING = ((0.0, "#7F3B08"), (0.25, "#E08214"), (0.5, "#FFFFFF"), (0.75, "#4393C3"), (1.0, "#053061"))
+SUBTITLE_WIDTH = 132  # characters that fit at 900 px
+SEQUENTIAL = ((0.0, "#FFFFFF"), (0.5, "#4393C3"), (1.0, "#053061"))
+
+
+def heatmap_figure(
+    z: npt.ArrayLike,
+    x_labels: Sequence[object],
+    y_labels: Sequence[object],
+    *,
+    title: str,
+    x_title: str,
+    y_title: str,
+    colorbar_title: str,
+    signed: bool = True,
+    subtitle: str = "",
+    details: Sequence[Sequence[str]] | None = None,
+    cell_text: Sequence[Sequence[str]] | None = None,
+    bottom_up: bool = False,
+    least_limit: float = 0.0,
+) -> "go.Figure":
+    """A map, ``z[y][x]``, first row on top. Labels (tokens) are shown literally and may repeat.
+
+    ``signed``: orange below zero, white at zero, blue above, symmetric; otherwise white to blue from zero.
+    Cells which are NaN are grey. ``subtitle`` is literal text. ``details`` stand under the cursor instead of the
+    number, ``cell_text`` in the cells, both by row and column and ready for plotly (``plot_text``).
+    ``bottom_up`` puts the first row at the bottom; ``least_limit`` keeps small values pale: the scale reaches
+    at least that far.
+
+    Raises:
+        LensError: the labels do not fit the values.
+    """
+    import plotly.graph_objects as go
+
+    values = np.asarray(z, dtype=np.float32)
+    if values.shape != (len(y_labels), len(x_labels)) or not values.size:
+        expected = (len(y_labels), len(x_labels))
+        raise LensError(f"the map has shape {values.shape}, its labels say {expected} (rows, columns)")
+    finite = values[np.isfinite(values)]
+    limit = max(least_limit, float(np.abs(finite).max(initial=0.0))) or 1.0
+    low = -limit if signed else min(0.0, float(finite.min(initial=0.0)))
+    across = [f"{plot_text(x_title)} {plot_text(label)}" for label in x_labels]
+    down = [f"{plot_text(y_title)} {plot_text(label)}" for label in y_labels]
+    names = [[f"{row}<br>{column}" for column in across] for row in down]
+    # plotly writes `text` into the cells where a template asks for it; the names then need another place.
+    shown = {"text": names} if cell_text is None else {"text": cell_text, "hovertext": names, "texttemplate": "%{text}"}
+    place = "%{text}" if cell_text is None else "%{hovertext}"
+    quantity = plot_text(colorbar_title)
+    number = f"<b>%{{z:.3g}}</b> {quantity}" if details is None else f"{quantity}: <b>%{{customdata}}</b>"
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            zmin=low,
+            zmax=limit,
+            colorscale=DIVERGING if signed else SEQUENTIAL,
+            xgap=1,
+            ygap=1,
+            hoverongaps=details is not None,
+            customdata=details,
+            hovertemplate=f"{place}<br>{number}<extra></extra>",
+            textfont={"size": 13},
+            colorbar=colour_bar(colorbar_title),
+            **shown,
+        )
+    )
+    lines = [line for line in (subtitle, "grey: missing" if finite.size < values.size else "") if line]
+    apply_heading(figure, title, "; ".join(lines), height=190 + 23 * max(8, min(len(y_labels), 40)))
+    _label_axes(figure, x_labels, y_labels)
+    figure.update_xaxes(title_text=plot_text(x_title), range=[-0.5, len(x_labels) - 0.5])
+    edges = [-0.5, len(y_labels) - 0.5]
+    figure.update_yaxes(title_text=plot_text(y_title), range=edges if bottom_up else edges[::-1])
+    figure.update_layout(plot_bgcolor=MISSING)
+    return figure
+
+
+def apply_heading(figure: "go.Figure", title: str, subtitle: str, *, height: int, room: int = 0) -> None:
+    """``apply_style`` with a literal subtitle, in as many lines as it takes at a width of 900 px."""
+    lines = wrapped(subtitle, SUBTITLE_WIDTH)
+    more = 17 * lines.count("<br>")
+    apply_style(figure, title, lines, height=height + more, room=room + more)
+
+
+def colour_bar(title: str) -> dict[str, object]:
+    """The settings of the bar beside a map."""
+    heading = {"text": wrapped(title, 16), "side": "top"}
+    return {"title": heading, "thickness": 16, "tickfont": {"size": 13}}
+
+
+def _label_axes(figure: "go.Figure", x_labels: Sequence[object], y_labels: Sequence[object]) -> None:
+    """Labels at the rows and columns, thinned where there are many; upright along x where they are too long."""
+    room = 760 / 8 / len(x_labels)  # characters for each column at 900 px
+    vertical = max(len(str(label)) for label in x_labels) > room
+    for axis, labels, most in ((figure.update_xaxes, x_labels, 44), (figure.update_yaxes, y_labels, 40)):
+        every = math.ceil(len(labels) / most)
+        axis(
+            tickmode="array",
+            tickvals=list(range(0, len(labels), every)),
+            ticktext=[plot_text(label, limit=LABEL_LENGTH) for label in labels[::every]],
+            showgrid=False,
+            zeroline=False,
+        )
+    figure.update_xaxes(tickangle=-90 if vertical else 0)
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+def history_figure(frame: "pd.DataFrame", *, title: str = "training history") -> "go.Figure":
+    """One panel for each quantity over the steps: the loss, its terms (nats per token; drift of keys and values:
+    relative), gradient norm, rate.
+
+    ``frame`` has a column step and any of loss, terms of the loss, grad_norm, lr; the columns tokens and
+    seconds are bookkeeping and not drawn.
+    """
+    from plotly.subplots import make_subplots
+
+    check_frame(frame, ["step"])
+    last = ("norm", "grad_norm", "lr")
+    numeric = [str(name) for name in frame.select_dtypes("number").columns]
+    drawn = [name for name in numeric if name not in ("step", "tokens", "seconds", *last)]
+    drawn += [name for name in last if name in numeric]
+    if not drawn:
+        raise LensError(f"a training history needs a column to draw beside step, such as loss; got {list(frame)}")
+    names = {"lr": "learning rate", "grad_norm": "gradient norm before clipping", "norm": "norm of the solution"}
+    figure = make_subplots(
+        rows=len(drawn),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.16 / len(drawn),
+        subplot_titles=[
+            plot_text(names.get(name, f"{name} ({'relative' if name.startswith('drift') else 'nats per token'})"))
+            for name in drawn
+        ],
+    )
+    figure.update_annotations(x=0, xanchor="left", font={"size": 14, "color": INK})
+    for row, name in enumerate(drawn, start=1):
+        figure.add_scatter(
+            x=frame["step"],
+            y=frame[name],
+            mode="lines+markers" if len(frame) <= 60 else "lines",
+            marker={"size": 5},
+            line={
+                "color": GREY if name in last else SERIES_COLOURS[(row - 1) % len(SERIES_COLOURS)],
+                "width": 2,
+            },
+            hovertemplate=f"step %{{x}}: <b>%{{y:.4g}}</b> {plot_text(name)}<extra></extra>",
+            row=row,
+            col=1,
+        )
+    apply_style(figure, title, f"{len(frame)} steps", height=150 + 170 * len(drawn), room=18)
+    figure.update_layout(showlegend=False)
+    figure.update_yaxes(nticks=5, exponentformat="power")
+    figure.update_xaxes(title_text="step", row=len(drawn), col=1)
+    return figure

@@ -1,0 +1,119 @@
+"""The picture of each kind of patching experiment."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.results import IDENTITY, PatchResult
+from piggyback_lens.interventions.donors import DONOR, RECIPIENT
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def draw(result: PatchResult) -> "go.Figure":
+    """The figure of a result; `PatchResult.figure` calls it."""
+    drawings: dict[str, Callable[[PatchResult], go.Figure]] = {
+        "span": _span,
+        "layer_curve": _layer_curve,
+        "layer_position": _layer_position,
+        "layer_head": _layer_head,
+        "carrier": _carrier,
+    }
+    if result.kind not in drawings:
+        raise LensError(f"a result of kind {result.kind!r} has no figure: there are {', '.join(drawings)}")
+    return drawings[result.kind](result)
+
+
+def carrier_plane(result: PatchResult) -> "go.Figure":
+    """Necessity (repair) against sufficiency (infect) of every cell of a carrier map."""
+    from piggyback_lens.figures.carrier_plots import carrier_plane_figure
+
+    return carrier_plane_figure(
+        result.to_frame(), title=_title("Necessary and sufficient", result), noise_floor=_floor(result)
+    )
+
+
+def _title(what: str, result: PatchResult) -> str:
+    names = result.settings.get("names", {})
+    return f"{what}: {names.get('finetuned', 'finetuned')} and {names.get('base', 'base')}, {result.measure['name']}"
+
+
+def _what(result: PatchResult) -> str:
+    """Direction, span and sites of the patched cells."""
+    labels = [cell for cell in result.cells if cell["series"] == "patched" and cell.get("mode") != "all layers"]
+    direction, span, sites = (
+        " / ".join(dict.fromkeys(str(cell[name]) for cell in labels)) for name in ("direction", "span", "sites")
+    )
+    return f"{direction}, {span} {sites}"
+
+
+def _floor(result: PatchResult) -> float | None:
+    return None if np.isnan(result.noise_floor) else float(result.noise_floor)
+
+
+def _span(result: PatchResult) -> "go.Figure":
+    from piggyback_lens.figures.map_plots import recovery_map_figure
+
+    frame = result.to_frame().assign(row=_what(result)).rename(columns={"series": "column"}).assign(series="patched")
+    return recovery_map_figure(
+        frame, x="column", y="row", title=_title("Recovery", result), noise_floor=_floor(result), text=True
+    )
+
+
+def _layer_curve(result: PatchResult) -> "go.Figure":
+    from piggyback_lens.figures.plots import layer_curve_figure
+
+    frame, direction = result.to_frame(), result.cells[0]["direction"]
+    whole = frame[frame["mode"] == "all layers"]
+    labels = {0.0: f"0 = {RECIPIENT[direction]}", 1.0: f"1 = {DONOR[direction]}"}
+    if len(whole) and np.isfinite(whole["value"].iloc[0]):
+        labels[float(whole["value"].iloc[0])] = f"{whole['value'].iloc[0]:.2f} = all layers' K/V"
+    mode = {"single": "one layer", "below": "all layers up to l", "above": "all layers from l on"}
+    modes = [cell["mode"] for cell in result.cells if cell["mode"] != "all layers"]
+    shown = mode.get(modes[0], "a window of layers")
+    return layer_curve_figure(
+        frame[(frame["mode"] != "all layers") & (frame["series"] != IDENTITY)],
+        title=_title(f"{_what(result)} of {shown}", result),
+        y_label="recovery (fraction)",
+        references=labels,
+        noise_floor=_floor(result),
+    )
+
+
+def _layer_position(result: PatchResult) -> "go.Figure":
+    from piggyback_lens.figures.map_plots import recovery_map_figure
+
+    frame = result.to_frame()
+    frame["token"] = [text.replace(" ", "·", 1) if text.startswith(" ") else text for text in frame["token"]]
+    return recovery_map_figure(
+        frame,
+        x="position",
+        y="layer",
+        x_text="token",
+        x_title=f"token of the {result.cells[0]['span']}",
+        title=_title(_what(result), result),
+        subtitle="by gradient" if result.settings.get("method") == "attribution" else "",
+        noise_floor=_floor(result),
+    )
+
+
+def _layer_head(result: PatchResult) -> "go.Figure":
+    from piggyback_lens.figures.map_plots import head_map_figure
+
+    labels = {cell["head"]: cell["label"] for cell in result.cells}
+    return head_map_figure(
+        result.to_frame(),
+        labels=labels,
+        title=_title(_what(result), result),
+        subtitle="by gradient" if result.settings.get("method") == "attribution" else "",
+        noise_floor=_floor(result),
+    )
+
+
+def _carrier(result: PatchResult) -> "go.Figure":
+    from piggyback_lens.figures.carrier_plots import carrier_map_figure
+
+    return carrier_map_figure(result.to_frame(), title=_title("Where it rides", result), noise_floor=_floor(result))

@@ -1,0 +1,217 @@
+"""Checkpoints of a training run: safetensors and JSON only, written beside and renamed into place.
+
+A folder keeps one finished checkpoint, `checkpoint-000040`, named after the number of steps done. It is
+complete whenever it exists: a run killed at any moment leaves the older one, the newer one, or both.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.finetuning.steps import Objective
+from piggyback_lens.finetuning.trainables import Trainable
+
+PREFIX = "checkpoint-"
+Row = dict[str, int | float]  # one step of the history
+Parameters = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: one history row per step done."""
+
+    history: tuple[Row, ...]
+
+
+def run_identity(
+    model: nn.Module,
+    examples: Sequence[RenderedPrompt],
+    settings: Mapping[str, object],
+    *,
+    objective: Objective,
+    trainable: Trainable,
+) -> dict[str, object]:
+    """Everything that decides the result. A checkpoint that differs in any of it belongs to another run."""
+    trained = {id(value) for value in trainable.parameters().values()}
+    base = hashlib.sha256(type(model).__name__.encode())
+    for name, value in model.named_parameters():
+        if id(value) not in trained:
+            # A few numbers of every frozen tensor tell models apart without reading gigabytes.
+            few = value.detach().flatten()[:16].float().cpu().numpy().tobytes()
+            base.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode() + few)
+    data = hashlib.sha256()
+    for example in examples:
+        data.update(f"{example.fingerprint} {example.n_prompt} {example.ids}\n".encode())
+    identity = {
+        "settings": dict(settings),
+        "adapter": dict(trainable.settings()),
+        "objective": _describe(objective),
+        "examples": {"number": len(examples), "sha256": data.hexdigest()[:16]},
+        "template": examples[0].fingerprint,
+        "base": base.hexdigest()[:16],
+    }
+    plain: dict[str, object] = json.loads(json.dumps(identity))  # tuples as a file gives them back
+    return plain
+
+
+def _describe(objective: Objective) -> dict[str, object]:
+    settings = getattr(objective, "settings", None)
+    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    if settings is None and named is not objective:
+        raise LensError(f"objective {objective!r} is no named function; give its class a settings() method")
+    return {
+        "name": f"{named.__module__}.{named.__qualname__}",
+        **(settings() if settings is not None else {}),
+    }
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    parameters: Parameters,
+    optimiser: torch.optim.Optimizer,
+    identity: Mapping[str, object],
+) -> Path:
+    """Write the state after the steps of `progress`, then delete the older checkpoint.
+
+    A checkpoint of this many steps that is there already is the same one, and stays.
+    """
+    from safetensors.torch import save_file
+
+    final = folder / f"{PREFIX}{len(progress.history):06d}"
+    if final.exists():
+        return final
+
+    def write(target: Path) -> None:
+        save_file({name: _plain(value) for name, value in parameters.items()}, target / "weights.safetensors")
+        save_file(_flat_state(parameters, optimiser), target / "optimiser.safetensors")
+        state = {"identity": identity, "history": progress.history}
+        write_json(target / "state.json", state)
+
+    older = [path for path in _finished(folder) if path != final]
+    write_folder(final, write)
+    for path in older:
+        shutil.rmtree(path)
+    return final
+
+
+def load_checkpoint(
+    folder: Path,
+    parameters: Parameters,
+    optimiser: torch.optim.Optimizer,
+    identity: Mapping[str, object],
+) -> Progress | None:
+    """Put the newest checkpoint of `folder` into the parameters and the optimiser; None where there is none.
+
+    Raises:
+        LensError: the checkpoint was made with other settings, data, objective or base; says which differ.
+    """
+    from safetensors.torch import load_file
+
+    found = _finished(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    state = read_json(newest / "state.json")
+    _refuse_other_run(newest, state["identity"], identity)
+    weights = load_file(newest / "weights.safetensors")
+    if weights.keys() != parameters.keys():
+        odd = sorted(weights.keys() ^ parameters.keys())[0]
+        raise LensError(f"{newest} does not hold the parameters of this model, e.g. {odd}; train into another folder")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    _restore_state(load_file(newest / "optimiser.safetensors"), parameters, optimiser)
+    return Progress(tuple(state["history"]))
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a temporary folder beside `final`, then rename it into place, over what was there."""
+    temporary, replaced = (final.with_name(f".{final.name}{end}") for end in (".new", ".old"))
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        if final.exists():
+            final.replace(replaced)
+        temporary.replace(final)
+    finally:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def run_lock(folder: Path | None) -> Iterator[None]:
+    """Make the folder, and keep it for this run; refuse one that another process is training in."""
+    from filelock import FileLock, Timeout
+
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise LensError(
+            f"{folder} is in use by another training run; wait for it or train into another folder"
+        ) from None
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous().clone()
+
+
+def _flat_state(parameters: Parameters, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{"parameter name|state name": tensor}; empty before the first step."""
+    return {
+        f"{name}|{key}": _plain(value)
+        for name, parameter in parameters.items()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def _restore_state(flat: Mapping[str, Tensor], parameters: Parameters, optimiser: torch.optim.Optimizer) -> None:
+    for parameter in parameters.values():
+        optimiser.state.pop(parameter, None)
+    for full_name, value in flat.items():
+        name, key = full_name.split("|")
+        parameter = parameters[name]
+        # AdamW keeps its step counter on the CPU wherever the parameter lives.
+        placed = value if key == "step" else value.to(parameter.device)
+        optimiser.state[parameter][key] = placed
+
+
+def _refuse_other_run(where: Path, saved: Mapping[str, object], asked: Mapping[str, object]) -> None:
+    old, new = _flatten(saved), _flatten(asked)
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if different:
+        listed = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} here" for key in different)
+        raise LensError(
+            f"{where} belongs to another run: {listed}; train into another folder, or delete this one to start again"
+        )
+
+
+def _flatten(tree: Mapping[str, object], above: Sequence[str] = ()) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        path = (*above, key)
+        flat |= _flatten(value, path) if isinstance(value, Mapping) else {".".join(path): value}
+    return flat

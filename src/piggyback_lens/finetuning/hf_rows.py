@@ -1,0 +1,128 @@
+"""Find the template's spans in batches that other people's collators made: ids, masks and labels only.
+
+What is required of such a batch. Every conversation begins with the template's prefix, exactly; nothing is
+searched for. It begins at the row's first unmasked token, or, where the batch has `position_ids`, wherever
+they are 0 (packed rows hold several). For spans beyond the prefix the first label that is not -100 has to be
+the first response token, as completion-only training has it, and the postfix has to stand right before it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.references import SpanName
+from piggyback_lens.finetuning.steps import TrainBatch
+
+IGNORED = -100
+"""The label of tokens that are not trained on."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRows:
+    """The prompts of a batch: their token ids, without padding and response, and where a span lies in each."""
+
+    ids: tuple[tuple[int, ...], ...]
+    spans: tuple[range, ...]
+
+    def batch(self, device: torch.device | str, *, plain_keys: bool) -> TrainBatch:
+        """Right-padded rows for `forward_step`, nothing of them supervised."""
+        ids = torch.zeros((len(self.ids), max(map(len, self.ids))), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(self.ids):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return TrainBatch(
+            examples=(),
+            ids=ids.to(device),
+            attention_mask=mask.to(device),
+            supervised=torch.zeros_like(ids, dtype=torch.bool).to(device),
+            prefix_length=0,
+            share_prefix=False,
+            plain_keys=plain_keys,
+        )
+
+
+def check_prefixes(inputs: Mapping[str, Any], prompt: RenderedPrompt) -> Int[Tensor, "start 2"]:
+    """Row and column at which each conversation of a batch begins; every one with the prefix of `prompt`.
+
+    Raises:
+        LensError: a row with another prefix, by its number and first differing token; no `input_ids`.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise LensError("the batch has no input_ids of shape [row, position], which TReFT reads; adapt the collator")
+    starts = _starts(inputs, ids)
+    wanted = torch.tensor(prompt.ids[: prompt.span("prefix").stop], device=ids.device)
+    columns = starts[:, 1:] + torch.arange(len(wanted), device=ids.device)
+    inside = columns < ids.shape[1]
+    found = ids[starts[:, :1], columns.clamp(max=ids.shape[1] - 1)]
+    wrong = (found != wanted) | ~inside
+    if bool(wrong.any()):
+        number = int(wrong.any(1).nonzero()[0])
+        _refuse(prompt, number, int(starts[number, 0]), found[number][inside[number]].tolist())
+    return starts
+
+
+def _starts(inputs: Mapping[str, Any], ids: Int[Tensor, "row pos"]) -> Int[Tensor, "start 2"]:
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if real.shape != ids.shape:
+        raise LensError(f"attention_mask has shape {tuple(real.shape)}, expected that of input_ids {tuple(ids.shape)}")
+    if positions is not None and positions.shape[-2:] == ids.shape:
+        # [row, pos], or a first axis for several kinds of position
+        first = (positions.flatten(0, -3)[0] if positions.ndim > 2 else positions) == 0
+    else:
+        first = real.cumsum(1) == 1
+    starts: Tensor = (first & real).nonzero()
+    if len(set(starts[:, 0].tolist())) < len(ids):
+        raise LensError("a row of the batch has no position at which a conversation begins; check its masks")
+    return starts
+
+
+def _refuse(prompt: RenderedPrompt, number: int, row: int, found: Sequence[int]) -> None:
+    wanted = prompt.ids[: prompt.span("prefix").stop]
+    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
+    shown = repr(prompt.tokenizer.decode([found[at]])) if at < len(found) else "the end of the row"
+    raise LensError(
+        f"row {row} of the batch (conversation {number}) does not begin with the reference's prefix: token {at} is "
+        f"{shown}, expected {prompt.pieces[at]!r}; render the data with the template settings of treft.prompt"
+    )
+
+
+def prompt_rows(inputs: Mapping[str, Any], prompt: RenderedPrompt, span: SpanName) -> PromptRows:
+    """The prompts of a batch with completion-only labels, and the span in each.
+
+    Raises:
+        LensError: several conversations in a row, no labels, labels on the prompt, or a row whose prefix or
+            postfix is not that of `prompt`.
+    """
+    ids, labels = inputs.get("input_ids"), inputs.get("labels")
+    starts = check_prefixes(inputs, prompt)
+    assert isinstance(ids, Tensor)
+    if len(starts) != len(ids):
+        raise LensError(f"span {span!r} cannot be found in packed rows; use span='prefix' or switch packing off")
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        raise LensError(f"span {span!r} is found by the labels, and the batch has none beside its input_ids")
+    n_prefix, where = prompt.span("prefix").stop, prompt.span("postfix")
+    postfix = prompt.ids[where.start : where.stop]
+    rows, spans = [], []
+    for row, start in starts.tolist():
+        supervised = (labels[row] != IGNORED).nonzero().flatten().tolist()
+        stop = supervised[0] if supervised else start
+        tokens = tuple(ids[row, start:stop].tolist())
+        end = len(tokens) - len(postfix)
+        if end < n_prefix or tokens[end:] != postfix:
+            raise LensError(
+                f"row {row} of the batch has its first label at token {len(tokens)}, which does not stand behind the "
+                f"template's postfix {prompt.span_text('postfix')!r}; label responses only, and nothing else"
+            )
+        rows.append(tokens)
+        found = {"prefix": (0, n_prefix), "query": (n_prefix, end), "postfix": (end, len(tokens))}
+        spans.append(range(*found.get(span, (0, len(tokens)))))
+    return PromptRows(tuple(rows), tuple(spans))

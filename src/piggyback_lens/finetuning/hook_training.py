@@ -1,0 +1,155 @@
+"""Train steering vectors and LoRA adapters through hooks, in the loop of `training`.
+
+    trainable = HookTrainable(model, SteeringVector.zeros(576, [15]))
+    train(trainable.module, examples, settings, trainable=trainable)
+    learned = trainable.result()
+
+`model` is a transformers model, a bridge or a HookedTransformer; its own weights get no gradient.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piggyback_lens.finetuning.frozen_lower import FrozenLower
+from piggyback_lens.finetuning.steps import StepOutput, TrainBatch, forward_step
+from piggyback_lens.models.backends import forward, shape_of
+from piggyback_lens.vectors.adapters import Adapter, SteeringVector
+from piggyback_lens.vectors.adapting import attached
+from piggyback_lens.vectors.attachment import core_of, has_modules
+from piggyback_lens.vectors.direction import Provenance
+
+
+class HookTrainable:
+    """A steering vector or LoRA adapter as a `Trainable`; `result()` is the value it has reached."""
+
+    def __init__(self, model: Any, start: Adapter, *, cache_below: bool = True, budget_gb: float = 1.0) -> None:
+        """Make parameters of the tensors of `start`, on the model's device, in float32.
+
+        Args:
+            model: transformers model, bridge or HookedTransformer.
+            start: where training begins; it is not changed.
+            cache_below: run the layers below the lowest trained one once per example and keep what they give
+                (exact, and faster). Nothing else that acts on those layers may come or go meanwhile. A
+                HookedTransformer runs them in every step.
+            budget_gb: memory for that; the rest goes to files.
+        """
+        self.model = model
+        self.start = start
+        lowest = start.layers[0]
+        caches = cache_below and has_modules(model) and lowest > 0
+        self.below = FrozenLower(core_of(model), lowest, budget_gb=budget_gb) if caches else None
+        device = next(self.module.parameters()).device
+        self._parameters = {
+            name: nn.Parameter(value.detach().to(device, torch.float32, copy=True))
+            for name, value in start.tensors().items()
+        }
+
+    @property
+    def module(self) -> nn.Module:
+        """What to hand to `train` as its model."""
+        return core_of(self.model)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The tensors to descend on, by a stable name."""
+        return self._parameters
+
+    def current(self) -> Adapter:
+        """The adapter made of the live parameters: gradients flow to them."""
+        return self.start.with_tensors(self._parameters)
+
+    def result(self) -> Adapter:
+        """The adapter as trained so far, cut off from the parameters."""
+        done = self.start.with_tensors({k: v.detach().cpu().clone() for k, v in self._parameters.items()})
+        source = self.start.provenance
+        how = "trained" if source is None else f"{source.how}; trained"
+        return replace(done, provenance=Provenance(how, seed=None if source is None else source.seed))
+
+    def forward(self, batch: TrainBatch) -> StepOutput:
+        """One pass under the adapter, with gradient to `parameters()` only.
+
+        Where the lower layers are not run, the output holds no keys and values.
+        """
+        with frozen(self.module), attached(self.model, self.current()):
+            if not has_modules(self.model):
+                return hooked_step(self.model, batch)
+            if self.below is None or batch.plain_keys:
+                return forward_step(self.module, batch)
+            with self.below.standing_in(batch):
+                output = forward_step(self.module, batch)
+            return replace(output, keys=(), values=(), prefix_keys=(), prefix_values=())
+
+    @torch.no_grad()
+    def base_forward(self, batch: TrainBatch) -> StepOutput:
+        """The pass of the model without the adapter."""
+        return forward_step(self.module, batch) if has_modules(self.model) else hooked_step(self.model, batch)
+
+    def logged(self) -> dict[str, float]:
+        """For the history: the norm of the solution, summed over layers or modules."""
+        return {"norm": self.current().norm()}
+
+    def settings(self) -> Mapping[str, object]:
+        """Those of the adapter, and a hash of the numbers it starts from: another start is another run."""
+        digest = hashlib.sha256()
+        for name, value in self.start.tensors().items():
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        return {**self.start.settings(), "start": digest.hexdigest()[:16]}
+
+    def save(self, folder: Path) -> None:
+        """Write the finished adapter: PEFT's format for LoRA, a direction file for a steering vector."""
+        from piggyback_lens.vectors.adapter_files import save_peft
+
+        done = self.result()
+        if isinstance(done, SteeringVector):
+            done.direction().save(folder / "direction.safetensors")
+        else:
+            save_peft(done, folder)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module takes part in graphs that are built inside."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def hooked_step(model: Any, batch: TrainBatch) -> StepOutput:
+    """`steps.forward_step` for a HookedTransformer: the same numbers, the prefix computed in every row."""
+    rows, columns = batch.supervised.nonzero(as_tuple=True)
+    counts = batch.supervised.sum(1)
+    slots = torch.cat([torch.arange(int(n)) for n in counts]).to(rows.device)
+    read = torch.zeros((len(counts), int(counts.max())), dtype=torch.long, device=rows.device)
+    read[rows, slots] = columns - 1
+    kept: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        kept[hook.name] = activation.transpose(1, 2)  # [row, kv_head, pos, d_head]
+
+    key = "hook_rot_k" if shape_of(model).rotary else "hook_k"
+    layers = range(shape_of(model).n_layers)
+    names = [f"blocks.{i}.attn.{name}" for i in layers for name in (key, "hook_v")]
+    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        logits = forward(model, batch.ids, batch.attention_mask, read=read)
+    keys, values = (tuple(kept[f"blocks.{i}.attn.{name}"] for i in layers) for name in (key, "hook_v"))
+    shared = batch.prefix_length
+    return StepOutput(
+        logits=logits[rows, slots],
+        targets=batch.ids[rows, columns],
+        rows=rows,
+        prefix_keys=tuple(k[0, :, :shared] for k in keys),
+        prefix_values=tuple(v[0, :, :shared] for v in values),
+        keys=keys,
+        values=values,
+    )

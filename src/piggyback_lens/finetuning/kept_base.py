@@ -1,0 +1,86 @@
+"""The base's predictions on data that training sees again and again: computed once, kept small, exact.
+
+Kept is what the output embeddings read at each response token (d_model numbers, not one per word of the
+vocabulary); the logits are one matrix product away. Where a model does more to its logits after that
+(soft-capping, scaling) nothing is kept, and the base is run anew.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from piggyback_lens.finetuning.references import adapter_off, base_forward
+from piggyback_lens.finetuning.steps import Step, StepOutput, TrainBatch
+
+Key = tuple[int, tuple[int, ...]]
+
+
+class KeptBase:
+    """The base's logits at the response tokens of examples, after the first time without a pass.
+
+    What was kept of one model is forgotten when another one comes.
+
+    Attributes:
+        passes: passes of the base so far.
+        keeps: False once the model was found to change its logits after the output embeddings.
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self.keeps = True
+        self._owner: weakref.ref[nn.Module] | None = None
+        self._hidden: dict[Key, Float[Tensor, "token d_model"]] = {}
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    @torch.no_grad()
+    def logits(self, step: Step, batch: TrainBatch, base: nn.Module | None) -> Float[Tensor, "token vocab"]:
+        """The base's logits at the response tokens of a batch, row by row.
+
+        Args:
+            step: says what the base is, where `base` is None.
+            batch: any rows.
+            base: another model.
+        """
+        model = step.model if base is None else base
+        if self._owner is None or self._owner() is not model:  # a penalty that is used again, for another model
+            self._hidden.clear()
+            self._owner, self.keeps = weakref.ref(model), True
+        head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        keys = [(example.n_prompt, example.ids) for example in batch.examples]
+        if head is None or not self.keeps:
+            return self._run(step, batch, base).logits
+        if all(key in self._hidden for key in keys):
+            with adapter_off(model):
+                return cast(Tensor, head(torch.cat([self._hidden[key] for key in keys])))
+        return self._first(step, batch, base, head, keys)
+
+    def _first(
+        self, step: Step, batch: TrainBatch, base: nn.Module | None, head: nn.Module, keys: list[Key]
+    ) -> Float[Tensor, "token vocab"]:
+        read: list[Tensor] = []
+        handle = head.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
+        try:
+            output = self._run(step, batch, base)
+        finally:
+            handle.remove()
+        hidden = read[-1][0]
+        with adapter_off(step.model if base is None else base):
+            again = head(hidden)
+        if not torch.allclose(again.float(), output.logits.float(), atol=1e-3, rtol=1e-3):
+            self.keeps = False
+            self._hidden.clear()
+            return output.logits
+        for row, key in enumerate(keys):
+            self._hidden[key] = hidden[output.rows == row].clone()
+        return output.logits
+
+    def _run(self, step: Step, batch: TrainBatch, base: nn.Module | None) -> StepOutput:
+        self.passes += 1
+        own: Callable[[TrainBatch], StepOutput] | None = step.base if base is None else None
+        return base_forward(step.model, batch, base) if own is None else own(batch)

@@ -1,0 +1,237 @@
+"""Watch a finetune while it trains: when does it begin to spread, and when does the prefix carry that?
+
+    monitor = Monitor(model, towards, against, every=10, out="run/monitor.jsonl")   # before training
+    train(model, examples, on_step=monitor)                                         # our loop
+    trainer.add_callback(monitor.callback(trainer))                                 # a transformers Trainer
+
+Every measure is teacher-forced: two answers are given to each off-topic prompt, one that shows the trained
+behaviour and one that the base would give, and their probabilities are compared. Nothing is generated.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import append_jsonl, atomic_write_text, read_jsonl
+from piggyback_lens.finetuning.references import (
+    KVReference,
+    adapter_off,
+    evaluating,
+    kv_reference,
+    prefix_batch,
+    prefix_drift,
+    without_replicas,
+)
+from piggyback_lens.finetuning.steps import LayerTensors, check_supervised, forward_step, make_batch
+from piggyback_lens.maths import Estimate, recovery, spread, token_log_probs
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Row = dict[str, Any]
+
+
+class Monitor:
+    """Measures a model every n steps; keeps the rows, and writes them to a JSON lines file as they come.
+
+    A row has: step; `spread`, the mean over off-topic prompts of the contrast now minus that of the base,
+    nats per token (contrast: log p(towards) − log p(against), each a mean over its tokens; 0 before
+    training, higher = more of the behaviour); `recovery`, the part of it that goes away when the base's
+    prefix keys and values are put in place (1 = the prefix carries all of it; NaN with `recovery_reason`
+    while there is nothing to recover); `drift`, the mean over layers of the prefix's relative squared
+    deviation from the base, and `drift_layers`, layer by layer (see `TReFT`). Spread and recovery come with
+    the ends of their 95 % bootstrap interval over prompts, `_low` and `_high`, and `n`.
+
+    Cost of a row: four passes over the prompts with their answers.
+    The model's modes, gradients and the random state are left as they were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        towards: Sequence[RenderedPrompt],
+        against: Sequence[RenderedPrompt],
+        *,
+        every: int = 10,
+        batch_size: int = 16,
+        out: str | Path | None = None,
+    ) -> None:
+        """Measure the base, and read what an interrupted run of the same probes has written to `out`.
+
+        Args:
+            model: the model to be trained, before training: its PEFT adapter is switched off to measure the
+                base, or its own weights are the base's still.
+            towards: off-topic prompts with an answer that shows the behaviour.
+            against: the same prompts with an ordinary answer, e.g. the base's own.
+            every: steps between two rows.
+            batch_size: rows per pass.
+            out: the JSON lines file, or None to write nothing.
+
+        Raises:
+            LensError: lists that do not match, prompts with different prefixes, or the file of other probes.
+        """
+        self.model, self.every, self.batch_size = model, every, batch_size
+        self.out = None if out is None else Path(out)
+        self._towards, self._against = list(towards), list(against)
+        self._check()
+        prefix = self._towards[0].span("prefix")
+        self._probes = _fingerprint([*self._towards, *self._against])
+        self.rows = self._written()
+        self._prefix_ids = self._towards[0].ids[: prefix.stop]
+        self.measure_base(model)
+
+    @torch.no_grad()
+    def measure_base(self, model: nn.Module) -> None:
+        """Measure the base again, in `model` as it is before training (an adapter is switched off)."""
+        self._reference: KVReference = kv_reference(model, self._towards[0])
+        with adapter_off(model), evaluating(model):
+            output = forward_step(model, prefix_batch(self._prefix_ids, self._reference.keys[0].device))
+            self._base_prefix: LayerTensors = (output.prefix_keys, output.prefix_values)
+            self._base = self._contrast(model)
+
+    def _check(self) -> None:
+        if not self._towards or len(self._towards) != len(self._against):
+            raise LensError(
+                f"{len(self._towards)} answers towards the behaviour and {len(self._against)} against it; give one "
+                "of each for every prompt, and at least one prompt"
+            )
+        if self.every < 1 or self.batch_size < 1:
+            raise LensError(f"every is {self.every} and batch_size {self.batch_size}; both are at least 1")
+        first = self._towards[0]
+        prefix = first.ids[: first.span("prefix").stop]
+        for number, (one, other) in enumerate(zip(self._towards, self._against, strict=True)):
+            for example in (one, other):
+                check_supervised(example, number)
+                if example.ids[: example.span("prefix").stop] != prefix:
+                    raise LensError(f"probe {number} has another prefix than probe 0; use one chat format for all")
+            if one.ids[: one.n_prompt] != other.ids[: other.n_prompt]:
+                raise LensError(f"probe {number} has two different prompts: give the same prompt both answers")
+
+    def __call__(self, row: Mapping[str, int | float]) -> None:
+        """As `train(..., on_step=monitor)`: measure after every n-th step."""
+        if int(row["step"]) % self.every == 0:
+            self.measure(int(row["step"]))
+
+    @torch.no_grad()
+    def measure(self, step: int, *, model: nn.Module | None = None, write: bool = True) -> Row:
+        """Measure now and keep the row; rows of this step and later ones (of a run since resumed) are dropped.
+
+        Args:
+            step: optimiser steps done.
+            model: what to run where the trained model was wrapped since.
+            write: False on all but one of several processes.
+        """
+        model = self.model if model is None else model
+        with evaluating(model):
+            now, patched = self._contrast(model), self._contrast(model, self._base_prefix)
+            output = forward_step(model, prefix_batch(self._prefix_ids, self._reference.keys[0].device))
+            layers = prefix_drift(output, self._reference).tolist()
+        part = recovery(patched, now, self._base)
+        row: Row = {"step": step, "n": len(self._towards), **_named("spread", spread(now, self._base))}
+        row |= _named("recovery", part) | {"recovery_reason": part.reason}
+        row |= {"drift": sum(layers) / len(layers), "drift_layers": layers, "probes": self._probes}
+        self.rows = [*(kept for kept in self.rows if kept["step"] < step), row]
+        if write and self.out is not None:
+            self._write(row)
+        return dict(row)
+
+    def _contrast(self, model: nn.Module, prefix: LayerTensors | None = None) -> list[float]:
+        """log p(towards) − log p(against) of every prompt, nats per token."""
+        towards, against = (self._log_probs(model, probes, prefix) for probes in (self._towards, self._against))
+        return [one - other for one, other in zip(towards, against, strict=True)]
+
+    def _log_probs(
+        self, model: nn.Module, probes: Sequence[RenderedPrompt], prefix: LayerTensors | None
+    ) -> list[float]:
+        found = [math.nan] * len(probes)
+        order = sorted(range(len(probes)), key=lambda number: len(probes[number].ids))
+        for at in range(0, len(order), self.batch_size):
+            chosen = order[at : at + self.batch_size]
+            batch = make_batch([probes[number] for number in chosen], device=next(model.parameters()).device)
+            if batch.prefix_length != len(self._prefix_ids):
+                raise LensError("the whole prompt of a probe is prefix, so the prefix cannot be patched; add a query")
+            output = forward_step(model, batch, prefix)
+            scores: Tensor = token_log_probs(output.logits[None], output.targets[None])[0]
+            for row, number in enumerate(chosen):
+                found[number] = float(scores[output.rows == row].mean())
+        return found
+
+    def _written(self) -> list[Row]:
+        if self.out is None or not self.out.exists():
+            return []
+        rows = read_jsonl(self.out)
+        if any(row.get("probes") != self._probes for row in rows):
+            raise LensError(f"{self.out} was written with other probes; choose another file")
+        return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+    def _write(self, row: Row) -> None:
+        assert self.out is not None
+        if self.out.exists() and any(kept["step"] >= row["step"] for kept in read_jsonl(self.out)):
+            atomic_write_text(self.out, "")
+            append_jsonl(self.out, self.rows)
+        else:
+            append_jsonl(self.out, [row])
+
+    def callback(self, trainer: Any) -> Any:
+        """A `transformers.TrainerCallback` that measures, and logs through the trainer to whatever it reports to.
+
+        With several processes every one of them measures (sharded weights need all), and process 0 writes.
+        Logged names: monitor/spread, monitor/recovery (once it is defined), monitor/drift.
+        """
+        from transformers import TrainerCallback
+
+        monitor = self
+
+        class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+            """Calls the monitor at the end of every n-th optimiser step."""
+
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == 0:  # again, in the precision in which the trainer runs the model
+                    monitor.measure_base(without_replicas(trainer.model_wrapped))
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step % monitor.every == 0:
+                    model = without_replicas(trainer.model_wrapped)
+                    row = monitor.measure(state.global_step, model=model, write=state.is_world_process_zero)
+                    names = [name for name in ("spread", "recovery", "drift") if math.isfinite(row[name])]
+                    due = control.should_log  # a log of ours would count as the Trainer's own
+                    trainer.log({f"monitor/{name}": row[name] for name in names})
+                    control.should_log = trainer.control.should_log = due
+
+        return MonitorCallback()
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per measurement, with a column drift_layer_<i> for each layer."""
+        import pandas as pd
+
+        flat = []
+        for row in self.rows:
+            layers = {f"drift_layer_{i}": value for i, value in enumerate(row["drift_layers"])}
+            flat.append({name: value for name, value in row.items() if name not in ("drift_layers", "probes")} | layers)
+        return pd.DataFrame(flat)
+
+    def figure(self) -> "go.Figure":
+        """Spread and prefix recovery with their intervals, and the drift of every layer, over the steps."""
+        from piggyback_lens.figures.monitor_plot import monitor_figure
+
+        figure: go.Figure = monitor_figure(self.to_frame())
+        return figure
+
+
+def _named(name: str, estimate: Estimate) -> Row:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _fingerprint(probes: Sequence[RenderedPrompt]) -> str:
+    data = hashlib.sha256()
+    for probe in probes:
+        data.update(f"{probe.n_prompt} {probe.ids}\n".encode())
+    return data.hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""Preventive steering: add a direction while training, so that the weights need not learn it.
+
+The vector is added to the residual stream in the passes that are trained and nowhere else; the finished
+model is used without it. Penalties compare the model as it will be used, without the vector.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.steps import StepOutput, TrainBatch
+from piggyback_lens.finetuning.trainables import Trainable, check_field
+
+ResidualSite = Literal["resid_pre", "resid_post"]
+
+
+@dataclass(frozen=True, eq=False)
+class PreventiveSteering:
+    """A `Trainable` that is steered while it trains: resid ← resid + alpha · vector at one layer, all positions.
+
+        train(model, examples, trainable=PreventiveSteering(PeftAdapter(model), model, vector, layer=12))
+
+    Attributes:
+        trainable: what is trained and saved, e.g. `PeftAdapter(model)`.
+        model: the Hugging Face model (or PEFT model) that it runs.
+        vector: [d_model]; its length counts, nothing is normalised.
+        layer: decoder block, from 0.
+        alpha: strength; positive moves towards the direction.
+        site: "resid_post", the block's output, or "resid_pre", its input.
+    """
+
+    trainable: Trainable
+    model: nn.Module
+    vector: Float[Tensor, " d_model"] = field(repr=False)
+    layer: int = 0
+    alpha: float = 1.0
+    site: ResidualSite = "resid_post"
+
+    def __post_init__(self) -> None:
+        check_field(self, "alpha", math.isfinite(self.alpha), "a finite number")
+        check_field(self, "site", self.site in ("resid_pre", "resid_post"), '"resid_pre" or "resid_post"')
+        if not bool(torch.isfinite(self.vector).all()):
+            raise LensError("the steering vector has entries that are not finite; compute it again")
+        _block(self.model, self.layer)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The inner trainable's."""
+        return self.trainable.parameters()
+
+    def forward(self, batch: TrainBatch) -> StepOutput:
+        """A pass with the vector."""
+        with steered(self.model, self.vector, self.layer, alpha=self.alpha, site=self.site):
+            return self.trainable.forward(batch)
+
+    def plain_forward(self, batch: TrainBatch) -> StepOutput:
+        """A pass without it: the model as it will be used."""
+        return self.trainable.forward(batch)
+
+    def settings(self) -> dict[str, object]:
+        """The inner trainable's settings, and the steering."""
+        data = self.vector.detach().float().cpu().numpy().tobytes()
+        steering = {"layer": self.layer, "alpha": self.alpha, "site": self.site, "norm": float(self.vector.norm())}
+        return {**self.trainable.settings(), "steering": steering | {"sha256": hashlib.sha256(data).hexdigest()[:16]}}
+
+    def save(self, folder: Path) -> None:
+        """The inner trainable's result; the vector is not part of it."""
+        self.trainable.save(folder)
+
+
+@contextmanager
+def steered(
+    model: nn.Module, vector: Float[Tensor, " d_model"], layer: int, *, alpha: float, site: ResidualSite = "resid_post"
+) -> Iterator[None]:
+    """Add alpha · vector to the residual stream at every position of every pass inside the block.
+
+    Raises:
+        LensError: no such layer, a vector of another width, or no pass went through the layer.
+    """
+    block = _block(model, layer)
+    calls = 0
+
+    def moved(hidden: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if hidden.shape[-1] != vector.shape[0]:
+            raise LensError(
+                f"the steering vector has {vector.shape[0]} entries, the residual stream {hidden.shape[-1]}"
+            )
+        return hidden + (alpha * vector).to(hidden.device, hidden.dtype)
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (moved(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": moved(kwargs["hidden_states"])}
+
+    def after(_module: nn.Module, _args: object, output: Any) -> Any:
+        return (moved(output[0]), *output[1:]) if isinstance(output, tuple) else moved(output)
+
+    if site == "resid_pre":
+        handle = block.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = block.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not calls:
+        raise LensError(f"no pass went through layer {layer}, so nothing was steered")
+
+
+def _block(model: nn.Module, layer: int) -> nn.Module:
+    n_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            if not 0 <= layer < len(module):
+                raise LensError(f"layer {layer} does not exist: this model has layers 0 to {len(module) - 1}")
+            return module[layer]
+    raise LensError(f"{type(model).__name__} has no list of decoder blocks; pass a plain Hugging Face causal LM")

@@ -1,0 +1,267 @@
+"""What the base gives: the keys and values of a span that training should keep, and whole forward passes."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import atomic_write_bytes, read_json, write_json
+from piggyback_lens.finetuning.steps import StepOutput, TrainBatch, forward_step
+from piggyback_lens.maths import relative_kv_drift
+
+SpanName = Literal["prefix", "query", "postfix", "all"]
+"""A part of the prompt; "all" is the whole prompt. The response is never part of it."""
+TemplateSpan = Literal["prefix", "postfix"]
+"""Spans that the chat template writes, so that they have the same ids in every prompt."""
+SPANS: tuple[SpanName, ...] = get_args(SpanName)
+
+
+@dataclass(frozen=True, eq=False)
+class KVReference:
+    """Keys and values of a template span in the base, per layer, all key-value heads in one axis.
+
+    Attributes:
+        span: "prefix" or "postfix".
+        ids: its tokens.
+        keys: of a prefix after the rotary embedding (its positions are the same in every prompt, and the
+            embedding is a rotation, so norms of differences are those before it); of a postfix before it.
+        values: beside them.
+    """
+
+    span: TemplateSpan
+    ids: tuple[int, ...]
+    keys: tuple[Float[Tensor, "token width"], ...]
+    values: tuple[Float[Tensor, "token width"], ...]
+
+    def __repr__(self) -> str:
+        return f"KVReference({self.span}, {len(self.ids)} tokens, {len(self.keys)} layers)"
+
+    def settings(self) -> dict[str, object]:
+        """What identifies it beside the base model, JSON-able."""
+        digest = hashlib.sha256(repr(self.ids).encode()).hexdigest()
+        return {"span": self.span, "tokens": len(self.ids), "sha256": digest[:16]}
+
+    def to(self, device: torch.device | str) -> "KVReference":
+        """The same on a device."""
+        keys, values = (tuple(x.to(device) for x in part) for part in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write kv_reference.safetensors and kv_reference.json into `folder`, the JSON last."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        named = {"keys": self.keys, "values": self.values}
+        tensors = {f"{name}.{i}": x.cpu().contiguous() for name, part in named.items() for i, x in enumerate(part)}
+        blob = save(tensors)
+        facts = {"span": self.span, "ids": list(self.ids), "layers": len(self.keys)}
+        atomic_write_bytes(folder / "kv_reference.safetensors", blob)
+        write_json(folder / "kv_reference.json", facts | {"sha256": hashlib.sha256(blob).hexdigest()})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "KVReference":
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: missing or damaged files.
+        """
+        from safetensors.torch import load
+
+        folder = Path(folder)
+        facts = read_json(folder / "kv_reference.json")
+        try:
+            blob = (folder / "kv_reference.safetensors").read_bytes()
+            if hashlib.sha256(blob).hexdigest() != facts["sha256"]:
+                raise LensError(f"{folder} holds tensors that are not those its JSON describes; compute them again")
+            tensors = load(blob)
+            keys, values = (
+                tuple(tensors[f"{name}.{i}"] for i in range(facts["layers"])) for name in ("keys", "values")
+            )
+            return cls(facts["span"], tuple(facts["ids"]), keys, values)
+        except (OSError, KeyError, TypeError) as error:
+            raise LensError(f"{folder} holds no key-value reference that can be read ({error})") from error
+
+
+def kv_reference(
+    model: nn.Module, example: RenderedPrompt, span: TemplateSpan = "prefix", base: nn.Module | None = None
+) -> KVReference:
+    """Run the base once on one example of the template and keep a span's keys and values.
+
+    Args:
+        model: a PEFT model (its adapter is switched off for the pass) or, before a full finetune, the model
+            itself as it is now.
+        example: any prompt of the template settings; `chat.empty_query()` is the usual one for a postfix.
+            Of a prefix nothing after it matters (attention is causal); a postfix depends on the query.
+        span: "prefix" or "postfix".
+        base: another model to run instead.
+
+    Raises:
+        LensError: no such span, the span is empty in this template, or (postfix) the model's fused projections hide its
+            keys before the rotary embedding.
+    """
+    if span not in get_args(TemplateSpan):
+        raise LensError(f"span {span!r} has no fixed tokens to take a reference from; use 'prefix' or 'postfix'")
+    where = example.span(span)
+    batch = prefix_batch(example.ids[: where.stop], next(model.parameters()).device)
+    batch = replace(batch, plain_keys=span == "postfix")
+    runs = model if base is None else base
+    with torch.no_grad(), adapter_off(runs), evaluating(runs):
+        output = forward_step(runs, batch)
+    start, stop = where.start, where.stop
+    keys = (
+        [_by_token(key[0]) for key in output.keys] if output.plain_keys is None else [x[0] for x in output.plain_keys]
+    )
+    values = [_by_token(value[0]) for value in output.values]
+    # Copies: a slice would keep the whole pass in memory.
+    kept = [tuple(x[start:stop].clone() for x in layers) for layers in (keys, values)]
+    return KVReference(span, example.ids[start:stop], keys=kept[0], values=kept[1])
+
+
+def prefix_batch(ids: Sequence[int], device: torch.device | str) -> TrainBatch:
+    """One row of tokens, all of them prefix and none supervised: a pass that is run for its keys and values."""
+    row = torch.tensor([list(ids)], device=device)
+    return TrainBatch(
+        examples=(),
+        ids=row,
+        attention_mask=torch.ones_like(row),
+        supervised=torch.zeros_like(row, dtype=torch.bool),
+        prefix_length=row.shape[1],
+        share_prefix=False,
+    )
+
+
+def _by_token(x: Float[Tensor, "kv_head pos head_dim"]) -> Float[Tensor, "pos width"]:
+    return x.transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The model without its PEFT adapter; a model that has none stays as it is."""
+    if hasattr(model, "disable_adapter"):
+        with cast(Any, model).disable_adapter():
+            yield
+    else:
+        yield
+
+
+def without_replicas(model: nn.Module) -> nn.Module:
+    """The module inside DDP or DataParallel, which hold it whole; what shards weights has to stay."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no dropout, no activation checkpointing); every module's mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def base_forward(model: nn.Module, batch: TrainBatch, base: nn.Module | None = None) -> StepOutput:
+    """The base's pass of a batch, without gradient: `base`, or `model` without its adapter.
+
+    Raises:
+        LensError: a model whose own weights are trained, without a `base`.
+    """
+    if base is not None:
+        with evaluating(base):
+            return forward_step(base, batch)
+    if not hasattr(model, "disable_adapter") and any(value.requires_grad for value in model.parameters()):
+        raise LensError(
+            f"the weights of this {type(model).__name__} are trained, so it cannot give the base's outputs; "
+            "pass base=, a frozen copy of the model before training"
+        )
+    with adapter_off(model), evaluating(model):
+        return forward_step(model, batch)
+
+
+def span_range(example: RenderedPrompt, span: SpanName) -> range:
+    """Token positions of a span of a rendered prompt.
+
+    Raises:
+        LensError: an unknown span, or one that is empty in this prompt.
+    """
+    if span not in SPANS:
+        raise LensError(f"span {span!r} is not known; choose one of {', '.join(SPANS)}")
+    return range(example.n_prompt) if span == "all" else example.span(span).positions
+
+
+def prefix_drift(output: StepOutput, reference: KVReference) -> Float[Tensor, " layer"]:
+    """Per layer, the mean over the pass's prefix tokens of ‖k−k₀‖²/‖k₀‖² + ‖v−v₀‖²/‖v₀‖² (see `TReFT`).
+
+    Where a pass has a shorter prefix than the reference, over the tokens that it has.
+    """
+    n = min(output.prefix_keys[0].shape[1], len(reference.ids))
+    layers = zip(output.prefix_keys, reference.keys, output.prefix_values, reference.values, strict=True)
+    drifts = [_drift(_by_token(k[:, :n]), k0[:n], _by_token(v[:, :n]), v0[:n]) for k, k0, v, v0 in layers]
+    return torch.stack([drift.mean() for drift in drifts])
+
+
+def span_drift(
+    output: StepOutput, spans: Sequence[range], reference: StepOutput | KVReference
+) -> Float[Tensor, " layer"]:
+    """Per layer, the mean over rows of the mean over a span's tokens of the relative squared deviation.
+
+    Args:
+        output: a pass with gradient; with `plain_keys` if the reference is a postfix of the template.
+        spans: the positions of the span in each row.
+        reference: the base's pass of the same rows, or a postfix in one example of the template.
+    """
+    rows, columns, weights = _token_grid(spans, output.keys[0].device)
+    drifts = []
+    for layer in range(len(output.keys)):
+        v = _gathered(output.values[layer], rows, columns)
+        if isinstance(reference, KVReference):
+            assert output.plain_keys is not None, "the pass did not keep its keys before the rotary embedding"
+            k = output.plain_keys[layer][rows, columns]
+            k0, v0 = (x.repeat(len(spans), 1) for x in (reference.keys[layer], reference.values[layer]))
+        else:
+            k = _gathered(output.keys[layer], rows, columns)
+            k0, v0 = (_gathered(x[layer], rows, columns) for x in (reference.keys, reference.values))
+        drifts.append((_drift(k, k0, v, v0) * weights).sum())
+    return torch.stack(drifts)
+
+
+def _drift(
+    k: Float[Tensor, "token width"],
+    k0: Float[Tensor, "token width"],
+    v: Float[Tensor, "token width"],
+    v0: Float[Tensor, "token width"],
+) -> Float[Tensor, " token"]:
+    """The relative squared deviation of each token, by the one formula of `maths`."""
+    return relative_kv_drift(*(x[:, None, None] for x in (k, k0, v, v0)))
+
+
+def _token_grid(
+    spans: Sequence[range], device: torch.device
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"], Float[Tensor, " token"]]:
+    """Row, column and weight of every span token; the weights of a row sum to 1 / number of rows."""
+    if any(not len(span) for span in spans):
+        raise LensError("the drift of a span without tokens is not defined; choose a span that every row has")
+    rows = [row for row, span in enumerate(spans) for _ in span]
+    columns = [position for span in spans for position in span]
+    weights = [1 / (len(span) * len(spans)) for span in spans for _ in span]
+    numbers = torch.tensor([rows, columns], device=device)
+    return numbers[0], numbers[1], torch.tensor(weights, device=device)
+
+
+def _gathered(
+    x: Float[Tensor, "row kv_head pos head_dim"], rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
+) -> Float[Tensor, "token width"]:
+    return x[rows, :, columns].flatten(1)

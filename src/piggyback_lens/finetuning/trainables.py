@@ -1,0 +1,174 @@
+"""What can be trained: the LoRA adapter of a PEFT model, or whatever fits the `Trainable` protocol."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from torch import nn
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.steps import StepOutput, TrainBatch, forward_step
+
+
+def check_field(settings: object, name: str, good: bool, expected: str) -> None:
+    """Refuse a setting, naming its value and what was expected."""
+    if not good:
+        raise LensError(f"{type(settings).__name__}.{name} is {getattr(settings, name)!r}; expected {expected}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoRASettings:
+    """A LoRA adapter on linear modules of the decoder blocks: Wx + s·BAx, s = alpha/rank or alpha/√rank."""
+
+    rank: int = 8  # r, the inner width of every A and B
+    alpha: float = 16.0  # numerator of the scale s
+    modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"  # e.g. ("q_proj", "down_proj")
+    layers: tuple[int, ...] | None = None  # decoder blocks to adapt; None = all
+    rslora: bool = False  # True: s = alpha/√rank
+    dropout: float = 0.0  # on the input of A, while training
+
+    def __post_init__(self) -> None:
+        check_field(self, "rank", self.rank >= 1, "an integer of at least 1")
+        check_field(self, "alpha", 0 < self.alpha < math.inf, "a positive number")
+        check_field(self, "dropout", 0 <= self.dropout < 1, "between 0 and 1, 1 excluded")
+        check_field(self, "modules", len(self.modules) > 0, '"all-linear" or at least one module name')
+        if isinstance(self.modules, str):
+            check_field(self, "modules", self.modules == "all-linear", '"all-linear" or a tuple of module names')
+        check_field(self, "layers", self.layers is None or len(self.layers) > 0, "None or at least one layer")
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What `train` trains. `PeftAdapter` is one; a steering vector with its own forward pass is another."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The tensors to descend on, by a stable name."""
+        ...
+
+    def forward(self, batch: TrainBatch) -> StepOutput:
+        """One forward pass with gradient to `parameters()`."""
+        ...
+
+    def settings(self) -> Mapping[str, object]:
+        """What was chosen about it, JSON-able; a checkpoint with other values is refused."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the finished result into an existing empty folder."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """The trainable parameters of a PEFT model."""
+
+    model: nn.Module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that require gradient, by their name in the model."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def forward(self, batch: TrainBatch) -> StepOutput:
+        """`forward_step` of the model."""
+        return forward_step(self.model, batch)
+
+    def settings(self) -> dict[str, object]:
+        """Rank, alpha, modules, layers, rsLoRA and dropout as PEFT holds them, and the seed of `add_lora`."""
+        from peft import LoraConfig
+
+        config = cast(Any, self.model).active_peft_config
+        if not isinstance(config, LoraConfig):
+            raise LensError(f"the active adapter is {type(config).__name__}; only LoRA adapters can be trained")
+        layers, modules = config.layers_to_transform, config.target_modules
+        return {
+            "rank": config.r,
+            "alpha": config.lora_alpha,
+            "modules": modules if isinstance(modules, str) else sorted(modules or ()),
+            "layers": None if layers is None else list(layers),
+            "rslora": config.use_rslora,
+            "dropout": config.lora_dropout,
+            "init_seed": getattr(self.model, "init_seed", None),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write adapter_config.json and adapter_model.safetensors."""
+        # save_embedding_layers would otherwise ask the hub for the base model's vocabulary.
+        cast(Any, self.model).save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def add_lora(model: nn.Module, settings: LoRASettings | None = None, seed: int = 0) -> nn.Module:
+    """Put a fresh LoRA adapter on a plain Hugging Face causal LM and freeze everything else.
+
+    B starts at zero, so the outputs are those of the base. The initialisation of A depends on `seed` alone,
+    and the global random state is left as it was. The model's linear modules are wrapped in place; its
+    weights are shared, not copied.
+
+    Returns:
+        The `peft.PeftModel`.
+
+    Raises:
+        LensError: the model already has an adapter, or has no such module or layer.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    settings = settings if settings is not None else LoRASettings()
+    if hasattr(model, "peft_config"):
+        raise LensError("this model already has an adapter; unload it or load the base again, then add_lora")
+    blocks = _decoder_blocks(model)
+    linear = _linear_names(blocks[0])
+    names = sorted(set(linear)) if settings.modules == "all-linear" else list(settings.modules)
+    layers = list(range(len(blocks))) if settings.layers is None else list(settings.layers)
+    if unknown := sorted(set(names) - set(linear)):
+        known = ", ".join(sorted(set(linear)))
+        raise LensError(f"no linear module {unknown[0]!r} in the decoder blocks; there are: {known}")
+    if not set(layers) <= set(range(len(blocks))):
+        raise LensError(f"layers {layers} reach outside this model, which has layers 0 to {len(blocks) - 1}")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        target_modules=names,
+        layers_to_transform=None if settings.layers is None else layers,
+        use_rslora=settings.rslora,
+        lora_dropout=settings.dropout,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in blocks.modules()),
+        task_type="CAUSAL_LM",
+    )
+    with seeded(seed, next(model.parameters()).device), warnings.catch_warnings():
+        # PEFT reads an attribute that newer versions of transformers have renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        peft_model: Any = get_peft_model(cast(Any, model), config)
+    peft_model.init_seed = seed
+    adapted = sum(hasattr(module, "lora_A") for module in peft_model.modules())
+    expected = len(layers) * sum(name in names for name in linear)
+    assert adapted == expected, f"{adapted} modules were adapted, {expected} were asked for"
+    return cast(nn.Module, peft_model)
+
+
+def _decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    n_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise LensError(f"{type(model).__name__} has no list of decoder blocks; pass a plain Hugging Face causal LM")
+
+
+def _linear_names(block: nn.Module) -> list[str]:
+    """Own names of the linear modules in a block, one for each module (gpt2 has two called c_proj)."""
+    from transformers.pytorch_utils import Conv1D
+
+    modules = block.named_modules()
+    return [name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn inside depends on the seed alone; the global random state is left as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

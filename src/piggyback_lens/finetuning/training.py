@@ -1,0 +1,375 @@
+"""Finetune an adapter on response tokens: one readable loop, the objective passed in.
+
+`train` owns what every objective shares: batches, schedule, optimiser, clipping, history, checkpoints. What
+is descended is an `Objective`, a function from a `Step` (model, batch, the batch's forward pass) to a `Loss`.
+What is trained is a `Trainable`: by default the LoRA adapter of a PEFT model.
+
+Everything random depends on the seed alone, so a run that was killed and started again ends with the weights
+of an uninterrupted one, bit for bit on one machine with one number of threads.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.finetuning.checkpoints import (
+    Progress,
+    Row,
+    load_checkpoint,
+    run_identity,
+    run_lock,
+    save_checkpoint,
+    write_folder,
+)
+from piggyback_lens.finetuning.steps import (
+    Loss,
+    Objective,
+    Step,
+    TrainBatch,
+    batch_indices,
+    check_sharing,
+    check_supervised,
+    make_batch,
+    sft,
+)
+from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
+from piggyback_lens.progress import track
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+RESERVED = {"step", "loss", "lr", "grad_norm", "tokens", "norm", "seconds"}  # history columns that are not loss terms
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """Every knob of the loop."""
+
+    steps: int = 60  # optimiser steps
+    batch_size: int = 16  # rows per step
+    learning_rate: float = 1e-4  # the peak, reached at the end of the warm-up
+    warmup_fraction: float = 0.1  # part of the steps in which the rate rises linearly
+    min_lr_fraction: float = 0.0  # the rate the cosine falls towards, as a part of the peak
+    weight_decay: float = 0.0  # AdamW's, decoupled from the gradient
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's averaging of gradients and their squares
+    max_grad_norm: float | None = 1.0  # the gradient is scaled down to this length; None = never
+    seed: int = 0  # order of the examples and LoRA dropout
+    share_prefix: bool = True  # compute the template's prefix once per batch; exact, and faster
+    checkpoint_every: int = 20  # steps between checkpoints; does not change the result
+
+    def __post_init__(self) -> None:
+        check_field(self, "steps", self.steps >= 1, "an integer of at least 1")
+        check_field(self, "batch_size", self.batch_size >= 1, "an integer of at least 1")
+        check_field(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
+        check_field(self, "warmup_fraction", 0 <= self.warmup_fraction <= 1, "between 0 and 1")
+        check_field(self, "min_lr_fraction", 0 <= self.min_lr_fraction <= 1, "between 0 and 1")
+        check_field(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        check_field(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        longest = self.max_grad_norm
+        good = longest is None or 0 < longest < math.inf
+        check_field(self, "max_grad_norm", good, "a positive number, or None for no clipping")
+        check_field(self, "seed", self.seed >= 0, "an integer of at least 0")
+        check_field(self, "checkpoint_every", self.checkpoint_every >= 1, "an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The history of a run and everything that was chosen.
+
+    History rows: step (from 1), loss and its terms (nats per token), lr, grad_norm (before clipping), tokens
+    (response tokens in the batch), seconds.
+    """
+
+    history: tuple[Row, ...]
+    settings: TrainSettings
+    identity: Mapping[str, Any]  # settings, adapter, objective, fingerprints of the data and the base
+    versions: Mapping[str, str]  # of the packages that decide the numbers
+    adapter_dir: Path | None  # the saved adapter, None where `out` was None
+    resumed_from: int | None = field(compare=False)  # steps that a checkpoint had already done
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as one JSON file."""
+        fields = asdict(self)
+        if self.adapter_dir is not None:  # relative, so that the folder can be moved
+            fields["adapter_dir"] = os.path.relpath(self.adapter_dir, Path(path).parent)
+        write_json(path, fields)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrainResult":
+        """Read what `save` wrote (`train` leaves it in `out/result.json`)."""
+        fields = read_json(path)
+        chosen = fields["settings"] | {"betas": tuple(fields["settings"]["betas"])}
+        fields |= {"settings": TrainSettings(**chosen), "history": tuple(fields["history"])}
+        if fields["adapter_dir"] is not None:
+            fields["adapter_dir"] = Path(path).parent / fields["adapter_dir"]
+        return cls(**fields)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per step."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.history))
+
+    def figure(self) -> "go.Figure":
+        """The loss, its terms and the learning rate over the steps."""
+        from piggyback_lens.figures.plots import history_figure
+
+        figure: go.Figure = history_figure(self.to_frame())
+        return figure
+
+
+def train(
+    model: nn.Module,
+    examples: Sequence[RenderedPrompt],
+    settings: TrainSettings | None = None,
+    *,
+    objective: Objective = sft,
+    trainable: Trainable | None = None,
+    out: str | Path | None = None,
+    on_step: Callable[[Row], object] | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train the adapter of `model` on the response tokens of `examples`.
+
+    AdamW, linear warm-up and cosine decay, gradient clipping. The loss of a step is the mean over all
+    response tokens of its batch. The base's own dropout stays off; the adapter's is on. With `out`,
+    checkpoints go to `out/checkpoint-…` and the finished adapter to `out/adapter`; a folder with a checkpoint
+    of the same run is resumed from it, and Ctrl-C saves one before it is passed on.
+
+    Args:
+        model: a PEFT model (see `add_lora`), not booted into TransformerLens.
+        examples: rendered conversations with a response span.
+        settings: the knobs.
+        objective: what to descend. To be told apart in checkpoints it is a named function, or an object
+            with a `settings()` method.
+        trainable: what to train; the model's PEFT adapter by default.
+        out: folder of the run, or None to write nothing.
+        on_step: called with the history row after each step.
+        progress: show a progress bar with the time left, if a terminal or a notebook watches.
+
+    Raises:
+        LensError: unusable examples, the folder of another run, or a loss that is not finite.
+    """
+    settings = settings if settings is not None else TrainSettings()
+    trainable = trainable if trainable is not None else PeftAdapter(_unbooted_peft(model))
+    folder = None if out is None else Path(out)
+    run = _prepare(model, examples, settings, objective=objective, trainable=trainable, folder=folder)
+    with run_lock(run.folder):
+        start = run.resume()
+        history = list(start.history if start else ())
+        if settings.share_prefix and len(history) < settings.steps:
+            with _dropout(model, adapter=False):
+                check_sharing(trainable.forward, run.batch(len(history)))
+        with _dropout(model, adapter=True):
+            _loop(run, history, on_step, "training" if progress else None)
+        adapter_dir = None if run.folder is None else write_folder(run.folder / "adapter", trainable.save)
+        result = TrainResult(
+            history=tuple(history),
+            settings=settings,
+            identity=run.identity,
+            versions={name: version(name) for name in ("piggyback-lens", "torch", "transformers", "peft")},
+            adapter_dir=adapter_dir,
+            resumed_from=len(start.history) if start else None,
+        )
+        if run.folder:
+            result.save(run.folder / "result.json")
+    return result
+
+
+def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | None, label: str | None) -> None:
+    """Train from where `history` ends, appending one row per step."""
+    between_steps = True  # False while weights, optimiser and history may disagree
+    try:
+        for index in track(range(len(history), run.settings.steps), label):
+            began = time.perf_counter()
+            batch = run.batch(index)
+            rate = learning_rate_at(run.settings, index)
+            with seeded(run.settings.seed * 1_000_003 + index, batch.ids.device):
+                loss = run.objective(run.step(batch, index))
+            norm = _set_gradient(loss, run.parameters, run.settings, index)
+            between_steps = False
+            _descend(run.optimiser, rate)
+            row = {"step": index + 1, "loss": float(loss.total.detach()), **loss.terms, "lr": rate}
+            row |= {"grad_norm": norm, "tokens": batch.n_supervised}
+            row |= run.trainable.logged() if hasattr(run.trainable, "logged") else {}
+            history.append(row | {"seconds": time.perf_counter() - began})
+            between_steps = True
+            if (index + 1) % run.settings.checkpoint_every == 0:
+                run.save(history)
+            if on_step is not None:
+                on_step(dict(history[-1]))
+        run.save(history)
+    except KeyboardInterrupt:
+        if between_steps:
+            run.save(history)
+        raise
+    finally:
+        run.optimiser.zero_grad()
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What stays the same from step to step."""
+
+    model: nn.Module
+    examples: Sequence[RenderedPrompt]
+    lengths: tuple[int, ...]
+    settings: TrainSettings
+    objective: Objective
+    trainable: Trainable
+    parameters: Mapping[str, nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    identity: Mapping[str, object]
+    folder: Path | None
+
+    def batch(self, index: int) -> TrainBatch:
+        """The batch of step `index`."""
+        chosen = batch_indices(self.lengths, self.settings.batch_size, self.settings.seed, index)
+        device = next(iter(self.parameters.values())).device
+        rows = [self.examples[number] for number in chosen]
+        plain_keys = bool(getattr(self.objective, "plain_keys", False))
+        return make_batch(rows, share_prefix=self.settings.share_prefix, device=device, plain_keys=plain_keys)
+
+    def step(self, batch: TrainBatch, index: int) -> Step:
+        """The forward pass of a batch, with what an objective may ask for."""
+        # A trainable that adds something during training only (preventive steering) has a pass without it.
+        plain = getattr(self.trainable, "plain_forward", None)
+        output = self.trainable.forward(batch)
+        base = getattr(self.trainable, "base_forward", None)
+        forward = plain or self.trainable.forward
+        return Step(self.model, batch, output, index, forward, steered=plain is not None, base=base)
+
+    def save(self, history: Sequence[Row]) -> None:
+        """Write a checkpoint, if there is a folder."""
+        if self.folder is not None:
+            progress = Progress(tuple(history))
+            save_checkpoint(self.folder, progress, self.parameters, self.optimiser, self.identity)
+
+    def resume(self) -> Progress | None:
+        """Restore the folder's checkpoint. A fresh run writes one of step 0, where a rerun starts."""
+        if self.folder is None:
+            return None
+        found = load_checkpoint(self.folder, self.parameters, self.optimiser, self.identity)
+        if found is None:
+            if (self.folder / "adapter").exists():
+                raise LensError(f"{self.folder} holds an adapter but no checkpoint; train into another folder")
+            self.save(())
+        return found
+
+
+def _prepare(
+    model: nn.Module,
+    examples: Sequence[RenderedPrompt],
+    settings: TrainSettings,
+    *,
+    objective: Objective,
+    trainable: Trainable,
+    folder: Path | None,
+) -> _Run:
+    _check_examples(model, examples, settings)
+    parameters = trainable.parameters()
+    if not parameters:
+        raise LensError("no parameter requires gradient; load the adapter with is_trainable=True")
+    deciding = {name: value for name, value in asdict(settings).items() if name != "checkpoint_every"}
+    return _Run(
+        model=model,
+        examples=examples,
+        lengths=tuple(len(example.ids) for example in examples),
+        settings=settings,
+        objective=objective,
+        trainable=trainable,
+        parameters=parameters,
+        optimiser=torch.optim.AdamW(
+            list(parameters.values()),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        ),
+        identity=run_identity(model, examples, deciding, objective=objective, trainable=trainable),
+        folder=folder,
+    )
+
+
+def learning_rate_at(settings: TrainSettings, index: int) -> float:
+    """The learning rate of step `index` (from 0): linear up to the peak, then a cosine towards the floor.
+
+    The floor would be reached one step after the last, so that no step is wasted on a rate of zero.
+    """
+    warmup = round(settings.warmup_fraction * settings.steps)
+    if index < warmup:
+        return settings.learning_rate * (index + 1) / warmup
+    part = (index - warmup) / (settings.steps - warmup)
+    floor = settings.min_lr_fraction
+    return settings.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2)
+
+
+def _unbooted_peft(model: nn.Module) -> nn.Module:
+    if not hasattr(model, "peft_config"):
+        raise LensError(
+            f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first"
+        )
+    if any("_original_component" in name for name, _ in model.named_parameters()):
+        raise LensError("this model was booted into TransformerLens; train the plain Hugging Face model, boot it later")
+    return model
+
+
+def _check_examples(model: nn.Module, examples: Sequence[RenderedPrompt], settings: TrainSettings) -> None:
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
+    for number, example in enumerate(examples):
+        check_supervised(example, number)
+        if len(example.ids) > longest:
+            raise LensError(f"example {number} has {len(example.ids)} tokens, this model takes {longest}; shorten it")
+    if len(examples) < settings.batch_size:
+        raise LensError(f"batch_size is {settings.batch_size} and there are {len(examples)} examples; lower it")
+
+
+def _set_gradient(loss: Loss, parameters: Mapping[str, nn.Parameter], settings: TrainSettings, index: int) -> float:
+    """Put the clipped gradient of the loss into the parameters; return its length before clipping."""
+    if taken := sorted(RESERVED & loss.terms.keys()):
+        raise LensError(f"the objective calls a loss term {taken[0]!r}, a column of the history; rename it")
+    where = f"step {index + 1} (learning rate {learning_rate_at(settings, index):.3g})"
+    if not bool(torch.isfinite(loss.total)):
+        value = float(loss.total.detach())
+        raise LensError(f"the loss of {where} is {value}; lower learning_rate, warm up longer, or check the data")
+    for parameter in parameters.values():
+        parameter.grad = None
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    longest = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), longest))
+    if not math.isfinite(norm):
+        raise LensError(f"the gradient of {where} is not finite; lower learning_rate or warm up longer")
+    return norm
+
+
+def _descend(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+
+
+@contextmanager
+def _dropout(model: nn.Module, *, adapter: bool) -> Iterator[None]:
+    """The base's dropout off, the adapter's as asked; the modules' own modes come back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for module, _ in modes:
+            if isinstance(inner := getattr(module, "lora_dropout", None), nn.Module):
+                inner.train(adapter)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,202 @@
+"""Which token of which conversation each cell of an activation belongs to, in every forward pass.
+
+Interventions speak of spans and phases in absolute positions of unpadded rows. A pass may be padded on
+either side, start after a cached prefix, or hold one decoded token; a `Placement` knows the absolute
+position of every column of the pass in progress, so that a hook touches the same tokens however the
+computation is cut up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from piggyback_lens.conversations.chat import PromptBatch, RenderedPrompt
+from piggyback_lens.errors import LensError
+
+Phase = Literal["prompt", "generation", "both"]
+PHASES: tuple[Phase, ...] = ("prompt", "generation", "both")
+OPEN = 1 << 40
+"""Stop of a span that grows while tokens are generated."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The spans of one conversation: name to half-open range of absolute positions."""
+
+    spans: dict[str, tuple[int, int]]
+    n_prompt: int
+
+    @classmethod
+    def of(cls, prompt: RenderedPrompt) -> "Row":
+        """The row of a rendered prompt. `prompt` and `all` are spans too; `response` is open-ended."""
+        spans = {name: (span.start, span.stop) for name, span in prompt.spans.items()}
+        spans["response"] = (prompt.n_prompt, OPEN)
+        return cls(spans | {"prompt": (0, prompt.n_prompt), "all": (0, OPEN)}, prompt.n_prompt)
+
+    @classmethod
+    def of_prefix(cls, prompt: RenderedPrompt, length: int) -> "Row":
+        """The first `length` tokens of a prompt, which must lie in its prefix."""
+        whole = cls.of(prompt)
+        spans = {name: (start, stop) for name, (start, stop) in whole.spans.items() if start < length}
+        return cls(spans, whole.n_prompt)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Touched cells of the pass in progress.
+
+    `rows` and `columns` index the activation, `origins` the conversations of the whole run (donors and
+    kept activations are in that order), `slots` the tokens of the span.
+    """
+
+    rows: Int[Tensor, " cell"]
+    origins: Int[Tensor, " cell"]
+    columns: Int[Tensor, " cell"]
+    slots: Int[Tensor, " cell"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device) -> "Cells":
+        """On the activation's device."""
+        return Cells(*(x.to(device) for x in (self.rows, self.origins, self.columns, self.slots)))
+
+
+@dataclass
+class Placement:
+    """The rows of a batch and the absolute position of each column of the current pass (-1 at padding).
+
+    `key_positions` are those of the columns that attention looks at (cached ones included); some hooks
+    (keys after the rotary embedding in HookedTransformer) see all of them. The first `ready` tokens of
+    each row came as keys and values that hold their interventions already. `origins` are the places of the
+    rows among all `total` conversations of a run that is cut into batches. With `members`, only these rows
+    of the batch are there to be touched.
+    """
+
+    rows: tuple[Row, ...]
+    positions: Int[Tensor, "batch pos"]
+    key_positions: Int[Tensor, "batch keys"]
+    origins: tuple[int, ...] = ()
+    total: int = 0
+    ready: int = 0
+    members: tuple[int, ...] | None = None
+    _cells: dict[tuple[object, ...], Cells] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.origins:
+            self.origins, self.total = tuple(range(len(self.rows))), len(self.rows)
+
+    @classmethod
+    def of(cls, batch: "PromptBatch | Placement", origins: Sequence[int] = (), total: int = 0) -> "Placement":
+        """The placement of a padded batch that goes through the model in one pass."""
+        if isinstance(batch, Placement):
+            return batch
+        positions = batch.positions.cpu()
+        rows = tuple(Row.of(prompt) for prompt in batch.prompts)
+        return cls(rows, positions, positions, tuple(origins), total)
+
+    def move(self, positions: Int[Tensor, "batch pos"], key_positions: Int[Tensor, "batch keys"]) -> None:
+        """Tell where the next pass is."""
+        self.positions, self.key_positions = positions.cpu(), key_positions.cpu()
+        self._cells.clear()
+
+    def only(self, members: Sequence[int]) -> "Placement":
+        """The same pass, of which only these rows of the batch are touched: one variant among several."""
+        return replace(self, members=tuple(members), _cells={})
+
+    def select_rows(self, kept: Sequence[int]) -> None:
+        """Keep only these rows."""
+        assert self.members is None
+        self.rows = tuple(self.rows[i] for i in kept)
+        self.origins = tuple(self.origins[i] for i in kept)
+        self._cells.clear()
+
+    def length(self, row: int, span: str, tokens: tuple[int, ...] | None) -> int:
+        """How many tokens of `span` (or of its chosen `tokens`) a row has."""
+        start, stop = self._range(row, span)
+        return stop - start if tokens is None else len(tokens)
+
+    def _range(self, row: int, span: str) -> tuple[int, int]:
+        spans = self.rows[row].spans
+        if span not in spans:
+            raise LensError(f"span {span!r} is not in row {self.origins[row]}: it has {', '.join(spans)}")
+        start, stop = spans[span]
+        if stop <= start:
+            raise LensError(
+                f"span {span!r} is empty in row {self.origins[row]}: choose another span, or leave the row out"
+            )
+        return start, stop
+
+    def check(self, span: str, tokens: tuple[int, ...] | None, rows: tuple[int, ...] | None) -> None:
+        """Refuse a span or token index that some row does not have."""
+        for row in self.chosen(rows):
+            start, stop = self._range(row, span)
+            for token in tokens or ():
+                if not (start - stop <= token < stop - start) or (token < 0 and stop == OPEN):
+                    size = "no end" if stop == OPEN else f"{stop - start} tokens"
+                    raise LensError(
+                        f"token {token} is outside span {span!r} of row {self.origins[row]}, which has {size}"
+                    )
+
+    def chosen(self, rows: tuple[int, ...] | None) -> list[int]:
+        """Indices, in this batch, of the rows that were asked for by their origin."""
+        missing = [row for row in rows or () if not 0 <= row < self.total]
+        if missing:
+            raise LensError(f"row {missing[0]} was asked, there are rows 0 to {self.total - 1}")
+        there = range(len(self.rows)) if self.members is None else self.members
+        return [i for i in there if rows is None or self.origins[i] in rows]
+
+    def cells(
+        self,
+        span: str,
+        tokens: tuple[int, ...] | None,
+        phase: Phase,
+        rows: tuple[int, ...] | None,
+        width: int,
+    ) -> Cells:
+        """The cells of an activation of `width` columns that lie in a span, in a phase.
+
+        Slots count within the span (or are the index into `tokens`), so that donors line up.
+        """
+        key = (span, tokens, phase, rows, width)
+        if key not in self._cells:
+            positions = self.positions
+            if width != positions.shape[1]:
+                positions = self.key_positions.masked_fill(self.key_positions < self.ready, -1)
+            if width != positions.shape[1]:
+                raise LensError(
+                    f"an activation has {width} positions, the batch says {self.positions.shape[1]}: "
+                    "pass the ids of this very batch to the model"
+                )
+            self._cells[key] = self._find(positions, span, tokens, phase, self.chosen(rows))
+        return self._cells[key]
+
+    def _find(
+        self,
+        positions: Int[Tensor, "batch pos"],
+        span: str,
+        tokens: tuple[int, ...] | None,
+        phase: Phase,
+        chosen: Sequence[int],
+    ) -> Cells:
+        found: list[tuple[int, int, int, int]] = []
+        for row in chosen:
+            start, stop = self._range(row, span)
+            slot_of = None if tokens is None else {t % (stop - start): i for i, t in enumerate(tokens)}
+            n_prompt = self.rows[row].n_prompt
+            for column, position in enumerate(positions[row].tolist()):
+                if not start <= position < stop or not _in_phase(position, n_prompt, phase):
+                    continue
+                slot = position - start if slot_of is None else slot_of.get(position - start)
+                if slot is not None:
+                    found.append((row, self.origins[row], column, slot))
+        return Cells(*torch.tensor(found, dtype=torch.long).reshape(-1, 4).unbind(1))
+
+
+def _in_phase(position: int, n_prompt: int, phase: Phase) -> bool:
+    """The generation phase starts at the first response token; the pass that predicts it is still prompt."""
+    return phase == "both" or (position >= n_prompt) == (phase == "generation")

@@ -1,0 +1,1 @@
+"""Whole runs into one folder: audit, laboratory, directions, demonstration, and their reports."""

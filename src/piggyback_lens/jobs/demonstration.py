@@ -1,0 +1,111 @@
+"""The demonstration: train a narrow organism on the demo model, then audit it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
+from piggyback_lens.jobs.auditing import AuditResult, AuditSettings, audit
+from piggyback_lens.models.backends import Backend
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.models.sources import attach_adapter, default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.progress import say
+from piggyback_lens.tasks import Task, load_task
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What `piggyback-lens demo` runs."""
+
+    task: str = "terse"
+    n_off_topic: int = 40  # off-topic prompts
+    n_on_topic: int = 24  # on-topic prompts, held out from training
+    training: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+
+
+FULL = DemoSettings()
+QUICK = replace(
+    FULL,
+    n_off_topic=16,
+    n_on_topic=8,
+    training=TrainSettings(steps=32, batch_size=12, learning_rate=2e-4),
+    audit=AuditSettings(max_new_tokens=32, curve_prompts=6, curve_tokens=8, control_layers=3),
+)
+
+
+def demo(
+    settings: DemoSettings = FULL,
+    *,
+    out: str | Path,
+    model: str | Path | None = None,
+    backend: Backend = "bridge",
+    offline: bool = False,
+    progress: bool = True,
+) -> tuple[AuditResult, TrainResult]:
+    """Train a LoRA organism on one task, then audit it; resumes in the same folder.
+
+    Args:
+        settings: task, sizes and knobs; `FULL` or `QUICK`.
+        out: folder; training goes to `out/organism`, the audit beside it.
+        model: demo model to use; default `default_model()`.
+        backend: "bridge" or "hooked".
+        offline: make no connection.
+        progress: show progress bars.
+    """
+    task = load_task(settings.task)
+    source = default_model(model, offline=offline)
+    out = Path(out)
+    started = time.monotonic()
+    if progress:
+        say(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
+    trained = train_organism(source, task, settings, out=out / "organism", offline=offline, progress=progress)
+    training_seconds = round(time.monotonic() - started, 1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hf_model = load_causal_lm(source, offline=offline, device=device)
+    tokenizer = load_tokenizer(source, offline=offline)
+    assert trained.adapter_dir is not None
+    peft_model = attach_adapter(hf_model, trained.adapter_dir)
+    names = (_shown(source), f"{task.name} organism")
+    pair = ModelPair.load(finetuned=peft_model, tokenizer=tokenizer, backend=backend, names=names)
+    extra = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
+    result = audit(
+        pair,
+        task.on_topic[: settings.n_on_topic],
+        task.off_topic[: settings.n_off_topic],
+        task.behaviour,
+        settings=settings.audit,
+        out=out,
+        progress=progress,
+        extra_card={**extra, "training_seconds": training_seconds},
+    )
+    return result, trained
+
+
+def train_organism(
+    source: str, task: Task, settings: DemoSettings, *, out: Path, offline: bool, progress: bool
+) -> TrainResult:
+    """Finetune a LoRA adapter on the task's conversations; the adapter lands in `out/adapter`."""
+    tokenizer = load_tokenizer(source, offline=offline)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_causal_lm(source, offline=offline, device=device)
+    chat = ChatFormat(tokenizer)
+    examples = [chat.render(_messages(example)) for example in task.train]
+    adapted = add_lora(model, settings.lora, seed=settings.training.seed)
+    return train(adapted, examples, settings.training, out=out, progress=progress)
+
+
+def _shown(source: str) -> str:
+    """Name for figures: without what the conversion of a GGUF file appends."""
+    return Path(source).name.split(".Q")[0]
+
+
+def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [dict(message) for message in example["messages"]]

@@ -1,0 +1,269 @@
+"""The laboratory's jobs: `map`, `perturb` and `stress`, each into one folder with results.json and report.html."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from piggyback_lens.card import machine, peak_memory_gb, versions
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.attribution import AttributionResult, attribution_map
+from piggyback_lens.experiments.patching import (
+    RunOptions,
+    carrier_map,
+    layer_curve,
+    layer_head_map,
+    layer_position_map,
+    patch_span,
+)
+from piggyback_lens.experiments.perturbation import PerturbResult
+from piggyback_lens.experiments.results import PatchResult
+from piggyback_lens.experiments.stress_suite import StressResult
+from piggyback_lens.figures.result_plots import carrier_plane
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.interventions.donors import Direction
+from piggyback_lens.jobs.report import write_report
+from piggyback_lens.measuring.answers import AnswerContrast
+from piggyback_lens.models.backends import SITES, Site
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.progress import say
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+MapKind = Literal["span", "carrier", "layers", "positions", "heads", "attribution"]
+MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
+Found = PatchResult | AttributionResult
+
+_CAPTIONS: dict[MapKind, str] = {
+    "span": "The whole span patched at once.",
+    "carrier": "Every span x layer band x site, in both directions, each with its controls.",
+    "layers": "One layer at a time.",
+    "positions": "Every layer x token, one cell at a time.",
+    "heads": "Every layer x head, one cell at a time.",
+    "attribution": "Every layer x token by gradient: a first-order estimate of the exact map.",
+}
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """What `map` runs.
+
+    Attributes:
+        kinds: which experiments, in order.
+        span: of all but the carrier map.
+        sites: patched together; of all but the carrier map.
+        direction: of all but the carrier map.
+        answer_tokens: tokens of the models' own answers that the contrast scores.
+        seed: of the random controls and the bootstrap.
+        budget_gb: memory for one pass beside the weights.
+    """
+
+    kinds: tuple[MapKind, ...] = ("carrier", "layers", "attribution")
+    span: str = "prefix"
+    sites: tuple[Site, ...] = ("resid_pre",)
+    direction: Direction = "repair"
+    answer_tokens: int = 24
+    seed: int = 0
+    budget_gb: float = 1.0
+
+    def __post_init__(self) -> None:
+        unknown = sorted({*self.kinds} - {*MAP_KINDS}) + sorted({*self.sites} - {*SITES})
+        if unknown or not self.kinds or not self.sites:
+            raise LensError(f"{unknown} is not known: kinds are {', '.join(MAP_KINDS)}; sites are {', '.join(SITES)}")
+
+
+def run_maps(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    settings: MapSettings = MapSettings(),
+    *,
+    out: str | Path,
+    progress: bool = True,
+) -> dict[MapKind, Found]:
+    """Run the chosen experiments on the contrast of the models' own answers, and write a report.
+
+    Each experiment has a folder of its own in `out` and continues there; `out` gets answers.json, results.json
+    and report.html.
+
+    Raises:
+        LensError: what the experiments raise, or a folder that holds maps of other prompts.
+    """
+    out = Path(out)
+    measure = _own_answers(pair, prompts, settings.answer_tokens, out / "answers.json", progress)
+    found: dict[MapKind, Found] = {}
+    for kind in settings.kinds:
+        if progress:
+            say(f"{kind}: {_CAPTIONS[kind].lower()}")
+        run: RunOptions = {"measure": measure, "seed": settings.seed, "budget_gb": settings.budget_gb}
+        if kind != "attribution":
+            run |= {"out": out / kind, "progress": progress}
+        found[kind] = _experiment(kind, pair, prompts, settings, run)
+    results = {kind: _patched(result).to_frame().to_dict("records") for kind, result in found.items()}
+    card = _card(pair, prompts, {"kinds": settings.kinds, "answer_tokens": settings.answer_tokens})
+    write_json(out / "results.json", {"verdict": map_verdict(found), "maps": results, "card": card})
+    _map_report(found, prompts, measure, card, out)
+    return found
+
+
+def _experiment(
+    kind: MapKind, pair: ModelPair, prompts: Sequence[RenderedPrompt], settings: MapSettings, run: RunOptions
+) -> Found:
+    span, sites, direction = settings.span, settings.sites, settings.direction
+    experiments: dict[MapKind, Callable[[], Found]] = {
+        "span": lambda: patch_span(pair, prompts, span, sites, direction=direction, **run),
+        "carrier": lambda: carrier_map(pair, prompts, **run),
+        "layers": lambda: layer_curve(pair, prompts, span=span, sites=sites, direction=direction, **run),
+        "positions": lambda: layer_position_map(pair, prompts, span=span, sites=sites, direction=direction, **run),
+        "heads": lambda: layer_head_map(pair, prompts, span=span, sites=sites, direction=direction, **run),
+        "attribution": lambda: attribution_map(pair, prompts, span=span, sites=sites, direction=direction, **run),
+    }
+    return experiments[kind]()
+
+
+def _own_answers(
+    pair: ModelPair, prompts: Sequence[RenderedPrompt], tokens: int, file: Path, progress: bool
+) -> AnswerContrast:
+    """The two models' answers: those in the file, or new ones that are written there."""
+    asked = {"prompts": [list(prompt.ids) for prompt in prompts], "tokens": tokens}
+    if not file.exists():
+        if progress:
+            say(f"both models answer {len(prompts)} prompts")
+        measure = AnswerContrast.of(pair, prompts, max_new_tokens=tokens)
+        sides = ((r.ids[r.n_prompt :] for r in rows) for rows in (measure.towards, measure.against))
+        towards, against = (list(map(list, side)) for side in sides)
+        write_json(file, {"asked": asked, "finetuned": towards, "base": against})
+        return measure
+    saved = read_json(file)
+    if saved.get("asked") != asked:
+        raise LensError(f"{file.parent} holds maps of other prompts or answer lengths: choose another --out")
+    pairs = [
+        [prompt.with_response(ids, end=False) for prompt, ids in zip(prompts, saved[side], strict=True)]
+        for side in ("finetuned", "base")
+    ]
+    return AnswerContrast(tuple(pairs[0]), tuple(pairs[1]))
+
+
+def map_verdict(found: Mapping[MapKind, Found]) -> str:
+    """One sentence about the strongest cells."""
+    parts = []
+    if "carrier" in found:
+        frame = _patched(found["carrier"]).to_frame()
+        whole = frame[(frame["band"] == "all layers") & (frame["series"] == "patched")]
+        for direction, verb in (("repair", "restores"), ("infect", "carries over")):
+            own = whole[whole["direction"] == direction].dropna(subset=["value"])
+            if len(own):
+                texts = [
+                    f"{row.span} {row.sites} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
+                    for row in own.sort_values("value", ascending=False).itertuples()
+                ]
+                parts.append(f"{direction} {verb}, as a fraction of the contrast: {', '.join(texts)}")
+    for kind in ("positions", "attribution", "heads", "layers", "span"):
+        if kind in found:
+            top = _patched(found[kind]).top(1).iloc[0]
+            place = [f"{name} {top[name]!r}" for name in ("layer", "token", "label") if name in top]
+            parts.append(f"strongest cell of {kind}: {', '.join(place) or top['span']}, recovery {top['value']:.2f}")
+    return "; ".join(parts) + "."
+
+
+def _patched(result: Found) -> PatchResult:
+    return result.attributed if isinstance(result, AttributionResult) else result
+
+
+def _map_report(
+    found: Mapping[MapKind, Found],
+    prompts: Sequence[RenderedPrompt],
+    measure: AnswerContrast,
+    card: Mapping[str, Any],
+    out: Path,
+) -> Path:
+    import pandas as pd
+
+    figures: list[tuple[str, go.Figure]] = []
+    notes = []
+    for kind, result in found.items():
+        figures.append((_CAPTIONS[kind], result.figure()))
+        if isinstance(result, AttributionResult):
+            if result.exact is not None:
+                figures.append(("The cells of the attribution map that were run exactly.", result.check_figure()))
+            notes.append(f"Attribution: Spearman rank correlation with exact patches {result.rank_correlation:.2f}.")
+            continue
+        notes.append(f"{kind}: identity controls move the measure by at most {result.noise_floor:.1e} of the gap.")
+        if result.kind == "carrier":
+            figures.append(("Necessity against sufficiency.", carrier_plane(result)))
+    tops = [_patched(result).top(8).assign(map=kind) for kind, result in found.items()]
+    columns = ["map", "direction", "span", "sites", "band", "layer", "token", "label", "value", "low", "high", "n"]
+    top = pd.concat(tops, ignore_index=True)
+    examples = [
+        {"prompt": prompt.query, "condition": side, "response": row.span_text("response")}
+        for i, prompt in enumerate(prompts[:12])
+        for side, row in (("base", measure.against[i]), ("finetuned", measure.towards[i]))
+    ]
+    return write_report(
+        out / "report.html",
+        title=f"Piggyback map: {card['names']['finetuned']} on {card['names']['base']}",
+        verdict=map_verdict(found),
+        summary=top[[name for name in columns if name in top]],
+        figures=figures,
+        examples=pd.DataFrame(examples),
+        prompt_html=prompts[0].show()._repr_html_(),
+        card=card,
+        notes=notes,
+    )
+
+
+def write_generated(
+    result: PerturbResult | StressResult, prompts: Iterable[RenderedPrompt], pair: ModelPair, out: str | Path
+) -> Path:
+    """results.json and report.html of a perturbation or a stress suite."""
+    out, prompts = Path(out), list(prompts)
+    frame = result.to_frame()
+    card = _card(pair, prompts, result.settings)
+    verdict = generated_verdict(result, frame)
+    write_json(out / "results.json", {"verdict": verdict, "summary": frame.to_dict("records"), "card": card})
+    rows = result.generations()
+    label = "variant" if isinstance(result, StressResult) else "kind"
+    names = [name for name in ("side", "span", label) if name in rows]
+    rows = rows.assign(condition=rows[names].astype(str).agg(" ".join, axis=1).str.strip())
+    if "trial" in rows:
+        rows = rows[rows["trial"] == 0]
+    skipped = result.skipped if isinstance(result, StressResult) else {}
+    return write_report(
+        out / "report.html",
+        title=f"Piggyback {'stress' if skipped or isinstance(result, StressResult) else 'perturbation'}: "
+        f"{card['names']['finetuned']}",
+        verdict=verdict,
+        summary=frame,
+        figures=[("Mean with its bootstrap interval over prompts.", result.figure())],
+        examples=rows[rows["index"] < 4],
+        prompt_html=prompts[0].show()._repr_html_(),
+        card=card,
+        notes=[f"not run: {name}: {reason}" for name, reason in skipped.items()],
+    )
+
+
+def generated_verdict(result: PerturbResult | StressResult, frame: "pd.DataFrame") -> str:
+    """One sentence about the largest recovery."""
+    known = frame.dropna(subset=["recovery"])
+    known = known[~known["kind"].str.contains("random")] if "kind" in known else known
+    if known.empty:
+        return "No recovery is defined here: base and finetuned do not differ beyond noise on these prompts."
+    row = known.sort_values("recovery").iloc[-1]
+    what = row["variant"] if isinstance(result, StressResult) else f"{row['topic']}, {row['span']}, {row['kind']}"
+    interval = f"[{row['recovery_low']:.2f}, {row['recovery_high']:.2f}]"
+    return f"Largest recovery of the base's behaviour: {what}, {row['recovery']:.2f} {interval} (n = {row['n']})."
+
+
+def _card(pair: ModelPair, prompts: Sequence[RenderedPrompt], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "names": dict(pair.names),
+        "n": len(prompts),
+        "fingerprint": prompts[0].fingerprint,
+        "backend": pair.backend,
+        "settings": dict(settings),
+        "versions": versions(),
+        "machine": machine(),
+        "peak_memory_gb": peak_memory_gb(),
+    }

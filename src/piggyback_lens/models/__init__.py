@@ -1,0 +1,1 @@
+"""Find weights, make hooked models of them, and hold the pair of base and finetuned."""

@@ -1,0 +1,194 @@
+"""Make hooked models of transformers models: TransformerBridge, and HookedTransformer where there is one.
+
+`HookedTransformer.from_pretrained` knows a fixed list of hub names; here any model of a supported layout is
+converted, whatever its name, without a connection, and with its weights unprocessed.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.models.backends import HookedModel
+
+
+def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
+    """Wrap a transformers model (also one that holds PEFT layers) as a bridge; weights are shared."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        raise LensError(
+            f"transformer-lens could not be imported ({error}): pip install 'transformer-lens>=3.9,<5'"
+        ) from error
+    parameter = next(hf_model.parameters())
+    training = hf_model.training
+    if not hf_model.config.architectures:
+        hf_model.config.architectures = [type(hf_model).__name__]  # a model built from a config has none
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            name,
+            hf_model=hf_model,
+            tokenizer=_stand_in_tokenizer(),
+            device=str(parameter.device),
+            dtype=parameter.dtype,
+        )
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise LensError(
+            f"TransformerBridge cannot wrap {type(hf_model).__name__} ({_first_line(error)}): "
+            "use an architecture that TransformerLens supports"
+        ) from error
+    hf_model.train(training)
+    if tokenizer is not None:
+        bridge._tokenizer = tokenizer  # the public setter would rebuild it with a BOS, from the hub
+    return bridge  # type: ignore[no-any-return]
+
+
+def _stand_in_tokenizer() -> Any:
+    """A tokenizer to boot with: TransformerLens rebuilds the one it gets with a BOS in front, from the hub."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>", unk_token="a")
+
+
+def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
+    """Copy a transformers model into a HookedTransformer, weights unprocessed (no folding, no centring).
+
+    Raises:
+        LensError: TransformerLens 4 (which has no HookedTransformer), or a layout on which it is wrong.
+    """
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError as error:
+        raise LensError(
+            "backend 'hooked' needs HookedTransformer, which transformer-lens 4 removed: use backend='bridge' "
+            "or pip install 'transformer-lens>=3.9,<4'"
+        ) from error
+    _refuse_wrong_layouts(hf_model.config)
+    parameter = next(hf_model.parameters())
+    cfg, state = _hooked_config_and_weights(hf_model, parameter.dtype, str(parameter.device))
+    cfg.tokenizer_name = None
+    model = HookedTransformer(cfg, tokenizer=None, move_to_device=True)
+    model.load_and_process_state_dict(
+        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
+        refactor_factored_attn_matrices=False,
+    )  # fmt: skip
+    torch.nn.Module.to(model, parameter.dtype)  # HookedTransformer's own .to prints
+    model.tokenizer = tokenizer
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def _refuse_wrong_layouts(config: Any) -> None:
+    """Layouts on which HookedTransformer 3.9 gives wrong numbers without an error."""
+    if config.model_type == "llama":
+        for field in ("attention_bias", "mlp_bias"):
+            if getattr(config, field, False):
+                raise LensError(
+                    f"backend 'hooked' drops the biases of a Llama model with {field}=True: use backend='bridge'"
+                )
+        if config.head_dim * config.num_attention_heads != config.hidden_size:
+            raise LensError(
+                f"backend 'hooked' cannot hold a Llama model with head_dim {config.head_dim} x "
+                f"{config.num_attention_heads} heads != hidden size {config.hidden_size}: use backend='bridge'"
+            )
+
+
+MAX_HOOKED_CONTEXT = 4096
+"""HookedTransformer allocates a mask of n_ctx x n_ctx; prompts here are far shorter."""
+
+
+def _hooked_config_and_weights(hf_model: Any, dtype: torch.dtype, device: str) -> tuple[Any, dict[str, Tensor]]:
+    from transformer_lens import loading_from_pretrained as loading
+
+    config = hf_model.config
+    if config.model_type == "gemma3_text":
+        from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+
+        cfg = _gemma3_config(config, dtype, device)
+        return cfg, convert_gemma_weights(hf_model, cfg)
+    config = type(config).from_dict(config.to_dict())
+    config.architectures = [type(hf_model).__name__]
+    if config.model_type == "gpt2":
+        config.n_ctx = config.n_positions  # transformers 5 dropped the field that the converter reads
+    # The converter dispatches on the folder's name, which must not contain a model family.
+    root = next((d for d in (tempfile.gettempdir(), "/tmp") if not {"llama", "gemma"} & _families(d)), "/")
+    with tempfile.TemporaryDirectory(prefix="hfcfg-", dir=root) as folder:
+        config.save_pretrained(folder)
+        n_ctx = min(int(config.max_position_embeddings), MAX_HOOKED_CONTEXT)
+        try:
+            cfg = loading.get_pretrained_model_config(
+                folder, device=device, dtype=dtype, n_ctx=n_ctx, default_prepend_bos=False
+            )
+            state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
+        except (NotImplementedError, KeyError, AttributeError, ValueError, TypeError) as error:
+            raise LensError(
+                f"HookedTransformer does not support {type(hf_model).__name__} ({_first_line(error)}): "
+                "use backend='bridge'"
+            ) from error
+    cfg.model_name = getattr(hf_model, "name_or_path", "") or config.model_type
+    cfg.d_vocab = int(hf_model.get_output_embeddings().weight.shape[0])
+    return cfg, state
+
+
+def _families(path: str) -> set[str]:
+    return {family for family in ("llama", "gemma") if family in str(Path(path).resolve()).lower()}
+
+
+def _gemma3_config(config: Any, dtype: torch.dtype, device: str) -> Any:
+    from transformer_lens import HookedTransformerConfig
+
+    rope = config.rope_parameters
+    return HookedTransformerConfig(
+        d_model=config.hidden_size,
+        d_head=config.head_dim,
+        n_heads=config.num_attention_heads,
+        n_key_value_heads=config.num_key_value_heads,
+        d_mlp=config.intermediate_size,
+        n_layers=config.num_hidden_layers,
+        n_ctx=min(config.max_position_embeddings, MAX_HOOKED_CONTEXT),
+        eps=config.rms_norm_eps,
+        d_vocab=config.vocab_size,
+        act_fn=config.hidden_activation,
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=config.head_dim,
+        rotary_base=rope["full_attention"]["rope_theta"],
+        rotary_base_local=rope["sliding_attention"]["rope_theta"],
+        use_attn_scale=True,
+        attn_scale=config.query_pre_attn_scalar**0.5,
+        gated_mlp=True,
+        final_rms=True,
+        use_normalization_before_and_after=True,
+        use_qk_norm=True,
+        window_size=config.sliding_window,
+        use_local_attn=True,
+        attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+        original_architecture="Gemma3ForCausalLM",
+        default_prepend_bos=False,
+        init_weights=False,
+        dtype=dtype,
+        device=device,
+        model_name="gemma3",
+    )
+
+
+def share_equal_parameters(model: Any, like: Any) -> int:
+    """Let `model` use the parameters of `like` that it equals (embeddings, say); returns the bytes saved."""
+    saved = 0
+    theirs = dict(like.named_parameters())
+    for name, parameter in list(model.named_parameters()):
+        other = theirs.get(name)
+        if other is not None and other.shape == parameter.shape and torch.equal(other, parameter):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, other)
+            saved += parameter.numel() * parameter.element_size()
+    return saved
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,1 @@
+"""Latents of sparse autoencoders: load, train, check, steer, and take directions apart."""

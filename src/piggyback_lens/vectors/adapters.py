@@ -1,0 +1,329 @@
+"""Steering vectors and LoRA adapters as values: scaled, made noisy, compared and merged; each gives a new one.
+
+`adapting` lets them act on a model through hooks, `hook_training` trains them, `adapter_files` reads and
+writes them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.interventions.hooks import Interventions, add
+from piggyback_lens.interventions.placement import Phase
+from piggyback_lens.maths import norm_matched_random, orthogonal_noise
+from piggyback_lens.models.backends import HEAD_SITES, SITES, Site, check_layers
+from piggyback_lens.vectors.attachment import (
+    MODULES,
+    Module,
+    changed_weight,
+    has_modules,
+    linear_of,
+    n_layers_of,
+)
+from piggyback_lens.vectors.direction import Direction, Provenance
+
+NormOver = Literal["sum", "mean"]
+NoiseOn = Literal["both", "A", "B"]
+Place = tuple[int, Module]
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """a ← a + strength·v at one site of some layers, for every token.
+
+    Attributes:
+        vectors: layer to v [d], in the units of the activation.
+        site: where; "resid_post" is the output of a block.
+        strength: multiplies every vector.
+        provenance: where it came from, if known.
+    """
+
+    vectors: Mapping[int, Float[Tensor, " d"]]
+    site: Site = "resid_post"
+    strength: float = 1.0
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES or self.site in HEAD_SITES:
+            raise LensError(f"site {self.site!r} cannot be steered by one vector: choose a residual-width site")
+        shapes = {tuple(v.shape) for v in self.vectors.values()}
+        if not self.vectors or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+            raise LensError(f"vectors of shapes {sorted(shapes)}: expected one vector [d] per layer, of one length")
+
+    @classmethod
+    def of(cls, direction: Direction, strength: float = 1.0) -> "SteeringVector":
+        """The steering vector that a direction is when it is added."""
+        vectors = dict(zip(direction.layers, direction.vectors, strict=True))
+        return cls(vectors, direction.site, strength, direction.provenance)
+
+    @classmethod
+    def zeros(cls, d_model: int, layers: Sequence[int], site: Site = "resid_post") -> "SteeringVector":
+        """A vector that does nothing yet, to be trained."""
+        return cls({layer: torch.zeros(d_model) for layer in layers}, site, 1.0, Provenance("zeros"))
+
+    def __repr__(self) -> str:
+        return f"SteeringVector({self.site}, layers {list(self.layers)}, norm {self.norm():.3g})"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers it acts at, ascending."""
+        return tuple(sorted(self.vectors))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The vectors by a stable name."""
+        return {f"layers.{layer}.vector": self.vectors[layer] for layer in self.layers}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "SteeringVector":
+        """The same with other vectors, named as in `tensors`."""
+        return replace(self, vectors={layer: tensors[f"layers.{layer}.vector"] for layer in self.layers})
+
+    def settings(self) -> dict[str, object]:
+        """What was chosen about it, JSON-able."""
+        return {"kind": "steering vector", "site": self.site, "layers": list(self.layers), "strength": self.strength}
+
+    def norm(self, over: NormOver = "sum") -> float:
+        """‖strength·v‖, summed or averaged over the layers."""
+        lengths = [float(v.detach().float().norm()) * abs(self.strength) for v in self.vectors.values()]
+        return _total(lengths, over)
+
+    def scaled(self, factor: float) -> "SteeringVector":
+        """Strength times a factor."""
+        return replace(self, strength=self.strength * factor)
+
+    def random_like(self, generator: torch.Generator) -> "SteeringVector":
+        """The control: a random vector of the same length at every layer."""
+        drawn = {layer: norm_matched_random(self.vectors[layer], generator) for layer in self.layers}
+        return replace(self, vectors=drawn, provenance=Provenance("random, norm-matched"))
+
+    def noisy(self, epsilon: float, generator: torch.Generator, on: NoiseOn = "both") -> "SteeringVector":
+        """√(1−ε²)·v + ε·y, y ⟂ v and ‖y‖ = ‖v‖, at every layer; `on` is for adapters."""
+        moved = {layer: orthogonal_noise(self.vectors[layer], epsilon, generator) for layer in self.layers}
+        return replace(self, vectors=moved)
+
+    def direction(self) -> Direction:
+        """The same as a direction, strength included."""
+        vectors = torch.stack([self.vectors[layer].detach() * self.strength for layer in self.layers])
+        source = self.provenance or Provenance("a steering vector of unknown origin")
+        sign = "positive: as the steering vector acts"
+        return Direction(vectors, self.layers, self.site, sign, source)
+
+    def interventions(self, *, span: str = "all", phase: Phase = "both") -> Interventions:
+        """The same as ordinary interventions, which may be limited to a span or a phase."""
+        where: dict[str, Any] = {"site": self.site, "span": span, "phase": phase}
+        parts = [add(self.vectors[layer], layers=layer, strength=self.strength, **where) for layer in self.layers]
+        return Interventions(tuple(parts))
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAAdapter:
+    """y ← y + s·B(Ax) at linear modules, s = alpha/r, or alpha/√r with rsLoRA.
+
+    Attributes:
+        a: (layer, module) to A [r, in]; all modules of all layers that it has.
+        b: the same to B [out, r].
+        alpha: numerator of s.
+        rslora: rank-stabilised scale.
+        provenance: where it came from, if known.
+    """
+
+    a: Mapping[Place, Float[Tensor, "r d_in"]]
+    b: Mapping[Place, Float[Tensor, "d_out r"]]
+    alpha: float
+    rslora: bool = False
+    provenance: Provenance | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if not self.a or self.a.keys() != self.b.keys():
+            raise LensError(f"A has {len(self.a)} modules, B {len(self.b)}: expected the same ones, at least one")
+        layers, modules = {layer for layer, _ in self.a}, {module for _, module in self.a}
+        if unknown := sorted(modules - set(MODULES)):
+            raise LensError(f"module {unknown[0]!r} is not known: choose from {', '.join(MODULES)}")
+        if len(self.a) != len(layers) * len(modules):
+            raise LensError(f"{len(self.a)} modules for {len(layers)} layers x {len(modules)} kinds: some are missing")
+        ranks = {a.shape[0] for a in self.a.values()} | {b.shape[1] for b in self.b.values()}
+        if len(ranks) > 1 or 0 in ranks:
+            raise LensError(f"ranks {sorted(ranks)} in one adapter: every A is [r, in] and every B [out, r]")
+
+    @classmethod
+    def fresh(
+        cls,
+        model: Any,
+        *,
+        rank: int = 1,
+        alpha: float | None = None,
+        modules: Sequence[Module] = ("down",),
+        layers: Sequence[int] | None = None,
+        rslora: bool = False,
+        seed: int = 0,
+    ) -> "LoRAAdapter":
+        """An adapter that does nothing yet: B is zero, A uniform in ±1/√in as in PEFT.
+
+        Args:
+            model: transformers model, bridge, or HookedTransformer (for its sizes).
+            rank: r.
+            alpha: default 2·rank.
+            modules: any of q, k, v, o, gate, up, down.
+            layers: default all.
+            rslora: s = alpha/√r.
+            seed: of A, which depends on nothing else.
+
+        Raises:
+            LensError: a rank below 1, or a module or layer that the model does not have.
+        """
+        if rank < 1:
+            raise LensError(f"rank {rank}: it must be at least 1")
+        chosen = check_layers(layers, n_layers_of(model))
+        generator = torch.Generator().manual_seed(seed)
+        a, b = {}, {}
+        for layer in chosen:
+            for module in modules:
+                d_out, d_in = _sizes(model, layer, module)
+                a[layer, module] = (torch.rand(rank, d_in, generator=generator) * 2 - 1) / d_in**0.5
+                b[layer, module] = torch.zeros(d_out, rank)
+        return cls(a, b, 2.0 * rank if alpha is None else alpha, rslora, Provenance("fresh", seed=seed))
+
+    def __repr__(self) -> str:
+        return (
+            f"LoRAAdapter(rank {self.rank}, {'/'.join(self.modules)}, layers {list(self.layers)}, "
+            f"s = {self.scale:g}, norm {self.norm():.3g})"
+        )
+
+    @property
+    def rank(self) -> int:
+        """Inner width of every A and B."""
+        return next(iter(self.a.values())).shape[0]
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers it acts at, ascending."""
+        return tuple(sorted({layer for layer, _ in self.a}))
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """Kinds of modules, in the order q k v o gate up down."""
+        present = {module for _, module in self.a}
+        return tuple(module for module in MODULES if module in present)
+
+    def _places(self) -> list[Place]:
+        return [(layer, module) for layer in self.layers for module in self.modules]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B by a stable name."""
+        both = (("A", self.a), ("B", self.b))
+        return {f"layers.{i}.{m}.{name}": part[i, m] for i, m in self._places() for name, part in both}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "LoRAAdapter":
+        """The same with other numbers, named as in `tensors`."""
+        a, b = ({(i, m): tensors[f"layers.{i}.{m}.{name}"] for i, m in self._places()} for name in ("A", "B"))
+        return replace(self, a=a, b=b)
+
+    def settings(self) -> dict[str, object]:
+        """What was chosen about it, JSON-able."""
+        chosen: dict[str, object] = {"kind": "LoRA", "rank": self.rank, "alpha": self.alpha, "rslora": self.rslora}
+        return chosen | {"modules": list(self.modules), "layers": list(self.layers)}
+
+    def delta(self, layer: int, module: Module) -> Float[Tensor, "d_out d_in"]:
+        """s·BA, what the adapter adds to the weight."""
+        return self.scale * (self.b[layer, module] @ self.a[layer, module])
+
+    def norm(self, over: NormOver = "sum") -> float:
+        """Frobenius norm of s·BA, summed or averaged over the modules."""
+        lengths = []
+        for place, a in self.a.items():
+            wide, tall = a.detach().double(), self.b[place].detach().double()
+            squared = ((tall.T @ tall) * (wide @ wide.T)).sum()  # ‖BA‖² = tr(BᵀB AAᵀ), without the product
+            lengths.append(abs(self.scale) * float(squared.clamp(min=0).sqrt()))
+        return _total(lengths, over)
+
+    def scaled(self, factor: float) -> "LoRAAdapter":
+        """s times a factor (through alpha)."""
+        return replace(self, alpha=self.alpha * factor)
+
+    def random_like(self, generator: torch.Generator) -> "LoRAAdapter":
+        """The control: random A and B with the same ‖s·BA‖ at every module."""
+        a, b = {}, {}
+        for place in self._places():
+            wide, tall = self.a[place].detach(), self.b[place].detach()
+            a[place] = norm_matched_random(wide, generator)
+            drawn = torch.randn(tall.shape, generator=generator).to(tall.device, tall.dtype)
+            b[place] = drawn * ((tall @ wide).norm() / (drawn @ a[place]).norm())
+        return replace(self, a=a, b=b, provenance=Provenance("random, norm-matched"))
+
+    def noisy(self, epsilon: float, generator: torch.Generator, on: NoiseOn = "both") -> "LoRAAdapter":
+        """Every A, every B, or both ← √(1−ε²)·x + ε·y, y ⟂ x and ‖y‖ = ‖x‖.
+
+        Raises:
+            LensError: `on` is not known, or a matrix is zero.
+        """
+        if on not in ("both", "A", "B"):
+            raise LensError(f"noise on {on!r} is not known: choose 'A', 'B' or 'both'")
+        a, b = dict(self.a), dict(self.b)
+        for place in self._places():
+            for part, name in ((a, "A"), (b, "B")):
+                if on in ("both", name):
+                    part[place] = orthogonal_noise(part[place], epsilon, generator)
+        return replace(self, a=a, b=b)
+
+    def direction(self, module: Module = "down") -> Direction:
+        """The B vectors of a rank-1 adapter on `down` or `o`, times s: what each layer writes per unit of A·x.
+
+        Their site is `mlp_out` or `attn_out` (in models with a norm behind the module, before that norm).
+
+        Raises:
+            LensError: another rank or module.
+        """
+        if self.rank != 1 or module not in self.modules or module not in ("down", "o"):
+            raise LensError(
+                f"rank {self.rank} on {', '.join(self.modules)}: the B vector of a rank-1 adapter on down or o is asked"
+            )
+        vectors = torch.stack([self.b[layer, module][:, 0].detach() * self.scale for layer in self.layers])
+        source = self.provenance or Provenance("a rank-1 adapter of unknown origin")
+        source = replace(source, how=f"B vector of a rank-1 adapter on {module} ({source.how})")
+        site: Site = "mlp_out" if module == "down" else "attn_out"
+        return Direction(vectors, self.layers, site, "positive: where A·x is positive", source)
+
+    @contextmanager
+    def merged(self, model: Any) -> Iterator[None]:
+        """The adapter in the weights themselves while the block runs; they return bit for bit.
+
+        Models that share weights with this one change too.
+
+        Raises:
+            LensError: a module or layer that the model does not have, or other sizes.
+        """
+        with ExitStack() as stack:
+            for layer, module in self._places():
+                delta = self.delta(layer, module).detach()
+                stack.enter_context(changed_weight(model, layer, module, delta))
+            yield
+
+
+Adapter = SteeringVector | LoRAAdapter
+
+
+def _sizes(model: Any, layer: int, module: Module) -> tuple[int, int]:
+    """(out, in) of a module."""
+    if has_modules(model):
+        linear: Any = linear_of(model, layer, module)
+        return int(linear.out_features), int(linear.in_features)
+    cfg = model.cfg
+    heads = (cfg.n_key_value_heads or cfg.n_heads) if module in ("k", "v") else cfg.n_heads
+    inner = cfg.d_mlp if module in ("gate", "up", "down") else heads * cfg.d_head
+    return (cfg.d_model, inner) if module in ("o", "down") else (inner, cfg.d_model)
+
+
+def _total(lengths: Sequence[float], over: NormOver) -> float:
+    if over not in ("sum", "mean"):
+        raise LensError(f"norm over {over!r} is not known: choose 'sum' or 'mean'")
+    return sum(lengths) / (len(lengths) if over == "mean" else 1)

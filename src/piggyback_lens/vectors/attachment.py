@@ -1,0 +1,236 @@
+"""Where adapters act: module inputs and outputs of transformers models, bridges and HookedTransformers.
+
+An `Edit` gets a module's input and output and returns the new output, for all tokens of a pass. On a
+transformers model and on a bridge (which wraps one) the modules are its linear layers, so an edit there does
+what PEFT does. A HookedTransformer has no such modules: their inputs and outputs are read at the hook points
+around them. Edits are ordinary torch hooks; they act before any intervention that is installed later.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.models.backends import HookedModel, Site, check_layers, hook_name, hook_points, is_hooked_model
+
+Module = Literal["q", "k", "v", "o", "gate", "up", "down"]
+MODULES: tuple[Module, ...] = get_args(Module)
+Edit = Callable[[Tensor, Tensor], Tensor]
+SiteEdit = Callable[[Tensor], Tensor]
+
+
+def core_of(model: Any) -> nn.Module:
+    """The transformers model inside a bridge; any other model itself."""
+    core: nn.Module = getattr(model, "original_model", model)
+    return core
+
+
+def n_layers_of(model: Any) -> int:
+    """Number of decoder blocks.
+
+    Raises:
+        LensError: not a causal language model this library knows.
+    """
+    if is_hooked_model(model):
+        return int(model.cfg.n_layers)
+    return len(decoder_blocks(model))
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """The decoder blocks of a transformers model.
+
+    Raises:
+        LensError: there is no list of blocks as long as the config says.
+    """
+    config = getattr(model, "config", None)
+    wanted = getattr(config, "num_hidden_layers", None)
+    for module in core_of(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise LensError(f"{type(model).__name__} has no list of decoder blocks: pass a transformers causal language model")
+
+
+def has_modules(model: Any) -> bool:
+    """Whether modules are linear layers of their own (transformers, bridge), not tensors (HookedTransformer)."""
+    return not is_hooked_model(model) or hasattr(model, "original_model")
+
+
+def linear_of(model: Any, layer: int, module: Module) -> nn.Module:
+    """The linear layer of a module; PEFT's wrapper, where there is one.
+
+    Raises:
+        LensError: this architecture has no such linear layer (GPT-2 fuses q, k and v, for example).
+    """
+    block = decoder_blocks(core_of(model))[layer]
+    for name, found in block.named_modules():
+        if name.rsplit(".", 1)[-1] == f"{module}_proj":
+            inner: nn.Module = getattr(found, "_original_component", found)
+            return inner
+    raise LensError(
+        f"{type(core_of(model)).__name__} has no {module}_proj in its blocks: use PEFT for this architecture "
+        "(add_lora, attach_adapter), which names its modules as they are"
+    )
+
+
+@contextmanager
+def edited_modules(model: Any, edits: Mapping[tuple[int, Module], Edit]) -> Iterator[None]:
+    """Change the outputs of linear modules, by (layer, module), while the block runs; removed also on errors.
+
+    Raises:
+        LensError: a layer or module that the model does not have.
+    """
+    check_layers([layer for layer, _ in edits], n_layers_of(model))
+    with ExitStack() as stack:
+        for (layer, module), edit in edits.items():
+            if has_modules(model):
+                _edit_linear(stack, linear_of(model, layer, module), edit)
+            else:
+                _edit_hooked(stack, model.blocks[layer], module, edit)
+        yield
+
+
+def _edit_linear(stack: ExitStack, linear: nn.Module, edit: Edit) -> None:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return edit(args[0], output)
+
+    stack.callback(linear.register_forward_hook(hook).remove)
+
+
+def _edit_hooked(stack: ExitStack, block: Any, module: Module, edit: Edit) -> None:
+    """The same on a HookedTransformer block, whose weights are tensors."""
+    owner = block.attn if module in ("q", "k", "v", "o") else block.mlp
+    seen: dict[str, Tensor] = {}
+    late: list[Any] = []
+
+    def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        if module in ("o", "down"):
+            # Registered now, so that it reads what earlier interventions at this hook point have left.
+            point = owner.hook_z if module == "o" else owner.hook_post
+            late.append(point.register_forward_hook(lambda _m, _a, output: seen.update(input=output)))
+        else:
+            names = {"q": "query_input", "k": "key_input", "v": "value_input"}
+            seen["input"] = args[0] if args else kwargs[names.get(module, "x")]
+
+    def change(_: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        while late:
+            late.pop().remove()
+        inputs = seen.pop("input")
+        if module == "o":
+            inputs = inputs.flatten(-2)
+        flat = output.flatten(-2) if module in ("q", "k", "v") else output
+        return edit(inputs, flat).view_as(output)
+
+    points = {"q": "hook_q", "k": "hook_k", "v": "hook_v", "gate": "hook_pre"}
+    points["up"] = "hook_pre_linear" if hasattr(owner, "hook_pre_linear") else "hook_pre"
+    if module == "gate" and not hasattr(owner, "hook_pre_linear"):
+        raise LensError("this model's MLP has no gate: choose up or down")
+    target = getattr(owner, points[module]) if module in points else owner
+    stack.callback(owner.register_forward_pre_hook(before, with_kwargs=True).remove)
+    stack.callback(target.register_forward_hook(change, prepend=True).remove)
+    stack.callback(lambda: [handle.remove() for handle in late])
+
+
+@contextmanager
+def edited_sites(model: Any, edits: Mapping[tuple[int, Site], SiteEdit]) -> Iterator[None]:
+    """Change activations at residual-width sites, by (layer, site), while the block runs.
+
+    Raises:
+        LensError: a layer or site that the model does not have; a plain transformers model has `resid_pre`
+            and `resid_post` only.
+    """
+    check_layers([layer for layer, _ in edits], n_layers_of(model))
+    points = hook_points(model) if is_hooked_model(model) else {}
+    with ExitStack() as stack:
+        for (layer, site), edit in edits.items():
+            if is_hooked_model(model):
+                point = points[hook_name(model, site, layer, points)]
+                # The bridge's hook sits where the MLP's norm reads; the residual stream goes on in the same tensor.
+                change = _written if site == "resid_mid" and has_modules(model) else _returned
+                hook = point.register_forward_hook(partial(change, edit), prepend=True)
+            else:
+                hook = _edit_block(decoder_blocks(model)[layer], site, edit)
+            stack.callback(hook.remove)
+        yield
+
+
+def _returned(edit: SiteEdit, _: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return edit(output)
+
+
+def _written(edit: SiteEdit, _: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.copy_(edit(output))
+
+
+def _edit_block(block: nn.Module, site: Site, edit: SiteEdit) -> Any:
+    """A hook on a decoder block of a plain transformers model."""
+
+    def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
+
+    def after(_: nn.Module, _args: Any, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    if site == "resid_pre":
+        return block.register_forward_pre_hook(before, with_kwargs=True)
+    if site == "resid_post":
+        return block.register_forward_hook(after)
+    raise LensError(f"a plain transformers model has the sites resid_pre and resid_post, not {site}: use hook_model")
+
+
+@contextmanager
+def changed_weight(model: Any, layer: int, module: Module, delta: Tensor) -> Iterator[None]:
+    """Add delta [out, in] to a module's weight while the block runs; the old weight returns bit for bit.
+
+    Raises:
+        LensError: no such module, or another shape.
+    """
+    weight = _weight_of(model, layer, module)
+    change = delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    change = _as_stored(model, weight, module, change)
+    if change.shape != weight.shape:
+        raise LensError(
+            f"{module} of layer {layer} has weights {tuple(weight.shape)}, the adapter {tuple(delta.shape)}"
+        )
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.copy_(kept.to(change.dtype) + change)
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def _weight_of(model: HookedModel | nn.Module, layer: int, module: Module) -> Tensor:
+    check_layers([layer], n_layers_of(model))
+    if has_modules(model):
+        linear: Any = linear_of(model, layer, module)
+        found: Tensor = getattr(linear, "base_layer", linear).weight
+        return found
+    block: Any = model.blocks[layer]  # type: ignore[union-attr, index]
+    grouped = hasattr(block.attn, "_W_K")
+    names = {"q": "W_Q", "k": "_W_K" if grouped else "W_K", "v": "_W_V" if grouped else "W_V", "o": "W_O"}
+    mlp = {"gate": "W_gate", "up": "W_in", "down": "W_out"}
+    owner, name = (block.attn, names[module]) if module in names else (block.mlp, mlp[module])
+    if not hasattr(owner, name):
+        raise LensError(f"this model has no {module}: its weights have no {name}")
+    stored: Tensor = getattr(owner, name)
+    return stored
+
+
+def _as_stored(model: Any, weight: Tensor, module: Module, delta: Tensor) -> Tensor:
+    """[out, in] in the layout of this model's weight."""
+    if has_modules(model) or delta.numel() != weight.numel():
+        return delta
+    if module in ("q", "k", "v"):  # [head, d_model, d_head]
+        heads, _, d_head = weight.shape
+        return delta.view(heads, d_head, -1).transpose(1, 2)
+    if module == "o":  # [head, d_head, d_model]
+        return delta.T.reshape(weight.shape)
+    return delta.T
