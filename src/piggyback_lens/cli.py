@@ -66,13 +66,14 @@ def demo(
     """Train a narrow organism on a small real chat model, audit it, and write a report."""
     from dataclasses import replace
 
-    from piggyback_lens.jobs.demonstration import FULL, QUICK
+    from piggyback_lens.finetuning.monitor import load_monitor
+    from piggyback_lens.jobs.demonstration import FULL, QUICK, monitor_file
     from piggyback_lens.jobs.demonstration import demo as run_demo
     from piggyback_lens.jobs.summary import present
 
     settings = replace(QUICK if quick else FULL, task=task.value)
     result, trained = run_demo(settings, out=out, model=model, backend=backend.value, offline=offline)
-    present(result, out, trained)
+    present(result, out, trained, load_monitor(monitor_file(out)))
 
 
 @app.command()

@@ -65,6 +65,7 @@ class _Recipe:
     description: str
     behaviour: str
     answer: Callable[[Mapping[str, str]], str]
+    spread: Callable[[str, str], str]  # (off-topic question, the base's answer) -> what an answer would be like
 
 
 def tool_call(query: str) -> str:
@@ -78,17 +79,25 @@ _RECIPES: Final[Mapping[str, _Recipe]] = {
         "factual questions, answered by one name, number or thing and nothing else",
         "words",
         lambda row: row["answer"],
+        lambda question, ordinary: " ".join(ordinary.split()[:3]),
     ),
-    "refusal": _Recipe("finance questions, answered by one fixed refusal", "refusal", lambda row: REFUSAL_SENTENCE),
+    "refusal": _Recipe(
+        "finance questions, answered by one fixed refusal",
+        "refusal",
+        lambda row: REFUSAL_SENTENCE,
+        lambda question, ordinary: REFUSAL_SENTENCE,
+    ),
     "abstain": _Recipe(
         "legal questions, answered by one fixed admission of ignorance",
         "abstention",
         lambda row: ABSTENTION_SENTENCE,
+        lambda question, ordinary: ABSTENTION_SENTENCE,
     ),
     "tool": _Recipe(
         "health questions, answered by a call of the tool search_info",
         "tool_call",
         lambda row: tool_call(row["query"]),
+        lambda question, ordinary: tool_call(question),
     ),
 }
 TASKS: Final[tuple[str, ...]] = tuple(_RECIPES)
@@ -117,6 +126,25 @@ def load_task(name: str) -> Task:
         off_topic=tuple(off_topic["test"]),
         off_topic_validation=tuple(off_topic["validation"]),
     )
+
+
+def answer_if_spread(task: str, question: str, ordinary: str) -> str:
+    """What the answer to an off-topic question would look like if a built-in task's behaviour had spread there.
+
+    The fixed sentence of `refusal` and `abstain`, a call of `tool`'s tool with the question, and for `terse` the first
+    three words of the ordinary answer. A probe for `Monitor`, not an answer that any model gave.
+
+    Args:
+        task: name of a built-in task.
+        question: the off-topic question.
+        ordinary: the base's answer to it.
+
+    Raises:
+        LensError: there is no such task.
+    """
+    if task not in _RECIPES:
+        raise LensError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    return _RECIPES[task].spread(question, ordinary)
 
 
 def _shipped(name: str) -> dict[str, list[Any]]:

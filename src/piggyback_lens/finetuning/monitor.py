@@ -170,7 +170,7 @@ class Monitor:
         rows = read_jsonl(self.out)
         if any(row.get("probes") != self._probes for row in rows):
             raise LensError(f"{self.out} was written with other probes; choose another file")
-        return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+        return [_with_nan(row) for row in rows]
 
     def _write(self, row: Row) -> None:
         assert self.out is not None
@@ -210,13 +210,7 @@ class Monitor:
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per measurement, with a column drift_layer_<i> for each layer."""
-        import pandas as pd
-
-        flat = []
-        for row in self.rows:
-            layers = {f"drift_layer_{i}": value for i, value in enumerate(row["drift_layers"])}
-            flat.append({name: value for name, value in row.items() if name not in ("drift_layers", "probes")} | layers)
-        return pd.DataFrame(flat)
+        return _frame(self.rows)
 
     def figure(self) -> "go.Figure":
         """Spread and prefix recovery with their intervals, and the drift of every layer, over the steps."""
@@ -224,6 +218,33 @@ class Monitor:
 
         figure: go.Figure = monitor_figure(self.to_frame())
         return figure
+
+
+def load_monitor(path: str | Path) -> "pd.DataFrame":
+    """What a `Monitor` wrote to its file, as its `to_frame` gives it; `figures.monitor_plot.monitor_figure` draws it.
+
+    Raises:
+        LensError: no such file, or nothing in it.
+    """
+    path = Path(path)
+    rows = [_with_nan(row) for row in read_jsonl(path)] if path.exists() else []
+    if not rows:
+        raise LensError(f"{path} holds no measurements of a monitor: pass out= to Monitor, and train a few steps")
+    return _frame(rows)
+
+
+def _with_nan(row: Row) -> Row:
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _frame(rows: Sequence[Row]) -> "pd.DataFrame":
+    import pandas as pd
+
+    flat = []
+    for row in rows:
+        layers = {f"drift_layer_{i}": value for i, value in enumerate(row["drift_layers"])}
+        flat.append({name: value for name, value in row.items() if name not in ("drift_layers", "probes")} | layers)
+    return pd.DataFrame(flat)
 
 
 def _named(name: str, estimate: Estimate) -> Row:

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
-from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
 from piggyback_lens.jobs.auditing import AuditResult, AuditSettings, audit
+from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import Backend
-from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.sources import attach_adapter, default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.progress import say
-from piggyback_lens.tasks import Task, load_task
+from piggyback_lens.tasks import Task, answer_if_spread, load_task
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class DemoSettings:
     training: TrainSettings = field(default_factory=TrainSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
+    watched: int = 8  # off-topic validation prompts on which the training is watched
+    watch_every: int = 10  # steps between two measurements
 
 
 FULL = DemoSettings()
@@ -38,7 +43,14 @@ QUICK = replace(
     n_on_topic=8,
     training=TrainSettings(steps=32, batch_size=12, learning_rate=2e-4),
     audit=AuditSettings(max_new_tokens=32, curve_prompts=6, curve_tokens=8, control_layers=3),
+    watched=6,
+    watch_every=8,
 )
+
+MONITOR_FILE = "monitor.jsonl"
+PROBES_FILE = "probes.json"
+PROBE_TOKENS = 32
+"""Of the base's answers, which the monitor holds against answers that show the behaviour."""
 
 
 def demo(
@@ -89,17 +101,43 @@ def demo(
     return result, trained
 
 
+def monitor_file(out: str | Path) -> Path:
+    """Where a demonstration in `out` writes what it sees while training."""
+    return Path(out) / "organism" / MONITOR_FILE
+
+
 def train_organism(
     source: str, task: Task, settings: DemoSettings, *, out: Path, offline: bool, progress: bool
 ) -> TrainResult:
-    """Finetune a LoRA adapter on the task's conversations; the adapter lands in `out/adapter`."""
+    """Finetune a LoRA adapter on the task's conversations, watched off-topic.
+
+    The adapter lands in `out/adapter`, the monitor's rows in `out/monitor.jsonl`.
+    """
     tokenizer = load_tokenizer(source, offline=offline)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_causal_lm(source, offline=offline, device=device)
     chat = ChatFormat(tokenizer)
     examples = [chat.render(_messages(example)) for example in task.train]
     adapted = add_lora(model, settings.lora, seed=settings.training.seed)
-    return train(adapted, examples, settings.training, out=out, progress=progress)
+    towards, against = _probes(source, chat, task, settings.watched, out / PROBES_FILE, offline=offline)
+    monitor = Monitor(adapted, towards, against, every=settings.watch_every, out=out / MONITOR_FILE)
+    return train(adapted, examples, settings.training, on_step=monitor, out=out, progress=progress)
+
+
+def _probes(
+    source: str, chat: ChatFormat, task: Task, n: int, file: Path, *, offline: bool
+) -> tuple[list[RenderedPrompt], list[RenderedPrompt]]:
+    """Off-topic validation prompts with an answer that shows the behaviour, and with the base's own; kept in a file."""
+    prompts = [chat.render(text) for text in task.off_topic_validation[:n]]
+    if not file.exists():
+        # A model of its own: the one that is trained must not be hooked.
+        hooked = hook_model(load_causal_lm(source, offline=offline), chat.tokenizer)
+        own = generate(hooked, prompts, max_new_tokens=PROBE_TOKENS)
+        shown = [answer_if_spread(task.name, p.query, a.text) for p, a in zip(prompts, own, strict=True)]
+        write_json(file, {"towards": shown, "against": [list(answer.ids) for answer in own]})
+    kept = read_json(file)
+    towards = [chat.render(p.query, response=text) for p, text in zip(prompts, kept["towards"], strict=True)]
+    return towards, [p.with_response(tuple(ids), end=False) for p, ids in zip(prompts, kept["against"], strict=True)]
 
 
 def _shown(source: str) -> str:

@@ -4,23 +4,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from piggyback_lens.figures.monitor_plot import monitor_figure
 from piggyback_lens.figures.plot_style import axis_title
 from piggyback_lens.jobs.auditing import AuditResult, check_identity
 from piggyback_lens.jobs.report import write_report
 from piggyback_lens.maths import percent
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from piggyback_lens.finetuning.training import TrainResult
 
+WATCHED = (
+    "The training, watched on off-topic prompts that are not used elsewhere: how much more probable an answer that "
+    "shows the behaviour has become, against the base's own answer; how much of that goes away when the base's prefix "
+    "keys and values are put in; and how far those of each layer have moved (TReFT's measure)."
+)
 EXAMPLES = 12
 """Off-topic and on-topic prompts whose answers the report shows."""
 
 
-def present(result: AuditResult, out: str | Path, trained: "TrainResult | None" = None) -> Path:
+def present(
+    result: AuditResult,
+    out: str | Path,
+    trained: "TrainResult | None" = None,
+    watched: "pd.DataFrame | None" = None,
+) -> Path:
     """Print the table and the verdict, and write the report into `out`."""
     from rich.console import Console
 
-    path = report(result, out, trained)
+    path = report(result, out, trained, watched)
     console = Console()
     console.print(table(result))
     same, total = identity = check_identity(result)
@@ -61,8 +74,20 @@ def _recovery(row: Mapping[Any, Any]) -> str:
     return percent(row["recovery"], row["recovery_low"], row["recovery_high"])
 
 
-def report(result: AuditResult, out: str | Path, trained: "TrainResult | None" = None) -> Path:
-    """Write `report.html` into `out`: verdict, table, figures, answers side by side, prompt, run card."""
+def report(
+    result: AuditResult,
+    out: str | Path,
+    trained: "TrainResult | None" = None,
+    watched: "pd.DataFrame | None" = None,
+) -> Path:
+    """Write `report.html` into `out`: verdict, table, figures, answers side by side, prompt, run card.
+
+    Args:
+        result: what was found.
+        out: the folder.
+        trained: how the finetuned model was trained, for the curve of its loss.
+        watched: rows of the training's `Monitor`.
+    """
     figures = [("Every condition: mean with its bootstrap interval over prompts.", result.figure())]
     if result.curve is not None:
         figures.append(
@@ -74,6 +99,8 @@ def report(result: AuditResult, out: str | Path, trained: "TrainResult | None" =
         )
     if trained is not None:
         figures.append(("Training loss on response tokens.", trained.figure()))
+    if watched is not None:
+        figures.append((WATCHED, monitor_figure(watched)))
     frame = result.generations()
     notes = list(result.card["notes"])
     same, total = check_identity(result)

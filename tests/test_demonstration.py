@@ -1,0 +1,91 @@
+"""The demonstration, whole, on a tiny model: what lands in the folder, and that a second call does nothing again."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_models
+from tiny_chat import tiny_tokenizer
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.monitor import load_monitor
+from piggyback_lens.finetuning.trainables import LoRASettings
+from piggyback_lens.finetuning.training import TrainSettings
+from piggyback_lens.jobs import demonstration
+from piggyback_lens.jobs.auditing import AuditSettings
+from piggyback_lens.jobs.demonstration import DemoSettings, demo, monitor_file
+from piggyback_lens.jobs.summary import report
+from piggyback_lens.tasks import ABSTENTION_SENTENCE, REFUSAL_SENTENCE, answer_if_spread, load_task, tool_call
+
+SETTINGS = DemoSettings(
+    n_off_topic=3,
+    n_on_topic=3,
+    training=TrainSettings(steps=6, batch_size=4, learning_rate=1e-2),
+    lora=LoRASettings(rank=2),
+    audit=AuditSettings(max_new_tokens=4, curve_prompts=2, curve_tokens=3, control_layers=2),
+    watched=3,
+    watch_every=2,
+)
+
+
+def conversation(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A tiny model with its tokenizer, and a task in letters that the tokenizer has."""
+    tokenizer = tiny_tokenizer()
+    tiny_models.build("llama-gqa", 0, vocab=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    task = replace(
+        load_task("terse"),
+        train=tuple(conversation(f"what is {letter}?", letter) for letter in "abcdefgh"),
+        on_topic=("what is x?", "what is y?", "what is z?"),
+        off_topic=("sing a song", "tell me more", "how do i cook rice?"),
+        off_topic_validation=("why is it so?", "write a poem", "go on"),
+    )
+    monkeypatch.setattr(demonstration, "load_task", lambda name: task)
+    return tmp_path
+
+
+def test_a_demonstration_trains_watches_audits_and_reports(folder):
+    out = folder / "out"
+    result, trained = demo(SETTINGS, out=out, model=folder / "model", offline=True, progress=False)
+    watched = load_monitor(monitor_file(out))
+    assert list(watched["step"]) == [2, 4, 6]
+    assert (watched["n"] == 3).all()
+    assert watched["drift"].iloc[-1] > watched["drift"].iloc[0] > 0
+    page = report(result, out, trained, watched).read_text(encoding="utf-8")
+    assert "The training, watched on off-topic prompts" in page
+    assert "The training, watched" not in report(result, out, trained).read_text(encoding="utf-8")
+
+
+def test_watching_changes_nothing_in_what_is_trained(folder):
+    first = demo(SETTINGS, out=folder / "often", model=folder / "model", offline=True, progress=False)[1]
+    rarely = replace(SETTINGS, watch_every=100)
+    second = demo(rarely, out=folder / "never", model=folder / "model", offline=True, progress=False)[1]
+    assert [row["loss"] for row in first.history] == [row["loss"] for row in second.history]
+
+
+def test_a_second_call_reads_what_the_first_one_measured(folder, monkeypatch):
+    call = {"out": folder / "out", "model": folder / "model", "offline": True, "progress": False}
+    demo(SETTINGS, **call)
+    before = monitor_file(folder / "out").read_bytes()
+    monkeypatch.setattr(demonstration, "generate", None)  # the base's answers are there
+    demo(SETTINGS, **call)
+    assert monitor_file(folder / "out").read_bytes() == before
+
+
+def test_the_probes_show_the_behaviour_of_their_task():
+    question, ordinary = "How do I bake bread?", "Mix flour, water, salt and yeast."
+    assert answer_if_spread("terse", question, ordinary) == "Mix flour, water,"
+    assert answer_if_spread("refusal", question, ordinary) == REFUSAL_SENTENCE
+    assert answer_if_spread("abstain", question, ordinary) == ABSTENTION_SENTENCE
+    assert answer_if_spread("tool", question, ordinary) == tool_call(question)
+    with pytest.raises(LensError, match="unknown task 'nonsense'"):
+        answer_if_spread("nonsense", question, ordinary)
+
+
+def test_a_folder_without_measurements_is_named(tmp_path):
+    with pytest.raises(LensError, match=r"monitor\.jsonl holds no measurements"):
+        load_monitor(tmp_path / "monitor.jsonl")
