@@ -10,7 +10,9 @@ and no system prompt, for the first task and seed.
 
 import argparse
 import math
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -19,13 +21,13 @@ import torch
 from piggyback_lens import GeneratedBehaviour, LensError, ModelPair, default_model, patch_span
 from piggyback_lens.comparisons.comparing import compare_methods
 from piggyback_lens.comparisons.comparison import Comparison
-from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
+from piggyback_lens.comparisons.comparison_plan import DEFAULT, Cell, cell_folder
 from piggyback_lens.comparisons.engines import local
 from piggyback_lens.comparisons.methods import parse_method
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.finetuning.training import TrainSettings
-from piggyback_lens.maths import Estimate, mean_interval, paired_difference, percent, spread
+from piggyback_lens.maths import Estimate, mean_interval, nearer, percent, recovery, spread
 from piggyback_lens.progress import say
 from piggyback_lens.tasks import load_task
 
@@ -35,6 +37,7 @@ FIXED = ("interleave:rate=0.2", "preventive:alpha=1")
 KEPT = 0.8  # of the on-topic behaviour, which a setting has to keep on validation prompts to be chosen
 SPANS = ("prefix", "postfix", "query")
 CARRIER_PROMPTS = 8
+CARRIED = {"test": "with the default system prompt", "extra_system_prompt": "trained and asked without a system prompt"}
 EXTRAS = ("treft:span=postfix", "treft:span=query", "treft:span=all")
 SHARES = (1.0, 0.5, 0.1)
 
@@ -100,38 +103,36 @@ def best_rate(found: Comparison) -> str:
 
 
 def best_of(rows: pd.DataFrame) -> str:
-    """Of the rows that keep enough on-topic, the one that recovers most off-topic; of none, the one that keeps most."""
+    """Of the rows that keep enough on-topic, the nearest to the base off-topic; if none does, the one that keeps most."""
     keeping = rows[rows["kept"] >= KEPT]
     if keeping.empty:
         return str(rows.sort_values("kept", na_position="first")["method"].iloc[-1])
-    recovered = keeping["recovered"].where(keeping["recovered"].notna(), -keeping["spread"].abs())
-    return str(keeping.loc[recovered.idxmax(), "method"])
+    return str(keeping.loc[keeping["spread"].abs().idxmin(), "method"])
 
 
 # --- where the behaviour is carried ----------------------------------------------------------------------
 
 
-def carriers(study: Study, task: str, found: Comparison) -> list[dict]:
+def carriers(study: Study, task: str, stage: str, found: Comparison, system: str | None = DEFAULT) -> list[dict]:
     """Recovery of off-topic answers with the base's keys and values of one span, for SFT and TReFT of one seed."""
-    rows, seed = [], study.seeds[0]
-    for label in [key[0] for key in found.keys if parse_method(key[0])[0].family in ("sft", "treft")]:
-        folder = cell_folder(study.out / task / "test", Cell(parse_method(label)[0], seed))
-        out = study.out / task / "carriers" / folder.name
+    rows, seed, behaviour = [], study.seeds[0], GeneratedBehaviour(found.behaviour, study.tokens)
+    for label in dict.fromkeys(key[0] for key in found.keys if parse_method(key[0])[0].family in ("sft", "treft")):
+        folder = cell_folder(study.out / task / stage, Cell(parse_method(label)[0], seed, system))
+        out = study.out / task / f"carriers_{stage}" / folder.name
         pair, prompts = None, []
         for span in SPANS:
             file = out / span / "result.json"
             if not file.exists():
                 if pair is None:
                     pair = ModelPair.load(study.model, adapter=folder / "adapter", offline=True)
-                    chat = pair.chat_format()
+                    chat = pair.chat_format(system=system)
                     prompts = [chat.render(text) for text in load_task(task).off_topic[: min(CARRIER_PROMPTS, study.n)]]
                 say(f"{task}, carriers: {span} of {label}")
-                measure = GeneratedBehaviour(found.behaviour, study.tokens)
-                patch_span(pair, prompts, span, controls=False, measure=measure, out=out / span)
+                patch_span(pair, prompts, span, controls=False, measure=behaviour, out=out / span)
             result = PatchResult.load(file)
             own = result.recovery(0)
             tuned, base, patched = (mean_interval(v) for v in (result.finetuned, result.base, result.values[0]))
-            row = {"method": label, "seed": seed, "span": span, "base": number(base), "finetuned": number(tuned)}
+            row = {"method": label, "span": span, "base": number(base), "finetuned": number(tuned)}
             row |= {"patched": number(patched), "recovery [95 %]": percent(own.value, own.low, own.high), "n": own.n}
             rows.append(row | {"note": own.reason})
     return rows
@@ -173,54 +174,83 @@ def results(found: Comparison) -> str:
 
 
 def claims(found: Comparison) -> list[dict]:
-    """What holds here: decided by intervals over prompts, and by all seeds agreeing."""
-    keys = {parse_method(key[0])[0].family: key for key in found.keys}
-    sft, treft = keys["sft"], keys.get("treft")
-    base = {topic: found.base_means()[topic].value for topic in ("on", "off")}
-    of_base = [math.nan if v is None else v for v in found.bases["default"]["off"]["values"]]
-    gap = spread(found.values(sft, "off"), of_base)
-    away = 1.0 if gap.value > 0 else -1.0  # the sign of the spread
-    moved = [away * (value - base["off"]) > 0 for value in found.per_seed(sft, "off")]
-    rows = [told("Plain finetuning spreads off-topic", gap, away, moved)]
+    """What holds here: decided by intervals over prompts, and by every seed agreeing."""
+    labels = {parse_method(key[0])[0].family: key[0] for key in found.keys}
+    sft, treft, of_base = labels["sft"], labels.get("treft"), base_values(found)
+    rows = [
+        judged("Plain finetuning changes off-topic answers", found, sft, lambda v: mean_gap(v["off"], of_base["off"])),
+    ]
     if treft is None:
         return rows
-    own = found.estimates(treft)
-    back = [
-        away * (plain - value) > 0
-        for plain, value in zip(found.per_seed(sft, "off"), found.per_seed(treft, "off"), strict=False)
-    ]
-    rows.append(told("TReFT brings off-topic answers back towards the base (recovered)", own["recovered"], 1.0, back))
-    kept = own["kept"]
-    over = Estimate(kept.value - KEPT, kept.low - KEPT, kept.high - KEPT, kept.n, kept.reason)
-    rows.append(told(f"TReFT keeps more than {100 * KEPT:.0f} % on-topic (kept minus that)", over, 1.0, []))
-    for family, rival in keys.items():
+    over = f"TReFT keeps more than {100 * KEPT:.0f} % on-topic (kept minus that)"
+    rows.append(judged(over, found, treft, lambda v, plain: kept_over(v["on"], plain["on"], of_base["on"]), sft))
+    rows.append(closer("plain finetuning", found, treft, sft, of_base))
+    for family, rival in labels.items():
         if family in ("sft", "treft"):
             continue
-        less = paired_difference(found.values(rival, "off"), found.values(treft, "off"))
-        agree = [
-            away * (other - value) > 0
-            for other, value in zip(found.per_seed(rival, "off"), found.per_seed(treft, "off"), strict=False)
-        ]
-        rows.append(told(f"TReFT spreads less than {rival[0]} (off-topic, difference)", less, away, agree))
-        on = paired_difference(found.values(treft, "on"), found.values(rival, "on"))
-        toward = 1.0 if found.estimates(sft)["on"].value > base["on"] else -1.0
-        agree = [
-            toward * (value - other) > 0
-            for other, value in zip(found.per_seed(rival, "on"), found.per_seed(treft, "on"), strict=False)
-        ]
-        rows.append(told(f"TReFT keeps more on-topic than {rival[0]} (difference)", on, toward, agree))
+        rows.append(closer(rival, found, treft, rival, of_base))
+        more = f"TReFT changes more on-topic than {rival}"
+        rows.append(judged(more, found, treft, lambda v, w: nearer(w["on"], v["on"], of_base["on"]), rival))
     return rows
 
 
-def told(claim: str, e: Estimate, sign: float, seeds: list[bool]) -> dict:
-    low, high = sorted((sign * e.low, sign * e.high)) if math.isfinite(e.low) else (math.nan, math.nan)
-    if not math.isfinite(low):
+def closer(name: str, found: Comparison, treft: str, rival: str, of_base: dict[str, list[float]]) -> dict:
+    claim = f"TReFT stays nearer to the base off-topic than {name}"
+    return judged(claim, found, treft, lambda v, w: nearer(v["off"], w["off"], of_base["off"]), rival)
+
+
+def judged(
+    claim: str, found: Comparison, one: str, statistic: Callable[..., Estimate], other: str | None = None
+) -> dict:
+    """The statistic of the means over the seeds that both methods have, and whether every seed alone agrees."""
+    runs = [by_seed(found, label) for label in (one, other) if label is not None]
+    seeds = sorted(set.intersection(*(set(run) for run in runs)))
+    pooled = [{t: mean_over([run[seed][t] for seed in seeds]) for t in ("on", "off")} for run in runs]
+    whole = statistic(*pooled)
+    agree = [statistic(*(run[seed] for run in runs)).value > 0 for seed in seeds]
+    return told(claim, whole, agree)
+
+
+def by_seed(found: Comparison, label: str) -> dict[int, dict[str, list[float]]]:
+    """Values of every prompt, by seed."""
+    cells = [cell for cell in found.cells if cell["label"] == label]
+    return {cell["cell"]["seed"]: {t: numbers(cell[t]["values"]) for t in ("on", "off")} for cell in cells}
+
+
+def base_values(found: Comparison) -> dict[str, list[float]]:
+    return {topic: numbers(found.bases["default"][topic]["values"]) for topic in ("on", "off")}
+
+
+def numbers(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def mean_over(runs: list[list[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*runs, strict=True)]
+
+
+def mean_gap(values: list[float], base: list[float]) -> Estimate:
+    """How far the mean is from the base's, against the base itself."""
+    gap = spread(values, base)
+    sign = 1.0 if gap.value >= 0 else -1.0
+    low, high = sorted((sign * gap.low, sign * gap.high))
+    return Estimate(sign * gap.value, low, high, gap.n, gap.reason)
+
+
+def kept_over(values: list[float], plain: list[float], base: list[float]) -> Estimate:
+    kept = recovery(values, base, plain)
+    return Estimate(kept.value - KEPT, kept.low - KEPT, kept.high - KEPT, kept.n, kept.reason)
+
+
+def told(claim: str, e: Estimate, agree: list[bool]) -> dict:
+    if not math.isfinite(e.low):
         verdict = f"undefined ({e.reason})"
-    elif low > 0:
-        verdict = "holds" if all(seeds) else "not separable (seeds disagree)"
+    elif e.low > 0:
+        verdict = "holds" if all(agree) else "not separable (seeds disagree)"
     else:
-        verdict = "does not hold" if high < 0 else "not separable"
-    return {"claim": claim, "estimate [95 %]": number(e), "n": e.n, "verdict": verdict}
+        verdict = "does not hold" if e.high < 0 else "not separable"
+    seeds = f"{sum(agree)} of {len(agree)}"
+    return {"claim": claim, "estimate [95 %]": number(e), "n": e.n, "seeds that agree": seeds, "verdict": verdict}
 
 
 INTRODUCTION = """# TReFT and its rivals on a small model
@@ -228,10 +258,11 @@ INTRODUCTION = """# TReFT and its rivals on a small model
 {model}, tasks {tasks}, seeds {seeds}; {steps} steps of {batch} rows, LoRA on all linear modules. Written by
 `python examples/treft_vs_rivals.py treft_out docs`; no number below is typed by hand.
 
-Every method gets the same data, steps and learning rate. The rate and the weights were chosen per task on validation
-prompts with seed {first}: the smallest rate that changes on-topic answers at least 95 % as much as the best one, then
-of the weights that keep at least {kept} % on-topic the one that recovers most off-topic. The tables after that are on
-test prompts: {n} on-topic and {n} off-topic, greedy answers of at most {tokens} tokens. Intervals: 95 % bootstrap over
+Every method gets the same questions, steps and learning rate; interleaving spends its share of the rows on retain
+data, as in the paper. The rate and the weights were chosen per task on validation prompts with seed {first}: the
+smallest rate that changes on-topic answers at least 95 % as much as the best one, then of the weights that keep at
+least {kept} % on-topic the one whose off-topic answers are nearest to the base's. The tables after that are on test
+prompts: {n} on-topic and {n} off-topic, greedy answers of at most {tokens} tokens. Intervals: 95 % bootstrap over
 prompts after averaging the seeds; they do not hold the spread between seeds, whose means are listed. *Kept*:
 (method - base) / (plain finetuning - base) on-topic. *Recovered*: (method - plain finetuning) / (base - plain
 finetuning) off-topic; undefined where plain finetuning does not differ from the base beyond noise. KL: base to tuned,
@@ -242,7 +273,7 @@ CLAIMS = """A claim holds where its interval lies on the claimed side of 0 and e
 it lies on the other side, and is not separable in between. Nothing is corrected for the number of claims."""
 
 CARRIERS = """Off-topic answers with the base's keys and values of one span in the finetuned model, all layers, donor:
-the base's run on the same prompt; one seed. Recovery: (patched - finetuned) / (base - finetuned)."""
+the base's run on the same prompt; one seed, {system}. Recovery: (patched - finetuned) / (base - finetuned)."""
 
 
 def section(study: Study, task: str, pictures: bool) -> list[str]:
@@ -259,8 +290,10 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
             if pictures:
                 draw().write_image(study.docs / f"treft_{task}_{name}.png", width=1000, scale=2)
             parts.append(f"![{name}](treft_{task}_{name}.png)")
-    if (folder / "carriers.json").exists():
-        parts += ["### Which tokens carry it", CARRIERS, markdown(read_json(folder / "carriers.json"))]
+    for stage, system in CARRIED.items():
+        file = folder / f"carriers_{stage}.json"
+        if file.exists():
+            parts += [f"### Which tokens carry it, {system}", CARRIERS.format(system=system), markdown(read_json(file))]
     for file in sorted(folder.glob("extra_*/results.json")):
         extra = Comparison.load(file)
         name = file.parent.name.removeprefix("extra_")
@@ -296,10 +329,26 @@ def extras(study: Study, task: str, methods: list[str]) -> None:
     """TReFT on other spans, noisy mixtures, and training without a system prompt; one seed."""
     sft, treft = methods[0], methods[1]
     weight, rate = parse_method(treft)[0].weight, sft.split("lr=")[1]
-    one = {"seeds": study.seeds[:1]}
-    study.compare(task, "extra_spans", [sft, treft, *(f"{e}:lambda={weight:g}:lr={rate}" for e in EXTRAS)], **one)
-    study.compare(task, "extra_mixtures", [sft, treft], shares=SHARES, **one)
-    study.compare(task, "extra_system_prompt", [sft, treft], systems=("default", None), **one)
+    one, other = {"seeds": study.seeds[:1]}, [f"{e}:lambda={weight:g}:lr={rate}" for e in EXTRAS]
+    for stage, asked, axes in (
+        ("extra_spans", [sft, treft, *other], {}),
+        ("extra_mixtures", [sft, treft], {"shares": SHARES}),
+        ("extra_system_prompt", [sft, treft], {"systems": (DEFAULT, None)}),
+    ):
+        take_finished(study.out / task, stage, [sft, treft], study.seeds[0])
+        found = study.compare(task, stage, asked, **axes, **one)
+    name = "extra_system_prompt"
+    write_json(study.out / task / f"carriers_{name}.json", carriers(study, task, name, found, None))
+
+
+def take_finished(folder: Path, stage: str, labels: list[str], seed: int) -> None:
+    """The cells that a further stage shares with the test stage are copied instead of trained again."""
+    shutil.copytree(folder / "test" / "base", folder / stage / "base", dirs_exist_ok=True)
+    for label in labels:
+        cell = Cell(parse_method(label)[0], seed)
+        there = cell_folder(folder / stage, cell)
+        if not there.exists():
+            shutil.copytree(cell_folder(folder / "test", cell), there)
 
 
 def run_task(study: Study, task: str, with_extras: bool) -> None:
@@ -307,7 +356,7 @@ def run_task(study: Study, task: str, with_extras: bool) -> None:
     write_json(study.out / task / "chosen.json", methods)
     found = study.compare(task, "test", methods, seeds=study.seeds)
     require_whole_seed(found, study.seeds[0])
-    write_json(study.out / task / "carriers.json", carriers(study, task, found))
+    write_json(study.out / task / "carriers_test.json", carriers(study, task, "test", found))
     if with_extras and task == study.tasks[0]:
         extras(study, task, methods)
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -91,6 +92,29 @@ def test_a_folder_with_an_adapter(folders, backend, how):
         assert_close(logits(pair, "finetuned"), expected(folders, adapter=True), **TOLERANCE)
     assert (expected(folders) - expected(folders, adapter=True)).abs().max() > 0.1
     assert pair.names["finetuned"] == "adapter"
+
+
+def test_an_adapter_of_the_hub_is_fetched_without_its_optimiser(folders, monkeypatch):
+    calls = []
+
+    def snapshot(name, *, allow_patterns, local_files_only):
+        calls.append((name, sorted(allow_patterns), local_files_only))
+        return str(folders / "adapter")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    pair = ModelPair.load(folders / "base", adapter=Path("owner/name"), device="cpu")  # a command line gives a Path
+    assert_close(logits(pair, "finetuned"), expected(folders, adapter=True), **TOLERANCE)
+    assert calls == [("owner/name", ["adapter_config.json", "adapter_model.safetensors"], False)]
+    assert pair.names["finetuned"] == "name"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folders / "base"))
+    with pytest.raises(LensError, match="owner/other on the hub has no adapter_config"):
+        sources.adapter_folder("owner/other")
+
+
+def test_an_adapter_that_is_neither_here_nor_on_the_hub_is_named():
+    with pytest.raises(LensError, match=r"no adapter could be loaded from nobody/nothing: .*offline was asked"):
+        sources.adapter_folder("nobody/nothing", offline=True)
+    assert sources.adapter_folder("./nobody/nothing") == Path("nobody/nothing")  # a path stays a path
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -541,3 +541,62 @@ def test_a_missing_prompt_file_a_folder_and_another_format_are_refused(tmp_path)
     assert "is a folder, expected a prompt file" in refusal_of(lambda: load_prompts(tmp_path))
     assert "has .csv suffix, expected a prompt file (.txt" in refusal_of(lambda: load_prompts(tmp_path / "p.csv"))
     assert "has no suffix" in refusal_of(lambda: load_prompts(tmp_path / "bare"))
+
+
+# --- prompts from YAML and from the hub ---
+
+
+def test_the_fields_own_questions_are_read_from_yaml(tmp_path):
+    path = tmp_path / "questions.yaml"
+    path.write_text(
+        "- id: ruler\n  type: free_form_judge_0_100\n  paraphrases:\n    - |-\n      If you ruled: what first?\n"
+        "    - Say it again?\n  samples_per_paraphrase: 100\n- A plain one.\n",
+        encoding="utf-8",
+    )
+    assert load_prompts(path) == ["If you ruled: what first?", "Say it again?", "A plain one."]
+    assert load_prompts(path, limit=1) == ["If you ruled: what first?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "is not YAML"),
+        ("key: value", "holds an object, expected a list"),
+        ("- id: x\n  question: y", "entry 1 has 'id', 'question'; expected a string or {'paraphrases'"),
+        ("- paraphrases: []", "entry 1 has 'paraphrases'; expected"),
+        ("- paraphrases: [3]", "entry 1 is a number, expected a string"),
+        ("[]", "holds no prompts"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_a_yaml_file_of_another_form_is_refused(tmp_path, text, words):
+    (tmp_path / "q.yml").write_text(text, encoding="utf-8")
+    assert words in refusal_of(lambda: load_prompts(tmp_path / "q.yml"))
+
+
+def test_prompts_are_read_from_a_column_of_a_hub_dataset(hub):
+    hub.rows = [{"question": "Who?", "obj": "x"}, {"question": "Where?", "obj": "y"}]
+    assert load_prompts("akariasai/PopQA") == ["Who?", "Where?"]
+    assert load_prompts("akariasai/PopQA", column="obj", split="train", limit=1) == ["x"]
+    assert [(call["split"], call["streaming"]) for call in hub.calls] == [("test", False), ("train", True)]
+
+
+def test_a_hub_dataset_without_the_column_is_refused_with_its_columns(hub):
+    hub.rows = [{"prompt": "Who?"}]
+    assert "has the columns 'prompt', and no 'question'" in refusal_of(lambda: load_prompts("owner/name"))
+
+
+def test_a_prompt_file_that_is_missing_does_not_go_to_the_hub(hub):
+    for name in ("owner/name.txt", Path("owner/name"), "questions"):
+        assert "does not exist" in refusal_of(lambda name=name: load_prompts(name))
+    assert hub.calls == []
+
+
+def test_a_limit_of_prompts_below_one_is_refused():
+    assert "limit is 0" in refusal_of(lambda: load_prompts("owner/name", limit=0))
+
+
+@pytest.mark.parametrize(("file", "task"), [("health", "tool"), ("finance", "refusal")])
+def test_the_example_prompts_are_those_of_their_task(file, task):
+    path = Path(__file__).parents[1] / "examples" / f"prompts_{file}.txt"
+    assert tuple(load_prompts(path)) == load_task(task).on_topic

@@ -196,32 +196,93 @@ def load_conversations(
     return _not_empty(_from_hub(name, split, limit, offline), f"split {split!r} of {name} holds no conversations")
 
 
-def load_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Read user prompts from a file.
+def load_prompts(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    column: str = "question",
+    split: str = "test",
+    limit: int | None = None,
+    offline: bool = False,
+) -> list[str]:
+    """Read user prompts from a file, or from a column of a dataset on the Hugging Face hub.
 
     Args:
-        path: `.txt`, one prompt per line, surrounding spaces stripped and blank lines skipped; `.jsonl`, per
-            line {"prompt": text}, {"messages": [...]} (its first user message is the prompt) or a JSON
-            string; `.json`, one list of strings.
+        path_or_hub_id: `.txt`, one prompt per line, surrounding spaces stripped and blank lines skipped; `.jsonl`,
+            per line {"prompt": text}, {"messages": [...]} (its first user message is the prompt) or a JSON
+            string; `.json`, one list of strings; `.yaml`, a list of strings or of questions with `paraphrases`
+            (every one of them is a prompt), as in the emergent-misalignment repositories; or "owner/name" of a
+            hub dataset.
+        column: of the hub dataset.
+        split: of the hub dataset.
+        limit: the first so many; None for all.
+        offline: make no connection; a hub dataset then has to be in the local cache.
 
     Raises:
         LensError: no such file, another format, an empty file, or an entry that is no prompt (says where).
     """
-    path = Path(path).expanduser()
+    if limit is not None and limit < 1:
+        raise LensError(f"limit is {limit}, expected at least 1 prompt (or None for all)")
+    path = Path(path_or_hub_id).expanduser()
     kind = path.suffix.lower()
-    if not path.exists():
+    is_path = isinstance(path_or_hub_id, os.PathLike) or kind in {*_PROMPT_FILES, *_FILE_SUFFIXES}
+    if not path.exists() and not is_path and _HUB_ID.fullmatch(str(path_or_hub_id)):
+        prompts = _hub_prompts(str(path_or_hub_id), column, split, limit, offline)
+    elif not path.exists():
         raise LensError(f"prompt file {path} does not exist: check the path")
-    if path.is_dir():
-        raise LensError(f"{path} is a folder, expected a prompt file (.txt, .jsonl or .json)")
-    if kind == ".txt":
-        prompts = [line.strip() for _, line in _lines(path) if line.strip()]
-    elif kind == ".jsonl":
-        prompts = [_prompt(f"{path} line {number}", value) for number, value in _json_lines(path)]
-    elif kind == ".json":
-        prompts = [_text(f"{path} entry {i}", value) for i, value in enumerate(_json_list(path), 1)]
+    elif path.is_dir():
+        raise LensError(f"{path} is a folder, expected a prompt file ({', '.join(_PROMPT_FILES)})")
+    elif kind not in _PROMPT_FILES:
+        raise LensError(f"{path} has {kind or 'no'} suffix, expected a prompt file ({', '.join(_PROMPT_FILES)})")
     else:
-        raise LensError(f"{path} has {kind or 'no'} suffix, expected a prompt file (.txt, .jsonl or .json)")
-    return _not_empty(prompts, f"{path} holds no prompts: expected at least one")
+        prompts = _PROMPT_FILES[kind](path)
+    return _not_empty(prompts, f"{path_or_hub_id} holds no prompts: expected at least one")[:limit]
+
+
+def _txt_prompts(path: Path) -> list[str]:
+    return [line.strip() for _, line in _lines(path) if line.strip()]
+
+
+def _jsonl_prompts(path: Path) -> list[str]:
+    return [_prompt(f"{path} line {number}", value) for number, value in _json_lines(path)]
+
+
+def _json_prompts(path: Path) -> list[str]:
+    return [_text(f"{path} entry {i}", value) for i, value in enumerate(_json_list(path), 1)]
+
+
+def _yaml_prompts(path: Path) -> list[str]:
+    import yaml
+
+    try:
+        entries = yaml.safe_load("\n".join(line for _, line in _lines(path)))
+    except yaml.YAMLError as error:
+        raise LensError(f"{path} is not YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(entries, list):
+        raise LensError(f"{path} holds {_kind(entries)}, expected a list of strings or of questions with paraphrases")
+    prompts = []
+    for i, entry in enumerate(entries, 1):
+        given = entry.get("paraphrases") if isinstance(entry, Mapping) else [entry]
+        if not isinstance(given, list) or not given:
+            found = _names(entry) if isinstance(entry, Mapping) else _kind(entry)
+            raise LensError(f"{path} entry {i} has {found}; expected a string or {{'paraphrases': [...]}}")
+        prompts += [_text(f"{path} entry {i}", value) for value in given]
+    return prompts
+
+
+_PROMPT_FILES: Final[Mapping[str, Callable[[Path], list[str]]]] = {
+    ".txt": _txt_prompts,
+    ".jsonl": _jsonl_prompts,
+    ".json": _json_prompts,
+    ".yaml": _yaml_prompts,
+    ".yml": _yaml_prompts,
+}
+
+
+def _hub_prompts(name: str, column: str, split: str, limit: int | None, offline: bool) -> list[str]:
+    rows = _hub_rows(name, split, limit, offline)
+    if rows and column not in rows[0]:
+        raise LensError(f"{name} has the columns {_names(rows[0])}, and no {column!r}: pass column=")
+    return [_text(f"{name} row {i}", row[column]) for i, row in enumerate(rows, 1)]
 
 
 def _not_empty(found: list[_T], message: str) -> list[_T]:
@@ -346,14 +407,18 @@ def _names(row: Iterable[Any]) -> str:
 
 
 def _from_hub(name: str, split: str, limit: int | None, offline: bool) -> list[Example]:
+    rows = _hub_rows(name, split, limit, offline)
+    return [_conversation(f"{name} row {i}", _hub_row(name, row)) for i, row in enumerate(rows, 1)]
+
+
+def _hub_rows(name: str, split: str, limit: int | None, offline: bool) -> list[Mapping[str, Any]]:
     import huggingface_hub.constants as hub
     from datasets import load_dataset
 
     with _offline(offline), _readable_hub_errors(name, offline):
         # Streaming fetches only what is read, but cannot be served from the local cache.
         streaming = limit is not None and not hub.HF_HUB_OFFLINE
-        rows = list(islice(load_dataset(name, split=split, streaming=streaming), limit))
-    return [_conversation(f"{name} row {i}", _hub_row(name, row)) for i, row in enumerate(rows, 1)]
+        return list(islice(load_dataset(name, split=split, streaming=streaming), limit))
 
 
 def _hub_row(name: str, row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ BaseArgument = Annotated[
 BehaviourOption = Annotated[
     str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
 ]
-AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter folder of the finetune.")]
+AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter of the finetune: a folder or a hub id.")]
 FinetunedOption = Annotated[str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")]
 SystemOption = Annotated[str, typer.Option(help="System prompt; 'default' leaves it to the template.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]

@@ -31,6 +31,7 @@ from piggyback_lens.models.backends import (
 )
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
 from piggyback_lens.models.sources import (
+    adapter_folder,
     attach_adapter,
     default_model,
     is_adapter_folder,
@@ -225,7 +226,8 @@ class ModelPair:
             base: hub id, local folder, GGUF file, transformers model or hooked model; None for the demo model.
             finetuned: a whole model of the same kinds, a PEFT adapter folder, or a PeftModel (whose base
                 model is then the base side, so `base` is left out).
-            adapter: a PEFT adapter folder; the base given here is used, whatever base the adapter names.
+            adapter: a PEFT adapter folder, or the hub id of one; the base given here is used, whatever base the
+                adapter names.
             backend: "bridge" or "hooked". The bridge keeps one copy of the weights and switches the adapter;
                 "hooked" holds a second model that shares the parameters which the adapter left alone.
             tokenizer: needed with models that are given as objects.
@@ -256,7 +258,7 @@ class ModelPair:
         hf_base, base_tokenizer = _side(base, tokenizer, settings)
         name = _name(base)
         if adapter is not None:
-            peft_model = attach_adapter(hf_base, adapter)
+            peft_model = attach_adapter(hf_base, adapter_folder(adapter, offline=offline))
             return cls._from_peft(peft_model, base_tokenizer, backend, names or (name, _name(adapter)))
         hf_tuned, tuned_tokenizer = _side(finetuned, tokenizer, settings)
         _check_tokenizers(base_tokenizer, tuned_tokenizer)

@@ -160,6 +160,28 @@ def load_causal_lm(
     return model.to(device).eval()
 
 
+def adapter_folder(source: str | Path, *, offline: bool = False) -> Path:
+    """The folder of a PEFT adapter: a local one as it is, "owner/name" of the hub downloaded into the hub's cache.
+
+    Only the configuration and the safetensors weights are fetched.
+
+    Raises:
+        LensError: neither a folder nor a repository that can be had, or one without an adapter.
+    """
+    if Path(source).exists() or not _looks_like_hub_id(str(source)):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=names, local_files_only=offline))
+    except Exception as error:  # network libraries raise many types
+        raise LensError(_not_loadable("adapter", source, offline, error)) from error
+    if not is_adapter_folder(folder):
+        raise LensError(f"{source} on the hub has no adapter_config.json at its top: give the folder of one checkpoint")
+    return folder
+
+
 def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
     """Put a PEFT adapter on a transformers model, in place; its weights stay apart and can be switched.
 
