@@ -401,3 +401,16 @@ def test_noise_drawn_with_the_seed_of_the_vector_is_orthogonal_all_the_same():
     noisy = maths.orthogonal_noise(x, 1.0, torch.Generator().manual_seed(7))
     assert abs(float(noisy @ x)) < 1e-4 * float(x.norm() ** 2)
     assert float(noisy.norm()) == pytest.approx(float(x.norm()), rel=1e-5)
+
+
+def test_nearer_compares_distances_of_means_so_that_overshooting_does_not_win():
+    base, near, far, beyond = (np.full(20, v) + np.arange(20) % 2 for v in (10.0, 8.0, 4.0, 17.0))
+    found = maths.nearer(near, far, base)
+    assert (found.value, found.low, found.high, found.n) == (4.0, 4.0, 4.0, 20)
+    assert maths.nearer(far, beyond, base).value == 1.0
+    assert maths.nearer(beyond, near, base).value == -5.0
+    noisy = base + np.random.default_rng(0).normal(0, 3, 20)
+    found = maths.nearer(noisy, far, base)
+    assert found.low < found.value == pytest.approx(6 - abs((noisy - base).mean())) < found.high
+    with pytest.raises(LensError):
+        maths.nearer(near, far[:3], base)

@@ -237,6 +237,28 @@ def spread(
     return paired_difference(finetuned, base, level=level, n_resamples=n_resamples, seed=seed)
 
 
+def nearer(
+    one: npt.ArrayLike,
+    other: npt.ArrayLike,
+    base: npt.ArrayLike,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """|mean(other) − mean(base)| − |mean(one) − mean(base)| on the same prompts; above 0 if `one` is nearer to base.
+
+    Distances, so that going past the base counts as leaving it.
+    """
+    (x, y, b), n_missing = _complete_prompts(one=one, other=other, base=base)
+
+    def statistic(x: Array, y: Array, b: Array, axis: int = -1) -> Array:
+        gaps: Array = np.abs((y - b).mean(axis)) - np.abs((x - b).mean(axis))
+        return gaps
+
+    return _estimate(statistic, (x, y, b), n_missing, level=level, n_resamples=n_resamples, seed=seed)
+
+
 def recovery(
     patched: npt.ArrayLike,
     finetuned: npt.ArrayLike,
