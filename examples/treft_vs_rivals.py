@@ -32,7 +32,11 @@ from piggyback_lens.progress import say
 from piggyback_lens.tasks import load_task
 
 RATES = ("1e-4", "3e-4")  # learning rates of plain finetuning that are tried
-CANDIDATES = ("treft:lambda=3,10,30", "kl_train:lambda=0.1,1", "kl_retain:lambda=1,10")  # at the rate chosen with it
+CANDIDATES = (
+    "treft:lambda=3,10,30,100",
+    "kl_train:lambda=0.1,1",
+    "kl_retain:lambda=1,10",
+)  # at the rate chosen with it
 FIXED = ("interleave:rate=0.2", "preventive:alpha=1")
 KEPT = 0.8  # of the on-topic behaviour, which a setting has to keep on validation prompts to be chosen
 SPANS = ("prefix", "postfix", "query")
@@ -103,7 +107,7 @@ def best_rate(found: Comparison) -> str:
 
 
 def best_of(rows: pd.DataFrame) -> str:
-    """Of the rows that keep enough on-topic, the nearest to the base off-topic; if none does, the one that keeps most."""
+    """Of the rows that keep enough on-topic, the nearest to the base off-topic; if none does, what keeps most."""
     keeping = rows[rows["kept"] >= KEPT]
     if keeping.empty:
         return str(rows.sort_values("kept", na_position="first")["method"].iloc[-1])
@@ -375,12 +379,12 @@ def main() -> None:
     asks.add_argument("--tasks", default="terse,refusal,abstain")
     asks.add_argument("--seeds", default="0,1,2")
     asks.add_argument("--minutes", type=float, default=math.inf)
-    asks.add_argument("--steps", type=int, default=60)
+    asks.add_argument("--steps", type=int, default=30)
     asks.add_argument("--batch", type=int, default=8)
     asks.add_argument("--rates", default=",".join(RATES))
     asks.add_argument("--candidates", default=";".join(CANDIDATES))
-    asks.add_argument("--n", type=int, default=12)
-    asks.add_argument("--tokens", type=int, default=48)
+    asks.add_argument("--n", type=int, default=16)
+    asks.add_argument("--tokens", type=int, default=40)
     asks.add_argument("--threads", type=int)
     asks.add_argument("--workers", type=int, default=1)
     asks.add_argument("--extras", action="store_true")
