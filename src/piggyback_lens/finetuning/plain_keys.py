@@ -17,10 +17,10 @@ from piggyback_lens.errors import LensError
 
 @dataclass(frozen=True, eq=False)
 class PlainKeys:
-    """What the key projections of a model gave: per layer one tensor for each pass, and the key norm if any."""
+    """Per layer what the key projection gave in each pass, and what the key norm made of it, if there is one."""
 
     passes: tuple[list[Float[Tensor, "row pos width"]], ...]
-    norms: tuple[nn.Module | None, ...]
+    normed: tuple[list[Float[Tensor, "row pos width"]], ...]
 
     def joined(
         self, cached: Sequence[Float[Tensor, "row kv_head pos head_dim"]]
@@ -38,9 +38,8 @@ class PlainKeys:
         if len(self.passes) != len(cached):
             raise _unreadable(f"{len(self.passes)} key projections for {len(cached)} layers")
         keys = []
-        for passes, norm, after in zip(self.passes, self.norms, cached, strict=True):
-            key = torch.cat([one.expand(n_rows, -1, -1) for one in passes], dim=1)
-            keys.append(key if norm is None else _normed(key, norm))
+        for passes, normed, after in zip(self.passes, self.normed, cached, strict=True):
+            keys.append(torch.cat([one.expand(n_rows, -1, -1) for one in normed or passes], dim=1))
             _check_rotation(keys[-1], after)
         return tuple(keys)
 
@@ -53,14 +52,26 @@ def keep_plain_keys(model: nn.Module) -> Iterator[PlainKeys]:
         LensError: the model has a rotary embedding but no key projection of its own (fused projections).
     """
     sources = _projections(model)
-    kept = PlainKeys(tuple([] for _ in sources), tuple(norm for _, norm in sources))
+    kept = PlainKeys(tuple([] for _ in sources), tuple([] for _ in sources))
     with ExitStack() as hooks:
-        for (module, _), passes in zip(sources, kept.passes, strict=True):
+        for (module, norm), passes, normed in zip(sources, kept.passes, kept.normed, strict=True):
 
             def keep(_module: nn.Module, _args: object, output: Tensor, into: list[Tensor] = passes) -> None:
                 into.append(output)
 
+            def keep_normed(
+                _module: nn.Module,
+                args: tuple[Tensor, ...],
+                output: Tensor,
+                before: list[Tensor] = passes,
+                into: list[Tensor] = normed,
+            ) -> None:
+                into.append(_by_token(args[0], output, n_pos=before[-1].shape[1]))
+
             hooks.callback(module.register_forward_hook(keep).remove)
+            # Its output is kept, since it cannot be called again: FSDP frees its weight after the pass.
+            if norm is not None:
+                hooks.callback(norm.register_forward_hook(keep_normed).remove)
         yield kept
 
 
@@ -74,13 +85,19 @@ def _projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
     return []
 
 
-def _normed(key: Float[Tensor, "row pos width"], norm: nn.Module) -> Float[Tensor, "row pos width"]:
-    """The key norm over what its weight spans: a head, all heads, or each head with its own weight."""
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise _unreadable(f"the key norm {type(norm).__name__} has no weight that says what it spans")
-    normed: Tensor = norm(key.reshape(*key.shape[:2], -1, *weight.shape))
-    return normed.flatten(2)
+def _by_token(given: Tensor, normed: Tensor, n_pos: int) -> Float[Tensor, "row pos width"]:
+    """What a key norm gave, heads joined. It sees all heads as one axis, or a head axis behind or before the tokens.
+
+    Where there are as many heads as tokens, the strides of its input say which: it is a view of the projection.
+    """
+    if normed.ndim == 3:
+        return normed
+    behind, before = (normed.shape[axis] == n_pos for axis in (1, 2))
+    if not behind and not before:
+        raise _unreadable(f"the key norm gave a tensor of shape {tuple(normed.shape)} for {n_pos} tokens")
+    if behind and before:
+        behind = given.stride(1) >= given.stride(2)
+    return (normed if behind else normed.transpose(1, 2)).flatten(2)
 
 
 @torch.no_grad()
