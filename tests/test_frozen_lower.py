@@ -189,7 +189,8 @@ def test_kl_to_the_base_and_its_gradient_are_those_of_two_passes(kind, penalty):
         assert_close(value.double(), by_hand, atol=1e-6, rtol=1e-4)
         assert_close(torch.autograd.grad(value, list(named.values()))[0], expected, atol=1e-6, rtol=1e-3)
         assert float(value.detach()) > 1e-3
-    assert own.kept.passes == (2 if kind == "hooked" else 1)  # a HookedTransformer's head is no module: run anew
+    # A pass for each example; a HookedTransformer's head is no module, so it runs each batch anew.
+    assert own.kept.passes == (2 if kind == "hooked" else 6)
 
 
 def test_a_model_that_caps_its_logits_is_run_anew():
@@ -201,7 +202,7 @@ def test_a_model_that_caps_its_logits_is_run_anew():
     expected = trainable.base_forward(batch).logits
     for _ in range(2):
         assert torch.equal(kept.logits(step, batch, None), expected)
-    assert (kept.keeps, kept.passes, len(kept)) == (False, 2, 0)
+    assert (kept.keeps, kept.passes, len(kept)) == (False, 3, 0)  # one to find out, one for each batch
 
 
 def test_rows_of_examples_seen_in_other_batches_are_put_together():
@@ -216,9 +217,11 @@ def test_rows_of_examples_seen_in_other_batches_are_put_together():
     logits([0, 1, 2])
     logits([3, 4, 5])
     found, expected = logits([5, 0, 3])
-    assert kept.passes == 2
+    assert kept.passes == 6
     assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert float(kl_per_token(expected[None], found[None]).max()) < 1e-6
+    kept = KeptBase()
+    assert torch.equal(logits([5, 0, 3])[0], found), "whatever they were seen with before"
 
 
 def test_what_was_kept_of_one_base_is_not_used_for_another():
@@ -229,4 +232,4 @@ def test_what_was_kept_of_one_base_is_not_used_for_another():
         step = Step(model, batch, trainable.forward(batch), 0, trainable.forward, base=trainable.base_forward)
         # The vector is zero, so the tuned model is its own base.
         assert float(penalty(step).detach()) == pytest.approx(0, abs=1e-6)
-    assert penalty.kept.passes == 3
+    assert penalty.kept.passes == 3 * 6

@@ -1,8 +1,9 @@
 """The base's predictions on data that training sees again and again: computed once, kept small, exact.
 
 Kept is what the output embeddings read at each response token (d_model numbers, not one per word of the
-vocabulary); the logits are one matrix product away. Where a model does more to its logits after that
-(soft-capping, scaling) nothing is kept, and the base is run anew.
+vocabulary); the logits are one matrix product away. Each example has a base pass of its own: the last bits of a
+row depend on the rows beside it, and a resumed run meets an example for the first time in another batch. Where
+a model does more to its logits after that (soft-capping, scaling) nothing is kept, and the base is run anew.
 """
 
 import weakref
@@ -13,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.finetuning.references import adapter_off, base_forward
-from piggyback_lens.finetuning.steps import Step, StepOutput, TrainBatch
+from piggyback_lens.finetuning.steps import Step, StepOutput, TrainBatch, make_batch
 
 Key = tuple[int, tuple[int, ...]]
 
@@ -53,32 +55,38 @@ class KeptBase:
             self._owner, self.keeps = weakref.ref(model), True
         head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         keys = [(example.n_prompt, example.ids) for example in batch.examples]
+        for key, example in zip(keys, batch.examples, strict=True):
+            if head is not None and self.keeps and key not in self._hidden:
+                self._keep(key, example, step, batch, base, head)
         if head is None or not self.keeps:
             return self._run(step, batch, base).logits
-        if all(key in self._hidden for key in keys):
-            with adapter_off(model):
-                return cast(Tensor, head(torch.cat([self._hidden[key] for key in keys])))
-        return self._first(step, batch, base, head, keys)
+        with adapter_off(model):
+            return cast(Tensor, head(torch.cat([self._hidden[key] for key in keys])))
 
-    def _first(
-        self, step: Step, batch: TrainBatch, base: nn.Module | None, head: nn.Module, keys: list[Key]
-    ) -> Float[Tensor, "token vocab"]:
+    def _keep(
+        self,
+        key: Key,
+        example: RenderedPrompt,
+        step: Step,
+        batch: TrainBatch,
+        base: nn.Module | None,
+        head: nn.Module,
+    ) -> None:
+        alone = make_batch([example], share_prefix=False, device=batch.ids.device)
         read: list[Tensor] = []
         handle = head.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
         try:
-            output = self._run(step, batch, base)
+            output = self._run(step, alone, base)
         finally:
             handle.remove()
         hidden = read[-1][0]
         with adapter_off(step.model if base is None else base):
             again = head(hidden)
-        if not torch.allclose(again.float(), output.logits.float(), atol=1e-3, rtol=1e-3):
+        if torch.allclose(again.float(), output.logits.float(), atol=1e-3, rtol=1e-3):
+            self._hidden[key] = hidden
+        else:
             self.keeps = False
             self._hidden.clear()
-            return output.logits
-        for row, key in enumerate(keys):
-            self._hidden[key] = hidden[output.rows == row].clone()
-        return output.logits
 
     def _run(self, step: Step, batch: TrainBatch, base: nn.Module | None) -> StepOutput:
         self.passes += 1
