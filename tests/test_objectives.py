@@ -16,7 +16,7 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, Penalty, TReFT, Weighted
 from piggyback_lens.finetuning.preventive import PreventiveSteering, steered
-from piggyback_lens.finetuning.references import KVReference, base_forward, kv_reference
+from piggyback_lens.finetuning.references import KVReference, adapter_off, base_forward, kv_reference, prefix_batch
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Step, forward_step, make_batch, sft
 from piggyback_lens.finetuning.trainables import LoRASettings, PeftAdapter, add_lora
@@ -357,6 +357,68 @@ def test_regularising_the_prefix_keeps_it_and_still_fits() -> None:
     assert kept["sft"] < kept["first"] - 0.3
 
 
+# --- the base inside an adapted model --------------------------------------------------------------------
+
+
+def test_adapter_weights_that_are_frozen_stay_frozen_when_the_adapter_was_off() -> None:
+    model = fresh()
+    for name, value in model.named_parameters():
+        value.requires_grad_("lora_B" in name)
+    before = {name: value.requires_grad for name, value in model.named_parameters()}
+    TReFT.on(model, EXAMPLES[0])
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+    with pytest.raises(ValueError), adapter_off(model):
+        raise ValueError
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+
+
+def test_an_adapter_that_transformers_added_is_switched_off_too() -> None:
+    from peft import LoraConfig
+
+    plain, model = build("llama-gqa", vocab=VOCAB), build("llama-gqa", vocab=VOCAB)
+    model.add_adapter(LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False))
+    batch = make_batch(EXAMPLES[:2])
+    tuned, trained = forward_step(model, batch).logits, list(adapter(model))
+    found, expected = kv_reference(model, EXAMPLES[0]), kv_reference(plain, EXAMPLES[0])
+    pairs = zip(found.keys + found.values, expected.keys + expected.values, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(base_forward(model, batch).logits, base_forward(plain.requires_grad_(False), batch).logits)
+    assert torch.equal(forward_step(model, batch).logits, tuned)
+    assert list(adapter(model)) == trained
+    model.disable_adapters()
+    with adapter_off(model):
+        pass
+    assert not torch.equal(forward_step(model, batch).logits, tuned), "what was off stays off"
+
+
+def test_a_reference_is_told_apart_by_its_numbers_and_another_base_by_its_weights() -> None:
+    model, other = fresh(), build("llama-gqa", seed=1, vocab=VOCAB)
+    one, two = (TReFT.on(model, example, "postfix") for example in EXAMPLES[:2])
+    assert one.settings() != two.settings(), "the same tokens behind another query"
+    assert one.settings() == TReFT.on(fresh(), EXAMPLES[0], "postfix").settings()
+    assert TReFT.on(model, EXAMPLES[0]).settings() == TReFT.on(model, EXAMPLES[1]).settings()
+    reference = TReFT("prefix", kv_reference(other, EXAMPLES[0]))
+    assert reference.settings() != TReFT("prefix", kv_reference(model, EXAMPLES[0])).settings()
+    base = build("llama-gqa", vocab=VOCAB)
+    retain = RetainData(RETAIN, 3)
+    makes: list[Callable[[nn.Module | None], Penalty]] = [
+        KLOnTrain, lambda base: KLOnRetain(retain, base), lambda base: TReFT("query", base=base)
+    ]  # fmt: skip
+    for make in makes:
+        found = [make(given).settings() for given in (None, base, other, build("llama-gqa", vocab=VOCAB))]
+        assert "base" not in found[0]
+        assert found[1] == found[3] != found[2]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_keys_behind_a_norm_are_read_where_there_are_as_many_tokens_as_heads(name: str) -> None:
+    model, ids = build(name, vocab=VOCAB), EXAMPLES[0].ids[:2]
+    found = forward_step(model, replace(prefix_batch(ids, "cpu"), plain_keys=True)).plain_keys
+    assert found is not None
+    for one, (expected, _) in zip(found, keys_and_values(model, ids), strict=True):
+        torch.testing.assert_close(one[0], expected)
+
+
 # --- which rows fit the reference ------------------------------------------------------------------------
 
 
@@ -546,6 +608,7 @@ def kill_at_three(row: dict[str, int | float]) -> None:
 METHODS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "treft prefix": lambda m: {"objective": Penalised((Weighted(TReFT.on(m, EXAMPLES[0]), 30.0, start=1),))},
     "treft postfix": lambda m: {"objective": Penalised((Weighted(TReFT.on(m, EXAMPLES[0], "postfix"), 3.0),))},
+    "treft query": lambda _: {"objective": Penalised((Weighted(TReFT("query"), 30.0),))},
     "treft all": lambda _: {"objective": Penalised((Weighted(TReFT("all"), 30.0, threshold=1e-3),))},
     "kl on train": lambda _: {"objective": Penalised((Weighted(KLOnTrain(), 1.0, stop=4),))},
     "kl on retain": lambda _: {"objective": Penalised((Weighted(KLOnRetain(RetainData(RETAIN, 3)), 1.0),))},
@@ -553,17 +616,51 @@ METHODS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "interleaved"])
 def test_every_method_resumes_to_identical_weights(tmp_path: Path, method: str) -> None:
-    how = METHODS[method]
+    how = METHODS.get(method, lambda _: {})
+    data = interleave(EXAMPLES, RETAIN, 0.3) if method == "interleaved" else EXAMPLES
     whole, resumed, killed = (fresh(dropout=0.1) for _ in range(3))
-    train(whole, EXAMPLES, SETTINGS, **how(whole))
+    train(whole, data, SETTINGS, **how(whole))
     with pytest.raises(Killed):
-        train(killed, EXAMPLES, SETTINGS, **how(killed), out=tmp_path, on_step=kill_at_three)
-    result = train(resumed, EXAMPLES, SETTINGS, **how(resumed), out=tmp_path)
+        train(killed, data, SETTINGS, **how(killed), out=tmp_path, on_step=kill_at_three)
+    result = train(resumed, data, SETTINGS, **how(resumed), out=tmp_path)
     assert result.resumed_from == 2
     assert_same_weights(whole, resumed)
     assert TrainResult.load(tmp_path / "result.json") == result
+
+
+def wide() -> nn.Module:
+    """Wide enough that the last bits of a row depend on the rows beside it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=192, intermediate_size=320, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=256, attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return add_lora(LlamaForCausalLM(config).eval(), LoRASettings(rank=4))
+
+
+@pytest.mark.parametrize("data", ["train", "retain"])
+def test_a_divergence_resumes_to_identical_weights_whatever_batches_come_first(tmp_path: Path, data: str) -> None:
+    examples, retain = tiny_examples(15, longest=60), RetainData(tiny_examples(13, seed=9, longest=60), 3)
+    settings = TrainSettings(steps=14, batch_size=4, learning_rate=1e-3, checkpoint_every=6)
+
+    def objective() -> Penalised:
+        return Penalised((Weighted(KLOnTrain() if data == "train" else KLOnRetain(retain), 1.0),))
+
+    def kill(row: dict[str, int | float]) -> None:
+        if row["step"] == 7:
+            raise Killed
+
+    whole, killed, resumed = wide(), wide(), wide()
+    train(whole, examples, settings, objective=objective())
+    with pytest.raises(Killed):
+        train(killed, examples, settings, objective=objective(), out=tmp_path, on_step=kill)
+    assert train(resumed, examples, settings, objective=objective(), out=tmp_path).resumed_from == 6
+    assert_same_weights(whole, resumed)
 
 
 def test_another_weight_reference_or_vector_is_another_run(tmp_path: Path) -> None:

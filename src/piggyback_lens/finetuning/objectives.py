@@ -33,6 +33,7 @@ from piggyback_lens.finetuning.references import (
     SpanName,
     base_forward,
     kv_reference,
+    model_fingerprint,
     prefix_drift,
     span_drift,
     span_range,
@@ -157,8 +158,9 @@ class TReFT:
         return self.reference is not None and self.span == "postfix"
 
     def settings(self) -> dict[str, object]:
-        """Span and reference."""
-        return {"span": self.span, "reference": "own" if self.reference is None else self.reference.settings()}
+        """Span and reference, and which base, where it is another model."""
+        reference = "own" if self.reference is None else self.reference.settings()
+        return {"span": self.span, "reference": reference, **_named_base(self.base)}
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """The drift of this step's pass.
@@ -187,6 +189,10 @@ class TReFT:
         for number, (example, span) in enumerate(zip(examples, spans, strict=True)):
             _check_ids(example.ids[span.start : span.stop], number, self.reference)
         return span_drift(step.plain, spans, self.reference.to(step.batch.ids.device)).mean()
+
+
+def _named_base(base: nn.Module | None) -> dict[str, object]:
+    return {} if base is None else {"base": model_fingerprint(base)}
 
 
 def _prompts_only(batch: TrainBatch) -> TrainBatch:
@@ -233,8 +239,8 @@ class KLOnTrain:
     kept: KeptBase = field(default_factory=KeptBase, repr=False)
 
     def settings(self) -> dict[str, object]:
-        """Nothing to choose."""
-        return {}
+        """Which base, where it is another model."""
+        return _named_base(self.base)
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """The divergence of this step's pass."""
@@ -259,8 +265,8 @@ class KLOnRetain:
     kept: KeptBase = field(default_factory=KeptBase, repr=False)
 
     def settings(self) -> dict[str, object]:
-        """Which retain data."""
-        return {"retain": self.retain.settings()}
+        """Which retain data, and which base, where it is another model."""
+        return {"retain": self.retain.settings(), **_named_base(self.base)}
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """The divergence on the retain batch of this step."""

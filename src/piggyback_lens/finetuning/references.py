@@ -45,9 +45,15 @@ class KVReference:
         return f"KVReference({self.span}, {len(self.ids)} tokens, {len(self.keys)} layers)"
 
     def settings(self) -> dict[str, object]:
-        """What identifies it beside the base model, JSON-able."""
+        """What identifies it, JSON-able: its tokens, and the lengths of its last layer's keys and values.
+
+        The last layer depends on the weights of all others and, of a postfix, on the query. Three digits tell
+        references apart, and are the same with another number of threads, where the last bits are not.
+        """
         digest = hashlib.sha256(repr(self.ids).encode()).hexdigest()
-        return {"span": self.span, "tokens": len(self.ids), "sha256": digest[:16]}
+        lengths = {"key": self.keys[-1], "value": self.values[-1]}
+        norms = {f"last_{name}_norm": float(f"{float(x.float().norm()):.3g}") for name, x in lengths.items()}
+        return {"span": self.span, "tokens": len(self.ids), "sha256": digest[:16], **norms}
 
     def to(self, device: torch.device | str) -> "KVReference":
         """The same on a device."""
@@ -91,6 +97,15 @@ class KVReference:
             raise LensError(f"{folder} holds no key-value reference that can be read ({error})") from error
 
 
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that tell models apart, from a few numbers of every tensor: cheap at any size."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, value in model.named_parameters():
+        few = value.detach().flatten()[:16].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode() + few)
+    return digest.hexdigest()[:16]
+
+
 def kv_reference(
     model: nn.Module, example: RenderedPrompt, span: TemplateSpan = "prefix", base: nn.Module | None = None
 ) -> KVReference:
@@ -117,10 +132,8 @@ def kv_reference(
     with torch.no_grad(), adapter_off(runs), evaluating(runs):
         output = forward_step(runs, batch)
     start, stop = where.start, where.stop
-    keys = (
-        [_by_token(key[0]) for key in output.keys] if output.plain_keys is None else [x[0] for x in output.plain_keys]
-    )
-    values = [_by_token(value[0]) for value in output.values]
+    keys = [by_token(key[0]) for key in output.keys] if output.plain_keys is None else [x[0] for x in output.plain_keys]
+    values = [by_token(value[0]) for value in output.values]
     # Copies: a slice would keep the whole pass in memory.
     kept = [tuple(x[start:stop].clone() for x in layers) for layers in (keys, values)]
     return KVReference(span, example.ids[start:stop], keys=kept[0], values=kept[1])
@@ -139,18 +152,47 @@ def prefix_batch(ids: Sequence[int], device: torch.device | str) -> TrainBatch:
     )
 
 
-def _by_token(x: Float[Tensor, "kv_head pos head_dim"]) -> Float[Tensor, "pos width"]:
+def by_token(x: Float[Tensor, "kv_head pos head_dim"]) -> Float[Tensor, "pos width"]:
+    """Heads joined, tokens first."""
     return x.transpose(0, 1).flatten(1)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is an adapter to switch off: of a PEFT model, or one added by `model.add_adapter`."""
+    return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model without its PEFT adapter; a model that has none stays as it is."""
-    if hasattr(model, "disable_adapter"):
-        with cast(Any, model).disable_adapter():
+    """The model without its adapter; a model that has none stays as it is. What was trained stays trained."""
+    # PEFT gives every weight of the active adapter a gradient when it switches it on again.
+    trained = {name: value.requires_grad for name, value in model.named_parameters()} if has_adapter(model) else {}
+    try:
+        with cast(Any, model).disable_adapter() if hasattr(model, "disable_adapter") else _added_adapters_off(model):
             yield
-    else:
+    finally:
+        for name, value in model.named_parameters() if trained else ():
+            if value.requires_grad != trained[name]:
+                value.requires_grad_(trained[name])
+
+
+@contextmanager
+def _added_adapters_off(model: nn.Module) -> Iterator[None]:
+    """Without what `model.add_adapter` put in; layers that are off already stay off."""
+    layers: list[Any] = []
+    if has_adapter(model):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        found: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+        layers = [layer for layer in found if not layer.disable_adapters]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
         yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def without_replicas(model: nn.Module) -> nn.Module:
@@ -182,7 +224,7 @@ def base_forward(model: nn.Module, batch: TrainBatch, base: nn.Module | None = N
     if base is not None:
         with evaluating(base):
             return forward_step(base, batch)
-    if not hasattr(model, "disable_adapter") and any(value.requires_grad for value in model.parameters()):
+    if not has_adapter(model) and any(value.requires_grad for value in model.parameters()):
         raise LensError(
             f"the weights of this {type(model).__name__} are trained, so it cannot give the base's outputs; "
             "pass base=, a frozen copy of the model before training"
@@ -209,7 +251,7 @@ def prefix_drift(output: StepOutput, reference: KVReference) -> Float[Tensor, " 
     """
     n = min(output.prefix_keys[0].shape[1], len(reference.ids))
     layers = zip(output.prefix_keys, reference.keys, output.prefix_values, reference.values, strict=True)
-    drifts = [_drift(_by_token(k[:, :n]), k0[:n], _by_token(v[:, :n]), v0[:n]) for k, k0, v, v0 in layers]
+    drifts = [_drift(by_token(k[:, :n]), k0[:n], by_token(v[:, :n]), v0[:n]) for k, k0, v, v0 in layers]
     return torch.stack([drift.mean() for drift in drifts])
 
 
