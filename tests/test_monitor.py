@@ -153,6 +153,83 @@ def test_a_transformers_trainer_is_watched_and_its_reports_get_the_rows(tmp_path
     assert monitor.rows[0]["drift"] < monitor.rows[-1]["drift"]
 
 
+def watched_trainer(out: Path, model: nn.Module, **options: Any) -> tuple[Any, Monitor]:
+    given = {
+        "output_dir": str(out), "max_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 2e-3,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    trainer = TReFTTrainer(
+        model=model, args=TrainingArguments(**given | options), train_dataset=training_rows(NARROW),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), treft=TReFTSettings(CHAT.empty_query(), 1e-3),
+    )  # fmt: skip
+    monitor = Monitor(trainer.model, TOWARDS, AGAINST, every=1, out=out / "monitor.jsonl")
+    trainer.add_callback(monitor.callback(trainer))
+    return trainer, monitor
+
+
+def test_the_base_of_a_full_finetune_is_that_of_before_its_first_run(tmp_path: Path) -> None:
+    trainer, monitor = watched_trainer(tmp_path, build("llama-gqa", vocab=VOCAB))
+    base = contrast(trainer.model)
+    trainer.train()
+    trainer.train()
+    now = contrast(trainer.model)
+    assert monitor.rows[-1]["spread"] == pytest.approx((now - base).mean(), rel=1e-3)
+    late = Monitor(trainer.model, TOWARDS, AGAINST, every=1)
+    held = list(late._base)
+    trainer.add_callback(late.callback(trainer))
+    trainer.train()
+    assert late._base == held
+
+
+@pytest.mark.parametrize("tuning", ["peft", "full"])
+def test_a_resumed_trainer_is_compared_with_the_base_that_its_first_part_had(tmp_path: Path, tuning: str) -> None:
+    def model() -> nn.Module:
+        return fresh() if tuning == "peft" else build("llama-gqa", vocab=VOCAB)
+
+    options = {"bf16": True, "save_strategy": "steps", "save_steps": 2}
+    trainer, whole = watched_trainer(tmp_path, model(), **options)
+    trainer.train()
+    again = model()
+    if tuning == "full":  # as a script does that loads the checkpoint itself: the weights are not the base's
+        again.load_state_dict(type(again).from_pretrained(tmp_path / "checkpoint-2").state_dict())
+    trainer, resumed = watched_trainer(tmp_path, again, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed._base == whole._base
+    assert resumed.rows == whole.rows
+    file = tmp_path / "monitor.base.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    trainer, _ = watched_trainer(tmp_path, model(), **options)
+    with pytest.raises(LensError, match=r"monitor\.base\.json is of other probes than these, or damaged"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_trl_keeps_its_own_metrics_while_it_is_watched(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in training_rows(NARROW)]
+    found = []
+    for watched in (False, True):
+        config = trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2, logging_steps=2,
+            save_strategy="no", report_to=[], use_cpu=True, bf16=False, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model=fresh(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer()
+        )
+        if watched:
+            monitor = Monitor(trainer.model, TOWARDS, AGAINST, every=1)
+            trainer.add_callback(monitor.callback(trainer))
+        trainer.train()
+        log = trainer.state.log_history
+        found.append([(row["loss"], row["mean_token_accuracy"]) for row in log if "loss" in row])
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+    own = [row for row in log if "monitor/spread" in row]
+    assert [row["step"] for row in own] == [1, 2, 3, 4]
+    assert not any("mean_token_accuracy" in row for row in own)
+
+
 def test_probes_that_cannot_be_compared_are_refused() -> None:
     model = fresh()
     cases: list[tuple[Any, Any, str]] = [

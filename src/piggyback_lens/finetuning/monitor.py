@@ -19,12 +19,20 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import append_jsonl, atomic_write_text, read_jsonl
+from piggyback_lens.files import (
+    append_jsonl,
+    atomic_write_bytes,
+    atomic_write_text,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 from piggyback_lens.finetuning.references import (
     KVReference,
     adapter_off,
+    by_token,
     evaluating,
-    kv_reference,
+    has_adapter,
     prefix_batch,
     prefix_drift,
     without_replicas,
@@ -52,6 +60,9 @@ class Monitor:
 
     Cost of a row: four passes over the prompts with their answers.
     The model's modes, gradients and the random state are left as they were.
+
+    A Trainer's run measures the base once more when it begins, in the precision in which it runs the model, and
+    writes that beside `out` (monitor.base.json, monitor.base.safetensors): a resumed run goes on with it.
     """
 
     def __init__(
@@ -86,16 +97,63 @@ class Monitor:
         self._probes = _fingerprint([*self._towards, *self._against])
         self.rows = self._written()
         self._prefix_ids = self._towards[0].ids[: prefix.stop]
+        self._begun = False  # a Trainer's run has begun, so that the weights need not be the base's any more
         self.measure_base(model)
 
     @torch.no_grad()
     def measure_base(self, model: nn.Module) -> None:
         """Measure the base again, in `model` as it is before training (an adapter is switched off)."""
-        self._reference: KVReference = kv_reference(model, self._towards[0])
         with adapter_off(model), evaluating(model):
-            output = forward_step(model, prefix_batch(self._prefix_ids, self._reference.keys[0].device))
-            self._base_prefix: LayerTensors = (output.prefix_keys, output.prefix_values)
-            self._base = self._contrast(model)
+            output = forward_step(model, prefix_batch(self._prefix_ids, next(model.parameters()).device))
+            self._hold(list(output.prefix_keys), list(output.prefix_values), self._contrast(model))
+
+    def _hold(self, keys: Sequence[Tensor], values: Sequence[Tensor], contrast: Sequence[float]) -> None:
+        """Keep the base's prefix, [kv_head, prefix, head_dim] per layer, and its contrast of every prompt."""
+        flat = [tuple(by_token(x) for x in part) for part in (keys, values)]
+        self._reference = KVReference("prefix", self._prefix_ids, keys=flat[0], values=flat[1])
+        self._base_prefix: LayerTensors = (keys, values)
+        self._base = list(contrast)
+
+    def _begin(self, model: nn.Module, step: int, *, write: bool) -> None:
+        """A Trainer begins a run at `step`: the base as that run has it, once."""
+        begun, self._begun = self._begun, True
+        if begun:
+            return
+        if step > 0 and self._read_base(next(model.parameters()).device):
+            return
+        if step == 0 or has_adapter(model):
+            self.measure_base(model)
+            if write:
+                self._write_base()
+
+    def _write_base(self) -> None:
+        from safetensors.torch import save
+
+        if self.out is not None:
+            parts = zip(("keys", "values"), self._base_prefix, strict=True)
+            blob = save({f"{name}.{i}": x.cpu().contiguous() for name, part in parts for i, x in enumerate(part)})
+            atomic_write_bytes(self.out.with_suffix(".base.safetensors"), blob)
+            facts = {"probes": self._probes, "layers": len(self._base_prefix[0]), "contrast": self._base}
+            write_json(self.out.with_suffix(".base.json"), facts | {"sha256": hashlib.sha256(blob).hexdigest()})
+
+    def _read_base(self, device: torch.device) -> bool:
+        """Take what `_write_base` wrote; False where there is nothing.
+
+        Raises:
+            LensError: files of other probes, or damaged ones.
+        """
+        from safetensors.torch import load
+
+        if self.out is None or not self.out.with_suffix(".base.json").exists():
+            return False
+        path = self.out.with_suffix(".base.json")
+        facts, blob = read_json(path), self.out.with_suffix(".base.safetensors").read_bytes()
+        if facts["probes"] != self._probes or facts["sha256"] != hashlib.sha256(blob).hexdigest():
+            raise LensError(f"{path} is of other probes than these, or damaged; choose another out= for this run")
+        found = {name: x.to(device) for name, x in load(blob).items()}
+        keys, values = ([found[f"{name}.{i}"] for i in range(facts["layers"])] for name in ("keys", "values"))
+        self._hold(keys, values, facts["contrast"])
+        return True
 
     def _check(self) -> None:
         if not self._towards or len(self._towards) != len(self._against):
@@ -184,18 +242,21 @@ class Monitor:
         """A `transformers.TrainerCallback` that measures, and logs through the trainer to whatever it reports to.
 
         With several processes every one of them measures (sharded weights need all), and process 0 writes.
+        The base is that of before the trainer's first run, also in later ones.
         Logged names: monitor/spread, monitor/recovery (once it is defined), monitor/drift.
         """
-        from transformers import TrainerCallback
+        from transformers import Trainer, TrainerCallback
 
         monitor = self
+        # A model whose own weights this trainer has trained already cannot be measured as the base.
+        monitor._begun |= trainer.state.global_step > 0 and not has_adapter(trainer.model)
 
         class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             """Calls the monitor at the end of every n-th optimiser step."""
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == 0:  # again, in the precision in which the trainer runs the model
-                    monitor.measure_base(without_replicas(trainer.model_wrapped))
+                model = without_replicas(trainer.model_wrapped)
+                monitor._begin(model, state.global_step, write=state.is_world_process_zero)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step % monitor.every == 0:
@@ -203,7 +264,8 @@ class Monitor:
                     row = monitor.measure(state.global_step, model=model, write=state.is_world_process_zero)
                     names = [name for name in ("spread", "recovery", "drift") if math.isfinite(row[name])]
                     due = control.should_log  # a log of ours would count as the Trainer's own
-                    trainer.log({f"monitor/{name}": row[name] for name in names})
+                    # Not `trainer.log`: trl's adds what it has gathered since the last log, and forgets it.
+                    Trainer.log(trainer, {f"monitor/{name}": row[name] for name in names})
                     control.should_log = trainer.control.should_log = due
 
         return MonitorCallback()
