@@ -76,7 +76,10 @@ def _starts(inputs: Mapping[str, Any], ids: Int[Tensor, "row pos"]) -> Int[Tenso
         raise LensError(f"attention_mask has shape {tuple(real.shape)}, expected that of input_ids {tuple(ids.shape)}")
     if positions is not None and positions.shape[-2:] == ids.shape:
         # [row, pos], or a first axis for several kinds of position
-        first = (positions.flatten(0, -3)[0] if positions.ndim > 2 else positions) == 0
+        places = positions.flatten(0, -3)[0] if positions.ndim > 2 else positions
+        # Collators that flatten rows pad the end by position 0, without a mask.
+        followed = (places != 0).flip(1).cumsum(1).flip(1) > 0
+        first = (places == 0) & followed
     else:
         first = real.cumsum(1) == 1
     starts: Tensor = (first & real).nonzero()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.hf_rows import IGNORED, check_prefixes, prompt_rows
 from piggyback_lens.finetuning.objectives import ReferenceName, TReFT, Weighted
 from piggyback_lens.finetuning.references import (
+    SPANS,
     KVReference,
     SpanName,
     base_forward,
@@ -42,7 +43,8 @@ from piggyback_lens.finetuning.references import (
     span_drift,
     without_replicas,
 )
-from piggyback_lens.finetuning.steps import StepOutput, forward_step
+from piggyback_lens.finetuning.steps import StepOutput, check_supervised, forward_step
+from piggyback_lens.finetuning.trainables import check_field
 
 REFERENCE_FOLDER = "treft_reference"
 """Folder inside each checkpoint with the base's keys and values."""
@@ -75,6 +77,9 @@ class TReFTSettings:
     base: nn.Module | None = None
 
     def __post_init__(self) -> None:
+        names = get_args(ReferenceName)
+        check_field(self, "span", self.span in SPANS, f"one of {', '.join(SPANS)}")
+        check_field(self, "reference", self.reference in names, f"one of {', '.join(names)}")
         _ = self.schedule
         if self.reference == "template" and self.span not in ("prefix", "postfix"):
             raise LensError(f"the template has no {self.span} of its own; use reference='own' for span {self.span!r}")
@@ -165,7 +170,8 @@ class TReFTMixin:
         if settings.reference == "own" or self._reference is not None:
             return self._reference
         if self._resumed is not None:
-            self._reference = KVReference.load(Path(self._resumed) / REFERENCE_FOLDER)
+            folder = Path(self._resumed) / REFERENCE_FOLDER
+            self._reference = _of_this_run(KVReference.load(folder), settings, folder)
         elif self.state.global_step > 0:
             raise LensError("training has begun without the base's keys and values; start with train()")
         else:
@@ -199,11 +205,31 @@ class TReFTTrainer(TReFTMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with TReFT; takes `treft=TReFTSettings(...)` beside the Trainer's arguments."""
 
 
+def _of_this_run(reference: KVReference, settings: TReFTSettings, folder: Path) -> KVReference:
+    """The reference of a checkpoint, if it is that of these settings: postfix keys are kept before the rotary
+    embedding and prefix keys after it, so one in place of the other trains without an error.
+    """
+    where = settings.prompt.span(settings.span)
+    wanted = settings.prompt.ids[where.start : where.stop]
+    if (reference.span, reference.ids) != (settings.span, wanted):
+        there, here = (settings.prompt.tokenizer.decode(list(ids)) for ids in (reference.ids, wanted))
+        raise LensError(
+            f"{folder} holds the base's {reference.span} {there!r}, and treft asks for the {settings.span} {here!r}; "
+            "resume with the span and prompt that the run began with, or train into another folder"
+        )
+    return reference
+
+
 def training_rows(examples: Sequence[RenderedPrompt]) -> list[dict[str, list[int]]]:
     """Rendered conversations as rows of a dataset: input_ids, attention_mask, labels of the response only.
 
     Pad them with `transformers.DataCollatorForSeq2Seq(tokenizer)`, or any collator that pads labels by -100.
+
+    Raises:
+        LensError: an example without a response, by its number.
     """
+    for number, example in enumerate(examples):
+        check_supervised(example, number)
     return [
         {
             "input_ids": list(example.ids),
