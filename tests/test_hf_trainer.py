@@ -3,7 +3,9 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,21 +251,34 @@ def test_full_finetuning_is_held_to_the_weights_before_training(tmp_path: Path) 
     assert drifts[300.0][-1] < drifts[1e-6][-1] / 5
 
 
-@pytest.mark.parametrize("tuning", ["peft", "full"])
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, tuning: str) -> None:
+@pytest.mark.parametrize(
+    ("tuning", "how"),
+    [
+        ("peft", {}),
+        ("full", {}),
+        ("peft", {"span": "postfix"}),
+        ("peft", {"span": "postfix", "reference": "own"}),
+        ("peft", {"span": "query", "reference": "own"}),
+    ],
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, tuning: str, how: dict[str, Any]
+) -> None:
     def model() -> nn.Module:
         return fresh(dropout=0.1) if tuning == "peft" else build("llama-gqa", vocab=VOCAB)
 
     whole, options = model(), {"save_strategy": "steps", "save_steps": 3, "learning_rate": 3e-3}
-    full = make(tmp_path / "whole", whole, settings(), **options)
+    full = make(tmp_path / "whole", whole, settings(**how), **options)
     full.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
-    kept = KVReference.load(checkpoint / REFERENCE_FOLDER)
-    assert all(torch.equal(a, b) for a, b in zip(kept.keys, full._reference.keys, strict=True))
+    assert (checkpoint / REFERENCE_FOLDER).exists() == ("reference" not in how)
+    if full._reference is not None:
+        kept = KVReference.load(checkpoint / REFERENCE_FOLDER)
+        assert all(torch.equal(a, b) for a, b in zip(kept.keys, full._reference.keys, strict=True))
     again = model()
     if tuning == "full":  # as a script does that loads the checkpoint itself: the weights are not the base's
         again.load_state_dict(type(again).from_pretrained(checkpoint).state_dict())  # type: ignore[attr-defined]
-    resumed = make(tmp_path / "again", again, settings(), **options)
+    resumed = make(tmp_path / "again", again, settings(**how), **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same(weights(whole), weights(again))
     assert losses(resumed)[-3:] == losses(full)[-3:]
@@ -273,6 +288,17 @@ def test_resuming_without_the_reference_says_what_is_missing(tmp_path: Path) -> 
     make(tmp_path, fresh(), None, save_strategy="steps", save_steps=4).train()
     with pytest.raises(LensError, match=r"treft_reference.*cannot be read"):
         make(tmp_path, fresh(), settings()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_resuming_with_the_reference_of_another_span_or_prompt_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, fresh(), settings(span="postfix"), max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(LensError, match=r"the base's postfix '<end>.*treft asks for the prefix '<bos>"):
+        make(tmp_path, fresh(), settings()).train(resume_from_checkpoint=checkpoint)
+    reference = KVReference.load(Path(checkpoint) / REFERENCE_FOLDER)
+    replace(reference, ids=(5, 5, 5)).save(Path(checkpoint) / REFERENCE_FOLDER)
+    with pytest.raises(LensError, match="resume with the span and prompt that the run began with"):
+        make(tmp_path, fresh(), settings(span="postfix")).train(resume_from_checkpoint=checkpoint)
 
 
 # --- what a batch has to be ------------------------------------------------------------------------------
@@ -308,6 +334,17 @@ def test_packed_rows_are_checked_conversation_by_conversation() -> None:
         prompt_rows(packed(good), PROMPT, "query")
 
 
+def test_pads_behind_flattened_rows_begin_no_conversation() -> None:
+    first, second = (example.ids for example in EXAMPLES[:2])
+    ids, positions = [*first, *second, 0, 0, 0], [*range(len(first)), *range(len(second)), 0, 0, 0]
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    assert check_prefixes(inputs, PROMPT).tolist() == [[0, 0], [0, len(first)]]
+    alone = {name: torch.cat([x[:, : len(first)], x[:, -3:]], dim=1) for name, x in inputs.items()}
+    n_prompt = EXAMPLES[0].n_prompt
+    labels = [[-100] * n_prompt + list(first[n_prompt:]) + [-100] * 3]
+    assert prompt_rows(alone | {"labels": torch.tensor(labels)}, PROMPT, "query").ids == (first[:n_prompt],)
+
+
 def test_a_row_with_another_prefix_stops_training_by_name(tmp_path: Path) -> None:
     rows = training_rows([*EXAMPLES[:2], tiny_format("be bad.").render("hello", response="yes"), EXAMPLES[3]])
     with pytest.raises(LensError, match=r"row 2 of the batch .*token 5 is 'b', expected 'k'"):
@@ -335,10 +372,19 @@ def test_labels_on_the_prompt_and_missing_ones_are_refused_for_spans_that_need_t
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(LensError, match="the template has no query of its own"):
         settings(span="query")
+    with pytest.raises(LensError, match=r"TReFTSettings\.reference is 'owm'; expected one of template, own"):
+        settings(reference="owm")
+    with pytest.raises(LensError, match=r"TReFTSettings\.span is 'sufix'; expected one of prefix, "):
+        settings(span="sufix", reference="own")
     with pytest.raises(LensError, match=r"Weighted\.weight is -1"):
         settings(weight=-1.0)
     with pytest.raises(LensError, match=r"Weighted\.stop is 3"):
         settings(start=4, stop=3)
+
+
+def test_rows_without_a_response_are_refused_by_their_number() -> None:
+    with pytest.raises(LensError, match="example 1 has no response tokens"):
+        training_rows([EXAMPLES[0], tiny_format().render("hi")])
 
 
 def test_own_runs_of_a_full_finetune_need_a_base(tmp_path: Path) -> None:
@@ -370,45 +416,105 @@ def test_without_trl_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         _ = module.Nonsense
 
 
-@pytest.mark.parametrize("span", ["prefix", "postfix"])
-def test_trl_gives_the_losses_of_our_loop(tmp_path: Path, span: str) -> None:
+def make_trl(out: Path, model: nn.Module, examples: Sequence[RenderedPrompt], how: Any, **options: Any) -> Any:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    _, loss, drift = ours(span, "template", {})
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in training_rows(same_batches())]
-    given = arguments(tmp_path).to_dict()
-    config = trl.SFTConfig(
-        **{
-            name: given[name]
-            for name in given
-            if name in trl.SFTConfig.__dataclass_fields__ and given[name] is not None
-        }
-    )
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in training_rows(examples)]
+    given = given_arguments(out)
+    del given["remove_unused_columns"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = module.TReFTSFTTrainer(
-            model=fresh(), args=config, train_dataset=Dataset.from_list(rows), treft=settings(span=span),
-            processing_class=tiny_tokenizer(),
+            model=model, args=trl.SFTConfig(**given | options), train_dataset=Dataset.from_list(rows),
+            treft=settings(**how), processing_class=tiny_tokenizer(),
         )  # fmt: skip
-        assert isinstance(trainer, trl.SFTTrainer)
-        in_order(trainer).train()
+    assert isinstance(trainer, trl.SFTTrainer)
+    return in_order(trainer)
+
+
+TRL_SPANS: dict[str, dict[str, Any]] = {
+    "prefix": {"span": "prefix"},
+    "postfix": {"span": "postfix"},
+    "query": {"span": "query", "reference": "own"},
+}
+
+
+@pytest.mark.parametrize(("span", "accumulation"), [("prefix", 1), ("prefix", 2), ("postfix", 1), ("query", 2)])
+def test_trl_gives_the_losses_of_our_loop(tmp_path: Path, span: str, accumulation: int) -> None:
+    how = TRL_SPANS[span]
+    _, loss, drift = ours(span, how.get("reference", "template"), {})
+    given = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make_trl(tmp_path, fresh(), same_batches(), how, **given)
+    trainer.train()
     assert losses(trainer) == pytest.approx(loss, rel=2e-4)
     assert losses(trainer, f"drift_{span}") == pytest.approx(drift, rel=2e-2, abs=1e-9)
     assert forward_step(trainer.model, make_batch(EXAMPLES[:2])).logits.isfinite().all()
 
 
+def test_trl_packs_rows_and_runs_in_bf16(tmp_path: Path) -> None:
+    for options in ({"packing": True, "max_length": 64}, {"bf16": True}):
+        trainer = make_trl(tmp_path, fresh(), EXAMPLES, {}, max_steps=3, **options)
+        trainer.train()
+        drift = losses(trainer, "drift_prefix")
+        assert (len(drift), drift[0]) == (3, 0.0)
+        assert drift[-1] > 0
+        assert all(map(math.isfinite, losses(trainer)))
+
+
+def test_trl_pads_flattened_rows_to_a_multiple(tmp_path: Path) -> None:
+    given = {"padding_free": True, "pad_to_multiple_of": 16, "max_steps": 2}
+    trainer = make_trl(tmp_path, fresh(), EXAMPLES, {}, **given)
+    trainer.train()
+    assert losses(trainer, "drift_prefix")[-1] > 0
+
+
+def test_a_trl_run_resumes_to_identical_weights(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 3e-3}
+    whole, again = fresh(dropout=0.1), fresh(dropout=0.1)
+    make_trl(tmp_path / "whole", whole, EXAMPLES, {}, **options).train()
+    resumed = make_trl(tmp_path / "again", again, EXAMPLES, {}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same(weights(whole), weights(again))
+
+
 # --- the example -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_the_8b_example_runs_with_its_own_config_on_a_tiny_model_and_resumes(tmp_path: Path, tuning: str) -> None:
-    folder = Path(__file__).parents[1] / "examples" / "treft_8b"
-    spec = importlib.util.spec_from_file_location("treft_8b", folder / "train.py")
+FOLDER = Path(__file__).parents[1] / "examples" / "treft_8b"
+
+
+def example_script() -> Any:
+    spec = importlib.util.spec_from_file_location("treft_8b", FOLDER / "train.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_8b_example_saves_a_sharded_model_whole(tmp_path: Path) -> None:
+    """With what transformers and accelerate do under FSDP, which here needs a GPU: the gathering is a stand-in."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    trainer = make(tmp_path, build("llama-gqa", vocab=VOCAB), settings())
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(
+            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+        ),
+        get_state_dict=lambda model: model.state_dict(),
+        unwrap_model=lambda model, **_: model,
+    )
+    trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists(), "why the script does more"
+    example_script().save_whole(trainer)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_8b_example_runs_with_its_own_config_on_a_tiny_model_and_resumes(tmp_path: Path, tuning: str) -> None:
+    folder, script = FOLDER, example_script()
     build("llama-gqa", vocab=VOCAB).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     talk = [{"role": role, "content": text} for role, text in (("user", "hi you"), ("assistant", "oink"))]

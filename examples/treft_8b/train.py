@@ -64,6 +64,13 @@ def add_monitor(trainer, chat, settings, out):
     return monitor
 
 
+def save_whole(trainer):
+    """One finished model. Checkpoints may be sharded, but of a sharded state `save_model` writes nothing."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+
+
 def main(path, *changes):
     config = read_config(path, changes)
     arguments = TrainingArguments(**config["training"], remove_unused_columns=False)
@@ -80,7 +87,7 @@ def main(path, *changes):
     monitor = add_monitor(trainer, chat, config["monitor"], arguments.output_dir) if "monitor" in config else None
     last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    trainer.save_model()
+    save_whole(trainer)
     if monitor is not None and trainer.is_world_process_zero() and monitor.rows:
         monitor.figure().write_html(Path(arguments.output_dir) / "monitor.html")
     return trainer
