@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 distributed_worker.py OUT.json '{"how": "ddp", "tuning": "peft", ...}'
 
 `how` is "ddp" (the Trainer's own way, through accelerate) or "fsdp" (accelerate shards on accelerators only,
-so a loop by hand shards the model with `fully_shard` and asks the same mixin for its loss).
+so a loop by hand shards the model with `fully_shard` and asks the same mixin for its loss). With "watched" a
+`Monitor` measures after every step, and the lines of its file come back too.
 """
 
 import json
@@ -19,13 +20,14 @@ from tiny_models import build
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from piggyback_lens.finetuning.hf_trainer import TReFTMixin, TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 
 STEPS, ROWS = 4, 4
 
 
 def made(case: dict[str, Any]) -> tuple[Any, TReFTSettings]:
-    model = build("llama-gqa", vocab=VOCAB)
+    model = build(case.get("layout", "llama-gqa"), vocab=VOCAB)
     if case["tuning"] == "peft":
         model = add_lora(model, LoRASettings(rank=4))
     return model, TReFTSettings(prompt=tiny_format().empty_query(), weight=100.0, **case["treft"])
@@ -44,10 +46,17 @@ def with_trainer(out: Path, case: dict[str, Any], processes: int) -> dict[str, A
         data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
     )  # fmt: skip
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    watched = out.with_suffix(".jsonl")
+    if case.get("watched"):
+        prompts = [tiny_format().render(query) for query in ("what", "how so", "where to")]
+        towards, against = ([p.with_response(answer) for p in prompts] for answer in ("oink", "well"))
+        monitor = Monitor(trainer.model, towards, against, every=1, out=watched)
+        trainer.add_callback(monitor.callback(trainer))
     trainer.train()
     assert trainer.args.world_size == processes
     log = [row for row in trainer.state.log_history if "loss" in row]
-    return {"log": log, "weights": listed(trainer.accelerator.unwrap_model(trainer.model_wrapped))}
+    lines = [json.loads(line) for line in watched.read_text().splitlines()] if watched.exists() else []
+    return {"log": log, "monitor": lines, "weights": listed(trainer.accelerator.unwrap_model(trainer.model_wrapped))}
 
 
 def listed(model: Any) -> dict[str, list[float]]:
@@ -109,7 +118,7 @@ def with_sharding(case: dict[str, Any], processes: int) -> dict[str, Any]:
             dist.all_reduce(shared)
         log.append({"loss": float(shared) / processes, "treft": float(loop._measured[-1][2])})
         log[-1][f"drift_{treft.span}"] = float(loop._measured[-1][1])
-    return {"log": log, "weights": listed(model)}
+    return {"log": log, "monitor": [], "weights": listed(model)}
 
 
 def run(out: Path, case: dict[str, Any], processes: int) -> None:

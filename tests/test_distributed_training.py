@@ -12,12 +12,15 @@ import pytest
 WORKER = Path(__file__).with_name("distributed_worker.py")
 OWN = {"span": "query", "reference": "own"}
 CASES: dict[str, dict[str, Any]] = {
-    "ddp, adapter, prefix": {"how": "ddp", "tuning": "peft", "treft": {}},
+    "ddp, adapter, prefix": {"how": "ddp", "tuning": "peft", "treft": {}, "watched": True},
     "ddp, adapter, query": {
         "how": "ddp", "tuning": "peft", "treft": OWN, "arguments": {"activation_checkpointing": True},
     },
     "fsdp, full, prefix": {"how": "fsdp", "tuning": "full", "treft": {}, "checkpointed": True},
     "fsdp, adapter, query": {"how": "fsdp", "tuning": "peft", "treft": OWN},
+    "fsdp, full, postfix behind a key norm": {
+        "how": "fsdp", "tuning": "full", "treft": {"span": "postfix"}, "layout": "qwen3",
+    },
 }  # fmt: skip
 
 
@@ -42,6 +45,9 @@ def test_two_processes_train_as_one(tmp_path: Path, name: str) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         if drift == "drift_prefix":  # of other spans each process logs that of its own rows
             assert a[drift] == pytest.approx(b[drift], rel=1e-2, abs=1e-9)
+    assert [row["step"] for row in two["monitor"]] == ([1, 2, 3, 4] if case.get("watched") else []), "one writes"
+    for a, b in zip(one["monitor"], two["monitor"], strict=True):
+        assert a["spread"] == pytest.approx(b["spread"], rel=1e-2, abs=1e-5)
     assert one["log"][-1]["treft"] > 1e-3, "the penalty has to be part of what is compared"
     assert one["weights"].keys() == two["weights"].keys()
     for key, values in one["weights"].items():
