@@ -103,7 +103,11 @@ class KLRetainPart(_Weighted):
 
 @dataclass(frozen=True, slots=True)
 class InterleavePart:
-    """Retain examples, answered by the base, mixed into the training data; repeated where there are too few."""
+    """Retain examples, answered by the base, mixed into the training data; repeated where there are too few.
+
+    At a fixed number of steps the narrow examples are seen less often than by other methods: by design, as `rate` of
+    all rows are retain examples. With epochs every one is seen as often, in more steps.
+    """
 
     kind: ClassVar[str] = "interleave"
     rate: float = RATE
@@ -132,6 +136,8 @@ class PreventivePart:
 Part = TReFTPart | KLTrainPart | KLRetainPart | InterleavePart | PreventivePart
 PARTS: Mapping[str, type[Part]] = {part.kind: part for part in get_args(Part)}
 METHODS = ("sft", *PARTS)
+AMOUNTS = ("weight", "alpha", "rate")
+"""How much of a part there is: every kind of part has one of them."""
 
 
 @dataclass(frozen=True)
@@ -156,30 +162,44 @@ class Method:
     @property
     def label(self) -> str:
         """As in tables, and a spec that `parse_method` reads: what differs from the default settings."""
-        names = []
-        for part in self.parts:
-            usual = type(part)()
-            chosen = [(f.name, getattr(part, f.name)) for f in fields(part)]
-            shown = [
-                f":{WEIGHT if name == 'weight' else name}={_plain(value)}"
-                for name, value in chosen
-                if value != getattr(usual, name) or name in ("weight", "rate", "alpha")
-            ]
-            names.append(part.kind + "".join(shown))
-        rate = "" if self.learning_rate is None else f":lr={self.learning_rate:g}"
-        return ("+".join(names) or "sft") + rate
+        rate = "" if self.learning_rate is None else f":lr={_plain(self.learning_rate)}"
+        return self._named(amounts=True) + rate
 
     @property
     def family(self) -> str:
         """The label without weights and learning rate: methods of one family differ by how much of it there is."""
-        drop = re.compile(rf":(?:{WEIGHT}|alpha|rate|lr)=[^:+]*")
-        return drop.sub("", self.label)
+        return self._named(amounts=False)
+
+    def _named(self, *, amounts: bool) -> str:
+        names = []
+        for part in self.parts:
+            usual = type(part)()
+            chosen = {f.name: getattr(part, f.name) for f in fields(part)}
+            shown = [
+                f":{WEIGHT if name == 'weight' else name}={_plain(value)}"
+                for name, value in chosen.items()
+                if (amounts if name in AMOUNTS else value != getattr(usual, name))
+            ]
+            names.append(part.kind + "".join(shown))
+        return "+".join(names) or "sft"
+
+    @property
+    def amounts(self) -> dict[str, str]:
+        """What `family` leaves out, by name: the weight of every part, and the learning rate of its own."""
+        found: dict[str, str] = {}
+        for part in self.parts:
+            name = next(f.name for f in fields(part) if f.name in AMOUNTS)
+            shown = "λ" if name == "weight" else name
+            # A second part of this kind (TReFT on another span), or with this name, is told apart.
+            key = shown if shown not in found else f"{shown} of {part.kind} {getattr(part, 'span', '')}".strip()
+            found[key] = _plain(getattr(part, name))
+        return found | ({} if self.learning_rate is None else {"lr": _plain(self.learning_rate)})
 
     @property
     def weight(self) -> float:
         """λ (or alpha, or rate) of the first part; 0 for plain finetuning."""
         first = self.parts[0] if self.parts else None
-        found = next((getattr(first, name) for name in ("weight", "alpha", "rate") if hasattr(first, name)), 0.0)
+        found = next((getattr(first, name) for name in AMOUNTS if hasattr(first, name)), 0.0)
         return float(found)
 
     def settings(self) -> dict[str, object]:
@@ -213,7 +233,9 @@ def plain_finetuning(method: Method, among: Iterable[Method]) -> Method | None:
 
 
 def _plain(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Short where that is the number itself, else all of its digits, so that no two numbers look the same."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 # --- specs -----------------------------------------------------------------------------------------------
@@ -226,10 +248,11 @@ def parse_method(spec: str) -> tuple[Method, ...]:
     the learning rate of the whole method. Names: sft, treft, kl_train, kl_retain, interleave, preventive.
 
     Raises:
-        LensError: names the part, the setting or the value that is wrong, and what is expected.
+        LensError: names the part, the setting or the value that is wrong, and what is expected; a setting given twice,
+            or two learning rates for one method.
     """
     choices: list[list[Part]] = []
-    rates: list[float | None] = [None]
+    rates: list[float | None] | None = None
     for text in re.split(r"\+(?=[A-Za-z_])", spec.strip()):
         kind, *pairs = text.split(":")
         if kind not in METHODS:
@@ -239,15 +262,20 @@ def parse_method(spec: str) -> tuple[Method, ...]:
             name, equals, values = pair.partition("=")
             if not equals or not values:
                 raise LensError(f"{pair!r} in {spec!r} is no setting: write name=value, e.g. {kind}:lambda=10")
+            if name in grid:
+                raise LensError(f"{name} is given twice for {kind} in {spec!r}: join its values by commas, {name}=1,2")
             grid[name] = [_value(spec, name, value, kind) for value in values.split(",")]
         if "lr" in grid:
-            rates = list(grid.pop("lr"))  # type: ignore[arg-type]
+            own: list[float | None] = list(grid.pop("lr"))  # type: ignore[arg-type]
+            if rates not in (None, own):
+                raise LensError(f"{spec!r} has two learning rates, and one holds for the whole method: give lr once")
+            rates = own
         if kind == "sft":
             if grid:
                 raise LensError(f"sft has no setting {next(iter(grid))!r} (in {spec!r}): leave it out, or use lr=")
             continue
         choices.append([_part(spec, kind, dict(zip(grid, row, strict=True))) for row in product(*grid.values())])
-    return tuple(Method(parts, rate) for parts in product(*choices) for rate in rates)
+    return tuple(Method(parts, rate) for parts in product(*choices) for rate in rates or [None])
 
 
 def _settings_of(kind: str) -> list[str]:
