@@ -146,6 +146,7 @@ def write_comparison_report(found: "Comparison", out: str | Path) -> Path:
     label, unit = found.behaviour.label, found.behaviour.unit
     asked, finished = found.card["asked"], found.card["finished"]
     notes = [f"{asked - finished} of {asked} cells are not finished: the same command continues"]
+    notes = [*(notes if finished < asked else []), *found.notes]
     return write_report(
         Path(out) / "report.html",
         title=f"Finetuning methods on {found.card['task']}",
@@ -155,7 +156,7 @@ def write_comparison_report(found: "Comparison", out: str | Path) -> Path:
         examples=pd.DataFrame(examples),
         prompt_html=None,
         card=found.card,
-        notes=notes if finished < asked else [],
+        notes=notes,
         measure=f"{label} ({unit})",
     )
 
@@ -166,7 +167,7 @@ def comparison_verdict(found: "Comparison") -> str:
     base = next(iter(found.bases))
     known = table[(table["family"] != "sft") & table["recovered"].notna() & table["kept"].notna()]
     if known.empty:
-        reasons = [reason for reason in {*table["recovered_reason"], *table["kept_reason"]} if reason]
+        reasons = [reason for reason in {*table["recovered_reason"], *table["kept_reason"]} if isinstance(reason, str)]
         return f"No method can be compared with plain finetuning here: {'; '.join(sorted(reasons)) or 'only sft ran'}."
     row = known.sort_values("recovered").iloc[-1]
     gained = f"{100 * row['recovered']:.0f} % [{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]"

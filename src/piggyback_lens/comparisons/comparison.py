@@ -170,10 +170,15 @@ class Comparison:
         return tuple(axis for axis in AXES if len({str(cell["cell"][axis]) for cell in self.cells}) > 1)
 
     def pareto_figure(self) -> "go.Figure":
-        """On-topic behaviour kept against off-topic spread, one marker per method."""
+        """On-topic behaviour kept against off-topic spread, one marker per row of the table.
+
+        Raises:
+            LensError: no row has a defined share of on-topic behaviour, e.g. as plain finetuning was not run.
+        """
         from piggyback_lens.figures.comparison_plots import pareto_figure
 
-        return pareto_figure(self.table(), self.behaviour, str(self.card["task"]))
+        amounts = {key[0]: _method(cells[0]).amounts for key, cells in self._groups.items()}
+        return pareto_figure(self.table(), self.behaviour, str(self.card["task"]), amounts)
 
     def update_figure(self) -> "go.Figure":
         """Cosine of every method's weight update with plain finetuning's, layer by layer."""
@@ -191,11 +196,27 @@ class Comparison:
         return axis_figure(self.table(), axis, self.behaviour, bases)
 
     def figures(self) -> list[tuple[str, "go.Figure"]]:
-        """(caption, figure) of everything that can be drawn."""
-        drawn = [("On-topic behaviour kept against off-topic spread.", self.pareto_figure())]
+        """(caption, figure) of everything that can be drawn; `notes` says what cannot."""
+        drawn = []
+        if self._has_kept:
+            drawn.append(("On-topic behaviour kept against off-topic spread.", self.pareto_figure()))
         if not self.update_frame().empty:
             drawn.append(("Weight updates compared with plain finetuning.", self.update_figure()))
         return drawn + [(f"Behaviour over {axis}.", self.axis_figure(axis)) for axis in self.varied]
+
+    @property
+    def _has_kept(self) -> bool:
+        """Whether there is a row for the figure of what was kept."""
+        return any(_method(cells[0]).is_sft for cells in self._groups.values()) or any(
+            math.isfinite(self.estimates(key)["kept"].value) for key in self.keys
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which figures are left out, and why."""
+        needs = "it needs plain finetuning (sft) with the same seeds and axes"
+        found = [] if self._has_kept else [f"no figure of what is kept on-topic: {needs}"]
+        return (*found, *([f"no figure of weight updates: {needs}"] if self.update_frame().empty else []))
 
     def update_frame(self) -> "pd.DataFrame":
         """Rows method, layer, value (mean cosine over seeds and axes), low, high (over seeds), n (cells)."""

@@ -19,6 +19,7 @@ from piggyback_lens.figures.plot_style import (
     interval_text,
     n_text,
     plot_text,
+    wrapped,
 )
 from piggyback_lens.maths import Estimate
 from piggyback_lens.measuring.measures import Behaviour
@@ -36,47 +37,106 @@ AXIS_LABELS = {
 SIZES = (9.0, 17.0)  # px of a marker, from the smallest to the largest weight of its family
 
 
-def pareto_figure(table: "pd.DataFrame", behaviour: Behaviour, task: str) -> "go.Figure":
+def pareto_figure(
+    table: "pd.DataFrame", behaviour: Behaviour, task: str, amounts: Mapping[str, Mapping[str, str]]
+) -> "go.Figure":
     """On-topic behaviour kept (1 = plain finetuning) against off-topic spread, one marker per row of the table.
 
-    Colour and symbol: the family; size: the weight, which is also written beside the marker. The base is at 0, 0;
-    plain finetuning is drawn as a row like the others, with its spread as a line.
+    Colour and symbol: the family; size: the weight of its first part. Beside the marker: whatever differs among the
+    rows of its family. Joined are rows that differ by the first weight alone. `amounts` holds weights and
+    learning rate of each method by name. The base is at 0, 0; plain finetuning is drawn as a row like the others, with
+    its spread as a line.
+
+    Raises:
+        LensError: there is no row to draw; a row without a defined share is named below the title instead.
     """
     import plotly.graph_objects as go
 
-    check_frame(table, ["method", "family", "lambda", "kept", "kept_low", "spread", "spread_low", "n", "seeds"])
-    rows = table[np.isfinite(table["kept"]) | (table["family"] == "sft")].copy()
+    needed = ["method", "family", "lambda", "kept", "kept_low", "kept_reason", "spread", "spread_low", "n", "seeds"]
+    check_frame(table, [*needed, *AXIS_LABELS])
+    drawn = np.isfinite(table["kept"]) | (table["family"] == "sft")
+    rows = table[drawn].copy()
     if rows.empty:
         raise LensError("no method has a defined share of on-topic behaviour: compare with sft, and train it longer")
+    facts = [_facts(row, amounts[str(row["method"])]) for row in rows.to_dict("records")]
     figure = go.Figure()
     _guides(figure, rows)
     families = list(dict.fromkeys(rows["family"]))
     for look in _looks(families):
-        part = rows[rows["family"] == look["name"]].sort_values("lambda")
-        x = part["kept"].where(part["family"] != "sft", part["kept"].fillna(1.0)).to_numpy(float)
-        figure.add_scatter(
-            x=x, y=part["spread"], name=plot_text(look["name"]), mode="lines+markers+text" if len(part) > 1 else
-            "markers", line={"color": look["colour"], "width": 1, "dash": look["dash"]},
-            marker={"opacity": 1, "color": look["colour"], "symbol": look["symbol"],
-                    "size": _sizes(part["lambda"].to_numpy(float)), "line": {"color": "white", "width": 1}},
-            text=[f"{value:g}" for value in part["lambda"]], textposition="top right", textfont={"size": 13},
-            error_x=_bars(part, "kept", look["colour"]), error_y=_bars(part, "spread", look["colour"]),
-            customdata=[[plot_text(row["method"]), _told(row, "kept"), _told(row, "spread"), str(row["seeds"])]
-                        for row in part.to_dict("records")],
-            hovertemplate="<b>%{customdata[0]}</b><br>kept %{customdata[1]}<br>spread %{customdata[2]}"
-            "<br>seeds %{customdata[3]}<extra></extra>",
-        )  # fmt: skip
+        family = rows.assign(at=range(len(rows)))[rows["family"] == look["name"]].sort_values("lambda", kind="stable")
+        own = [facts[at] for at in family["at"]]
+        sizes, labels = _sizes(family["lambda"].to_numpy(float)), _differences(own)
+        for number, places in enumerate(_joined(own)):
+            part, told = family.iloc[places], [labels[place] for place in places]
+            x = part["kept"].where(part["family"] != "sft", part["kept"].fillna(1.0)).to_numpy(float)
+            mode = ["lines"] * (len(part) > 1) + ["markers"] + ["text"] * any(told)
+            figure.add_scatter(
+                x=x, y=part["spread"], name=plot_text(look["name"]), mode="+".join(mode), legendgroup=look["name"],
+                showlegend=number == 0, line={"color": look["colour"], "width": 1, "dash": look["dash"]},
+                marker={"opacity": 1, "color": look["colour"], "symbol": look["symbol"],
+                        "size": [sizes[place] for place in places], "line": {"color": "white", "width": 1}},
+                text=told, textposition="top right", textfont={"size": 13},
+                error_x=_bars(part, "kept", look["colour"]), error_y=_bars(part, "spread", look["colour"]),
+                customdata=[[plot_text(row["method"]), _told(row, "kept"), _told(row, "spread"), str(row["seeds"]),
+                             _said(own[place], list(own[place]))]
+                            for place, row in zip(places, part.to_dict("records"), strict=True)],
+                hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[4]}<br>kept %{customdata[1]}"
+                "<br>spread %{customdata[2]}<br>seeds %{customdata[3]}<extra></extra>",
+            )  # fmt: skip
     figure.add_scatter(
         x=[0.0], y=[0.0], name="base", mode="markers", hovertemplate="<b>base</b><extra></extra>",
         marker={"color": "white", "symbol": "circle", "size": 11, "line": {"color": INK, "width": 2}},
     )  # fmt: skip
     seeds = len(max(table["seeds"], key=len))
     about = f"bars: 95 % bootstrap interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds} seeds"
-    apply_style(figure, f"Narrow or spreading: finetuning methods on {task}", about, height=560 + 27 * len(families))
+    missing = _missing(table[~drawn])
+    about = "<br>".join([about, *missing])
+    room, height = 18 * len(missing), 560 + 27 * len(families) + 18 * len(missing)
+    apply_style(figure, f"Narrow or spreading: finetuning methods on {task}", about, height=height, room=room)
     figure.update_xaxes(title_text="on-topic behaviour kept (0 = base, 1 = plain finetuning)")
     figure.update_yaxes(title_text=axis_title(f"off-topic spread of {behaviour.label}", behaviour.unit))
     _legend_below(figure, len(families) + 1)
     return figure
+
+
+def _facts(row: Mapping[Any, Any], amounts: Mapping[str, str]) -> dict[str, str]:
+    """Every setting of a row that rows of one family may differ in; system texts whole, to be told apart."""
+    axes = {axis: _shown(row[axis], axis) for axis in AXIS_LABELS if axis != "system"}
+    return {**amounts, **axes, "system": row["system"] if isinstance(row["system"], str) else "no text"}
+
+
+def _said(facts: Mapping[str, str], names: Sequence[str], limit: int | None = None) -> str:
+    """`λ 3, lr 0.0003`; the weight alone where nothing else is asked."""
+    shown = {name: plot_text(facts.get(name, "shared"), limit=limit) for name in names}
+    return shown["λ"] if list(names) == ["λ"] else ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _differences(facts: Sequence[Mapping[str, str]]) -> list[str]:
+    """Of every row what differs among the rows; nothing for a single one."""
+    names = dict.fromkeys([*(name for row in facts for name in row if name not in AXIS_LABELS), *AXIS_LABELS])
+    differing = [name for name in names if len({row.get(name) for row in facts}) > 1]
+    return [_said(row, differing, limit=30) for row in facts]
+
+
+def _joined(facts: Sequence[Mapping[str, str]]) -> list[list[int]]:
+    """Places of the rows that differ by their first weight alone together; plain finetuning has none."""
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for at, row in enumerate(facts):
+        first = next((name for name in row if name not in ("lr", *AXIS_LABELS)), None)
+        same = tuple((name, value) for name, value in row.items() if name != first)
+        groups.setdefault(same, []).append(at)
+    return list(groups.values())
+
+
+def _missing(rows: "pd.DataFrame") -> list[str]:
+    """Lines that name the rows without a marker, and why; rows with the same reason together."""
+    names: dict[str, list[str]] = {}
+    differing = [axis for axis in AXIS_LABELS if rows[axis].astype(str).nunique() > 1]
+    for row in rows.to_dict("records"):
+        axes = [f"{axis} {_shown(row[axis], axis)}" for axis in differing]
+        names.setdefault(str(row["kept_reason"]), []).append(" ".join([str(row["method"]), *axes]))
+    told = (f"not drawn, {reason}: {', '.join(rows)}" for reason, rows in names.items())
+    return [line for text in told for line in wrapped(text, 120).split("<br>")]
 
 
 def _guides(figure: "go.Figure", rows: "pd.DataFrame") -> None:
@@ -164,9 +224,12 @@ def _axis_number(value: Any, axis: str) -> float:
 
 
 def _shown(value: Any, axis: str) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))  # a column of a table has NaN for None
     if axis == "system":
-        return "no system text" if value is None else plot_text(value, limit=30)
-    return "all" if value is None else f"{value:g}"
+        return "no system text" if missing else plot_text(value, limit=30)
+    if missing:
+        return "fixed steps" if axis == "epochs" else "all"
+    return f"{100 * value:g} %" if axis == "share" else f"{value:g}"
 
 
 def _looks(names: Sequence[str]) -> list[dict[str, Any]]:
