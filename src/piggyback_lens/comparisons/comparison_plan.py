@@ -18,6 +18,8 @@ Split = Literal["validation", "test"]
 Source = str | Callable[[], tuple[Any, Any]]
 """A model folder, hub id or GGUF file; or a top-level function that returns (transformers model, tokenizer)."""
 BASE_FILE, CELL_FILE = "answers.json", "cell.json"
+PIECES, PIECE = 256, 1 << 12
+"""Evenly spaced pieces of a file of weights, and the bytes of each, that tell it from others."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Plan:
         facts = {name: getattr(self, name) for name in (*measured, "direction_examples")}
         facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
         facts |= {"training": training, "lora": asdict(self.lora), "model": source_fingerprint(self.source)}
+        if (weights := weights_fingerprint(self.source)) is not None:
+            facts["weights"] = weights
+        if self.text_source is not None and Path(self.text_source).is_file():
+            facts["texts"] = hashlib.sha256(Path(self.text_source).read_bytes()).hexdigest()[:16]
         plain: dict[str, Any] = json.loads(json.dumps(facts))
         return plain
 
@@ -132,6 +138,21 @@ def question_of(example: Mapping[str, Any]) -> str:
 def hash_of(value: object) -> str:
     """16 hex digits of JSON-able content."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(source: Source) -> str | None:
+    """Of the weights' files from end to end, in pieces, without reading gigabytes; None where there are none here."""
+    if callable(source) or not (path := Path(source)).exists():
+        return None
+    names = ("*.safetensors", "*.bin")
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for name in names for file in path.glob(name)):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            for number in range(PIECES):
+                opened.seek(max(0, size - PIECE) * number // (PIECES - 1))
+                digest.update(opened.read(PIECE))
+    return digest.hexdigest()[:16]
 
 
 def source_fingerprint(source: Source) -> str:
