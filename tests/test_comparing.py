@@ -287,7 +287,7 @@ def test_a_cell_killed_while_training_continues_from_its_checkpoint(model, tmp_p
     settings = {"training": TrainSettings(steps=4, batch_size=4, checkpoint_every=2)}
     with monkeypatch.context() as patched:
         patched.setattr(training_module, "_descend", dying)
-        with pytest.raises(RuntimeError, match="killed"):
+        with pytest.raises(LensError, match=r"1 of 1 cells failed.*RuntimeError: killed"):
             compare(model, tmp_path / "killed", **settings)
     folder = cell_folder(tmp_path / "killed", Cell(Method(), 0))
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-000002"]

@@ -4,19 +4,20 @@
     found.table(); found.pareto_figure()
 
 Every cell trains a fresh adapter and is written as soon as it is finished; the same call continues a run that
-was stopped. A folder can be extended by further methods, seeds and values of the axes.
+was stopped, and in several processes at once it shares the work. A folder can be extended by further methods,
+seeds and values of the axes. A cell that fails is named at the end; it stops no other.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from itertools import chain, product, zip_longest
 from pathlib import Path
 from typing import Any
 
 from piggyback_lens.card import machine, versions
 from piggyback_lens.comparisons.comparison import Comparison
-from piggyback_lens.comparisons.comparison_cells import Needs, run_base, run_cell
+from piggyback_lens.comparisons.comparison_cells import check_cells, prepare_cells, run_cell
 from piggyback_lens.comparisons.comparison_plan import (
     BASE_FILE,
     CELL_FILE,
@@ -29,6 +30,7 @@ from piggyback_lens.comparisons.comparison_plan import (
     question_of,
     system_name,
 )
+from piggyback_lens.comparisons.engines import Job, finished, passed
 from piggyback_lens.comparisons.methods import Method, parse_method, plain_finetuning
 from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
@@ -44,6 +46,8 @@ SEEDS = (0, 1, 2)
 RETAIN = 48
 """Retain prompts, by default questions of the other built-in tasks."""
 GRID_FILE = "grid.json"
+POLL = 2.0
+"""Seconds between two looks at cells that other processes hold, where nothing else is left to do."""
 
 
 def compare_methods(
@@ -97,13 +101,15 @@ def compare_methods(
         n_texts: windows of plain text for the perplexity.
         text_source: as `texts.text_windows`; by default texts that Python brings.
         retain: prompts of the retain data; the base answers them. By default questions of the other built-in tasks.
-        minutes: begin no further cell after so many; the same call continues.
+        minutes: begin no further cell after so many; the same call continues. Machines of a cluster go by their own
+            clocks.
         executor: runs the cells (`engines.local`, `engines.ray`, any of concurrent.futures); None for this process.
         offline: make no connection.
         progress: show a bar with the time left, and name the cells on the way.
 
     Raises:
-        LensError: settings that do not fit, a method that cannot be set up, or the folder of another comparison.
+        LensError: settings that do not fit, a method that cannot be set up, or the folder of another comparison,
+            before anything is trained; or cells that failed, after the others are finished and saved.
     """
     chosen = load_task(task) if isinstance(task, str) else task
     prompts = default_retain(chosen) if retain is None else tuple(retain)
@@ -125,12 +131,17 @@ def compare_methods(
     for topic in ("on", "off"):
         plan.prompts(topic)
     cells = grid(as_methods(methods), seeds, systems, shares, sizes, epochs)
+    check_cells(plan, cells)
     folder = Path(out).absolute()
     _open(folder, plan, cells)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    _run(plan, cells, folder, executor, deadline, progress)
+    deadline = None if minutes is None else time.time() + 60 * minutes
+    failed = _run(plan, cells, folder, executor, deadline, progress)
+    if failed and not _done(cells, folder):
+        raise _failure(failed, len(cells), None) from next(iter(failed.values()))
     found = gather(plan, cells, folder)
-    found.save(folder)
+    saved = found.save(folder)
+    if failed:
+        raise _failure(failed, len(cells), saved) from next(iter(failed.values()))
     return found
 
 
@@ -189,7 +200,8 @@ def _open(folder: Path, plan: Plan, cells: Sequence[Cell]) -> None:
 
 
 def _refuse_other(file: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    for name in sorted(saved.keys() | asked.keys()):
+    unknown = {"weights"} - saved.keys()  # older folders do not say it; there the base's logits decide
+    for name in sorted((saved.keys() | asked.keys()) - unknown):
         if saved.get(name) != asked.get(name):
             raise LensError(
                 f"{file} belongs to another comparison: {name} is {saved.get(name)!r} there, {asked.get(name)!r} here; "
@@ -199,46 +211,66 @@ def _refuse_other(file: Path, saved: dict[str, Any], asked: dict[str, Any]) -> N
 
 def _run(
     plan: Plan, cells: Sequence[Cell], folder: Path, executor: Executor | None, deadline: float | None, progress: bool
-) -> None:
-    """The base's part of every system prompt, then the cells that are not there."""
-    systems = list(dict.fromkeys(cell.system for cell in cells))
-    missing = [cell for cell in cells if not (cell_folder(folder, cell) / CELL_FILE).exists()]
-    if progress and missing:
-        say(f"{len(missing)} of {len(cells)} cells to run")
-    base_jobs: list[tuple[Any, ...]] = []
-    for system in systems:
-        needs = Needs.of(plan, [cell for cell in missing if cell.system == system])
-        base_jobs.append((run_base, plan, system, needs, str(folder)))
-    for _ in _executed(base_jobs, executor, None):
-        pass
-    with counting(len(missing), "cells" if progress else None) as advance:
-        jobs: list[tuple[Any, ...]] = [(run_cell, plan, cell, str(folder)) for cell in missing]
-        for done in _executed(jobs, executor, deadline):
-            advance(1)
-            if progress:
-                say(f"finished {Path(done).name}")
+) -> dict[str, Exception]:
+    """The base's part of every system prompt, then the cells that are not there. Gives the errors of those that failed.
+
+    Raises:
+        LensError: the base's part, or a method that cannot be set up; no cell has been begun then.
+    """
+    done = _done(cells, folder)
+    waiting = [cell for cell in cells if cell not in done]
+    if progress and waiting:
+        say(f"{len(waiting)} of {len(cells)} cells to run")
+    prepare: list[Job] = []
+    for system in dict.fromkeys(cell.system for cell in cells):
+        own = tuple(cell for cell in waiting if cell.system == system)
+        prepare.append((prepare_cells, plan, system, own, str(folder)))
+    for _, outcome in finished(prepare, executor):
+        if isinstance(outcome, Exception):
+            raise outcome
+    failed: dict[str, Exception] = {}
+    told = not progress
+    with counting(len(waiting), "cells" if progress else None) as advance:
+        while waiting and not passed(deadline):
+            held: list[Cell] = []
+            jobs: list[Job] = [(run_cell, plan, cell, str(folder)) for cell in waiting]
+            for number, outcome in finished(jobs, executor, deadline):
+                cell = waiting[number]
+                if outcome is None:
+                    held.append(cell)
+                    continue
+                advance(1)
+                if isinstance(outcome, Exception):
+                    failed[cell.name] = outcome
+                if progress:
+                    say(f"{cell.name} failed: {_cause(outcome)}" if cell.name in failed else f"finished {cell.name}")
+            if held and len(held) == len(waiting):
+                if not told:
+                    say(f"other processes are at the {len(held)} cells that are left: waiting for them")
+                told = True
+                time.sleep(POLL)
+            waiting = held
+    return failed
 
 
-def _executed(jobs: Sequence[tuple[Any, ...]], executor: Executor | None, deadline: float | None) -> Iterator[str]:
-    """Results as they come; after the deadline what runs is finished and nothing begun."""
-    if executor is None:
-        for function, *arguments in jobs:
-            if deadline is not None and time.monotonic() > deadline:
-                return
-            yield function(*arguments)
-        return
-    futures: list[Future[str]] = [executor.submit(*job) for job in jobs]
-    try:
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            yield future.result()
-            if deadline is not None and time.monotonic() > deadline:
-                for waiting in futures:
-                    waiting.cancel()  # what runs is finished
-    finally:
-        for future in futures:
-            future.cancel()
+def _cause(error: Exception) -> str:
+    """One line."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, LensError) else f"{type(error).__name__}: {text}"
+
+
+def _failure(failed: Mapping[str, Exception], n_cells: int, saved: Path | None) -> LensError:
+    """What failed and why; cells with the same cause together."""
+    causes: dict[str, list[str]] = {}
+    for name, error in failed.items():
+        causes.setdefault(_cause(error), []).append(name)
+    told = "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items())
+    rest = "and no other is finished" if saved is None else f"the others are in {saved}"
+    return LensError(f"{len(failed)} of {n_cells} cells failed, {rest}; the same call tries again: {told}")
+
+
+def _done(cells: Sequence[Cell], out: str | Path) -> list[Cell]:
+    return [cell for cell in cells if (cell_folder(out, cell) / CELL_FILE).exists()]
 
 
 def gather(plan: Plan, cells: Sequence[Cell], out: str | Path) -> Comparison:
@@ -247,7 +279,7 @@ def gather(plan: Plan, cells: Sequence[Cell], out: str | Path) -> Comparison:
     Raises:
         LensError: none is.
     """
-    done = [cell for cell in cells if (cell_folder(out, cell) / CELL_FILE).exists()]
+    done = _done(cells, out)
     if not done:
         raise LensError(f"{out} holds no finished cell of these yet: give it more time, or look for an error above")
     rows = [{**read_json(cell_folder(out, cell) / CELL_FILE), "cosines": _cosines(cell, done, out)} for cell in done]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from piggyback_lens.comparisons.comparison_plan import (
     base_folder,
     cell_folder,
 )
-from piggyback_lens.comparisons.methods import Ingredients, set_up
+from piggyback_lens.comparisons.methods import Ingredients, Method, SetUp, set_up
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.directions.extraction import mean_difference
 from piggyback_lens.errors import LensError
@@ -81,6 +82,7 @@ class Needs:
     retain: bool = False
     train_answers: int = 0  # answers to the first so many training questions
     direction: bool = False
+    model: bool = False  # that the answers are of this model, as there is a cell to train
 
     @classmethod
     def of(cls, plan: Plan, cells: Sequence[Cell]) -> "Needs":
@@ -96,21 +98,38 @@ class Needs:
         needy = [cell.method.label for cell in cells if cell.method.has("kl_retain", "interleave")]
         if needy and not plan.retain:
             raise LensError(f"method {needy[0]} needs retain examples, and there are no prompts for them: pass retain=")
-        return cls(bool(needy), answers, direction)
+        return cls(bool(needy), answers, direction, bool(cells))
 
 
 def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
-    """Compute what is missing of the base's part; returns its folder. One file each, written when it is there."""
+    """Compute what is missing of the base's part; returns its folder. One file each, written when it is there.
+
+    Raises:
+        LensError: the base's answers that are there come from another model, and there is a cell to train.
+    """
     folder = base_folder(out, system)
-    with _ONE_AT_A_TIME:
+    with _lock(folder), _ONE_AT_A_TIME:
         missing = [name for name, done in _wanted(folder, plan, needs).items() if not done]
-        if missing:
+        if missing or needs.model:
             model, tokenizer = _loaded(plan.source, plan.offline)
             hooked = hook_model(_structure_copy(model), tokenizer)
+            if BASE_FILE not in missing:
+                _refuse_other_model(read_json(folder / BASE_FILE), identify(hooked))
             chat = ChatFormat(tokenizer, system=system)
             for name in missing:
                 _BASE_PARTS[name](folder, plan, needs, hooked, chat)
     return str(folder)
+
+
+def _refuse_other_model(base: Mapping[str, Any], own: Identity) -> None:
+    if not Identity.from_dict(base["model"]).matches(own):
+        raise LensError("the base's answers in this folder are of another model: compare in another folder")
+
+
+def _lock(folder: Path, timeout: float = -1.0) -> FileLock:
+    """Of one process; `train` takes a lock of its own in a cell's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".cell.lock", timeout=timeout)
 
 
 def _wanted(folder: Path, plan: Plan, needs: Needs) -> dict[str, bool]:
@@ -210,16 +229,78 @@ def _with_base_answers(
 # --- a cell ----------------------------------------------------------------------------------------------
 
 
-def run_cell(plan: Plan, cell: Cell, out: str) -> str:
+def check_cells(plan: Plan, cells: Sequence[Cell]) -> None:
+    """Refuse what can be told without the model.
+
+    Raises:
+        LensError: more training questions than the task has, a part that starts when training is over, or retain data
+            without prompts for it.
+    """
+    n = len(plan.task.train)
+    for cell in cells:
+        if cell.size is not None and cell.size > n:
+            raise LensError(f"size is {cell.size} and task {plan.task.name} has {n} examples: lower it")
+        if cell.epochs is None:
+            _refuse_late_start(cell.method, plan.training.steps)
+    Needs.of(plan, cells)
+
+
+def _refuse_late_start(method: Method, steps: int) -> None:
+    for part in method.parts:
+        start = getattr(part, "start", 0)
+        if start >= steps:
+            raise LensError(
+                f"start is {start} in method {method.label} and training has {steps} steps, from 0: lower start, or "
+                "train longer"
+            )
+
+
+def prepare_cells(plan: Plan, system: str | None, cells: Sequence[Cell], out: str) -> str:
+    """`run_base` for cells with this system prompt, then set up each of their methods once, training nothing.
+
+    Raises:
+        LensError: what `run_base` raises, or a method that cannot be set up.
+    """
+    folder = run_base(plan, system, Needs.of(plan, cells), out)
+    once = {(cell.method, cell.share, cell.size, cell.epochs): cell for cell in reversed(cells)}
+    if once:
+        with _ONE_AT_A_TIME:
+            model, tokenizer = _loaded(plan.source, plan.offline)
+            chat, peft_model = ChatFormat(tokenizer, system=system), add_lora(_structure_copy(model), plan.lora)
+            for cell in once.values():
+                _set_up(plan, cell, peft_model, chat, Path(folder))
+    return folder
+
+
+def run_cell(plan: Plan, cell: Cell, out: str) -> str | None:
     """Train and measure one cell, after `run_base`; returns its folder. A finished one is left as it is.
 
-    An interrupted training continues from its checkpoint; the checkpoint is deleted once the cell is finished.
+    None where another process is at it. An interrupted training continues from its checkpoint; the checkpoint is
+    deleted once the cell is finished.
     """
     folder = cell_folder(out, cell)
     if not (folder / CELL_FILE).exists():
-        with _ONE_AT_A_TIME:
-            _train_and_measure(plan, cell, Path(out), folder)
+        try:
+            with _lock(folder, timeout=0.0), _ONE_AT_A_TIME:
+                if not (folder / CELL_FILE).exists():  # another process may have finished it before the lock
+                    _train_and_measure(plan, cell, Path(out), folder)
+        except Timeout:
+            return None
     return str(folder)
+
+
+def _set_up(
+    plan: Plan, cell: Cell, peft_model: nn.Module, chat: ChatFormat, shared: Path
+) -> tuple[SetUp, TrainSettings]:
+    """What `train` takes for this cell."""
+    examples = training_examples(plan, cell, chat, shared)
+    ingredients = Ingredients(
+        peft_model, examples, chat.empty_query(), _retain(plan, chat, shared), _direction(shared), cell.seed
+    )
+    use = set_up(cell.method, ingredients)
+    settings = train_settings(plan, cell, len(examples), len(use.examples))
+    _refuse_late_start(cell.method, settings.steps)
+    return use, settings
 
 
 def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
@@ -229,15 +310,11 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     model, tokenizer = _loaded(plan.source, plan.offline)
     chat = ChatFormat(tokenizer, system=cell.system)
     peft_model = add_lora(_structure_copy(model), plan.lora, seed=cell.seed)
-    examples = training_examples(plan, cell, chat, shared)
-    ingredients = Ingredients(
-        peft_model, examples, chat.empty_query(), _retain(plan, chat, shared), _direction(shared), cell.seed
-    )
-    use = set_up(cell.method, ingredients)
+    use, settings = _set_up(plan, cell, peft_model, chat, shared)
     trained = train(
         peft_model,
         use.examples,
-        train_settings(plan, cell, len(examples)),
+        settings,
         objective=use.objective,
         trainable=use.trainable,
         out=folder,
@@ -259,8 +336,7 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
 def _measured(plan: Plan, peft_model: nn.Module, chat: ChatFormat, base: Mapping[str, Any]) -> dict[str, Any]:
     """Behaviour on- and off-topic, KL to the base on its own off-topic answers, loss on plain text."""
     pair = ModelPair.load(finetuned=peft_model, tokenizer=chat.tokenizer)
-    if not Identity.from_dict(base["model"]).matches(pair.identity("base")):
-        raise LensError("the base's answers in this folder are of another model: compare in another folder")
+    _refuse_other_model(base, pair.identity("base"))
     behaviour, found = get_behaviour(plan.task.behaviour), {}
     prompts = {topic: [chat.render(text) for text in plan.prompts(topic)] for topic in ("on", "off")}
     with pair.using("finetuned") as tuned:
@@ -286,12 +362,9 @@ def _prefix_drift(peft_model: nn.Module, chat: ChatFormat) -> list[float]:
 def training_examples(plan: Plan, cell: Cell, chat: ChatFormat, shared: Path) -> list[RenderedPrompt]:
     """The training data of a cell: the same for all methods with its seed and axes.
 
-    Raises:
-        LensError: the task has fewer examples than `size`.
+    A share below 1 leaves at least one example of each kind, where there are two.
     """
     train_set = plan.task.train
-    if cell.size is not None and cell.size > len(train_set):
-        raise LensError(f"size is {cell.size} and task {plan.task.name} has {len(train_set)} examples: lower it")
     size = len(train_set) if cell.size is None else cell.size
     order = [int(i) for i in np.random.default_rng([cell.seed, 1]).permutation(len(train_set))]
     chosen = sorted(order[:size])
@@ -299,17 +372,21 @@ def training_examples(plan: Plan, cell: Cell, chat: ChatFormat, shared: Path) ->
     if cell.share < 1:
         ids = _answer_ids(shared, "train")
         mixed = np.random.default_rng([cell.seed, 2]).permutation(chosen)
-        for i in (int(i) for i in mixed[max(1, round(cell.share * size)) :]):
+        narrow = max(1, min(size - 1, round(cell.share * size)))
+        for i in (int(i) for i in mixed[narrow:]):
             rows[i] = _with_base_answers(chat, [train_set[i]], [ids[i]])[0]
     return [rows[i] for i in chosen]
 
 
-def train_settings(plan: Plan, cell: Cell, n_examples: int) -> TrainSettings:
-    """The plan's settings, with the cell's seed, its method's learning rate, and its epochs as steps."""
+def train_settings(plan: Plan, cell: Cell, n_examples: int, n_rows: int) -> TrainSettings:
+    """The plan's settings, with the cell's seed, its method's learning rate, and its epochs as steps.
+
+    An epoch is a pass over `n_rows`, all that a method trains on; with interleaving more than the `n_examples`.
+    """
     batch = min(plan.training.batch_size, n_examples)
     steps = plan.training.steps
     if cell.epochs is not None:
-        steps = max(1, round(cell.epochs * -(-n_examples // batch)))
+        steps = max(1, round(cell.epochs * -(-n_rows // batch)))
     rate = cell.method.learning_rate or plan.training.learning_rate
     return replace(plan.training, seed=cell.seed, batch_size=batch, steps=steps, learning_rate=rate)
 
