@@ -369,6 +369,7 @@ def test_labels_on_the_prompt_and_missing_ones_are_refused_for_spans_that_need_t
     assert check_prefixes(whole, PROMPT).tolist() == [[0, 0], [1, 0]]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(LensError, match="the template has no query of its own"):
         settings(span="query")
@@ -463,7 +464,7 @@ def test_trl_packs_rows_and_runs_in_bf16(tmp_path: Path) -> None:
 
 
 def test_trl_pads_flattened_rows_to_a_multiple(tmp_path: Path) -> None:
-    given = {"padding_free": True, "pad_to_multiple_of": 16, "max_steps": 2}
+    given = {"padding_free": True, "pad_to_multiple_of": 16, "max_length": None, "max_steps": 2}
     trainer = make_trl(tmp_path, fresh(), EXAMPLES, {}, **given)
     trainer.train()
     assert losses(trainer, "drift_prefix")[-1] > 0
