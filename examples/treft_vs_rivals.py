@@ -10,6 +10,7 @@ and no system prompt, for the first task and seed.
 
 import argparse
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -58,6 +59,8 @@ class Study:
         self.training = TrainSettings(steps=given.steps, batch_size=given.batch)
         self.n, self.tokens, self.workers = given.n, given.tokens, given.workers
         self.deadline = time.monotonic() + 60 * given.minutes
+        told = ("seeds", "steps", "batch", "rates", "candidates", "n", "tokens")
+        self.asked = " ".join(f"--{name} {shlex.quote(str(getattr(given, name)))}" for name in told)
 
     @property
     def minutes(self) -> float:
@@ -259,8 +262,9 @@ def told(claim: str, e: Estimate, agree: list[bool]) -> dict:
 
 INTRODUCTION = """# TReFT and its rivals on a small model
 
-{model}, tasks {tasks}, seeds {seeds}; {steps} steps of {batch} rows, LoRA on all linear modules. Written by
-`python examples/treft_vs_rivals.py treft_out docs`; no number below is typed by hand.
+{model}, tasks {tasks}, seeds {seeds}; {steps} steps of {batch} rows, LoRA on all linear modules. Every task was run by the
+command above its tables, the page is written by `python examples/treft_vs_rivals.py treft_out docs --page`; no number
+below is typed by hand.
 
 Every method gets the same questions, steps and learning rate; interleaving spends its share of the rows on retain
 data, as in the paper. The rate and the weights were chosen per task on validation prompts with seed {first}: the
@@ -289,6 +293,7 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
         found = Comparison.load(folder / "test")
         finished, asked = found.card["finished"], found.card["asked"]
         parts.append(f"Measured: {found.behaviour.label} ({found.behaviour.unit}). {finished} of {asked} cells.")
+        parts.append(f"`python examples/treft_vs_rivals.py treft_out docs {read_json(folder / 'asked.json')}`")
         parts += ["### Test prompts", results(found), "### What holds", markdown(claims(found))]
         for name, draw in (("pareto", found.pareto_figure), ("update", found.update_figure)):
             if pictures:
@@ -356,6 +361,7 @@ def take_finished(folder: Path, stage: str, labels: list[str], seed: int) -> Non
 
 
 def run_task(study: Study, task: str, with_extras: bool) -> None:
+    write_json(study.out / task / "asked.json", f"--tasks {task} {study.asked}")
     methods, _ = choose(study, task)
     write_json(study.out / task / "chosen.json", methods)
     found = study.compare(task, "test", methods, seeds=study.seeds)
@@ -389,11 +395,12 @@ def main() -> None:
     asks.add_argument("--workers", type=int, default=1)
     asks.add_argument("--extras", action="store_true")
     asks.add_argument("--no-pictures", action="store_true")
+    asks.add_argument("--page", action="store_true", help="only write the page, of what is there")
     given = asks.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     study = Study(given)
-    for task in study.tasks:
+    for task in [] if given.page else study.tasks:
         try:
             run_task(study, task, given.extras)
         except LensError as error:
