@@ -263,8 +263,8 @@ def told(claim: str, e: Estimate, agree: list[bool]) -> dict:
 INTRODUCTION = """# TReFT and its rivals on a small model
 
 {model}, tasks {tasks}, seeds {seeds}; {steps} steps of {batch} rows, LoRA on all linear modules. Every task was run by
-the command above its tables, the page is written by `python examples/treft_vs_rivals.py treft_out docs --page`; no number
-below is typed by hand.
+the command above its tables, the page is written by `python examples/treft_vs_rivals.py treft_out docs --page`;
+no number below is typed by hand.
 
 Every method gets the same questions, steps and learning rate; interleaving spends its share of the rows on retain
 data, as in the paper. The rate and the weights were chosen per task on validation prompts with seed {first}: the
