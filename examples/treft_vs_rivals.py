@@ -42,6 +42,7 @@ FIXED = ("interleave:rate=0.2", "preventive:alpha=1")
 KEPT = 0.8  # of the on-topic behaviour, which a setting has to keep on validation prompts to be chosen
 SPANS = ("prefix", "postfix", "query")
 CARRIER_PROMPTS = 8
+ROUNDING = 1e-9  # a bound this near to 0 is 0
 CARRIED = {"test": "with the default system prompt", "extra_system_prompt": "trained and asked without a system prompt"}
 EXTRAS = ("treft:span=postfix", "treft:span=query", "treft:span=all")
 SHARES = (1.0, 0.5, 0.1)
@@ -149,7 +150,8 @@ def carriers(study: Study, task: str, stage: str, found: Comparison, system: str
 
 
 def number(e: Estimate) -> str:
-    return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"
+    value, low, high = (0.0 if abs(v) < ROUNDING else v for v in (e.value, e.low, e.high))
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def markdown(rows: list[dict]) -> str:
@@ -252,10 +254,10 @@ def kept_over(values: list[float], plain: list[float], base: list[float]) -> Est
 def told(claim: str, e: Estimate, agree: list[bool]) -> dict:
     if not math.isfinite(e.low):
         verdict = f"undefined ({e.reason})"
-    elif e.low > 0:
+    elif e.low > ROUNDING:
         verdict = "holds" if all(agree) else "not separable (seeds disagree)"
     else:
-        verdict = "does not hold" if e.high < 0 else "not separable"
+        verdict = "does not hold" if e.high < -ROUNDING else "not separable"
     seeds = f"{sum(agree)} of {len(agree)}"
     return {"claim": claim, "estimate [95 %]": number(e), "n": e.n, "seeds that agree": seeds, "verdict": verdict}
 
