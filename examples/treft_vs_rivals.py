@@ -343,13 +343,13 @@ def extras(study: Study, task: str, methods: list[str]) -> None:
     one, other = {"seeds": study.seeds[:1]}, [f"{e}:lambda={weight:g}:lr={rate}" for e in EXTRAS]
     for stage, asked, axes in (
         ("extra_spans", [sft, treft, *other], {}),
-        ("extra_mixtures", [sft, treft], {"shares": SHARES}),
         ("extra_system_prompt", [sft, treft], {"systems": (DEFAULT, None)}),
+        ("extra_mixtures", [sft, treft], {"shares": SHARES}),
     ):
         take_finished(study.out / task, stage, [sft, treft], study.seeds[0])
         found = study.compare(task, stage, asked, **axes, **one)
-    name = "extra_system_prompt"
-    write_json(study.out / task / f"carriers_{name}.json", carriers(study, task, name, found, None))
+        if stage in CARRIED:
+            write_json(study.out / task / f"carriers_{stage}.json", carriers(study, task, stage, found, None))
 
 
 def take_finished(folder: Path, stage: str, labels: list[str], seed: int) -> None:
