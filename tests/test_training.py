@@ -474,7 +474,7 @@ def _other(step: Step) -> Loss:
             r"settings\.seed .* settings\.steps is 8 there, 9 here",
         ),
         ({"examples": [*EXAMPLES[:-1], EXAMPLES[0]]}, r"examples\.sha256"),
-        ({"objective": _other}, r"objective\.name is 'piggyback_lens\.steps\.sft' there, '.*_other' here"),
+        ({"objective": _other}, r"objective\.name is 'piggyback_lens\.finetuning\.steps\.sft' there, '.*_other' here"),
         ({"model": ("llama-gqa", 0.1, 0)}, r"adapter\.dropout is 0\.0 there, 0\.1 here"),
         ({"model": ("llama-gqa", 0.0, 1)}, r"adapter\.init_seed is 0 there, 1 here"),
         ({"model": ("qwen3", 0.0, 0)}, r"base is "),

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -252,9 +253,8 @@ def nearer(
     """
     (x, y, b), n_missing = _complete_prompts(one=one, other=other, base=base)
 
-    def statistic(x: Array, y: Array, b: Array, axis: int = -1) -> Array:
-        gaps: Array = np.abs((y - b).mean(axis)) - np.abs((x - b).mean(axis))
-        return gaps
+    def statistic(x: Array, y: Array, b: Array, axis: int = -1) -> Any:  # a number or an array, as mean() gives
+        return np.abs((y - b).mean(axis)) - np.abs((x - b).mean(axis))
 
     return _estimate(statistic, (x, y, b), n_missing, level=level, n_resamples=n_resamples, seed=seed)
 
