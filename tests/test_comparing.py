@@ -485,8 +485,10 @@ def test_figures_show_every_method_and_both_references():
     assert "95 %" in pareto.layout.title.subtitle.text
 
 
-def test_the_verdict_names_the_method_that_recovers_most():
-    said = comparison_verdict(by_hand())
+def test_the_verdict_names_the_method_that_is_nearest_to_the_base():
+    found = by_hand()
+    beyond = made_up("kl_train:lambda=9", 0, (3.0, 3.0, 6.0), (90.0, 95.0, 99.0))  # goes past the base's 50 words
+    said = comparison_verdict(Comparison((*found.cells, beyond), found.bases, found.card))
     assert said.startswith("treft:lambda=3 recovers 50 % [")
     assert "keeps 96 %" in said
     assert comparison_verdict(Comparison(by_hand().cells[:2], by_hand().bases, by_hand().card)).startswith("No method")

@@ -162,14 +162,14 @@ def write_comparison_report(found: "Comparison", out: str | Path) -> Path:
 
 
 def comparison_verdict(found: "Comparison") -> str:
-    """One sentence that follows from the intervals: whose off-topic answers come back most, at what price."""
+    """One sentence from the intervals: whose off-topic answers are nearest to the base's, and at what price."""
     table = found.table()
     base = next(iter(found.bases))
     known = table[(table["family"] != "sft") & table["recovered"].notna() & table["kept"].notna()]
     if known.empty:
         reasons = [reason for reason in {*table["recovered_reason"], *table["kept_reason"]} if isinstance(reason, str)]
         return f"No method can be compared with plain finetuning here: {'; '.join(sorted(reasons)) or 'only sft ran'}."
-    row = known.sort_values("recovered").iloc[-1]
+    row = known.loc[known["spread"].abs().idxmin()]  # going past the base is leaving it
     gained = f"{100 * row['recovered']:.0f} % [{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]"
     kept = f"{100 * row['kept']:.0f} % [{100 * row['kept_low']:.0f}, {100 * row['kept_high']:.0f}]"
     said = "recovers" if row["recovered_low"] > 0 else "recovers nothing that can be told from noise, at most"
