@@ -169,7 +169,7 @@ def comparison_verdict(found: "Comparison") -> str:
     if known.empty:
         reasons = [reason for reason in {*table["recovered_reason"], *table["kept_reason"]} if isinstance(reason, str)]
         return f"No method can be compared with plain finetuning here: {'; '.join(sorted(reasons)) or 'only sft ran'}."
-    row = known.loc[known["spread"].abs().idxmin()]  # going past the base is leaving it
+    row = known.iloc[int(known["spread"].abs().to_numpy().argmin())]  # going past the base is leaving it
     gained = f"{100 * row['recovered']:.0f} % [{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]"
     kept = f"{100 * row['kept']:.0f} % [{100 * row['kept_low']:.0f}, {100 * row['kept_high']:.0f}]"
     said = "recovers" if row["recovered_low"] > 0 else "recovers nothing that can be told from noise, at most"
