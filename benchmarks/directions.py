@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.finetuning.retain import RetainData
-from piggyback_lens.finetuning.steps import Step, make_batch, sft
+from piggyback_lens.finetuning.steps import Step, sft
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.measuring.variants import response_texts, variant_nll

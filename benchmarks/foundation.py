@@ -13,7 +13,8 @@ import time
 import torch
 
 from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
-from piggyback_lens.finetuning.steps import forward_step, make_batch, sft
+from piggyback_lens.finetuning.batches import make_batch
+from piggyback_lens.finetuning.steps import forward_step, sft
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import Step
 from piggyback_lens.interventions.donors import prefix_activations

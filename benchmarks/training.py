@@ -16,8 +16,9 @@ import time
 import torch
 
 from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
-from piggyback_lens.finetuning.steps import Step, forward_step, make_batch, sft
+from piggyback_lens.finetuning.steps import Step, forward_step, sft
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import load_task

@@ -4,8 +4,8 @@ python examples/treft_vs_rivals.py treft_out docs [--model DIR] [--tasks terse,r
 
 For every task: learning rate and weights are chosen on validation prompts with one seed, then all methods run on
 test prompts with every seed. Each cell is written as it is finished, and the same command continues; the page is
-written from what is there (its pictures need Chrome or Chromium). --extras adds TReFT on other spans, mixtures
-and no system prompt, for the first task and seed.
+written from what is there (its pictures need Chrome or Chromium). --extras adds TReFT on other spans, no system
+prompt, mixtures, numbers of questions, and a smaller learning rate for longer, for the first seed.
 """
 
 import argparse
@@ -45,7 +45,11 @@ CARRIER_PROMPTS = 8
 ROUNDING = 1e-9  # a bound this near to 0 is 0
 CARRIED = {"test": "with the default system prompt", "extra_system_prompt": "trained and asked without a system prompt"}
 EXTRAS = ("treft:span=postfix", "treft:span=query", "treft:span=all")
-SHARES = (1.0, 0.5, 0.1)
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
+SIZES = (None, 60, 15)
+EPOCHS = (None, 2.0)  # at the smallest of the rates; None: the study's number of steps
+NOT_VARIED = {"size": "all", "epochs": "", "system": "none"}
+AXES = {"share": "Share of narrow examples", "size": "Training questions", "epochs": "Passes over the questions"}
 
 
 class Study:
@@ -306,22 +310,41 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
         if file.exists():
             parts += [f"### Which tokens carry it, {system}", CARRIERS.format(system=system), markdown(read_json(file))]
     for file in sorted(folder.glob("extra_*/results.json")):
-        extra = Comparison.load(file)
-        name = file.parent.name.removeprefix("extra_")
-        parts += [f"### {name}", results_by_axes(extra)]
+        parts += extra_section(study, task, file, pictures)
     if (tuned / "results.json").exists():
         parts += ["### Validation prompts, from which the settings were chosen", results(Comparison.load(tuned))]
     return parts
 
 
-def results_by_axes(found: Comparison) -> str:
+def extra_section(study: Study, task: str, file: Path, pictures: bool) -> list[str]:
+    """The table of an extra stage, and pictures over the axis that it varies."""
+    found, name = Comparison.load(file), file.parent.name.removeprefix("extra_")
+    parts = [f"### {name.replace('_', ' ')}", f"Seed {study.seeds[0]}; intervals over prompts.", by_axes(found)]
+    for axis in found.varied:
+        if axis in AXES:
+            if pictures:
+                picture = study.docs / f"treft_{task}_{axis}.png"
+                found.axis_figure(axis).write_image(picture, width=1000, scale=2)
+            parts.append(f"![{AXES[axis]}](treft_{task}_{axis}.png)")
+    return parts
+
+
+def by_axes(found: Comparison) -> str:
+    """One row per method and place on the axes that vary."""
     rows = []
     for key in found.keys:
-        own, axes = found.estimates(key), dict(zip(("system", "share"), key[1:3], strict=True))
-        row = {"method": key[0], **{k: "none" if v is None else v for k, v in axes.items()}}
-        row |= {name: number(own[name]) for name in ("on", "off", "spread", "kl")}
-        rows.append(row | {"seeds": ", ".join(map(str, found.seeds(key)))})
+        own, axes = found.estimates(key), dict(zip(("system", "share", "size", "epochs"), key[1:], strict=True))
+        row = {"method": key[0]} | {a: NOT_VARIED[a] if axes[a] is None else axes[a] for a in found.varied}
+        if "epochs" in found.varied:
+            row["steps"] = next(cell["training"]["steps"] for cell in found.cells if same_row(cell, key))
+        row |= {"on-topic": number(own["on"]), "off-topic": number(own["off"])}
+        rows.append(row | {"off-topic minus base": number(own["spread"]), "KL": number(own["kl"])})
     return markdown(rows)
+
+
+def same_row(cell: dict, key: tuple) -> bool:
+    own = cell["cell"]
+    return (cell["label"], own["system"], own["share"], own["size"], own["epochs"]) == key
 
 
 def write_page(study: Study, pictures: bool) -> Path:
@@ -337,14 +360,17 @@ def write_page(study: Study, pictures: bool) -> Path:
 
 
 def extras(study: Study, task: str, methods: list[str]) -> None:
-    """TReFT on other spans, noisy mixtures, and training without a system prompt; one seed."""
+    """TReFT on other spans, other prefixes, and other data; one seed."""
     sft, treft = methods[0], methods[1]
     weight, rate = parse_method(treft)[0].weight, sft.split("lr=")[1]
     one, other = {"seeds": study.seeds[:1]}, [f"{e}:lambda={weight:g}:lr={rate}" for e in EXTRAS]
+    slow = [f"sft:lr={study.rates[0]}", f"treft:lambda={weight:g}:lr={study.rates[0]}"]
     for stage, asked, axes in (
         ("extra_spans", [sft, treft, *other], {}),
         ("extra_system_prompt", [sft, treft], {"systems": (DEFAULT, None)}),
         ("extra_mixtures", [sft, treft], {"shares": SHARES}),
+        ("extra_sizes", [sft, treft], {"sizes": SIZES}),
+        ("extra_epochs", slow, {"epochs": EPOCHS}),
     ):
         take_finished(study.out / task, stage, [sft, treft], study.seeds[0])
         found = study.compare(task, stage, asked, **axes, **one)
@@ -363,13 +389,13 @@ def take_finished(folder: Path, stage: str, labels: list[str], seed: int) -> Non
 
 
 def run_task(study: Study, task: str, with_extras: bool) -> None:
-    write_json(study.out / task / "asked.json", f"--tasks {task} {study.asked}")
+    write_json(study.out / task / "asked.json", f"--tasks {task} {study.asked}{' --extras' * with_extras}")
     methods, _ = choose(study, task)
     write_json(study.out / task / "chosen.json", methods)
     found = study.compare(task, "test", methods, seeds=study.seeds)
     require_whole_seed(found, study.seeds[0])
     write_json(study.out / task / "carriers_test.json", carriers(study, task, "test", found))
-    if with_extras and task == study.tasks[0]:
+    if with_extras:
         extras(study, task, methods)
 
 

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.directions.scalars import adapter_scalars, logistic_probe
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.hook_training import HookTrainable
-from piggyback_lens.finetuning.steps import forward_step, make_batch, response_nll
+from piggyback_lens.finetuning.steps import forward_step, response_nll
 from piggyback_lens.finetuning.trainables import LoRASettings, Trainable, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.interventions.hooks import ablate, cache

@@ -10,13 +10,15 @@ from tiny_models import NAMES, build
 from torch.testing import assert_close
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning import packing
+from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.kept_base import KeptBase
 from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import kv_reference
 from piggyback_lens.finetuning.retain import RetainData
-from piggyback_lens.finetuning.steps import Step, make_batch, response_nll
+from piggyback_lens.finetuning.steps import Step, response_nll
 from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.models.backends import is_hooked_model
@@ -45,11 +47,13 @@ def gradients(trainable, batch):
     return loss.detach(), dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("how", ["packed", "prefix shared", "whole rows"])
 @pytest.mark.parametrize("what", ["vector", "lora"])
 @pytest.mark.parametrize("kind", ["transformers", "bridge"])
 @pytest.mark.parametrize("layout", NAMES)
-def test_loss_and_gradients_are_those_of_the_whole_pass(layout, kind, what, share):
+def test_loss_and_gradients_are_those_of_the_whole_pass(layout, kind, what, how, monkeypatch):
+    monkeypatch.setattr(packing, "ATTENTION_COST", 0.0 if how == "packed" else float("inf"))
+    share = how != "whole rows"
     model = model_of(layout, kind)
     try:
         start = start_of(model, what)
@@ -64,7 +68,7 @@ def test_loss_and_gradients_are_those_of_the_whole_pass(layout, kind, what, shar
         for name, gradient in whole[1].items():
             assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
             assert gradient.abs().max() > 1e-6
-    assert (cached.below.passes, len(cached.below)) == (1, 6)
+    assert (cached.below.passes, len(cached.below)) == (6, 6)
 
 
 def test_layers_below_are_not_run_and_come_back():
@@ -112,7 +116,10 @@ def test_a_forward_that_somebody_has_put_on_a_block_comes_back():
     block.forward = placed
     trainable, batch = HookTrainable(model, start_of(model, "vector")), make_batch(EXAMPLES)
     trainable.forward(batch)
-    assert (vars(block)["forward"], len(calls)) == (placed, 1)  # it ran to fill the store, and was passed by after
+    assert (vars(block)["forward"], len(calls)) == (
+        placed,
+        len(EXAMPLES),
+    )  # it ran to fill the store, and was passed by after
 
 
 def test_what_exceeds_the_budget_is_read_from_files():
@@ -122,7 +129,7 @@ def test_what_exceeds_the_budget_is_read_from_files():
     assert torch.equal(inside.of(batch), outside.of(batch))
     assert (inside.n_filed, outside.n_filed, len(outside)) == (0, 6, 6)
     assert torch.equal(outside.of(batch), inside.of(batch))
-    assert outside.passes == 1
+    assert outside.passes == 6
 
 
 def test_training_gives_the_same_vector_and_logs_its_norm():

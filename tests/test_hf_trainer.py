@@ -18,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import piggyback_lens.finetuning.hf_trainer as module
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import batch_indices, make_batch
 from piggyback_lens.finetuning.hf_rows import check_prefixes, prompt_rows
 from piggyback_lens.finetuning.hf_trainer import (
     REFERENCE_FOLDER,
@@ -28,7 +29,7 @@ from piggyback_lens.finetuning.hf_trainer import (
 )
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import KVReference, kv_reference
-from piggyback_lens.finetuning.steps import batch_indices, forward_step, make_batch
+from piggyback_lens.finetuning.steps import forward_step
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
 

@@ -14,10 +14,11 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.hf_trainer import TReFTSettings, TReFTTrainer, training_rows
 from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.objectives import TReFT
-from piggyback_lens.finetuning.steps import Step, forward_step, make_batch
+from piggyback_lens.finetuning.steps import Step, forward_step
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
 

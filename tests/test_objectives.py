@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, Penalty, TReFT, Weighted
 from piggyback_lens.finetuning.preventive import PreventiveSteering, steered
 from piggyback_lens.finetuning.references import KVReference, adapter_off, base_forward, kv_reference, prefix_batch
 from piggyback_lens.finetuning.retain import RetainData, interleave
-from piggyback_lens.finetuning.steps import Step, forward_step, make_batch, sft
+from piggyback_lens.finetuning.steps import Step, forward_step, sft
 from piggyback_lens.finetuning.trainables import LoRASettings, PeftAdapter, add_lora
 from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
 
@@ -187,7 +188,7 @@ def test_an_adapter_that_does_not_touch_the_prefix_trains_as_without_the_penalty
     train(plain, EXAMPLES, SETTINGS)
     objective = Penalised((Weighted(TReFT.on(penalised, EXAMPLES[0]), 1000.0),))
     result = train(penalised, EXAMPLES, SETTINGS, objective=objective)
-    assert {row["drift_prefix"] for row in result.history} == {0.0}
+    assert max(row["drift_prefix"] for row in result.history) < 1e-11  # rounding, of which no gradient comes
     assert_same_weights(plain, penalised)
     assert not torch.equal(*(next(iter(adapter(x).values())) for x in (plain, fresh(**lora))))
 

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt, Span
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.steps import (
-    StepOutput,
-    batch_indices,
-    check_sharing,
-    common_prefix_length,
-    forward_step,
-    make_batch,
-    response_nll,
-)
+from piggyback_lens.finetuning.batches import batch_indices, common_prefix_length, make_batch
+from piggyback_lens.finetuning.steps import StepOutput, check_sharing, forward_step, response_nll
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 
 

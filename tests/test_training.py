@@ -16,17 +16,9 @@ from torch import nn
 import piggyback_lens.finetuning.checkpoints as checkpoints_module
 import piggyback_lens.finetuning.training as training_module
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import TrainBatch, batch_indices
 from piggyback_lens.finetuning.checkpoints import run_lock
-from piggyback_lens.finetuning.steps import (
-    Loss,
-    Step,
-    StepOutput,
-    TrainBatch,
-    batch_indices,
-    forward_step,
-    response_nll,
-    sft,
-)
+from piggyback_lens.finetuning.steps import Loss, Step, StepOutput, forward_step, response_nll, sft
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainResult, TrainSettings, learning_rate_at, train
 from piggyback_lens.maths import kl_per_token, relative_kv_drift
@@ -638,7 +630,7 @@ def test_sharing_is_exact_on_the_real_model(real_model_dir: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from piggyback_lens.conversations.chat import ChatFormat
-    from piggyback_lens.finetuning.steps import make_batch
+    from piggyback_lens.finetuning.batches import make_batch
 
     chat = ChatFormat(AutoTokenizer.from_pretrained(real_model_dir))
     model = add_lora(AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), LoRASettings())

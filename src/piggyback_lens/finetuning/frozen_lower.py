@@ -5,11 +5,12 @@
         output = forward_step(model, batch)     # layers 0 to 14 are not run
 
 The stored activations are those of the model as it is while they are computed, so nothing else that acts on
-those layers may come or go later. They are kept in memory up to a budget, then in files.
+those layers may come or go later. They are kept in memory up to a budget, then in files. Each example has a pass
+of its own: the last bits of a row depend on the rows beside it, and a resumed run meets it in another batch.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.steps import TrainBatch
+from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.packing import packing_of
 from piggyback_lens.vectors.attachment import decoder_blocks
 
 Ids = tuple[int, ...]
@@ -69,9 +71,9 @@ class FrozenLower:
     def of(self, batch: TrainBatch) -> Float[Tensor, "row pos d_model"]:
         """The stored activations of a batch; padding is zero. Computes what is not there yet."""
         rows = _real_ids(batch)
-        missing = [ids for ids in dict.fromkeys(rows) if ids not in self._kept and ids not in self._filed]
-        if missing:
-            self._fill(missing)
+        for ids in rows:
+            if ids not in self._kept and ids not in self._filed:
+                self._keep(ids, self._run(torch.tensor([ids], device=batch.ids.device))[0])
         found = [self._read(ids) for ids in rows]
         out = found[0].new_zeros((len(rows), batch.ids.shape[1], found[0].shape[-1]), device=batch.ids.device)
         for row, hidden in enumerate(found):
@@ -90,7 +92,10 @@ class FrozenLower:
         """
         whole = self.of(batch)
         shared = batch.prefix_length if batch.share_prefix else 0
+        packing = packing_of(self.model, batch)
         waiting = [whole[:1, :shared], whole[:, shared:]] if shared else [whole]
+        if packing is not None:
+            waiting = packing.pack(whole)
 
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -131,20 +136,8 @@ class FrozenLower:
 
         return forward
 
-    def _fill(self, missing: Sequence[Ids], rows: int = 16) -> None:
-        order = sorted(missing, key=len)
-        device = next(self.model.parameters()).device
-        for at in range(0, len(order), rows):
-            chunk = order[at : at + rows]
-            ids = torch.zeros((len(chunk), len(chunk[-1])), dtype=torch.long)
-            for row, own in enumerate(chunk):
-                ids[row, : len(own)] = torch.tensor(own)
-            hidden = self._run(ids.to(device))
-            for row, own in enumerate(chunk):
-                self._keep(own, hidden[row, : len(own)].clone())
-
     def _run(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d_model"]:
-        """The input of block `start`. Padding is on the right, where no real token looks."""
+        """The input of block `start`."""
         found: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

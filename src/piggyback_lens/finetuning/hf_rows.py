@@ -16,8 +16,8 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.references import SpanName
-from piggyback_lens.finetuning.steps import TrainBatch
 
 IGNORED = -100
 """The label of tokens that are not trained on."""

@@ -29,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import check_supervised
 from piggyback_lens.finetuning.hf_rows import IGNORED, check_prefixes, prompt_rows
 from piggyback_lens.finetuning.objectives import ReferenceName, TReFT, Weighted
 from piggyback_lens.finetuning.references import (
@@ -43,7 +44,7 @@ from piggyback_lens.finetuning.references import (
     span_drift,
     without_replicas,
 )
-from piggyback_lens.finetuning.steps import StepOutput, check_supervised, forward_step
+from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.finetuning.trainables import check_field
 
 REFERENCE_FOLDER = "treft_reference"

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
-from piggyback_lens.finetuning.steps import StepOutput, TrainBatch, forward_step
+from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.models.backends import forward, shape_of
 from piggyback_lens.vectors.adapters import Adapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.finetuning.batches import TrainBatch, make_batch
 from piggyback_lens.finetuning.references import adapter_off, base_forward
-from piggyback_lens.finetuning.steps import Step, StepOutput, TrainBatch, make_batch
+from piggyback_lens.finetuning.steps import Step, StepOutput
 
 Key = tuple[int, tuple[int, ...]]
 

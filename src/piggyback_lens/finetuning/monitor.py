@@ -27,6 +27,7 @@ from piggyback_lens.files import (
     read_jsonl,
     write_json,
 )
+from piggyback_lens.finetuning.batches import check_supervised, make_batch
 from piggyback_lens.finetuning.references import (
     KVReference,
     adapter_off,
@@ -37,7 +38,7 @@ from piggyback_lens.finetuning.references import (
     prefix_drift,
     without_replicas,
 )
-from piggyback_lens.finetuning.steps import LayerTensors, check_supervised, forward_step, make_batch
+from piggyback_lens.finetuning.steps import LayerTensors, forward_step
 from piggyback_lens.maths import Estimate, recovery, spread, token_log_probs
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.kept_base import KeptBase
 from piggyback_lens.finetuning.references import (
     SPANS,
@@ -39,7 +40,7 @@ from piggyback_lens.finetuning.references import (
     span_range,
 )
 from piggyback_lens.finetuning.retain import RetainData
-from piggyback_lens.finetuning.steps import Loss, Objective, Step, TrainBatch, sft
+from piggyback_lens.finetuning.steps import Loss, Objective, Step, sft
 from piggyback_lens.finetuning.trainables import check_field
 from piggyback_lens.maths import kl_per_token
 
@@ -89,9 +90,9 @@ class TReFT:
     postfix against the template's is compared before it, since there the positions differ.
 
     With the template's prefix as reference it is read from the pass that gives the loss, costs no further
-    pass, and is zero before training. So is any span with reference "own", which takes one base pass of the
-    prompts per step. The template's postfix is not zero before training: a row's postfix depends on its
-    query, and this penalty holds it to that of one example.
+    pass, and is zero before training (in float32 up to rounding, 1e-12). So is any span with reference
+    "own", which takes one base pass of the prompts per step. The template's postfix is not zero before
+    training: a row's postfix depends on its query, and this penalty holds it to that of one example.
 
     Attributes:
         span: prefix, query, postfix, or all (the whole prompt; never the response).

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.steps import StepOutput, TrainBatch
+from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.steps import StepOutput
 from piggyback_lens.finetuning.trainables import Trainable, check_field
 
 ResidualSite = Literal["resid_pre", "resid_post"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
-from piggyback_lens.finetuning.steps import StepOutput, TrainBatch, forward_step
+from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.maths import relative_kv_drift
 
 SpanName = Literal["prefix", "query", "postfix", "all"]

@@ -10,7 +10,7 @@ import torch
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.steps import TrainBatch, batch_indices, check_supervised, make_batch
+from piggyback_lens.finetuning.batches import TrainBatch, batch_indices, check_supervised, make_batch
 
 RATE = 0.2
 """Share of retain examples in the mixture of 2606.06667."""

@@ -1,50 +1,32 @@
-"""One training step: a batch of conversations, its forward pass, and the loss of the response tokens.
+"""One training step: the forward pass of a batch of conversations, and the loss of the response tokens.
 
 Attention is causal, so the prefix of a chat template (the same ids in every row) has the same keys and values
 in every row. `forward_step` computes them once, with gradient, and lets every row attend to them; the
-gradients of the rows sum in the one prefix pass. This is exact, not an approximation: `check_sharing`
-compares it with the ordinary pass at the start of every run.
+gradients of the rows sum there. Where it can, all of this is one pass without padding (see `packing`). This is
+exact, not an approximation: `check_sharing` compares it with the ordinary pass at the start of every run.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, cast
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.packing import Packing, UnpackedLayers, model_mask, packing_of
 from piggyback_lens.finetuning.plain_keys import keep_plain_keys
 
 LayerTensors = tuple[
     Sequence[Float[Tensor, "kv_head prefix head_dim"]], Sequence[Float[Tensor, "kv_head prefix head_dim"]]
 ]
 """Keys and values of one prefix, layer by layer."""
-
-
-@dataclass(frozen=True, eq=False)
-class TrainBatch:
-    """Right-padded rows of prompt + response; positions count from the first token of the row."""
-
-    examples: tuple[RenderedPrompt, ...]
-    ids: Int[Tensor, "row pos"]
-    attention_mask: Int[Tensor, "row pos"]  # 1 at real tokens
-    supervised: Bool[Tensor, "row pos"]  # True at response tokens, the turn end included
-    prefix_length: int  # leading tokens that are prefix in every row, and the same ids
-    share_prefix: bool  # compute those tokens once instead of once per row
-    plain_keys: bool = False  # keep the keys before the rotary embedding too
-
-    @property
-    def n_supervised(self) -> int:
-        """Number of response tokens, the denominator of the loss."""
-        return int(self.supervised.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +42,8 @@ class StepOutput:
     rows: Int[Tensor, " token"]  # the row of the batch that each of them belongs to
     prefix_keys: tuple[Float[Tensor, "kv_head prefix head_dim"], ...]  # per layer, of `prefix_length` tokens
     prefix_values: tuple[Float[Tensor, "kv_head prefix head_dim"], ...]
-    keys: tuple[Float[Tensor, "row kv_head pos head_dim"], ...]  # per layer, all positions, padding included
-    values: tuple[Float[Tensor, "row kv_head pos head_dim"], ...]
+    keys: Sequence[Float[Tensor, "row kv_head pos head_dim"]]  # per layer, all positions, padding included
+    values: Sequence[Float[Tensor, "row kv_head pos head_dim"]]
     plain_keys: tuple[Float[Tensor, "row pos width"], ...] | None = None  # before the rotary embedding, if asked
 
 
@@ -98,96 +80,6 @@ class Loss:
 Objective = Callable[[Step], Loss]
 
 
-def make_batch(
-    examples: Sequence[RenderedPrompt],
-    *,
-    share_prefix: bool = True,
-    pad_id: int = 0,
-    device: torch.device | str = "cpu",
-    plain_keys: bool = False,
-) -> TrainBatch:
-    """Right-pad examples into one batch.
-
-    Raises:
-        LensError: no examples, or an example without response tokens.
-    """
-    if not examples:
-        raise LensError("got an empty batch; pass at least one example with a response")
-    width = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    supervised = torch.zeros_like(ids, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        check_supervised(example, row)
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        supervised[row, example.n_prompt : length] = True
-    return TrainBatch(
-        examples=tuple(examples),
-        ids=ids.to(device),
-        attention_mask=mask.to(device),
-        supervised=supervised.to(device),
-        prefix_length=common_prefix_length(examples),
-        share_prefix=share_prefix,
-        plain_keys=plain_keys,
-    )
-
-
-def batch_indices(lengths: tuple[int, ...], batch_size: int, seed: int, index: int) -> tuple[int, ...]:
-    """The examples of step `index`: a function of the arguments alone, each example once per epoch.
-
-    Every epoch is shuffled anew. Within windows of eight batches, examples of similar length go together
-    (lengths are jittered by a quarter, else small data would give the same batches in every epoch). Where
-    batch_size does not divide the number of examples, one batch of each epoch is smaller.
-    """
-    epoch, position = divmod(index, math.ceil(len(lengths) / batch_size))
-    return _epoch_batches(lengths, batch_size, seed, epoch)[position]
-
-
-@lru_cache(maxsize=4)
-def _epoch_batches(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[tuple[int, ...], ...]:
-    generator = np.random.default_rng([seed, epoch])
-    order = [int(number) for number in generator.permutation(len(lengths))]
-    jittered = np.asarray(lengths) * generator.uniform(0.8, 1.25, len(lengths))
-    batches: list[tuple[int, ...]] = []
-    for at in range(0, len(order), 8 * batch_size):
-        window = sorted(order[at : at + 8 * batch_size], key=lambda number: float(jittered[number]))
-        batches += [tuple(window[at : at + batch_size]) for at in range(0, len(window), batch_size)]
-    return tuple(batches[int(place)] for place in generator.permutation(len(batches)))
-
-
-def check_supervised(example: RenderedPrompt, number: int) -> None:
-    """Refuse an example that the loss could not see."""
-    if len(example.ids) <= example.n_prompt:
-        raise LensError(
-            f"example {number} has no response tokens ({len(example.ids)} tokens, all prompt); render it "
-            "with response=... or use .with_response(...)"
-        )
-    if example.n_prompt < 1:
-        raise LensError(f"example {number} has no prompt token before its response; nothing predicts its start")
-
-
-def common_prefix_length(examples: Sequence[RenderedPrompt]) -> int:
-    """Number of leading tokens that are prefix in every example and the same in all of them.
-
-    A template whose prefix border lies inside a token gives some prompts a shorter prefix, and conversations
-    of several turns count their history as prefix; the batch shares what is common. The last prompt token
-    is never shared, since it predicts the response.
-    """
-    limit = min(min(_prefix_stop(example), example.n_prompt - 1) for example in examples)
-    first = examples[0].ids
-    for position in range(limit):
-        if any(example.ids[position] != first[position] for example in examples):
-            return position
-    return limit
-
-
-def _prefix_stop(example: RenderedPrompt) -> int:
-    span = example.spans.get("prefix")
-    return 0 if span is None else int(span.stop)
-
-
 def forward_step(model: nn.Module, batch: TrainBatch, prefix: LayerTensors | None = None) -> StepOutput:
     """Logits of the response tokens, and the keys and values of the pass, in one forward with gradient.
 
@@ -205,6 +97,8 @@ def forward_step(model: nn.Module, batch: TrainBatch, prefix: LayerTensors | Non
     """
     from transformers import DynamicCache
 
+    if prefix is None and (packing := packing_of(model, batch)) is not None:
+        return _packed_step(model, batch, packing)
     n_rows, width = batch.ids.shape
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
     start = batch.prefix_length if batch.share_prefix or prefix is not None else 0
@@ -239,6 +133,38 @@ def forward_step(model: nn.Module, batch: TrainBatch, prefix: LayerTensors | Non
     )
 
 
+def _packed_step(model: nn.Module, batch: TrainBatch, packing: Packing) -> StepOutput:
+    """`forward_step` with all rows in one."""
+    from transformers import DynamicCache
+
+    rows, targets_at = batch.supervised.nonzero(as_tuple=True)
+    *before, last = packing.pack(batch.ids)
+    cache = DynamicCache()
+    for ids in before:
+        _logits_at(model, ids, start=0, cache=cache, reads=(rows[:0], rows[:0]))
+    start = sum(ids.shape[1] for ids in before)
+    reads = packing.places[rows, targets_at - 1] - start
+    logits = _logits_at(
+        model,
+        last,
+        start=start,
+        cache=cache,
+        reads=(torch.zeros_like(reads), reads),
+        mask=model_mask(model, packing.mask()[:, :, start:]),
+        positions=packing.columns[None, start:],
+    )
+    keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
+    return StepOutput(
+        logits=logits,
+        targets=batch.ids[rows, targets_at],
+        rows=rows,
+        prefix_keys=tuple(key[0, :, : batch.prefix_length] for key in keys),
+        prefix_values=tuple(value[0, :, : batch.prefix_length] for value in values),
+        keys=UnpackedLayers(packing, keys),
+        values=UnpackedLayers(packing, values),
+    )
+
+
 def _logits_at(
     model: nn.Module,
     ids: Int[Tensor, "row new"],
@@ -246,18 +172,18 @@ def _logits_at(
     start: int,
     cache: Any,
     reads: tuple[Int[Tensor, " token"], Int[Tensor, " token"]],
+    mask: Tensor | None = None,
+    positions: Int[Tensor, "row new"] | None = None,
 ) -> Float[Tensor, "token vocab"]:
     """Run `ids` from position `start` on top of `cache`; logits only at `reads`, (rows, columns) of `ids`."""
     n_rows, stop = ids.shape[0], start + ids.shape[1]
+    # Padding is on the right, where no real token looks. It is not masked: a row of the mask without any key
+    # (padding beyond a sliding window) can make NaN.
+    mask = ids.new_ones(n_rows, stop) if mask is None else mask
+    positions = torch.arange(start, stop, device=ids.device).expand(n_rows, -1) if positions is None else positions
     with _head_reads(model, *reads):
         output = cast(Any, model)(
-            input_ids=ids,
-            # Padding is on the right, where no real token looks. It is not masked: a row of the mask without
-            # any key (padding beyond a sliding window) can make NaN.
-            attention_mask=ids.new_ones(n_rows, stop),
-            position_ids=torch.arange(start, stop, device=ids.device).expand(n_rows, -1),
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
     logits: Tensor = output.logits
     if logits.shape[:2] != (1, len(reads[0])):

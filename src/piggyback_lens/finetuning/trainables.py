@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.steps import StepOutput, TrainBatch, forward_step
+from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.steps import StepOutput, forward_step
 
 
 def check_field(settings: object, name: str, good: bool, expected: str) -> None:

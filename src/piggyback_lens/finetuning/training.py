@@ -24,6 +24,7 @@ from torch import nn
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
+from piggyback_lens.finetuning.batches import TrainBatch, batch_indices, check_supervised, make_batch
 from piggyback_lens.finetuning.checkpoints import (
     Progress,
     Row,
@@ -33,17 +34,7 @@ from piggyback_lens.finetuning.checkpoints import (
     save_checkpoint,
     write_folder,
 )
-from piggyback_lens.finetuning.steps import (
-    Loss,
-    Objective,
-    Step,
-    TrainBatch,
-    batch_indices,
-    check_sharing,
-    check_supervised,
-    make_batch,
-    sft,
-)
+from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
 from piggyback_lens.progress import track
 

@@ -13,10 +13,11 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.resuming import ids_hash
 from piggyback_lens.files import read_json, write_json
+from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.finetuning.retain import RetainData, interleave
-from piggyback_lens.finetuning.steps import Objective, make_batch, sft
+from piggyback_lens.finetuning.steps import Objective, sft
 from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.jobs.direction_reports import (
     train_report,

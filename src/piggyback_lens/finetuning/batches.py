@@ -1,0 +1,122 @@
+"""Batches of conversations: right-padded rows, what of them is supervised, and the prefix they share."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatch:
+    """Right-padded rows of prompt + response; positions count from the first token of the row."""
+
+    examples: tuple[RenderedPrompt, ...]
+    ids: Int[Tensor, "row pos"]
+    attention_mask: Int[Tensor, "row pos"]  # 1 at real tokens
+    supervised: Bool[Tensor, "row pos"]  # True at response tokens, the turn end included
+    prefix_length: int  # leading tokens that are prefix in every row, and the same ids
+    share_prefix: bool  # compute those tokens once instead of once per row
+    plain_keys: bool = False  # keep the keys before the rotary embedding too
+
+    @property
+    def n_supervised(self) -> int:
+        """Number of response tokens, the denominator of the loss."""
+        return int(self.supervised.sum())
+
+
+def make_batch(
+    examples: Sequence[RenderedPrompt],
+    *,
+    share_prefix: bool = True,
+    pad_id: int = 0,
+    device: torch.device | str = "cpu",
+    plain_keys: bool = False,
+) -> TrainBatch:
+    """Right-pad examples into one batch.
+
+    Raises:
+        LensError: no examples, or an example without response tokens.
+    """
+    if not examples:
+        raise LensError("got an empty batch; pass at least one example with a response")
+    width = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    supervised = torch.zeros_like(ids, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        check_supervised(example, row)
+        length = len(example.ids)
+        ids[row, :length] = torch.tensor(example.ids)
+        mask[row, :length] = 1
+        supervised[row, example.n_prompt : length] = True
+    return TrainBatch(
+        examples=tuple(examples),
+        ids=ids.to(device),
+        attention_mask=mask.to(device),
+        supervised=supervised.to(device),
+        prefix_length=common_prefix_length(examples),
+        share_prefix=share_prefix,
+        plain_keys=plain_keys,
+    )
+
+
+def batch_indices(lengths: tuple[int, ...], batch_size: int, seed: int, index: int) -> tuple[int, ...]:
+    """The examples of step `index`: a function of the arguments alone, each example once per epoch.
+
+    Every epoch is shuffled anew. Within windows of eight batches, examples of similar length go together
+    (lengths are jittered by a quarter, else small data would give the same batches in every epoch). Where
+    batch_size does not divide the number of examples, one batch of each epoch is smaller.
+    """
+    epoch, position = divmod(index, math.ceil(len(lengths) / batch_size))
+    return _epoch_batches(lengths, batch_size, seed, epoch)[position]
+
+
+@lru_cache(maxsize=4)
+def _epoch_batches(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[tuple[int, ...], ...]:
+    generator = np.random.default_rng([seed, epoch])
+    order = [int(number) for number in generator.permutation(len(lengths))]
+    jittered = np.asarray(lengths) * generator.uniform(0.8, 1.25, len(lengths))
+    batches: list[tuple[int, ...]] = []
+    for at in range(0, len(order), 8 * batch_size):
+        window = sorted(order[at : at + 8 * batch_size], key=lambda number: float(jittered[number]))
+        batches += [tuple(window[at : at + batch_size]) for at in range(0, len(window), batch_size)]
+    return tuple(batches[int(place)] for place in generator.permutation(len(batches)))
+
+
+def check_supervised(example: RenderedPrompt, number: int) -> None:
+    """Refuse an example that the loss could not see."""
+    if len(example.ids) <= example.n_prompt:
+        raise LensError(
+            f"example {number} has no response tokens ({len(example.ids)} tokens, all prompt); render it "
+            "with response=... or use .with_response(...)"
+        )
+    if example.n_prompt < 1:
+        raise LensError(f"example {number} has no prompt token before its response; nothing predicts its start")
+
+
+def common_prefix_length(examples: Sequence[RenderedPrompt]) -> int:
+    """Number of leading tokens that are prefix in every example and the same in all of them.
+
+    A template whose prefix border lies inside a token gives some prompts a shorter prefix, and conversations
+    of several turns count their history as prefix; the batch shares what is common. The last prompt token
+    is never shared, since it predicts the response.
+    """
+    limit = min(min(_prefix_stop(example), example.n_prompt - 1) for example in examples)
+    first = examples[0].ids
+    for position in range(limit):
+        if any(example.ids[position] != first[position] for example in examples):
+            return position
+    return limit
+
+
+def _prefix_stop(example: RenderedPrompt) -> int:
+    span = example.spans.get("prefix")
+    return 0 if span is None else int(span.stop)

@@ -1,0 +1,165 @@
+"""Rows one behind the other in one pass: the numbers are those of rows that are run alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_steps import assert_same_step, nll, tuned
+from tiny_chat import VOCAB, tiny_examples
+from tiny_models import NAMES, WINDOW, build
+
+from piggyback_lens.finetuning import packing
+from piggyback_lens.finetuning.batches import make_batch
+from piggyback_lens.finetuning.frozen_lower import FrozenLower
+from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
+from piggyback_lens.finetuning.packing import Packing, packing_of
+from piggyback_lens.finetuning.references import kv_reference, prefix_drift
+from piggyback_lens.finetuning.steps import Step, forward_step
+
+
+def widened(model: Any) -> Any:
+    """Attention windows that reach over every row, so that one mask suits all layers."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner.config, "sliding_window", None) is not None:
+        inner.config.sliding_window = 256
+    return model
+
+
+@pytest.fixture
+def packs_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "ATTENTION_COST", 0.0)
+
+
+@pytest.mark.usefixtures("packs_always")
+@pytest.mark.parametrize("impl", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_step_has_the_loss_and_gradients_of_rows_run_alone(name: str, impl: str) -> None:
+    model, examples = widened(tuned(name, impl)), tiny_examples(5)
+    assert packing_of(model, make_batch(examples)) is not None
+    assert_same_step(model, examples)
+
+
+@pytest.mark.usefixtures("packs_always")
+@pytest.mark.parametrize("name", NAMES)
+def test_its_keys_and_values_lie_in_their_rows(name: str) -> None:
+    model, examples = widened(tuned(name)), tiny_examples(4)
+    (_, packed), (_, ordinary) = (nll(model, examples, share_prefix=share) for share in (True, False))
+    real = make_batch(examples).attention_mask.bool()
+    for field in ("keys", "values"):
+        found, expected = getattr(packed, field), getattr(ordinary, field)
+        assert isinstance(found, packing.UnpackedLayers)
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape
+            torch.testing.assert_close(a.transpose(1, 2)[real], b.transpose(1, 2)[real], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[-1], found[len(found) - 1])
+        assert torch.equal(found[1:][0], found[1])
+
+
+@pytest.mark.parametrize("span", ["prefix", "query", "postfix", "all"])
+def test_penalties_on_keys_and_values_are_those_of_whole_rows(span: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = tuned("llama-gqa"), tiny_examples(4)
+    objective = Penalised((Weighted(TReFT.on(model, examples[0], span, reference="own"), 3.0),))
+    found = []
+    for cost in (0.0, float("inf")):
+        monkeypatch.setattr(packing, "ATTENTION_COST", cost)
+        batch = make_batch(examples)
+        assert (packing_of(model, batch) is None) == bool(cost)
+        loss = objective(Step(model, batch, forward_step(model, batch), 0)).total
+        parameters = [value for value in model.parameters() if value.requires_grad]
+        found.append([loss, *torch.autograd.grad(loss, parameters)])
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).detach().norm()) < 1e-4 * float(b.detach().norm())  # drifts are taken in float32
+
+
+@pytest.mark.usefixtures("packs_always")
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "gpt2"])
+def test_stored_activations_of_lower_layers_are_packed_alike(name: str) -> None:
+    model, batch = build(name, vocab=VOCAB), make_batch(tiny_examples(4))
+    assert packing_of(model, batch) is not None
+    whole = forward_step(model, batch).logits
+    with FrozenLower(model, 2).standing_in(batch):
+        torch.testing.assert_close(forward_step(model, batch).logits, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_beyond_a_window_keys_before_rotation_and_flash_attention_are_not_packed(packs_always: None) -> None:
+    examples = tiny_examples(3)
+    batch = make_batch(examples)
+    assert batch.ids.shape[1] > WINDOW
+    assert packing_of(build("mistral", vocab=VOCAB), batch) is None
+    assert packing_of(build("gemma3", vocab=VOCAB), batch) is None
+    llama = build("llama-gqa", vocab=VOCAB)
+    assert packing_of(llama, batch) is not None
+    assert packing_of(llama, make_batch(examples, share_prefix=False)) is None
+    assert packing_of(llama, make_batch(examples, plain_keys=True)) is None
+    llama.config._attn_implementation = "flash_attention_2"
+    assert packing_of(llama, batch) is None
+
+
+def test_a_model_without_positions_of_its_own_is_not_packed(packs_always: None) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4))
+    assert packing_of(bloom, make_batch(tiny_examples(3))) is None
+
+
+def test_it_is_packed_where_it_pays() -> None:
+    model = build("llama-gqa", vocab=VOCAB)  # 32 wide: attention costs as much as the linear layers
+    model.config.hidden_size = 4096
+    assert packing_of(model, make_batch(tiny_examples(6))) is not None
+    model.config.hidden_size = 1
+    assert packing_of(model, make_batch(tiny_examples(6))) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", ["eager", "sdpa"])
+def test_half_precision_stays_near(impl: str, dtype: torch.dtype, packs_always: None) -> None:
+    model, batch = build("llama-gqa", vocab=VOCAB, attn_implementation=impl), make_batch(tiny_examples(4))
+    exact = forward_step(model, batch).logits.detach()
+    found = forward_step(model.to(dtype), batch).logits.detach()
+    assert found.dtype == dtype
+    assert float((found - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_prefix_has_not_drifted_before_training(dtype: torch.dtype, packs_always: None) -> None:
+    model, examples = build("llama-gqa", vocab=VOCAB, attn_implementation="sdpa").to(dtype), tiny_examples(6)
+    batch = make_batch(examples)
+    own = packing_of(model, batch)
+    assert own is not None
+    assert own.prefix_alone == (dtype == torch.bfloat16)
+    drift = prefix_drift(forward_step(model, batch), kv_reference(model, examples[0])).detach()
+    assert float(drift.max()) <= (1e-10 if dtype == torch.float32 else 0.0)
+
+
+def test_packing_works_under_autocast(packs_always: None) -> None:
+    model, batch = build("llama-gqa", vocab=VOCAB, attn_implementation="sdpa"), make_batch(tiny_examples(4))
+    exact = forward_step(model, batch).logits.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = forward_step(model, batch).logits.detach()
+    assert float((found - exact).norm() / exact.norm()) < 0.05
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), n_prefix=st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_every_token_has_one_place(lengths: list[int], n_prefix: int) -> None:
+    width = n_prefix + max(lengths)
+    ids = torch.arange(len(lengths) * width).reshape(len(lengths), width)
+    ids[:, :n_prefix] = torch.arange(n_prefix)
+    attention = (torch.arange(width) < n_prefix + torch.tensor(lengths)[:, None]).long()
+    own = Packing.place(attention, n_prefix)
+    alone = Packing.place(attention, n_prefix, prefix_alone=True)
+    (packed,) = own.pack(ids)
+    assert torch.equal(torch.cat(alone.pack(ids), dim=1), packed)
+    assert packed.shape[1] == n_prefix + sum(lengths)
+    assert torch.equal(packed[0][own.places][attention.bool()], ids[attention.bool()])
+    assert torch.equal(
+        own.unpack(packed[:, None, :, None].float())[:, 0, :, 0][attention.bool()], ids[attention.bool()].float()
+    )
+    mask = own.mask()[0, 0]
+    for i in range(len(own.rows)):
+        for j in range(len(own.rows)):
+            same = own.rows[i] == own.rows[j] or own.columns[j] < n_prefix
+            assert bool(mask[i, j]) == bool(same and own.columns[j] <= own.columns[i])
