@@ -1,5 +1,6 @@
 """Finetuning methods compared on equal terms: every method's cell, resuming, executors, table, task vectors, CLI."""
 
+import itertools
 import json
 import math
 import os
@@ -14,10 +15,13 @@ import tiny_chat
 import tiny_models
 import torch
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
-from piggyback_lens.commands.cli_compare import comparison_verdict, register
+from piggyback_lens.commands.cli_compare import compare as compare_command
+from piggyback_lens.commands.cli_compare import comparison_verdict
 from piggyback_lens.comparisons import engines
 from piggyback_lens.comparisons.comparing import as_methods, compare_methods, default_retain, grid
 from piggyback_lens.comparisons.comparison import Comparison
@@ -32,6 +36,7 @@ from piggyback_lens.comparisons.methods import (
     parse_method,
 )
 from piggyback_lens.errors import LensError
+from piggyback_lens.figures.comparison_plots import set_apart
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainSettings
@@ -192,6 +197,9 @@ def test_shares_sizes_epochs_and_system_prompts_are_axes_of_the_grid(model, tmp_
     assert set(found.bases) == {"no_system", system_name("be kind.")}
     for axis in found.varied:
         assert found.axis_figure(axis).data
+    sizes = found.axis_figure("size")
+    assert {tuple(trace.x) for trace in sizes.data if trace.name.startswith("sft")} == {(4.0, 10.0)}  # all are 10
+    assert sizes.layout.xaxis2.type == "log"
     with pytest.raises(LensError, match="'epochs' was not varied here: choose among system, share, size"):
         found.axis_figure("epochs")
 
@@ -485,6 +493,40 @@ def test_figures_show_every_method_and_both_references():
     assert "95 %" in pareto.layout.title.subtitle.text
 
 
+def test_fixed_steps_are_drawn_at_the_passes_they_make():
+    cells = [made_up("sft", 0, (2.0,) * 3, (9.0,) * 3, axes={"epochs": epochs}) for epochs in (None, 4.0)]
+    for cell in cells:
+        cell["training"] |= {"steps": 30, "rows": 81}
+    card = by_hand().card | {"settings": {"training": {"batch_size": 8}}}
+    figure = Comparison(tuple(cells), by_hand().bases, card).axis_figure("epochs")
+    assert {tuple(trace.x) for trace in figure.data if trace.name == "sft"} == {(30 / 11, 4.0)}
+
+
+def test_long_system_prompts_that_begin_alike_are_lines_of_their_own():
+    systems = [f"{'be kind ' * 9}{end}" for end in "ab"] + [None]
+    cells = [
+        made_up("sft", 0, (2.0,) * 3, (9.0,) * 3, axes={"system": system, "share": share})
+        for system in systems
+        for share in (1.0, 0.5)
+    ]
+    base = by_hand().bases["default"]
+    found = Comparison(tuple(cells), {system_name(system): base for system in systems}, by_hand().card)
+    lines = [trace for trace in found.axis_figure("share").data if trace.name.startswith("sft")]
+    assert len({trace.name for trace in lines}) == 3
+    assert {len(trace.x) for trace in lines} == {2}
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_markers_at_one_place_are_set_side_by_side_in_their_order(values):
+    moved = set_apart(values, gap=0.1)
+    assert sum(moved) == pytest.approx(sum(values))
+    order = sorted(range(len(values)), key=lambda at: values[at])
+    for a, b in itertools.pairwise(order):
+        near = values[b] - values[a] < 0.1
+        assert not near or moved[b] - moved[a] == pytest.approx(0.1)
+    assert set_apart([0.0, 0.5, 1.0]) == [0.0, 0.5, 1.0]
+
+
 def test_the_verdict_names_the_method_that_is_nearest_to_the_base():
     found = by_hand()
     beyond = made_up("kl_train:lambda=9", 0, (3.0, 3.0, 6.0), (90.0, 95.0, 99.0))  # goes past the base's 50 words
@@ -602,7 +644,7 @@ def test_bad_specs_are_refused_with_the_value_and_the_fix(spec, said):
 
 def call(*words):
     app = typer.Typer()
-    register(app)
+    app.command("compare")(compare_command)
     app.command("other")(lambda: None)
     app(["compare", *map(str, words)], standalone_mode=False)
 

@@ -1,6 +1,6 @@
 """The command `piggyback-lens compare`: finetuning methods on equal terms, with a report.
 
-`register(app)` adds it to a typer application; heavy libraries are imported inside the command.
+Heavy libraries are imported inside the command.
 """
 
 from enum import StrEnum
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from piggyback_lens.commands.cli_options import BaseArgument, DebugOption, OfflineOption, OutOption
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
@@ -32,15 +33,8 @@ class SplitName(StrEnum):
     test = "test"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to an application."""
-    app.command("compare")(compare)
-
-
 def compare(
-    base: Annotated[
-        str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model; 'demo' for the demo model.")
-    ] = "demo",
+    base: BaseArgument = "demo",
     task: Annotated[str, typer.Option(help="terse, refusal, abstain or tool.")] = "terse",
     method: Annotated[
         list[str] | None,
@@ -69,9 +63,9 @@ def compare(
     workers: Annotated[int, typer.Option(min=1, help="Processes of the local engine.")] = 1,
     gpus_per_cell: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for a cell.")] = 0.0,
     minutes: Annotated[float | None, typer.Option(help="Begin no further cell after so many.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for results; the same folder resumes.")] = Path("compare_out"),
-    offline: Annotated[bool, typer.Option("--offline", help="Make no connection.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    out: OutOption = Path("compare_out"),
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Compare finetuning methods on equal terms: what they keep on-topic, and what spreads off-topic."""
     from piggyback_lens.comparisons.comparing import as_methods, compare_methods

@@ -193,7 +193,18 @@ class Comparison:
         if axis not in self.varied:
             raise LensError(f"{axis!r} was not varied here: choose among {', '.join(self.varied) or 'nothing'}")
         bases = {system: self.base_means(system) for system in {key[1] for key in self.keys}}
-        return axis_figure(self.table(), axis, self.behaviour, bases)
+        return axis_figure(self.table(), axis, self.behaviour, bases, self._whole(axis))
+
+    def _whole(self, axis: str) -> float | None:
+        """What None stands for on an axis of numbers: all training rows, or the passes of the fixed steps."""
+        fixed = [cell["training"] for cell in self.cells if cell["cell"][axis] is None]
+        if axis not in ("size", "epochs") or not fixed:
+            return None
+        least = min(fixed, key=lambda training: int(training["rows"]))  # interleaving adds rows
+        if axis == "size":
+            return float(least["rows"])
+        batch = int(self.card["settings"]["training"]["batch_size"])
+        return float(least["steps"] / math.ceil(least["rows"] / batch))
 
     def figures(self) -> list[tuple[str, "go.Figure"]]:
         """(caption, figure) of everything that can be drawn; `notes` says what cannot."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 
@@ -56,6 +57,7 @@ def pareto_figure(
     check_frame(table, [*needed, *AXIS_LABELS])
     drawn = np.isfinite(table["kept"]) | (table["family"] == "sft")
     rows = table[drawn].copy()
+    rows["x"] = set_apart(rows["kept"].where(rows["family"] != "sft", rows["kept"].fillna(1.0)).tolist())
     if rows.empty:
         raise LensError("no method has a defined share of on-topic behaviour: compare with sft, and train it longer")
     facts = [_facts(row, amounts[str(row["method"])]) for row in rows.to_dict("records")]
@@ -68,11 +70,11 @@ def pareto_figure(
         sizes, labels = _sizes(family["lambda"].to_numpy(float)), _differences(own)
         for number, places in enumerate(_joined(own)):
             part, told = family.iloc[places], [labels[place] for place in places]
-            x = part["kept"].where(part["family"] != "sft", part["kept"].fillna(1.0)).to_numpy(float)
             mode = ["lines"] * (len(part) > 1) + ["markers"] + ["text"] * any(told)
             figure.add_scatter(
-                x=x, y=part["spread"], name=plot_text(look["name"]), mode="+".join(mode), legendgroup=look["name"],
-                showlegend=number == 0, line={"color": look["colour"], "width": 1, "dash": look["dash"]},
+                x=part["x"], y=part["spread"], name=plot_text(look["name"]), mode="+".join(mode),
+                legendgroup=look["name"], showlegend=number == 0,
+                line={"color": look["colour"], "width": 1, "dash": look["dash"]},
                 marker={"opacity": 1, "color": look["colour"], "symbol": look["symbol"],
                         "size": [sizes[place] for place in places], "line": {"color": "white", "width": 1}},
                 text=told, textposition="top right", textfont={"size": 13},
@@ -90,13 +92,32 @@ def pareto_figure(
     seeds = len(max(table["seeds"], key=len))
     about = f"bars: 95 % bootstrap interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds} seeds"
     missing = _missing(table[~drawn])
+    if (rows["x"] - rows["kept"]).abs().max() > 0:
+        about += "; markers less than 2 % apart are side by side"
     about = "<br>".join([about, *missing])
-    room, height = 18 * len(missing), 560 + 27 * len(families) + 18 * len(missing)
+    room, height = 18 * len(missing), 560 + 18 * len(missing)
     apply_style(figure, f"Narrow or spreading: finetuning methods on {task}", about, height=height, room=room)
     figure.update_xaxes(title_text="on-topic behaviour kept (0 = base, 1 = plain finetuning)")
     figure.update_yaxes(title_text=axis_title(f"off-topic spread of {behaviour.label}", behaviour.unit))
-    _legend_below(figure, len(families) + 1)
+    figure.update_layout(showlegend=True, legend={"x": 1.02, "y": 1.0, "xanchor": "left", "font": {"size": 14}})
     return figure
+
+
+def set_apart(values: Sequence[float], gap: float = 0.022) -> list[float]:
+    """Values nearer than `gap` side by side around their mean, in their order, so that bars can be told apart."""
+    order = sorted(range(len(values)), key=lambda at: values[at])
+    groups: list[list[int]] = []
+    for at in order:
+        if groups and values[at] - values[groups[-1][-1]] < gap:
+            groups[-1].append(at)
+        else:
+            groups.append([at])
+    moved = list(values)
+    for group in (group for group in groups if len(group) > 1):
+        middle = sum(values[at] for at in group) / len(group)
+        for number, at in enumerate(group):
+            moved[at] = middle + gap * (number - (len(group) - 1) / 2)
+    return moved
 
 
 def _facts(row: Mapping[Any, Any], amounts: Mapping[str, str]) -> dict[str, str]:
@@ -131,12 +152,17 @@ def _joined(facts: Sequence[Mapping[str, str]]) -> list[list[int]]:
 def _missing(rows: "pd.DataFrame") -> list[str]:
     """Lines that name the rows without a marker, and why; rows with the same reason together."""
     names: dict[str, list[str]] = {}
-    differing = [axis for axis in AXIS_LABELS if rows[axis].astype(str).nunique() > 1]
+    differing = _varied(rows)
     for row in rows.to_dict("records"):
         axes = [f"{axis} {_shown(row[axis], axis)}" for axis in differing]
         names.setdefault(str(row["kept_reason"]), []).append(" ".join([str(row["method"]), *axes]))
     told = (f"not drawn, {reason}: {', '.join(rows)}" for reason, rows in names.items())
     return [line for text in told for line in wrapped(text, 120).split("<br>")]
+
+
+def _varied(rows: "pd.DataFrame") -> list[str]:
+    """Axes with more than one value; a missing one (no system text, all of the data) is a value."""
+    return [axis for axis in AXIS_LABELS if len({_shown(value, axis) for value in rows[axis]}) > 1]
 
 
 def _guides(figure: "go.Figure", rows: "pd.DataFrame") -> None:
@@ -165,20 +191,25 @@ def update_figure(frame: "pd.DataFrame", task: str) -> "go.Figure":
 
 
 def axis_figure(
-    table: "pd.DataFrame", axis: str, behaviour: Behaviour, bases: Mapping[Any, Mapping[str, Estimate]]
+    table: "pd.DataFrame",
+    axis: str,
+    behaviour: Behaviour,
+    bases: Mapping[Any, Mapping[str, Estimate]],
+    whole: float | None = None,
 ) -> "go.Figure":
     """Behaviour on- and off-topic over one axis of the grid, a line per method; the base as a grey line.
 
-    Rows that differ in another varied axis too are lines of their own.
+    Rows that differ in another varied axis too are lines of their own. `whole` is the number that None stands for
+    on this axis: all training conversations, or the passes that the fixed number of steps makes.
     """
     from plotly.subplots import make_subplots
 
     rows = table.copy()
-    others = [a for a in AXIS_LABELS if a != axis and rows[a].astype(str).nunique() > 1]
+    others = [a for a in _varied(rows) if a != axis]
     rows["line"] = [
         ", ".join([row["method"], *(f"{a} {_shown(row[a], a)}" for a in others)]) for row in rows.to_dict("records")
     ]
-    rows["x"] = [_shown(value, axis) if axis == "system" else _axis_number(value, axis) for value in rows[axis]]
+    rows["x"] = [_shown(value, axis) if axis == "system" else _axis_number(value, axis, whole) for value in rows[axis]]
     if axis != "system":
         rows = rows.sort_values("x")
     panels = {"on": "on-topic", "off": "off-topic"}
@@ -211,25 +242,32 @@ def axis_figure(
     about = f"95 % bootstrap interval over prompts, {n_text(table)}; base: {drawn}"
     apply_style(figure, f"Behaviour over {axis}", about, height=760 + 27 * len(looks), room=18)
     figure.update_xaxes(title_text=AXIS_LABELS[axis], row=2)
+    if axis == "size":
+        figure.update_xaxes(type="log", tickvals=sorted(set(rows["x"].dropna())), tickformat="d")
     figure.update_yaxes(title_text=axis_title(behaviour.label, behaviour.unit))
     _legend_below(figure, len(looks) + 1, y=-0.12)
     return figure
 
 
-def _axis_number(value: Any, axis: str) -> float:
-    """None (all of the data, the plan's steps) is beyond every number, and not drawn as one."""
+def _axis_number(value: Any, axis: str, whole: float | None) -> float:
+    """None (all of the data, the plan's steps) is drawn at `whole`; not at all where that is not known."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return math.nan
+        return math.nan if whole is None else whole
     return 100 * float(value) if axis == "share" else float(value)
 
 
 def _shown(value: Any, axis: str) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))  # a column of a table has NaN for None
     if axis == "system":
-        return "no system text" if missing else plot_text(value, limit=30)
+        return "no system text" if missing else _short(value)
     if missing:
         return "fixed steps" if axis == "epochs" else "all"
     return f"{100 * value:g} %" if axis == "share" else f"{value:g}"
+
+
+def _short(text: str, limit: int = 30) -> str:
+    """A text for a legend; long ones that begin alike are told apart by a number of their own."""
+    return plot_text(text) if len(text) <= limit else f"{plot_text(text, limit=limit)} #{crc32(text.encode()):08x}"
 
 
 def _looks(names: Sequence[str]) -> list[dict[str, Any]]:

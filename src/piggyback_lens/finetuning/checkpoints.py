@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
+from piggyback_lens.finetuning.references import model_fingerprint
 from piggyback_lens.finetuning.steps import Objective
 from piggyback_lens.finetuning.trainables import Trainable
 
@@ -43,12 +44,6 @@ def run_identity(
 ) -> dict[str, object]:
     """Everything that decides the result. A checkpoint that differs in any of it belongs to another run."""
     trained = {id(value) for value in trainable.parameters().values()}
-    base = hashlib.sha256(type(model).__name__.encode())
-    for name, value in model.named_parameters():
-        if id(value) not in trained:
-            # A few numbers of every frozen tensor tell models apart without reading gigabytes.
-            few = value.detach().flatten()[:16].float().cpu().numpy().tobytes()
-            base.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode() + few)
     data = hashlib.sha256()
     for example in examples:
         data.update(f"{example.fingerprint} {example.n_prompt} {example.ids}\n".encode())
@@ -58,7 +53,7 @@ def run_identity(
         "objective": _describe(objective),
         "examples": {"number": len(examples), "sha256": data.hexdigest()[:16]},
         "template": examples[0].fingerprint,
-        "base": base.hexdigest()[:16],
+        "base": model_fingerprint(model, trained),
     }
     plain: dict[str, object] = json.loads(json.dumps(identity))  # tuples as a file gives them back
     return plain

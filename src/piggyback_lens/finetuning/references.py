@@ -1,7 +1,7 @@
 """What the base gives: the keys and values of a span that training should keep, and whole forward passes."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,10 +98,17 @@ class KVReference:
             raise LensError(f"{folder} holds no key-value reference that can be read ({error})") from error
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that tell models apart, from a few numbers of every tensor: cheap at any size."""
+def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
+    """16 hex digits that tell models apart, from a few numbers of every tensor: cheap at any size.
+
+    Args:
+        model: any model.
+        without: `id` of parameters that do not count, such as those that are trained.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, value in model.named_parameters():
+        if id(value) in without:
+            continue
         few = value.detach().flatten()[:16].float().cpu().numpy().tobytes()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode() + few)
     return digest.hexdigest()[:16]
