@@ -424,7 +424,7 @@ def test_gradients_through_hooks_are_those_of_peft():
         loss.backward()
         assert_close(mine.logits, output.logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(mine.targets, output.targets)
-        for ours, theirs_ in zip(mine.keys + mine.prefix_values, output.keys + output.prefix_values, strict=True):
+        for ours, theirs_ in zip((*mine.keys, *mine.prefix_values), (*output.keys, *output.prefix_values), strict=True):
             real_tokens = min(len(e.ids) for e in examples)
             assert_close(ours[..., :real_tokens, :], theirs_[..., :real_tokens, :], atol=1e-4, rtol=1e-4)
         for (layer, module), _ in a.items():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny_chat
 import torch
+from test_objectives import wide
 from tiny_hooked import hooked
 from tiny_models import NAMES, build
 from torch.testing import assert_close
@@ -240,3 +241,27 @@ def test_what_was_kept_of_one_base_is_not_used_for_another():
         # The vector is zero, so the tuned model is its own base.
         assert float(penalty(step).detach()) == pytest.approx(0, abs=1e-6)
     assert penalty.kept.passes == 3 * 6
+
+
+def test_a_killed_run_resumes_to_identical_numbers_whatever_batches_come_first(tmp_path):
+    examples = tiny_chat.tiny_examples(15, longest=60)
+    settings = TrainSettings(steps=14, batch_size=4, learning_rate=1e-2, checkpoint_every=6)
+    model = wide().get_base_model()  # wide enough that the last bits of a row depend on the rows beside it
+    start = SteeringVector({2: torch.zeros(192)})
+
+    def kill(row):
+        if row["step"] == 7:
+            raise KeyboardInterrupt
+
+    def run(out, **options):
+        trainable = HookTrainable(model, start)
+        found = train(model, examples, settings, trainable=trainable, out=out, progress=False, **options)
+        return found, trainable.parameters()
+
+    _, whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", on_step=kill)
+    result, resumed = run(tmp_path / "killed")
+    assert 0 < result.resumed_from < 14
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert all(value.abs().max() > 0 for value in whole.values())
