@@ -113,6 +113,16 @@ def test_it_is_packed_where_it_pays() -> None:
     assert packing_of(model, make_batch(tiny_examples(6))) is None
 
 
+@pytest.mark.parametrize(("impl", "limit"), packing.LONGEST.items())
+def test_long_rows_are_not_packed(impl: str, limit: int, packs_always: None) -> None:
+    model = build("llama-gqa", vocab=VOCAB, attn_implementation=impl)
+    few = tiny_examples(4, longest=60)
+    n_prefix, tokens = few[0].span("prefix").stop, [len(example.ids) for example in few]
+    times = (limit - n_prefix) // (sum(tokens) - 4 * n_prefix)
+    assert packing_of(model, make_batch(few * times)) is not None
+    assert packing_of(model, make_batch(few * (times + 1))) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("impl", ["eager", "sdpa"])
 def test_half_precision_stays_near(impl: str, dtype: torch.dtype, packs_always: None) -> None:

@@ -22,6 +22,8 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 """Settings that cut attention short; rows that are longer are not packed, as one mask then does not suit all layers."""
 ATTENTION_COST = 1.2
 """What a multiplication of masked attention costs in those of a linear layer: measured 0.7 to 1.5 on two cores."""
+LONGEST = {"sdpa": 4096, "eager": 512}
+"""Tokens of a packed row, by kind of attention: the mask, and with eager the scores, grow with their square."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +91,9 @@ class UnpackedLayers(Sequence[Tensor]):
 def packing_of(model: nn.Module, batch: TrainBatch) -> Packing | None:
     """How this batch is packed for this model, or None where it cannot be, or would be slower.
 
-    It needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), and rows
-    within every attention window. It pays where padding and shared tokens cost more than attention across rows.
+    It needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), rows within
+    every attention window, and no more tokens than `LONGEST`. It pays where padding and shared tokens cost more than
+    attention across rows.
     """
     if not batch.share_prefix or batch.plain_keys or not _takes_masks(model, batch.ids.shape[1]):
         return None
@@ -100,7 +103,7 @@ def packing_of(model: nn.Module, batch: TrainBatch) -> Packing | None:
     d_model = int(cast(Any, model).config.get_text_config().hidden_size)
     packed = tokens + ATTENTION_COST * tokens**2 / (6 * d_model)  # a block: 12 d² weights, 2 d per pair of tokens
     padded = batch.prefix_length + n_rows * rest * (1 + ATTENTION_COST * width / (6 * d_model))
-    if packed >= padded:
+    if packed >= padded or tokens > LONGEST[cast(Any, model).config._attn_implementation]:
         return None
     return Packing.place(batch.attention_mask, batch.prefix_length, _rounds_coarsely(model, batch.ids.device))
 
@@ -124,7 +127,7 @@ def _rounds_coarsely(model: nn.Module, device: torch.device) -> bool:
 def _takes_masks(model: nn.Module, width: int) -> bool:
     inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(inner, "config", None)
-    if config is None or getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
+    if config is None or getattr(config, "_attn_implementation", None) not in LONGEST:
         return False
     text = config.get_text_config()
     windows = [getattr(text, name, None) for name in WINDOWS]

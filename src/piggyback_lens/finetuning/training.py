@@ -58,7 +58,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's averaging of gradients and their squares
     max_grad_norm: float | None = 1.0  # the gradient is scaled down to this length; None = never
     seed: int = 0  # order of the examples and LoRA dropout
-    share_prefix: bool = True  # compute the template's prefix once per batch; exact, and faster
+    share_prefix: bool = True  # compute the template's prefix once per batch, and no padding; exact, and faster
     checkpoint_every: int = 20  # steps between checkpoints; does not change the result
 
     def __post_init__(self) -> None:
