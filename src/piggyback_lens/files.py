@@ -61,6 +61,19 @@ def read_json(path: str | Path) -> Any:
         raise LensError(f"{path} is not valid JSON ({error}); restore it or make it again") from error
 
 
+def write_result(path: str | Path, result: Any, kind: str) -> Path:
+    """Write a result's data class as one JSON file that says which `kind` it is, as "piggyback_lens.curve.1"."""
+    return write_json(path, {"format": kind, **{f.name: getattr(result, f.name) for f in dataclasses.fields(result)}})
+
+
+def read_result(path: str | Path, kind: str, called: str) -> dict[str, Any]:
+    """The fields that `write_result` wrote; what is of another kind is refused as no `called`, "a curve"."""
+    data = read_json(path)
+    if not isinstance(data, dict) or data.pop("format", "") != kind:
+        raise LensError(f"{path} is not {called} saved by this library")
+    return data
+
+
 def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Append one line for each row and wait until the disk has them, for runs that may be killed.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
+from piggyback_lens.files import read_result, write_result
 from piggyback_lens.maths import Estimate, mean_interval, recovery
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Curve:
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file."""
-        return write_json(path, {"format": FORMAT, **asdict(self)})
+        return write_result(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> "Curve":
@@ -145,9 +145,7 @@ class Curve:
         Raises:
             LensError: no file, or another kind of file.
         """
-        data = read_json(path)
-        if not isinstance(data, dict) or data.pop("format", "") != FORMAT:
-            raise LensError(f"{path} is not a curve saved by this library")
+        data = read_result(path, FORMAT, "a curve")
         points = tuple(CurvePoint(**{**point, "values": _floats(point["values"])}) for point in data["points"])
         own = {name: _floats(values) for name, values in data["own"].items()}
         plain = {name: _floats(data[name]) for name in ("base", "weights")}

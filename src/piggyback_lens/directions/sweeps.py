@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
+from piggyback_lens.files import read_result, write_result
 from piggyback_lens.maths import mean_interval
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class Sweep:
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file."""
-        return write_json(path, {"format": "piggyback_lens.sweep.1", **asdict(self)})
+        return write_result(path, self, "piggyback_lens.sweep.1")
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
@@ -111,9 +110,7 @@ class Sweep:
         Raises:
             LensError: no file, or another kind of file.
         """
-        data = read_json(path)
-        if not isinstance(data, dict) or data.pop("format", "") != "piggyback_lens.sweep.1":
-            raise LensError(f"{path} is not a sweep saved by this library")
+        data = read_result(path, "piggyback_lens.sweep.1", "a sweep")
         points = tuple(SweepPoint(**_point_fields(point)) for point in data["points"])
         answers = tuple(tuple(texts) for texts in data["answers"])
         return cls(data["kind"], data["measure"], points, data["settings"], answers)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.sweeps import RANDOM
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
+from piggyback_lens.files import read_result, write_result
 from piggyback_lens.interventions.hooks import AnyIntervention
 from piggyback_lens.maths import mean_interval, recovery
 from piggyback_lens.measuring.generation import generate
@@ -103,7 +103,7 @@ class TransferResult:
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file."""
-        return write_json(path, {"format": FORMAT, **asdict(self)})
+        return write_result(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> "TransferResult":
@@ -112,9 +112,7 @@ class TransferResult:
         Raises:
             LensError: no file, or another kind of file.
         """
-        data = read_json(path)
-        if not isinstance(data, dict) or data.pop("format", "") != FORMAT:
-            raise LensError(f"{path} is not a transfer result saved by this library")
+        data = read_result(path, FORMAT, "a transfer result")
         cells = tuple(TransferCell(**{**cell, "values": _numbers(cell["values"])}) for cell in data["cells"])
         sides = [{name: _numbers(values) for name, values in data[side].items()} for side in ("base", "finetuned")]
         return cls(cells, sides[0], sides[1], data["units"], data["settings"])

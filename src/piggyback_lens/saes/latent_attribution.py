@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
+from piggyback_lens.files import read_result, write_result
 from piggyback_lens.models.backends import HookedModel, Site
 from piggyback_lens.vectors.direction import Direction
 
@@ -129,7 +129,7 @@ class LatentAttribution:
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file."""
-        return write_json(path, {"format": FORMAT, **asdict(self)})
+        return write_result(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentAttribution":
@@ -138,9 +138,7 @@ class LatentAttribution:
         Raises:
             LensError: no file, or another kind of file.
         """
-        data = read_json(path)
-        if not isinstance(data, dict) or data.pop("format", "") != FORMAT:
-            raise LensError(f"{path} is not an attribution to latents saved by this library")
+        data = read_result(path, FORMAT, "an attribution to latents")
         data["chance"] = {name: tuple(values) for name, values in data["chance"].items()}
         fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
         return cls(**fields)
