@@ -98,11 +98,46 @@ def test_rows_beyond_a_window_keys_before_rotation_and_flash_attention_are_not_p
     assert packing_of(llama, batch) is None
 
 
-def test_a_model_without_positions_of_its_own_is_not_packed(packs_always: None) -> None:
-    from transformers import BloomConfig, BloomForCausalLM
+def test_models_without_positions_or_with_other_layers_than_attention_are_not_packed(packs_always: None) -> None:
+    from transformers import BloomConfig, BloomForCausalLM, Lfm2Config
 
+    batch = make_batch(tiny_examples(3))
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4))
-    assert packing_of(bloom, make_batch(tiny_examples(3))) is None
+    assert packing_of(bloom, batch) is None
+    convolving = another("Lfm2", layer_types=["conv", "full_attention"])
+    assert isinstance(convolving.config, Lfm2Config)
+    assert packing_of(convolving, batch) is None
+
+
+def another(name: str, **settings: Any) -> Any:
+    """A tiny model of another architecture; attention reaches over every row."""
+    import transformers
+
+    small = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**small, **settings, attn_implementation="eager")
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = 256
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for p in model.parameters() if p.ndim > 1):
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model
+
+
+@pytest.mark.usefixtures("packs_always")
+@pytest.mark.parametrize(
+    "name", ["Cohere2", "Gemma2", "GptOss", "GPTNeoX", "Mixtral", "Olmo2", "OPT", "Phi3", "Qwen3Moe"]
+)
+def test_other_architectures_are_packed_too(name: str) -> None:
+    model, examples = another(name), tiny_examples(4)
+    assert packing_of(model, make_batch(examples)) is not None
+    steps = (forward_step(model, make_batch(examples, share_prefix=share)) for share in (True, False))
+    packed, ordinary = (step.logits.detach() for step in steps)
+    assert float((packed - ordinary).norm() / ordinary.norm()) < 1e-5
+    assert float(ordinary.std()) > 1e-3
 
 
 def test_it_is_packed_where_it_pays() -> None:

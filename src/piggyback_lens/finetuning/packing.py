@@ -20,6 +20,8 @@ from piggyback_lens.finetuning.batches import TrainBatch
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 """Settings that cut attention short; rows that are longer are not packed, as one mask then does not suit all layers."""
+ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that read other tokens by attention alone: convolutions and recurrences would mix the rows."""
 ATTENTION_COST = 1.2
 """What a multiplication of masked attention costs in those of a linear layer: measured 0.7 to 1.5 on two cores."""
 LONGEST = {"sdpa": 4096, "eager": 512}
@@ -131,6 +133,9 @@ def _takes_masks(model: nn.Module, width: int) -> bool:
         return False
     text = config.get_text_config()
     windows = [getattr(text, name, None) for name in WINDOWS]
-    if getattr(text, "alibi", False) or any(isinstance(window, int) and window < width for window in windows):
+    types = getattr(text, "layer_types", None) or getattr(text, "block_types", None) or ()
+    if getattr(text, "alibi", False) or not ATTENTION_TYPES.issuperset(types):
+        return False
+    if any(isinstance(window, int) and window < width for window in windows):
         return False
     return "position_ids" in inspect.signature(cast(Any, inner).forward).parameters
