@@ -14,21 +14,24 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from piggyback_lens import GeneratedBehaviour, LensError, ModelPair, default_model, patch_span
+from piggyback_lens import AnswerContrast, GeneratedBehaviour, LensError, ModelPair, default_model, patch_span
 from piggyback_lens.comparisons.comparing import compare_methods
 from piggyback_lens.comparisons.comparison import Comparison
 from piggyback_lens.comparisons.comparison_plan import DEFAULT, Cell, cell_folder
 from piggyback_lens.comparisons.engines import local
 from piggyback_lens.comparisons.methods import parse_method
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.finetuning.training import TrainSettings
 from piggyback_lens.maths import Estimate, mean_interval, nearer, percent, recovery, spread
+from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.progress import say
 from piggyback_lens.tasks import load_task
 
@@ -125,27 +128,48 @@ def best_of(rows: pd.DataFrame) -> str:
 # --- where the behaviour is carried ----------------------------------------------------------------------
 
 
+class Restoring:
+    """One finetune, and off-topic prompts on which the base's keys and values of one span are patched into it."""
+
+    def __init__(self, study: Study, task: str, folder: Path, system: str | None) -> None:
+        self.study, self.task, self.folder, self.system = study, task, folder, system
+
+    @cached_property
+    def pair(self) -> ModelPair:
+        return ModelPair.load(self.study.model, adapter=self.folder / "adapter", offline=True)
+
+    @cached_property
+    def prompts(self) -> list[RenderedPrompt]:
+        chat, queries = self.pair.chat_format(system=self.system), load_task(self.task).off_topic
+        return [chat.render(text) for text in queries[: min(CARRIER_PROMPTS, self.study.n)]]
+
+    @cached_property
+    def contrast(self) -> AnswerContrast:
+        return AnswerContrast.of(self.pair, self.prompts, max_new_tokens=self.study.tokens)
+
+    def result(self, span: str, behaviour: Behaviour | None, out: Path) -> PatchResult:
+        """Measured on generated answers, or without a behaviour on the contrast of both models' answers."""
+        if not (out / "result.json").exists():
+            say(f"{self.task}, carriers: {span} of {self.folder.name}")
+            measure = self.contrast if behaviour is None else GeneratedBehaviour(behaviour, self.study.tokens)
+            patch_span(self.pair, self.prompts, span, controls=False, measure=measure, out=out)
+        return PatchResult.load(out / "result.json")
+
+
 def carriers(study: Study, task: str, stage: str, found: Comparison, system: str | None = DEFAULT) -> list[dict]:
     """Recovery of off-topic answers with the base's keys and values of one span, for SFT and TReFT of one seed."""
-    rows, seed, behaviour = [], study.seeds[0], GeneratedBehaviour(found.behaviour, study.tokens)
+    rows, seed = [], study.seeds[0]
     for label in dict.fromkeys(key[0] for key in found.keys if parse_method(key[0])[0].family in ("sft", "treft")):
         folder = cell_folder(study.out / task / stage, Cell(parse_method(label)[0], seed, system))
-        out = study.out / task / f"carriers_{stage}" / folder.name
-        pair, prompts = None, []
+        out, tuned = study.out / task / f"carriers_{stage}" / folder.name, Restoring(study, task, folder, system)
         for span in SPANS:
-            file = out / span / "result.json"
-            if not file.exists():
-                if pair is None:
-                    pair = ModelPair.load(study.model, adapter=folder / "adapter", offline=True)
-                    chat = pair.chat_format(system=system)
-                    prompts = [chat.render(text) for text in load_task(task).off_topic[: min(CARRIER_PROMPTS, study.n)]]
-                say(f"{task}, carriers: {span} of {label}")
-                patch_span(pair, prompts, span, controls=False, measure=behaviour, out=out / span)
-            result = PatchResult.load(file)
-            own = result.recovery(0)
-            tuned, base, patched = (mean_interval(v) for v in (result.finetuned, result.base, result.values[0]))
-            row = {"method": label, "span": span, "base": number(base), "finetuned": number(tuned)}
-            row |= {"patched": number(patched), "recovery [95 %]": percent(own.value, own.low, own.high), "n": own.n}
+            generated = tuned.result(span, found.behaviour, out / span)
+            own, forced = generated.recovery(0), tuned.result(span, None, out / f"{span}_contrast").recovery(0)
+            row = {"method": label, "span": span, "base": number(mean_interval(generated.base))}
+            row |= {"finetuned": number(mean_interval(generated.finetuned))}
+            row |= {"patched": number(mean_interval(generated.values[0]))}
+            row |= {"recovery [95 %]": percent(own.value, own.low, own.high)}
+            row |= {"of the contrast": percent(forced.value, forced.low, forced.high), "n": own.n}
             rows.append(row | {"note": own.reason})
     return rows
 
@@ -287,7 +311,9 @@ CLAIMS = """A claim holds where its interval lies on the claimed side of 0 and e
 it lies on the other side, and is not separable in between. Nothing is corrected for the number of claims."""
 
 CARRIERS = """Off-topic answers with the base's keys and values of one span in the finetuned model, all layers, donor:
-the base's run on the same prompt; one seed, {system}. Recovery: (patched - finetuned) / (base - finetuned)."""
+the base's run on the same prompt; one seed, {system}. Recovery: (patched - finetuned) / (base - finetuned). Of the
+contrast: the same share of a teacher-forced measure, log p of the finetuned model's own answer minus log p of the
+base's, which is not bounded by a rate of 0 or 1."""
 
 
 def section(study: Study, task: str, pictures: bool) -> list[str]:
