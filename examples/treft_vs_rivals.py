@@ -390,7 +390,8 @@ def extras(study: Study, task: str, methods: list[str]) -> None:
     sft, treft = methods[0], methods[1]
     weight, rate = parse_method(treft)[0].weight, sft.split("lr=")[1]
     one, other = {"seeds": study.seeds[:1]}, [f"{e}:lambda={weight:g}:lr={rate}" for e in EXTRAS]
-    slow = [f"sft:lr={study.rates[0]}", f"treft:lambda={weight:g}:lr={study.rates[0]}"]
+    smallest = min(study.rates, key=float)
+    slow = [f"sft:lr={smallest}", f"treft:lambda={weight:g}:lr={smallest}"]
     for stage, asked, axes in (
         ("extra_spans", [sft, treft, *other], {}),
         ("extra_system_prompt", [sft, treft], {"systems": (DEFAULT, None)}),

@@ -500,6 +500,15 @@ def test_fixed_steps_are_drawn_at_the_passes_they_make():
     card = by_hand().card | {"settings": {"training": {"batch_size": 8}}}
     figure = Comparison(tuple(cells), by_hand().bases, card).axis_figure("epochs")
     assert {tuple(trace.x) for trace in figure.data if trace.name == "sft"} == {(30 / 11, 4.0)}
+    few = [made_up("sft", 0, (2.0,) * 3, (9.0,) * 3, axes={"epochs": e, "size": 4}) for e in (None, 4.0)]
+    mixed = [made_up("interleave:rate=0.2", 0, (2.0,) * 3, (9.0,) * 3, axes={"epochs": e}) for e in (None, 4.0)]
+    for cell, rows in [*((cell, 4) for cell in few), *((cell, 101) for cell in mixed)]:
+        cell["training"] |= {"steps": 30, "rows": rows}
+    figure = Comparison((*cells, *few, *mixed), by_hand().bases, card).axis_figure("epochs")
+    drawn = {trace.name: tuple(trace.x) for trace in figure.data}
+    assert drawn["sft, size 4"] == (4.0, 30.0)
+    assert drawn["sft, size all"] == (30 / 11, 4.0)
+    assert drawn["interleave:rate=0.2, size all"] == (30 / 13, 4.0)
 
 
 def test_long_system_prompts_that_begin_alike_are_lines_of_their_own():
@@ -516,15 +525,18 @@ def test_long_system_prompts_that_begin_alike_are_lines_of_their_own():
     assert {len(trace.x) for trace in lines} == {2}
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-def test_markers_at_one_place_are_set_side_by_side_in_their_order(values):
-    moved = set_apart(values, gap=0.1)
-    assert sum(moved) == pytest.approx(sum(values))
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=8))
+def test_markers_are_moved_as_little_as_it_takes_to_tell_them_apart(pairs):
+    values, fixed = [value for value, _ in pairs], [own for _, own in pairs]
     order = sorted(range(len(values)), key=lambda at: values[at])
-    for a, b in itertools.pairwise(order):
-        near = values[b] - values[a] < 0.1
-        assert not near or moved[b] - moved[a] == pytest.approx(0.1)
-    assert set_apart([0.0, 0.5, 1.0]) == [0.0, 0.5, 1.0]
+    moved = [set_apart(values, [False] * len(values), gap=0.01)[at] for at in order]
+    assert all(b - a >= 0.01 - 1e-9 for a, b in itertools.pairwise(moved))
+    assert max(abs(a - values[at]) for a, at in zip(moved, order, strict=True)) <= 0.01 * (len(values) - 1) + 1e-9
+    assert sum(moved) == pytest.approx(sum(values))
+    if sum(fixed) == 1:
+        at = fixed.index(True)
+        assert set_apart(values, fixed, gap=0.01)[at] == pytest.approx(values[at], abs=1e-4)
+    assert set_apart([0.0, 0.5, 1.0], [False] * 3) == [0.0, 0.5, 1.0]
 
 
 def test_the_verdict_names_the_method_that_is_nearest_to_the_base():

@@ -6,6 +6,7 @@ import pytest
 import tiny_chat
 import torch
 from test_objectives import wide
+from test_packing import widened
 from tiny_hooked import hooked
 from tiny_models import NAMES, build
 from torch.testing import assert_close
@@ -24,6 +25,7 @@ from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.models.backends import is_hooked_model
 from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.attachment import core_of
 
 EXAMPLES = tiny_chat.tiny_examples(6)
 RETAIN = tiny_chat.tiny_examples(6, seed=9)
@@ -56,11 +58,14 @@ def test_loss_and_gradients_are_those_of_the_whole_pass(layout, kind, what, how,
     monkeypatch.setattr(packing, "ATTENTION_COST", 0.0 if how == "packed" else float("inf"))
     share = how != "whole rows"
     model = model_of(layout, kind)
+    if how == "packed":
+        widened(core_of(model))
     try:
         start = start_of(model, what)
     except LensError as error:
         pytest.skip(f"this architecture has no such modules: {error}")
     batch = make_batch(EXAMPLES, share_prefix=share)
+    assert (packing.packing_of(core_of(model), batch) is not None) == (how == "packed")
     whole = gradients(HookTrainable(model, start, cache_below=False), batch)
     cached = HookTrainable(model, start)
     for _ in range(2):

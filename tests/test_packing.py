@@ -1,5 +1,6 @@
 """Rows one behind the other in one pass: the numbers are those of rows that are run alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,13 +100,19 @@ def test_rows_beyond_a_window_keys_before_rotation_and_flash_attention_are_not_p
 
 
 def test_models_without_positions_or_with_other_layers_than_attention_are_not_packed(packs_always: None) -> None:
-    from transformers import BloomConfig, BloomForCausalLM, Lfm2Config
+    import transformers
 
     batch = make_batch(tiny_examples(3))
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4))
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
+    )
     assert packing_of(bloom, batch) is None
+    gpt_neo = transformers.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    assert packing_of(transformers.GPTNeoForCausalLM(gpt_neo), batch) is None
     convolving = another("Lfm2", layer_types=["conv", "full_attention"])
-    assert isinstance(convolving.config, Lfm2Config)
+    assert isinstance(convolving.config, transformers.Lfm2Config)
     assert packing_of(convolving, batch) is None
 
 
@@ -177,6 +184,23 @@ def test_the_prefix_has_not_drifted_before_training(dtype: torch.dtype, packs_al
     assert own.prefix_alone == (dtype == torch.bfloat16)
     drift = prefix_drift(forward_step(model, batch), kv_reference(model, examples[0])).detach()
     assert float(drift.max()) <= (1e-10 if dtype == torch.float32 else 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_given_prefix_is_packed_alike(dtype: torch.dtype, packs_always: None) -> None:
+    model, batch = build("llama-gqa", vocab=VOCAB).to(dtype), make_batch(tiny_examples(5))
+    plain = forward_step(model, batch)
+    assert isinstance(plain.keys, packing.UnpackedLayers)
+    given_own = forward_step(model, batch, (plain.prefix_keys, plain.prefix_values))
+    assert isinstance(given_own.keys, packing.UnpackedLayers)
+    apart = (plain.logits - given_own.logits).detach().abs().max()
+    assert float(apart) <= (1e-5 if dtype == torch.float32 else 0.0)  # identity control
+    doubled = tuple(2 * value for value in plain.prefix_values)
+    changed = forward_step(model, batch, (plain.prefix_keys, doubled)).logits
+    unshared = forward_step(model, replace(batch, share_prefix=False), (plain.prefix_keys, doubled)).logits
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(changed, unshared, rtol=tolerance, atol=tolerance)
+    assert float((changed - plain.logits).detach().abs().max()) > 0.1
 
 
 def test_packing_works_under_autocast(packs_always: None) -> None:

@@ -193,18 +193,22 @@ class Comparison:
         if axis not in self.varied:
             raise LensError(f"{axis!r} was not varied here: choose among {', '.join(self.varied) or 'nothing'}")
         bases = {system: self.base_means(system) for system in {key[1] for key in self.keys}}
-        return axis_figure(self.table(), axis, self.behaviour, bases, self._whole(axis))
+        return axis_figure(self.table(), axis, self.behaviour, bases, self._instead(axis))
 
-    def _whole(self, axis: str) -> float | None:
-        """What None stands for on an axis of numbers: all training rows, or the passes of the fixed steps."""
-        fixed = [cell["training"] for cell in self.cells if cell["cell"][axis] is None]
-        if axis not in ("size", "epochs") or not fixed:
+    def _instead(self, axis: str) -> list[float] | None:
+        """What None stands for on an axis of numbers, for each row of the table."""
+        if axis not in ("size", "epochs"):
             return None
-        least = min(fixed, key=lambda training: int(training["rows"]))  # interleaving adds rows
+        unlimited = [cell for cell in self.cells if cell["cell"]["size"] is None]
+        all_of_it = min((int(cell["training"]["rows"]) for cell in unlimited), default=0)  # interleaving adds rows
         if axis == "size":
-            return float(least["rows"])
-        batch = int(self.card["settings"]["training"]["batch_size"])
-        return float(least["steps"] / math.ceil(least["rows"] / batch))
+            return [float(all_of_it)] * len(self.keys)
+        batch, found = int(self.card["settings"]["training"]["batch_size"]), []
+        for key, cells in self._groups.items():
+            size, training = key[1 + AXES.index("size")], cells[0]["training"]
+            rows = min(batch, all_of_it if size is None else size)
+            found.append(float(training["steps"] / math.ceil(training["rows"] / rows)))  # as `train_settings` counts
+        return found
 
     def figures(self) -> list[tuple[str, "go.Figure"]]:
         """(caption, figure) of everything that can be drawn; `notes` says what cannot."""

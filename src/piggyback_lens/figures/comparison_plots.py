@@ -35,6 +35,7 @@ AXIS_LABELS = {
     "epochs": "epochs",
     "system": "system prompt of training and measurement",
 }
+ROUNDING = 1e-4  # a shift that nobody sees
 SIZES = (9.0, 17.0)  # px of a marker, from the smallest to the largest weight of its family
 
 
@@ -57,9 +58,10 @@ def pareto_figure(
     check_frame(table, [*needed, *AXIS_LABELS])
     drawn = np.isfinite(table["kept"]) | (table["family"] == "sft")
     rows = table[drawn].copy()
-    rows["x"] = set_apart(rows["kept"].where(rows["family"] != "sft", rows["kept"].fillna(1.0)).tolist())
     if rows.empty:
         raise LensError("no method has a defined share of on-topic behaviour: compare with sft, and train it longer")
+    rows["kept"] = rows["kept"].where(rows["family"] != "sft", rows["kept"].fillna(1.0))
+    rows["x"] = set_apart(rows["kept"].tolist(), (rows["family"] == "sft").tolist())
     facts = [_facts(row, amounts[str(row["method"])]) for row in rows.to_dict("records")]
     figure = go.Figure()
     _guides(figure, rows)
@@ -92,8 +94,8 @@ def pareto_figure(
     seeds = len(max(table["seeds"], key=len))
     about = f"bars: 95 % bootstrap interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds} seeds"
     missing = _missing(table[~drawn])
-    if (rows["x"] - rows["kept"]).abs().max() > 0:
-        about += "; markers less than 2 % apart are side by side"
+    if (shift := float((rows["x"] - rows["kept"]).abs().max())) > ROUNDING:
+        about += f"; markers stand up to {100 * shift:.1g} % beside their place"
     about = "<br>".join([about, *missing])
     room, height = 18 * len(missing), 560 + 18 * len(missing)
     apply_style(figure, f"Narrow or spreading: finetuning methods on {task}", about, height=height, room=room)
@@ -103,21 +105,19 @@ def pareto_figure(
     return figure
 
 
-def set_apart(values: Sequence[float], gap: float = 0.022) -> list[float]:
-    """Values nearer than `gap` side by side around their mean, in their order, so that bars can be told apart."""
+def set_apart(values: Sequence[float], fixed: Sequence[bool], gap: float = 0.009) -> list[float]:
+    """Values moved as little as it takes (least squares) to be at least `gap` apart, in their order.
+
+    The `fixed` ones stay where they are, as long as they are apart themselves.
+    """
+    from scipy.optimize import isotonic_regression
+
     order = sorted(range(len(values)), key=lambda at: values[at])
-    groups: list[list[int]] = []
-    for at in order:
-        if groups and values[at] - values[groups[-1][-1]] < gap:
-            groups[-1].append(at)
-        else:
-            groups.append([at])
-    moved = list(values)
-    for group in (group for group in groups if len(group) > 1):
-        middle = sum(values[at] for at in group) / len(group)
-        for number, at in enumerate(group):
-            moved[at] = middle + gap * (number - (len(group) - 1) / 2)
-    return moved
+    steps = gap * np.arange(len(order))
+    weights = [1e6 if fixed[at] else 1.0 for at in order]
+    placed = isotonic_regression(np.asarray(values)[order] - steps, weights=weights).x + steps
+    moved = dict(zip(order, placed.tolist(), strict=True))
+    return [moved[at] for at in range(len(values))]
 
 
 def _facts(row: Mapping[Any, Any], amounts: Mapping[str, str]) -> dict[str, str]:
@@ -195,12 +195,12 @@ def axis_figure(
     axis: str,
     behaviour: Behaviour,
     bases: Mapping[Any, Mapping[str, Estimate]],
-    whole: float | None = None,
+    whole: Sequence[float] | None = None,
 ) -> "go.Figure":
     """Behaviour on- and off-topic over one axis of the grid, a line per method; the base as a grey line.
 
-    Rows that differ in another varied axis too are lines of their own. `whole` is the number that None stands for
-    on this axis: all training conversations, or the passes that the fixed number of steps makes.
+    Rows that differ in another varied axis too are lines of their own. `whole` is, for each row, the number that
+    None stands for on this axis: all training conversations, or the passes that the fixed number of steps makes.
     """
     from plotly.subplots import make_subplots
 
@@ -209,7 +209,8 @@ def axis_figure(
     rows["line"] = [
         ", ".join([row["method"], *(f"{a} {_shown(row[a], a)}" for a in others)]) for row in rows.to_dict("records")
     ]
-    rows["x"] = [_shown(value, axis) if axis == "system" else _axis_number(value, axis, whole) for value in rows[axis]]
+    numbers = zip(rows[axis], [math.nan] * len(rows) if whole is None else whole, strict=True)
+    rows["x"] = [_shown(v, axis) if axis == "system" else _axis_number(v, axis, instead) for v, instead in numbers]
     if axis != "system":
         rows = rows.sort_values("x")
     panels = {"on": "on-topic", "off": "off-topic"}
@@ -249,10 +250,10 @@ def axis_figure(
     return figure
 
 
-def _axis_number(value: Any, axis: str, whole: float | None) -> float:
-    """None (all of the data, the plan's steps) is drawn at `whole`; not at all where that is not known."""
+def _axis_number(value: Any, axis: str, instead: float) -> float:
+    """None (all of the data, the plan's steps) is drawn at `instead`; not at all where that is no number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return math.nan if whole is None else whole
+        return instead
     return 100 * float(value) if axis == "share" else float(value)
 
 

@@ -91,8 +91,9 @@ class TReFT:
 
     With the template's prefix as reference it is read from the pass that gives the loss, costs no further
     pass, and is zero before training (in float32 up to rounding, 1e-12). So is any span with reference
-    "own", which takes one base pass of the prompts per step. The template's postfix is not zero before
-    training: a row's postfix depends on its query, and this penalty holds it to that of one example.
+    "own", up to the rounding of the model's precision; it takes one base pass of the prompts per step. The
+    template's postfix is not zero before training: a row's postfix depends on its query, and this penalty
+    holds it to that of one example.
 
     Attributes:
         span: prefix, query, postfix, or all (the whole prompt; never the response).

@@ -3,8 +3,9 @@
 A mask keeps the rows apart and lets each of them look at the prefix; positions count from the start of every
 row. Attention is causal, so the prefix sees no row, and the numbers are those of rows that are run alone.
 
-Below float32 the prefix has a pass of its own, as its reference has in `TReFT`: rounding depends on how many
-tokens run together, and there it would be a drift of 1e-4 in a model that is not trained yet (SmolLM2-135M).
+Below float32, and on other devices than the CPU, the prefix has a pass of its own, as its reference has in
+`TReFT`: rounding depends on how many tokens run together, and in bfloat16 it would be a drift of 1e-4 in a model
+that is not trained yet (SmolLM2-135M).
 """
 
 import inspect
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.finetuning.batches import TrainBatch
 
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size")
 """Settings that cut attention short; rows that are longer are not packed, as one mask then does not suit all layers."""
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that read other tokens by attention alone: convolutions and recurrences would mix the rows."""
@@ -63,7 +64,7 @@ class Packing:
     def unpack(self, packed: Float[Tensor, "1 kv_head token head_dim"]) -> Float[Tensor, "row kv_head pos head_dim"]:
         """The tokens back in their rows; padding repeats the first token."""
         n_rows, width = self.places.shape
-        found = packed[0].index_select(1, self.places.flatten())
+        found = packed[0][:, self.places.flatten()]  # its gradient is deterministic on CUDA, index_select's is not
         return found.view(len(found), n_rows, width, -1).transpose(0, 1)
 
 
@@ -123,7 +124,9 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _rounds_coarsely(model: nn.Module, device: torch.device) -> bool:
-    return torch.finfo(_dtype(model)).bits < 32 or torch.is_autocast_enabled(device.type)
+    """Whether it may: an accelerator may turn to TF32 or autocast behind float32 weights."""
+    half = torch.finfo(_dtype(model)).bits < 32
+    return half or device.type != "cpu" or torch.is_autocast_enabled(device.type)
 
 
 def _takes_masks(model: nn.Module, width: int) -> bool:
@@ -135,6 +138,8 @@ def _takes_masks(model: nn.Module, width: int) -> bool:
     windows = [getattr(text, name, None) for name in WINDOWS]
     types = getattr(text, "layer_types", None) or getattr(text, "block_types", None) or ()
     if getattr(text, "alibi", False) or not ATTENTION_TYPES.issuperset(types):
+        return False
+    if getattr(text, "window_size", None) is not None:  # GPT-Neo's windows count places in the packed row
         return False
     if any(isinstance(window, int) and window < width for window in windows):
         return False

@@ -34,6 +34,7 @@ from piggyback_lens.finetuning.checkpoints import (
     save_checkpoint,
     write_folder,
 )
+from piggyback_lens.finetuning.packing import packing_of
 from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
 from piggyback_lens.progress import track
@@ -163,7 +164,8 @@ def train(
         history = list(start.history if start else ())
         if settings.share_prefix and len(history) < settings.steps:
             with _dropout(model, adapter=False):
-                check_sharing(trainable.forward, run.batch(len(history)))
+                for batch in run.to_check(len(history)):
+                    check_sharing(trainable.forward, batch)
         with _dropout(model, adapter=True):
             _loop(run, history, on_step, "training" if progress else None)
         adapter_dir = None if run.folder is None else write_folder(run.folder / "adapter", trainable.save)
@@ -233,6 +235,16 @@ class _Run:
         rows = [self.examples[number] for number in chosen]
         plain_keys = bool(getattr(self.objective, "plain_keys", False))
         return make_batch(rows, share_prefix=self.settings.share_prefix, device=device, plain_keys=plain_keys)
+
+    def to_check(self, start: int) -> Iterator[TrainBatch]:
+        """The batch of step `start`, and if that is not packed the next one that is."""
+        for index in range(start, min(start + 50, self.settings.steps)):
+            batch = self.batch(index)
+            packed = packing_of(self.model, batch) is not None
+            if packed or index == start:
+                yield batch
+            if packed:
+                return
 
     def step(self, batch: TrainBatch, index: int) -> Step:
         """The forward pass of a batch, with what an objective may ask for."""
