@@ -321,11 +321,11 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
     folder = study.out / task
     parts = [f"## {task}: {load_task(task).description}"]
     tuned = folder / "validation"
+    parts.append(f"`python examples/treft_vs_rivals.py treft_out docs {read_json(folder / 'asked.json')}`")
     if (folder / "test" / "results.json").exists():
         found = Comparison.load(folder / "test")
         finished, asked = found.card["finished"], found.card["asked"]
         parts.append(f"Measured: {found.behaviour.label} ({found.behaviour.unit}). {finished} of {asked} cells.")
-        parts.append(f"`python examples/treft_vs_rivals.py treft_out docs {read_json(folder / 'asked.json')}`")
         parts += ["### Test prompts", results(found), "### What holds", markdown(claims(found))]
         for name, draw in (("pareto", found.pareto_figure), ("update", found.update_figure)):
             if pictures:
