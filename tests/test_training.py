@@ -647,3 +647,17 @@ def test_sharing_is_exact_on_the_real_model(real_model_dir: str) -> None:
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=0)
     for name, a, b in zip(values, found[0][1], found[1][1], strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm(), name
+
+
+def test_the_check_meets_a_packed_batch_even_if_the_first_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    checked: list[Any] = []
+
+    def packs_the_third(_model: Any, batch: Any) -> object | None:
+        asked.append(len(batch.examples))
+        return object() if len(asked) == 3 else None
+
+    monkeypatch.setattr(training_module, "packing_of", packs_the_third)
+    monkeypatch.setattr(training_module, "check_sharing", lambda _forward, batch: checked.append(batch.ids))
+    train(fresh(), EXAMPLES, SETTINGS)
+    assert (len(asked), len(checked)) == (3, 2)

@@ -247,13 +247,14 @@ def check_sharing(forward: Callable[[TrainBatch], StepOutput], batch: TrainBatch
     """Compare the pass that computes the prefix once, and where it can all rows in one, with the ordinary one.
 
     Raises:
-        LensError: the logits differ by more than 1e-3 of their length (5e-2 below float32).
+        LensError: the logits differ by more than 1e-3 of their length (0.15 below float32, where rounding alone makes
+            0.03 in a model of 30 layers).
     """
     shared, ordinary = (forward(replace(batch, share_prefix=share)).logits for share in (True, False))
     coarse = shared.dtype not in {torch.float32, torch.float64}
     differ = float((shared - ordinary).float().norm() / ordinary.float().norm())
     # Logits that are not finite are reported by the loop, with its step.
-    if math.isfinite(differ) and differ > (5e-2 if coarse else 1e-3):
+    if math.isfinite(differ) and differ > (0.15 if coarse else 1e-3):
         raise LensError(
             f"computing the prefix once changes the logits of this model by {differ:.2g} of their length, so its "
             "layers do not read a plain key-value cache, or not the masks they are given; set share_prefix=False"
