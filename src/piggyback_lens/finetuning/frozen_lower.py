@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.packing import packing_of
+from piggyback_lens.models.backends import CACHE_NAMES
 from piggyback_lens.vectors.attachment import decoder_blocks
 
 Ids = tuple[int, ...]
@@ -125,7 +126,7 @@ class FrozenLower:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            cache = kwargs.get("past_key_values")
+            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
             if cache is None:
                 cache = next((value for value in args[1:] if hasattr(value, "get_seq_length")), None)
             if cache is not None:

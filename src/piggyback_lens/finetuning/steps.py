@@ -22,6 +22,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.packing import Packing, UnpackedLayers, model_mask, packing_of
 from piggyback_lens.finetuning.plain_keys import keep_plain_keys
+from piggyback_lens.models.backends import cache_argument
 
 LayerTensors = tuple[
     Sequence[Float[Tensor, "kv_head prefix head_dim"]], Sequence[Float[Tensor, "kv_head prefix head_dim"]]
@@ -193,7 +194,7 @@ def _logits_at(
     positions = torch.arange(start, stop, device=ids.device).expand(n_rows, -1) if positions is None else positions
     with _head_reads(model, *reads):
         output = cast(Any, model)(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, **cache_argument(model, cache)
         )
     logits: Tensor = output.logits
     if logits.shape[:2] != (1, len(reads[0])):

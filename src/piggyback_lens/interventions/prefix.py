@@ -32,6 +32,7 @@ from piggyback_lens.models.backends import (
     device_of,
     dtype_of,
     forward,
+    generate_cache_name,
     rotated_keys_values,
     shape_of,
     state_from_keys_values,
@@ -66,6 +67,14 @@ class PrefixCache:
     compiled_on: Identity | None = None
     meant_for: tuple[Identity, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.ids), self.keys.shape[2], self.values.shape[2]}
+        if len(lengths) > 1:
+            raise LensError(
+                f"a prefix of {len(self.ids)} tokens came with keys of {self.keys.shape[2]} and values of "
+                f"{self.values.shape[2]}: the model did not keep what it computed (piggyback-lens doctor names the versions)"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -205,7 +214,7 @@ class PrefixCache:
         return {
             "input_ids": ids,
             "attention_mask": mask,
-            "past_key_values": self.to_hf_cache(len(prompts), device=device),
+            generate_cache_name(): self.to_hf_cache(len(prompts), device=device),
         }
 
     def save(self, folder: str | Path) -> Path:

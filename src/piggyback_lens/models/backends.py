@@ -5,9 +5,11 @@ shares its weights. *hooked* is `HookedTransformer` (3.9 only): it copies them. 
 module works with either through the small protocol below, and never imports a TransformerLens class.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -285,6 +287,30 @@ def _undo_rotary(model: Any, layer: int, keys: Float[Tensor, "b p h d"]) -> Floa
     return torch.cat([turned / (cos**2 + sin**2), rest], dim=-1).to(keys.dtype)
 
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a KV cache in the calls of models and layers: since 5.24, and before."""
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Keyword arguments that hand a KV cache (or none) to a transformers or PEFT model, whatever its version."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = _known_cache_name(type(inner).forward)
+    return {name: cache, "use_cache": cache is not None}
+
+
+def generate_cache_name() -> str:
+    """What the installed transformers calls the cache that is given to `model.generate`."""
+    from transformers import GenerationMixin
+
+    return _known_cache_name(GenerationMixin.prepare_inputs_for_generation)
+
+
+@lru_cache
+def _known_cache_name(function: Callable[..., Any]) -> str:
+    known = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
+
+
 # ---------------------------------------------------------------- the forward pass
 
 
@@ -317,8 +343,7 @@ def forward(
                 input_ids=ids,
                 attention_mask=full_mask,
                 position_ids=position_ids,
-                past_key_values=None if state is None else state.cache,
-                use_cache=state is not None,
+                **cache_argument(model.original_model, None if state is None else state.cache),  # type: ignore[attr-defined]
             )
             logits = output.logits
         else:

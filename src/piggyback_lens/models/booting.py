@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.models.backends import CACHE_NAMES, HookedModel
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
@@ -41,9 +41,24 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
             "use an architecture that TransformerLens supports"
         ) from error
     hf_model.train(training)
+    _hear_new_cache_name(bridge)
     if tokenizer is not None:
         bridge._tokenizer = tokenizer  # the public setter would rebuild it with a BOS, from the hub
     return bridge  # type: ignore[no-any-return]
+
+
+def _hear_new_cache_name(bridge: Any) -> None:
+    """Let TransformerLens' attention see the KV cache, which transformers 5.24 and newer call `cache`."""
+    new, old = CACHE_NAMES
+
+    def rename(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get(old) is None and new in kwargs:
+            kwargs[old] = kwargs.pop(new)
+        return args, kwargs
+
+    for block in bridge.blocks:
+        if hasattr(block, "attn"):
+            block.attn.register_forward_pre_hook(rename, with_kwargs=True)
 
 
 def _stand_in_tokenizer() -> Any:
