@@ -73,7 +73,8 @@ class PrefixCache:
         if len(lengths) > 1:
             raise LensError(
                 f"a prefix of {len(self.ids)} tokens came with keys of {self.keys.shape[2]} and values of "
-                f"{self.values.shape[2]}: the model did not keep what it computed (piggyback-lens doctor names the versions)"
+                f"{self.values.shape[2]}: the model did not keep "
+                "what it computed (piggyback-lens doctor names the versions)"
             )
 
     def __len__(self) -> int:
