@@ -19,7 +19,7 @@ from piggyback_lens.interventions.running import mean_norms
 from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.variants import response_texts, variant_kl, variant_nll
-from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
+from piggyback_lens.models.backends import HookedModel, Site, check_layers, shape_of
 from piggyback_lens.progress import track
 from piggyback_lens.vectors.direction import Direction
 
@@ -119,7 +119,7 @@ def steer(
     if (strengths is None) == (fractions is None):
         raise LensError("give exactly one of strengths= and fractions=")
     chosen = _at_layers(direction, layers, shape_of(model).n_layers)
-    norms = mean_norms(model, batch_prompts(prompts), site=direction.site)
+    norms = _norms(model, direction.site, prompts, batch_size)
     blank, variants = [], []
     for own in chosen:
         layer, length = own.layers[0], next(iter(own.norms.values()))
@@ -263,6 +263,19 @@ def _at_layers(direction: Direction, layers: Sequence[int] | int | None, n_layer
     if len(direction.layers) == 1:
         return [replace(direction, layers=(layer,)) for layer in chosen]
     return [direction.at(layer) for layer in chosen]
+
+
+def _norms(model: HookedModel, site: Site, prompts: Sequence[RenderedPrompt], batch_size: int) -> dict[int, float]:
+    """Mean activation norm per layer over all tokens of the prompts."""
+    if not prompts or batch_size < 1:
+        raise LensError(f"{len(prompts)} prompts, batch_size {batch_size}: each must be at least 1")
+    sums: dict[int, float] = {}
+    for at in range(0, len(prompts), batch_size):
+        batch = batch_prompts(prompts[at : at + batch_size])
+        tokens = int(batch.attention_mask.sum())
+        for layer, norm in mean_norms(model, batch, site=site).items():
+            sums[layer] = sums.get(layer, 0.0) + tokens * norm
+    return {layer: total / sum(len(prompt.ids) for prompt in prompts) for layer, total in sums.items()}
 
 
 def _with_controls(own: Direction, n_random: int, seed: int) -> list[tuple[int | None, Direction]]:

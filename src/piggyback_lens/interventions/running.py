@@ -21,6 +21,7 @@ from piggyback_lens.models.backends import (
     Site,
     backend_of,
     check_layers,
+    device_of,
     forward,
     hook_name,
     hook_points,
@@ -190,9 +191,9 @@ def mean_norms(
     model: HookedModel, batch: PromptBatch, *, site: Site = "resid_post", span: str = "all"
 ) -> dict[int, float]:
     """Mean Euclidean norm of the activations at a site, per layer: the unit of `add(fraction=...)`."""
-    last = batch.attention_mask.new_zeros((len(batch.prompts), 1))
+    ids, mask = (x.to(device_of(model)) for x in (batch.ids, batch.attention_mask))
     with torch.no_grad(), applied(model, batch, cache(site, span=span, device=None)) as record:
-        forward(model, batch.ids, batch.attention_mask, read=last)
+        forward(model, ids, mask, read=mask.new_zeros((len(batch.prompts), 1)))
     kept = record.activations_of(span)
     return {layer: float(kept.flat(site, layer).float().norm(dim=-1).mean()) for layer in kept.layers}
 
