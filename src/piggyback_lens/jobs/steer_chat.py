@@ -1,34 +1,17 @@
 """Talk to a model with and without a vector: prompts and commands come in as lines, answers go out as text."""
 
 import math
-import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from piggyback_lens.conversations.chat import ChatFormat
-from piggyback_lens.errors import LensError
+from piggyback_lens.errors import LensError, visible
 from piggyback_lens.jobs.job_inputs import moved_to
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
 from piggyback_lens.vectors.direction import Direction
 
 HELP: Final = "a line is a prompt; :strength X and :layer N change the vector, :quit ends"
-_JOINERS = "\u200c\u200d"  # inside emoji and Arabic or Indic words; they move nothing
-
-
-def visible(text: str) -> str:
-    """Text in which control characters, which could steer a terminal or reorder its letters, are written out.
-
-    Line ends and tabs stay; everything else of the kind comes back as an escape such as \\x1b.
-    """
-    return "".join(_escaped(character) for character in text)
-
-
-def _escaped(character: str) -> str:
-    kind = unicodedata.category(character)
-    if character in "\n\t" + _JOINERS or kind not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return character
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def talk(
