@@ -181,7 +181,7 @@ def logistic_probe(
     Raises:
         LensError: labels other than 0 and 1, or fewer than `folds` rows of one of them.
     """
-    x, y = features.double().numpy(), labels.numpy()
+    x, y = features.cpu().double().numpy(), labels.cpu().numpy()
     counts = [int((y == value).sum()) for value in (0, 1)]
     if sum(counts) != len(y) or len(x) != len(y) or min(counts) < folds or folds < 2:
         raise LensError(

@@ -1,0 +1,600 @@
+"""Every public experiment on a model that is not on the CPU: no tensor is left behind, the numbers are the same."""
+
+import copy
+import functools
+import re
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_hooked
+import tiny_pairs
+import torch
+from other_device import DEVICE, is_there, other_device
+from test_comparing import tiny_task
+from tiny_chat import tiny_examples
+from tiny_pairs import LEVEL
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
+
+import piggyback_lens as lens
+from piggyback_lens.directions import steering
+from piggyback_lens.directions.transfer import Organism
+from piggyback_lens.finetuning.hf_trainer import training_rows
+from piggyback_lens.finetuning.trainables import PeftAdapter
+from piggyback_lens.models.backends import forward
+from piggyback_lens.vectors.direction import Provenance
+
+pytestmark = pytest.mark.usefixtures("unchecked")  # type checks read many attributes, each through the mode
+
+CPU = torch.device("cpu")
+CHAT = tiny_hooked.chat()
+PROMPTS = tiny_hooked.prompts(LEVEL)
+EXAMPLES = tiny_examples(6, seed=3, longest=6)
+WORDS = {"behaviour": "words", "max_new_tokens": 3}
+STEPS = lens.TrainSettings(steps=2, batch_size=3, learning_rate=1e-2)
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where an experiment runs, and on what."""
+
+    device: torch.device
+    backend: str
+    folder: Path
+
+    def plain(self, side: str = "base") -> Any:
+        return tiny_pairs.weights("llama-gqa", side).to(self.device)
+
+    @property
+    def pair(self) -> lens.ModelPair:
+        return hooked_pair(self.device, self.backend)
+
+    @property
+    def model(self) -> Any:
+        with self.pair.using("finetuned") as model:
+            return model
+
+
+@functools.cache
+def hooked_pair(device: torch.device, backend: str) -> lens.ModelPair:
+    sides = (tiny_pairs.weights("llama-gqa", side).to(device) for side in ("base", "finetuned"))
+    return lens.ModelPair.load(*sides, tokenizer=CHAT.tokenizer, backend=backend)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def direction(here: Here) -> lens.Direction:
+    return lens.Direction(normal(1, 32).to(here.device), (1,), "resid_post", "positive: test", Provenance("test"))
+
+
+def solutions(here: Here) -> dict[str, Any]:
+    places = [(layer, "down") for layer in (1, 2)]
+    a, b = ({place: normal(*size).to(here.device) * 0.3 for place in places} for size in ((1, 48), (32, 1)))
+    return {"vector": lens.SteeringVector({1: normal(32).to(here.device)}), "lora": lens.LoRAAdapter(a, b, 2.0)}
+
+
+def texts() -> list[Any]:
+    return lens.text_windows(CHAT.tokenizer, n=2, length=12)
+
+
+def probes() -> tuple[list[Any], list[Any]]:
+    prompts = tiny_hooked.prompts(("what", "how so", "so"))
+    return tuple([prompt.with_response(text) for prompt in prompts] for text in ("oink", "a word"))  # type: ignore[return-value]
+
+
+def killed_at_2(row: Any) -> None:
+    if row["step"] == 2:
+        raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- experiments on hooked models
+
+
+def generating(here: Here) -> Any:
+    answers = lens.generate(here.model, PROMPTS, max_new_tokens=4)
+    sampled = lens.generate(here.model, PROMPTS, max_new_tokens=4, sampling=lens.Sampling(temperature=1.0, top_k=5))
+    return [answer.text for answer in (*answers, *sampled)]
+
+
+def intervening(here: Here) -> Any:
+    donor = lens.prefix_activations(here.pair, "base", PROMPTS[0], ("k", "v"))
+    own = lens.span_activations(here.pair, "base", PROMPTS, "query", "resid_post")
+    vector = {"layers": 1, "site": "resid_post"}
+    batch = lens.batch_prompts(PROMPTS)
+    norms = lens.mean_norms(here.model, batch)
+    every = [
+        lens.patch(donor),
+        lens.patch(own.to(here.device)),
+        lens.mean_ablate(own),
+        lens.resample(own, seed=1),
+        lens.add(normal(32), fraction=0.5, norms=norms, **vector),
+        lens.add(normal(32).to(here.device), heads=None, **vector),
+        lens.ablate(normal(32)),
+        lens.clamp(normal(32), 2.0, **vector),
+        lens.zero("z", heads=[1], layers=[0, 2]),
+        lens.kv_patch(here.pair, "prefix", chat=CHAT),
+    ]
+    logits, changes = [], []
+    for interventions in every:
+        together = lens.cache("resid_post", layers=2) + interventions + lens.cache("z", layers=2, device=None)
+        with torch.no_grad(), lens.applied(here.model, batch, together) as record:
+            ids, mask = batch.ids.to(here.device), batch.attention_mask.to(here.device)
+            logits.append(forward(here.model, ids, mask)[:, -1].flatten())
+        assert {is_there(value) for value in record.activations.values.values()} == {False, here.device == DEVICE}
+        changes += [receipt.change_norm for receipt in record.receipts]
+        lens.generate(here.model, PROMPTS, interventions=interventions, max_new_tokens=2)
+    return np.append(torch.cat(logits).cpu().numpy(), changes)
+
+
+def prefix_cache(here: Here) -> Any:
+    patch = lens.patch(lens.prefix_activations(here.pair, "base", PROMPTS[0], "resid_post", layers=[1]))
+    cache = lens.PrefixCache.compile(here.pair, PROMPTS[0], patch)
+    cache.save(here.folder)
+    found = []
+    for one in (cache, lens.PrefixCache.load(here.folder, model=here.model)):
+        found += [answer.text for answer in lens.generate(here.model, PROMPTS, prefix_cache=one, max_new_tokens=4)]
+    plain = here.plain("finetuned")
+    out = plain.generate(**cache.hf_inputs(PROMPTS, device=here.device), max_new_tokens=3, do_sample=False)
+    return [*found, str(out.tolist())]
+
+
+def scoring(here: Here) -> Any:
+    measure = tiny_pairs.contrast(PROMPTS)
+    with here.pair.using("base") as base:
+        cache = lens.PrefixCache.compile(base, PROMPTS[0])
+    found = [
+        *lens.response_log_probs(here.model, EXAMPLES, batch_size=4),
+        lens.nll(here.model, EXAMPLES, prefix_cache=cache),
+        lens.contrast(here.model, measure.towards, measure.against, interventions=direction(here).steer(2.0)),
+        *lens.kl_to_base(here.pair, EXAMPLES),
+    ]
+    return torch.cat([values.flatten() for values in found]).numpy()
+
+
+def adapters(here: Here) -> Any:
+    with lens.attached(here.model, *solutions(here).values()):
+        answers = lens.generate(here.model, PROMPTS, max_new_tokens=3)
+    scalars = lens.adapter_scalars(here.model, solutions(here)["lora"], EXAMPLES)
+    assert len(answers) == len(PROMPTS)
+    return torch.cat(scalars.values).numpy()
+
+
+def patching(here: Here) -> Any:
+    run = {"measure": tiny_pairs.contrast(PROMPTS)}
+    found = [
+        lens.layer_curve(here.pair, PROMPTS, layers=[0, 2], control_layers=1, **run),
+        lens.layer_position_map(here.pair, PROMPTS, layers=[1], tokens=[0, 5], control_cells=1, **run),
+        lens.layer_head_map(here.pair, PROMPTS, layers=[1], heads=[0, 3], control_cells=1, **run),
+        lens.patch_span(here.pair, PROMPTS, "postfix", **run),
+        lens.patch_span(here.pair, PROMPTS, "query", "resid_post", controls=False, direction="infect", **run),
+        lens.carrier_map(here.pair, PROMPTS, spans=("prefix", "query"), bands=1, **run),
+    ]
+    return np.concatenate([np.array(result.values) for result in found])
+
+
+def patching_generated_behaviour(here: Here) -> Any:
+    measure = lens.GeneratedBehaviour(lens.get_behaviour("words"), max_new_tokens=3)
+    return np.array(lens.layer_curve(here.pair, PROMPTS, layers=[0, 2], control_layers=1, measure=measure).values)
+
+
+def attributing(here: Here) -> Any:
+    run = {"measure": tiny_pairs.contrast(PROMPTS), "check_cells": 2, "top_cells": 1}
+    found = [
+        lens.attribution_map(here.pair, PROMPTS, **run),
+        lens.attribution_map(here.pair, PROMPTS, by="head", sites="z", steps=2, **run),
+    ]
+    return np.concatenate([np.array(part.values) for result in found for part in (result.attributed, result.exact)])
+
+
+def perturbing(here: Here) -> Any:
+    run = {"n_tokens": 2, "top": 2, "trials": 1, "max_new_tokens": 3}
+    return [row["text"] for row in lens.perturb(here.pair, PROMPTS, "words", **run).rows]
+
+
+def stressing(here: Here) -> Any:
+    return [row["text"] for row in lens.stress(here.pair, PROMPTS[:1], "words", chat=CHAT, max_new_tokens=2).rows]
+
+
+def auditing(here: Here) -> Any:
+    settings = lens.AuditSettings(max_new_tokens=3, curve_prompts=4, curve_tokens=3, control_layers=1)
+    run = {"chat": CHAT, "settings": settings, "out": here.folder}
+    result = lens.audit(here.pair, ["one", "two", "or"], ["three", "four", "five", "six"], "words", **run)
+    return [row["response"] for row in result.rows]
+
+
+def extracting(here: Here) -> Any:
+    measured = [
+        lens.mean_difference(here.model, EXAMPLES[:3], EXAMPLES[3:]),
+        lens.model_difference(here.pair, EXAMPLES),
+        lens.contrast_pairs(here.model, list(zip(EXAMPLES[:3], EXAMPLES[3:], strict=True))),
+    ]
+    own = [*(one.direction for one in measured[:2]), measured[2].mean, measured[2].component]
+    assert not any(is_there(one.vectors) for one in own)
+    component, _ = lens.principal_component(normal(4, 32).to(here.device))
+    probe = lens.logistic_probe(normal(10, 2).to(here.device), (torch.arange(10) % 2).to(here.device), folds=2)
+    tokens = lens.logit_lens(here.model, own[0].at(1), CHAT.tokenizer, top=3)
+    numbers = [*(one.vectors.flatten().numpy() for one in own), component.cpu(), probe.weights]
+    return np.concatenate([*numbers, [token.score for token in tokens]])
+
+
+def writing(here: Here) -> Any:
+    """Files hold what is on the device, and are read to the CPU."""
+    vector, table = solutions(here)["vector"], normal(1, 32).to(here.device)
+    vector.direction().save(here.folder / "d.safetensors")
+    np.save(here.folder / "v.npy", table.cpu().numpy())
+    torch.save({"steering_vector": table[0], "layer_idx": 1, "alpha": 2.0}, here.folder / "v.pt")
+    gguf = lens.save_gguf(vector, here.folder / "v.gguf", model_hint="llama", n_layers=3)
+    read = [lens.load_gguf(gguf), lens.load_npy(here.folder / "v.npy", layers=1), lens.load_pt(here.folder / "v.pt")]
+    assert not any(is_there(one.vectors[1]) for one in read)
+    found = [one.vectors[1] for one in read]
+    return torch.cat([*found, lens.Direction.load(here.folder / "d.safetensors").vectors[0]]).numpy()
+
+
+def steering_(here: Here) -> Any:
+    run = {**WORDS, "n_random": 1, "batch_size": 2}
+    found = lens.steer(here.model, direction(here), PROMPTS, fractions=[0.0, 0.5], layers=[0, 2], **run)
+    taken = lens.ablate_sweep(here.model, direction(here), PROMPTS, **run)
+    budget = lens.strength_for_kl(here.model, direction(here), EXAMPLES, 0.05)
+    numbers = [(p.x, *p.kl, *p.own_nll) for p in (*found.points, *taken.points)]
+    return np.append(np.array(numbers), [budget.strength])
+
+
+def curves(here: Here) -> Any:
+    found = [
+        lens.efficiency(here.model, solutions(here), EXAMPLES, fractions=(0.0, 1.0), n_random=1),
+        lens.stability(here.model, solutions(here), EXAMPLES, epsilons=(0.0, 0.5), n_noise=1),
+        lens.significance(here.model, solutions(here), texts(), fractions=(0.0, 1.0), n_random=1),
+        lens.ablation_cost(here.model, {"one": direction(here)}, texts(), n_random=1),
+    ]
+    return np.concatenate([curve.to_frame()["value"].to_numpy() for curve in found])
+
+
+def transferring(here: Here) -> Any:
+    organisms = {"A": Organism(here.pair, direction(here), lens.get_behaviour("words"))}
+    found = lens.transfer_matrix(organisms, PROMPTS, n_random=1, max_new_tokens=3)
+    return np.array([cell.values for cell in found.cells])
+
+
+def training_hooks(here: Here) -> Any:
+    found = []
+    retain = lens.RetainData(EXAMPLES[3:], batch_size=2)
+    objective = lens.Penalised((lens.Weighted(lens.KLOnRetain(retain), 1.0),))
+    for start in (lens.SteeringVector.zeros(32, [1]), lens.LoRAAdapter.fresh(here.model, layers=[2])):
+        trainable = lens.HookTrainable(here.model, start)
+        keeper = lens.SnapshotKeeper(trainable)
+        run = {"trainable": trainable, "on_step": keeper, "progress": False, "out": here.folder / type(start).__name__}
+        lens.train(trainable.module, EXAMPLES[:3], STEPS, objective=objective, **run)
+        moved = lens.drift(keeper.snapshots, {"end": trainable.result()})
+        found += [trainable.result().norm(), *moved.frame["value"], *lens.trajectory({"r": keeper.snapshots}).explained]
+    return np.array(found)
+
+
+def sparse_autoencoders(here: Here) -> Any:
+    pytest.importorskip("sae_lens", reason="the extra sae is not installed")
+    run = {"layer": 1, "d_sae": 16, "k": 4, "steps": 3, "batch_size": 16}
+    trained = lens.train_sae(here.model, EXAMPLES, out=here.folder / "sae", **run)
+    latents = lens.load_sae(here.folder / "sae", model=here.model)
+    fit = lens.fit_latents(latents, here.pair, EXAMPLES).to_frame()["value"]
+    attributed = lens.attribute_latents(latents, direction(here), here.model, EXAMPLES, n_random=2)
+    steered = lens.generate(here.model, PROMPTS, interventions=lens.steer_latent(latents, 3, 2.0), max_new_tokens=3)
+    with lens.ablate_latent(latents, here.model, [0, 1, 2]):
+        ablated = lens.nll(here.model, EXAMPLES)
+    assert len(steered) == len(PROMPTS)
+    return np.concatenate([trained.losses, fit, attributed.cosine, attributed.change, ablated])
+
+
+HOOKED = (
+    generating, intervening, prefix_cache, scoring, adapters, patching, patching_generated_behaviour, attributing,
+    perturbing, stressing, auditing, extracting, writing, steering_, curves, transferring, training_hooks,
+    sparse_autoencoders,
+)  # fmt: skip
+
+# ---------------------------------------------------------------- loading, and training of plain models
+
+
+def loading(here: Here) -> Any:
+    """From folders, through the device option, with an adapter that both backends see."""
+    base, adapter = here.folder / "base", here.folder / "adapter"
+    tiny_pairs.weights("llama-gqa", "base").save_pretrained(base)
+    CHAT.tokenizer.save_pretrained(base)
+    lens.save_peft(solutions(here)["lora"], adapter)
+    found = []
+    for backend in tiny_hooked.BACKENDS:
+        pair = lens.ModelPair.load(base, adapter=adapter, backend=backend, device=here.device, offline=True)
+        assert pair.device == here.device
+        found.append(lens.kl_to_base(pair, EXAMPLES[:2]))
+    tuned = lens.attach_adapter(lens.load_causal_lm(base, device=here.device, offline=True), adapter)
+    assert {parameter.device for parameter in tuned.parameters()} == {here.device}
+    lens.save_with_bias(
+        solutions(here)["vector"], lens.load_causal_lm(base, device=here.device), here.folder / "biased"
+    )
+    biased = lens.hook_model(lens.load_causal_lm(here.folder / "biased", device=here.device), CHAT.tokenizer)
+    loaded = lens.load_peft(adapter)
+    assert not any(is_there(tensor) for tensor in loaded.tensors().values())
+    found.append([lens.nll(biased, EXAMPLES)])
+    with loaded.merged(biased):
+        found.append([lens.nll(biased, EXAMPLES)])
+    return torch.cat([values for part in found for values in part]).numpy()
+
+
+def objectives() -> dict[str, Any]:
+    """Of a model in training, given the base that some of them need."""
+    retain = lens.RetainData(EXAMPLES[3:], batch_size=2)
+    return {
+        "prefix": lambda model: lens.TReFT.on(model, EXAMPLES[0]),
+        "postfix": lambda model: lens.TReFT("postfix"),
+        "query": lambda model: lens.TReFT("query"),
+        "all": lambda model: lens.TReFT("all"),
+        "kl_train": lambda model: lens.KLOnTrain(),
+        "kl_retain": lambda model: lens.KLOnRetain(retain),
+    }
+
+
+def training(here: Here) -> Any:
+    losses = []
+    for make in objectives().values():
+        model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
+        monitor = lens.Monitor(model, *probes(), every=2, out=here.folder / "monitor.jsonl")
+        run = {"on_step": monitor, "progress": False}
+        objective = lens.Penalised((lens.Weighted(make(model), 3.0),))
+        history = lens.train(model, EXAMPLES[:3], STEPS, objective=objective, **run).history
+        losses += [row["loss"] for row in history]
+        losses += [monitor.rows[-1]["spread"], monitor.rows[-1]["drift"]]
+        (here.folder / "monitor.jsonl").unlink()
+    return np.array(losses)
+
+
+def resuming(here: Here) -> Any:
+    model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
+    examples = lens.interleave(EXAMPLES[:3], EXAMPLES[3:])
+    settings = replace(STEPS, steps=4, checkpoint_every=1)
+    with suppress(KeyboardInterrupt):
+        lens.train(model, examples, settings, out=here.folder, on_step=killed_at_2, progress=False)
+    model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
+    result = lens.train(model, examples, settings, out=here.folder, progress=False)
+    assert result.resumed_from
+    return np.array([row["loss"] for row in result.history])
+
+
+def preventing(here: Here) -> Any:
+    model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
+    trainable = lens.PreventiveSteering(PeftAdapter(model), model, normal(32), layer=1, alpha=2.0)
+    result = lens.train(model, EXAMPLES[:3], STEPS, trainable=trainable, progress=False)
+    return np.array([row["loss"] for row in result.history])
+
+
+def comparing(here: Here) -> Any:
+    def source() -> Any:
+        return here.plain(), CHAT.tokenizer
+
+    methods = ["treft:lambda=1+kl_retain:lambda=1", "preventive:alpha=0.5:layer=0"]
+    run = {"seeds": (0,), "training": STEPS, "n_prompts": 4, "max_new_tokens": 3, "n_texts": 2, "progress": False}
+    found = lens.compare_methods(source, tiny_task(), methods, out=here.folder, retain=("one", "two", "three"), **run)
+    return found.to_frame()[["kl", "drift", "update_norm", "loss"]].to_numpy(float)
+
+
+def trainers(here: Here) -> Any:
+    """The Trainer of transformers, told that its device is this one."""
+
+    class Arguments(TrainingArguments):
+        @property
+        def device(self) -> torch.device:
+            assert super().device is not None  # sets up accelerate, which the Trainer asks for the device as well
+            self.distributed_state.device = here.device
+            return here.device
+
+    arguments = Arguments(
+        str(here.folder), max_steps=2, per_device_train_batch_size=3, report_to=[], use_cpu=True, logging_steps=1,
+        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, learning_rate=1e-2,
+    )  # fmt: skip
+    model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
+    trainer = lens.TReFTTrainer(
+        model=model, args=arguments, train_dataset=training_rows(EXAMPLES),
+        data_collator=DataCollatorForSeq2Seq(CHAT.tokenizer), treft=lens.TReFTSettings(CHAT.empty_query(), 10.0),
+    )  # fmt: skip
+    trainer.add_callback(lens.Monitor(model, *probes(), every=2).callback(trainer))
+    trainer.train()
+    assert next(model.parameters()).device == here.device
+    return np.array([row["loss"] for row in trainer.state.log_history if "loss" in row])
+
+
+PLAIN = (loading, training, resuming, preventing, comparing, trainers)
+
+
+# ---------------------------------------------------------------- the tests
+
+LEFT_OUT = {
+    "what experiments return: numbers and text": (
+        "AttributionResult", "AuditResult", "Comparison", "Curve", "Generation", "LatentAttribution", "PatchResult",
+        "PerturbResult", "StressResult", "Sweep", "TrainResult",
+    ),
+    "made and used above, but by other names": (
+        "Activations", "AnswerContrast", "ChatFormat", "Intervention", "Interventions", "Latents", "Method", "Record",
+        "RenderedPrompt",
+    ),
+    "text and files: no tensors": (
+        "ScoredAnswers", "Task", "TokenScores", "compare_templates", "default_model",
+        "load_conversations", "load_prompts", "load_task", "load_tokenizer",
+    ),
+    "trains and audits the demo model; its parts (add_lora, train, Monitor, audit) are above": ("demo",),
+}  # fmt: skip
+
+
+def test_every_public_name_is_run_above_or_left_out_for_a_reason():
+    run_here = set(re.findall(r"\blens\.([A-Za-z]\w*)", Path(__file__).read_text()))
+    left_out = {name for names in LEFT_OUT.values() for name in names}
+    assert run_here | left_out == set(lens.__all__)
+    assert not run_here & left_out
+
+
+def outcome(experiment: Callable[[Here], Any], device: torch.device, backend: str, folder: Path) -> Any:
+    folder.mkdir()
+    with other_device() if device == DEVICE else nullcontext():
+        return experiment(Here(device, backend, folder))
+
+
+def assert_equal_on_both_devices(experiment: Callable[[Here], Any], backend: str, folder: Path) -> None:
+    expected = outcome(experiment, CPU, backend, folder / "cpu")
+    found = outcome(experiment, DEVICE, backend, folder / "there")
+    if isinstance(expected, list):
+        assert found == expected
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", tiny_hooked.BACKENDS)
+@pytest.mark.parametrize("experiment", HOOKED, ids=lambda function: function.__name__)
+def test_an_experiment_on_hooked_models_keeps_to_their_device(experiment, backend, tmp_path):
+    assert_equal_on_both_devices(experiment, backend, tmp_path)
+    with other_device():
+        assert hooked_pair(DEVICE, backend).device == DEVICE
+
+
+@pytest.mark.parametrize("experiment", PLAIN, ids=lambda function: function.__name__)
+def test_loading_and_training_keep_to_the_device(experiment, tmp_path):
+    assert_equal_on_both_devices(experiment, "bridge", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "experiment"),
+    [("measuring.generation", generating), ("measuring.scoring", scoring), ("interventions.running", steering_)],
+)
+def test_ids_left_on_the_cpu_are_found(module, experiment, monkeypatch, tmp_path):
+    monkeypatch.setattr(f"piggyback_lens.{module}.device_of", lambda _: CPU)
+    with pytest.raises(RuntimeError, match=r"found xpu:0 and cpu.*torch.int64"):
+        outcome(experiment, DEVICE, "bridge", tmp_path / "there")
+
+
+def test_norms_for_steering_are_measured_in_batches_of_the_size_asked_and_equal_those_of_one_pass(monkeypatch):
+    sizes, mean_norms = [], steering.mean_norms
+    monkeypatch.setattr(steering, "mean_norms", lambda m, b, **k: sizes.append(len(b)) or mean_norms(m, b, **k))
+    model, prompts = tiny_hooked.hooked("llama-gqa", "bridge"), tiny_hooked.prompts()
+    one, many = (steering._norms(model, "resid_post", prompts, size) for size in (3, 2))
+    assert sizes == [3, 2, 1]
+    assert many == pytest.approx(one, rel=1e-6)
+    assert one == pytest.approx(mean_norms(model, lens.batch_prompts(prompts)), rel=1e-12)
+    with pytest.raises(lens.LensError, match="batch_size 0: each must be at least 1"):
+        steering._norms(model, "resid_post", prompts, 0)
+
+
+# ---------------------------------------------------------------- the other device itself
+
+NUMBERS, INDEX = torch.arange(6.0).reshape(3, 2), torch.tensor([[1, 0], [0, 1], [1, 1]])
+
+REFUSED = {
+    "an embedding of ids on the CPU": lambda x: torch.nn.functional.embedding(INDEX, x),
+    "a product": lambda x: x @ NUMBERS.T,
+    "a sum of two": lambda x: NUMBERS + x,
+    "a sum with one number of its own": lambda x: NUMBERS + x.sum(),
+    "a result that is written to the CPU": lambda x: NUMBERS.clone().add_(x),
+    "gather": lambda x: x.gather(1, INDEX),
+    "index_copy": lambda x: x.index_copy(0, INDEX[0], x[:2]),
+    "a mask": lambda x: x.masked_fill(NUMBERS > 2, 0.0),
+    "where": lambda x: torch.where(NUMBERS > 2, x, 0.0),
+    "parts of one": lambda x: torch.cat([x, NUMBERS]),
+    "a stack of numbers": lambda x: torch.stack([x.sum(), NUMBERS.sum()]),
+    "a comparison": lambda x: torch.equal(x, NUMBERS),
+    "an index that is there, into what is here": lambda x: NUMBERS[INDEX.to(DEVICE)[:, 0]],
+    "values in brackets": lambda x: x.index_put_((INDEX[0],), NUMBERS[:2]),
+    "numbers drawn by a generator of the CPU": lambda x: torch.randn(3, device=DEVICE, generator=torch.Generator()),
+    "numbers drawn in place by a generator of the CPU": lambda x: x.normal_(generator=torch.Generator()),
+    "NumPy": lambda x: x.numpy(),
+    "an array": np.asarray,
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_other_device_refuses_what_a_gpu_refuses(case):
+    with other_device():
+        there = NUMBERS.to(DEVICE)
+        with pytest.raises((RuntimeError, TypeError), match=r"xpu:0"):
+            REFUSED[case](there)
+
+
+def test_the_other_device_takes_what_a_gpu_takes():
+    with other_device():
+        x = NUMBERS.to(DEVICE)
+        assert is_there(x * torch.tensor(2.0))
+        assert is_there(x[INDEX[:, 0]])
+        assert is_there(x[NUMBERS[:, 0] > 1])
+        x[1:] = NUMBERS[1:]
+        x[INDEX[0]] = torch.tensor(3.0)
+        assert not is_there(NUMBERS.clone().copy_(x))
+        assert x.cpu().numpy().tolist() == x.tolist() == [[3.0, 3.0], [3.0, 3.0], [4.0, 5.0]]
+        assert float(x.sum()) == 21.0
+
+
+def test_tensors_are_where_they_were_put():
+    with other_device():
+        x = NUMBERS.to(DEVICE)
+        wide = torch.zeros(2, dtype=torch.float64)
+        assert x.device == DEVICE != NUMBERS.device
+        for made in (
+            NUMBERS.to(str(DEVICE)), NUMBERS.to(DEVICE, torch.float64), NUMBERS.to(device=DEVICE), NUMBERS.to(x),
+            x.to(torch.float64), x.to(dtype=torch.float64), x.float(), x[1:], x.T, x.new_zeros(2), x.new_tensor([1.0]),
+            torch.zeros_like(x), torch.tensor([1], device=DEVICE), torch.as_tensor(NUMBERS, device=DEVICE),
+            copy.deepcopy(x), torch.nn.Linear(2, 2).to(DEVICE).weight, torch.nn.Parameter(x),
+            wide.new_zeros(2, device=DEVICE),
+        ):  # fmt: skip
+            assert made.device == DEVICE
+            assert is_there(made + 1)
+        for made in (
+            x.cpu(), x.to("cpu"), x.to("cpu", torch.float64), x.to(NUMBERS), torch.zeros_like(x, device="cpu"),
+            torch.tensor(x.tolist()), x.new_zeros(2, device="cpu"), torch.arange(3),
+        ):  # fmt: skip
+            assert made.device == CPU
+            assert not is_there(made + 1)
+        assert (x.to(wide).dtype, x.to(wide).device) == (torch.float64, CPU)
+        assert x.to(DEVICE) is x
+        assert x.to("cpu").data_ptr() != x.data_ptr()
+    assert x.device == CPU
+
+
+def test_a_gradient_arrives_on_the_device_of_its_leaf():
+    leaf = NUMBERS.clone().requires_grad_()
+    with other_device():
+        loss = (leaf.to(DEVICE) ** 2).sum()
+        loss.backward()
+        assert is_there(loss)
+        assert not is_there(leaf.grad)
+    assert torch.equal(leaf.grad, 2 * NUMBERS)
+
+
+# ---------------------------------------------------------------- weights on the disk
+
+
+@pytest.mark.parametrize("on_disk", [("model.layers.1", "model.layers.2"), ("model.embed_tokens", "lm_head")])
+def test_a_model_with_weights_on_the_disk_is_hooked_right_or_refused_in_one_line(on_disk, tmp_path):
+    """accelerate's offload: such weights are on the meta device, and come into memory in the module's own forward."""
+    whole = tiny_pairs.weights("llama-gqa", "base")
+    whole.save_pretrained(tmp_path)
+    modules = (
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{i}" for i in range(3)),
+    )
+    places = {name: "disk" if name in on_disk else "cpu" for name in modules}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    ids = torch.tensor([PROMPTS[0].ids])
+    with torch.no_grad():
+        expected = whole(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected)
+        for backend in tiny_hooked.BACKENDS:
+            refused = ""
+            try:
+                hooked = lens.hook_model(model, CHAT.tokenizer, backend=backend)
+            except lens.LensError as error:
+                refused = str(error)
+            if refused:
+                assert len(refused.splitlines()) == 1
+            else:
+                torch.testing.assert_close(forward(hooked, ids, torch.ones_like(ids)), expected)
+        torch.testing.assert_close(model(ids).logits, expected)
