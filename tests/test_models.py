@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models import pair as models
-from piggyback_lens.models import sources
+from piggyback_lens.models import proof, sources
 from piggyback_lens.models.backends import backend_of, forward
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
@@ -174,18 +174,17 @@ def test_a_gguf_file_is_the_model_that_it_holds(real_model_dir):
 # ---------------------------------------------------------------- one copy of the weights
 
 
-def test_the_adapter_is_switched_on_the_one_copy_of_the_weights(folders):
+def test_both_sides_have_the_one_copy_of_the_weights(folders):
     plain = tiny()
     pointers = {parameter.data_ptr() for parameter in plain.parameters()}
     pair = ModelPair.load(plain, adapter=folders / "adapter", tokenizer=tiny_chat.tiny_tokenizer())
-    with pair.using("base") as base:
-        held = {p.data_ptr(): p.numel() for p in base.parameters()}
-    with pair.using("finetuned") as tuned:
-        assert tuned is base
-    assert pointers <= set(held)
     lora_size = sum(v.numel() for v in load_file(folders / "adapter" / "adapter_model.safetensors").values())
-    more = sum(n for pointer, n in held.items() if pointer not in pointers)
-    assert lora_size <= more <= lora_size + tiny_chat.VOCAB  # the bridge adds an unembedding bias of zeros
+    for side, own in (("base", 0), ("finetuned", lora_size)):
+        with pair.using(side) as model:
+            held = {p.data_ptr(): p.numel() for p in model.parameters()}
+        assert pointers <= set(held)
+        more = sum(n for pointer, n in held.items() if pointer not in pointers)
+        assert own <= more <= own + tiny_chat.VOCAB  # the bridge of 3.9 adds an unembedding bias of zeros
 
 
 def test_copied_models_share_the_weights_that_the_adapter_left_alone(folders):
@@ -199,22 +198,13 @@ def test_copied_models_share_the_weights_that_the_adapter_left_alone(folders):
     assert share_equal_parameters(other, one) == 0
 
 
-def test_the_sides_of_a_shared_model_cannot_be_used_at_once(folders):
+def test_the_sides_can_be_used_at_once_and_in_any_order(folders):
     pair = ModelPair.load(folders / "base", adapter=folders / "adapter", device="cpu")
-    for side, other in (("base", "finetuned"), ("finetuned", "base")):
-        theirs = expected(folders, adapter=side == "finetuned")
-        with pair.using(side):
-            message = f"the {other} side was asked inside a block that uses {side}"
-            with pytest.raises(LensError, match=message), pair.using(other):
-                pass
-            assert_close(logits(pair, side), theirs, **TOLERANCE)  # the same side may be nested
-            with pair.using(side) as model, torch.no_grad():
-                assert_close(forward(model, IDS, torch.ones_like(IDS)), theirs, **TOLERANCE)
-            with pair.using(side) as model, torch.no_grad():  # and leaves the outer block on its side
-                assert_close(forward(model, IDS, torch.ones_like(IDS)), theirs, **TOLERANCE)
-        with contextlib.suppress(RuntimeError), pair.using(side):
-            raise RuntimeError
-        assert_close(logits(pair, other), expected(folders, adapter=other == "finetuned"), **TOLERANCE)
+    with pair.using("base") as base, pair.using("finetuned") as tuned, pair.using("base") as again, torch.no_grad():
+        assert again is base
+        for model, adapter in ((base, False), (tuned, True), (base, False)):
+            found = forward(model, IDS, torch.ones_like(IDS))
+            assert_close(found, expected(folders, adapter=adapter), **TOLERANCE)
 
 
 # ---------------------------------------------------------------- parity
@@ -232,8 +222,9 @@ def test_a_model_that_computes_something_else_is_refused_with_the_figures(monkey
 
     def broken(hf_model, tokenizer, name):
         model = make(hf_model, tokenizer, name)
-        with torch.no_grad():
-            next(p for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n).mul_(1.01)
+        name, weight = next((n, p) for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight * 1.01))
         return model
 
     monkeypatch.setattr(models, maker, broken)
@@ -242,7 +233,7 @@ def test_a_model_that_computes_something_else_is_refused_with_the_figures(monkey
     message = str(caught.value)
     assert message.startswith(f"{backend} model of my-model differs from transformers by ")
     assert float(message.split(" by ")[1].partition(" ")[0]) > 1e-3
-    assert "1e-03 allowed for torch.float32" in message
+    assert "2.0e-04 allowed" in message
     assert "\n" not in message
 
 
@@ -250,8 +241,8 @@ def test_a_model_that_is_wrong_only_under_padding_is_refused(monkeypatch):
     def ignoring_the_mask(model, ids, mask, **kwargs):
         return forward(model, ids, torch.ones_like(mask), **kwargs)
 
-    monkeypatch.setattr(models, "forward", ignoring_the_mask)
-    with pytest.raises(LensError, match=r"\(left-padded probe"):
+    monkeypatch.setattr(proof, "forward", ignoring_the_mask)
+    with pytest.raises(LensError, match=r"\(left-padded rows; "):
         hook_model(tiny(), None)
 
 
@@ -259,7 +250,8 @@ def test_a_model_that_gives_nan_is_refused():
     spoilt = tiny()
     with torch.no_grad():
         spoilt.model.norm.weight[0] = float("nan")
-    with pytest.raises(LensError, match="differs from transformers by nan"):
+    message = r"logits of LlamaForCausalLM are not finite on 41 of 41 .*: 1 of its .* infinity, e.g. model.norm.weight"
+    with pytest.raises(LensError, match=message):
         hook_model(spoilt, None)
 
 
@@ -295,9 +287,7 @@ def test_the_hooked_backend_without_hooked_transformer_says_what_to_install(monk
         hook_model(tiny(), None, backend="hooked")
 
 
-def test_an_unknown_backend_or_a_wrapped_model_is_refused():
-    with pytest.raises(LensError, match=r"pass peft_model.get_base_model\(\)"):
-        hook_model(lora(tiny()), None)
+def test_an_unknown_backend_or_an_unhooked_model_is_refused():
     with pytest.raises(LensError, match="expected a TransformerLens HookedTransformer or TransformerBridge"):
         backend_of(tiny())
 
@@ -361,7 +351,7 @@ def test_an_adapter_that_does_not_fit_is_refused(folders, adapter, backend):
 
 def test_sides_that_do_not_belong_together_are_refused(folders, tmp_path):
     tokenizer = tiny_chat.tiny_tokenizer()
-    with pytest.raises(LensError, match=r"base and finetuned differ in sizes: Shape\(.*n_kv_heads=2"):
+    with pytest.raises(LensError, match=r"base and finetuned differ in sizes: n_kv_heads 2 against 4$"):
         ModelPair.load(tiny(), tiny(1, "llama-mha"), tokenizer=tokenizer)
     with pytest.raises(LensError, match="differ in backend: bridge against hooked"):
         ModelPair.load(hooked("llama-gqa", "bridge"), hooked("llama-gqa", "hooked"), tokenizer=tokenizer)
@@ -413,8 +403,6 @@ def test_what_is_no_model_is_refused_in_one_line(folders, tmp_path):
     for wrong in ({}, {"finetuned": folders / "finetuned", "adapter": folders / "adapter"}):
         with pytest.raises(LensError, match="give exactly one of finetuned= and adapter="):
             ModelPair.load(folders / "base", **wrong)
-    with pytest.raises(LensError, match="holds its own base: leave base= out"):
-        ModelPair.load(folders / "base", lora(tiny()), tokenizer=tiny_chat.tiny_tokenizer())
 
 
 # ---------------------------------------------------------------- no connection

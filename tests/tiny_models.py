@@ -5,6 +5,10 @@ from typing import Any
 import torch
 
 NAMES = ("llama-mha", "llama-gqa", "llama-bias", "qwen2", "qwen3", "gemma3", "mistral", "gpt2")
+BRIDGE_ONLY = (
+    "phi3", "gemma2", "olmo2", "qwen3-moe", "mixtral", "gpt-oss", "granite", "smollm3", "gpt-neox", "phi", "stablelm",
+)  # fmt: skip
+"""Layouts that HookedTransformer does not have, or that are not converted to it here."""
 
 WINDOW = 6  # sliding window of gemma3 and mistral, shorter than any chat prefix
 
@@ -77,6 +81,29 @@ def _recipe(name: str) -> tuple[Any, Any, dict[str, Any]]:
                 "pad_token_id": 0,
             },
         ),
+    }
+    small = {name: value for name, value in common.items() if name != "num_key_value_heads"}
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 4}
+    recipes |= {
+        "phi3": (tf.Phi3Config, tf.Phi3ForCausalLM, common),
+        "gemma2": (tf.Gemma2Config, tf.Gemma2ForCausalLM, common | {"head_dim": 8, "sliding_window": WINDOW}),
+        "olmo2": (tf.Olmo2Config, tf.Olmo2ForCausalLM, common),
+        "qwen3-moe": (
+            tf.Qwen3MoeConfig,
+            tf.Qwen3MoeForCausalLM,
+            common | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        ),
+        "mixtral": (tf.MixtralConfig, tf.MixtralForCausalLM, common | experts),
+        "gpt-oss": (
+            tf.GptOssConfig,
+            tf.GptOssForCausalLM,
+            common | experts | {"head_dim": 8, "sliding_window": WINDOW},
+        ),
+        "granite": (tf.GraniteConfig, tf.GraniteForCausalLM, common | {"attention_multiplier": 0.3}),
+        "smollm3": (tf.SmolLM3Config, tf.SmolLM3ForCausalLM, common | {"no_rope_layers": [1, 0, 1]}),
+        "gpt-neox": (tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM, small),
+        "phi": (tf.PhiConfig, tf.PhiForCausalLM, common | {"partial_rotary_factor": 0.5}),
+        "stablelm": (tf.StableLmConfig, tf.StableLmForCausalLM, common | {"partial_rotary_factor": 0.5}),
     }
     return recipes[name]
 

@@ -5,7 +5,6 @@ computed once beforehand by `run_base`. Everything lands in the comparison's fol
 thread or another machine with the same file system can do it.
 """
 
-import copy
 import shutil
 import threading
 import time
@@ -48,6 +47,7 @@ from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import Text, variant_nll
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
+from piggyback_lens.models.views import structural_copy
 from piggyback_lens.vectors.task_vectors import update_norms
 
 # torch's random state is one per process, so cells in threads would draw from each other's.
@@ -64,12 +64,6 @@ def _loaded(source: Source, offline: bool) -> tuple[Any, Any]:
         return source()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_causal_lm(source, device=device, offline=offline), load_tokenizer(source, offline=offline)
-
-
-def _structure_copy(model: Any) -> Any:
-    """New modules around the same tensors: an adapter or hooks on the copy leave the original alone."""
-    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 # --- the base's part -------------------------------------------------------------------------------------
@@ -112,7 +106,7 @@ def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
         missing = [name for name, done in _wanted(folder, plan, needs).items() if not done]
         if missing or needs.model:
             model, tokenizer = _loaded(plan.source, plan.offline)
-            hooked = hook_model(_structure_copy(model), tokenizer)
+            hooked = hook_model(model, tokenizer)
             if BASE_FILE not in missing:
                 _refuse_other_model(read_json(folder / BASE_FILE), identify(hooked))
             chat = ChatFormat(tokenizer, system=system)
@@ -266,7 +260,7 @@ def prepare_cells(plan: Plan, system: str | None, cells: Sequence[Cell], out: st
     if once:
         with _ONE_AT_A_TIME:
             model, tokenizer = _loaded(plan.source, plan.offline)
-            chat, peft_model = ChatFormat(tokenizer, system=system), add_lora(_structure_copy(model), plan.lora)
+            chat, peft_model = ChatFormat(tokenizer, system=system), add_lora(structural_copy(model), plan.lora)
             for cell in once.values():
                 _set_up(plan, cell, peft_model, chat, Path(folder))
     return folder
@@ -309,7 +303,7 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     base = read_json(shared / BASE_FILE)
     model, tokenizer = _loaded(plan.source, plan.offline)
     chat = ChatFormat(tokenizer, system=cell.system)
-    peft_model = add_lora(_structure_copy(model), plan.lora, seed=cell.seed)
+    peft_model = add_lora(structural_copy(model), plan.lora, seed=cell.seed)
     use, settings = _set_up(plan, cell, peft_model, chat, shared)
     trained = train(
         peft_model,

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.models.views import inner_model, require_current
 
 Backend = Literal["bridge", "hooked"]
 Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "rot_k", "z", "mlp_post"]
@@ -228,9 +229,26 @@ def _gathered(tensor: Tensor, source: Int[Tensor, "batch past"], pos_dim: int) -
     return tensor.gather(pos_dim, index.expand_as(tensor))
 
 
+def recurrent_layers(model: HookedModel) -> list[int]:
+    """Layers that carry a recurrent state along instead of keys and values (Mamba, gated delta nets)."""
+    if backend_of(model) == "hooked":
+        return []
+    kinds = getattr(model.original_model.config, "layer_types", None) or ["attention"] * model.cfg.n_layers  # type: ignore[attr-defined]
+    return [i for i, kind in enumerate(kinds) if "attention" not in kind or "linear" in kind]
+
+
 def new_state(model: HookedModel, batch_size: int) -> KVState:
-    """An empty state for `batch_size` rows."""
+    """An empty state for `batch_size` rows.
+
+    Raises:
+        LensError: layers that keep no keys and values.
+    """
     backend = backend_of(model)
+    if recurrent := recurrent_layers(model):
+        raise LensError(
+            f"{len(recurrent)} of {model.cfg.n_layers} layers hold a recurrent state, e.g. layer {recurrent[0]}: keys "
+            "and values are not all that a prefix leaves behind there, so nothing can start from a prefix cache"
+        )
     mask = torch.zeros((batch_size, 0), dtype=torch.long, device=device_of(model))
     if backend == "bridge":
         from transformers import DynamicCache
@@ -293,8 +311,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """Keyword arguments that hand a KV cache (or none) to a transformers or PEFT model, whatever its version."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = _known_cache_name(type(inner).forward)
+    name = _known_cache_name(type(inner_model(model)).forward)
     return {name: cache, "use_cache": cache is not None}
 
 
@@ -334,6 +351,7 @@ def forward(
             computed there only, so hooks at the unembedding see just those positions. A pass that forks (see
             `forking`) ends with more rows than `ids` has, and reads those.
     """
+    require_current(model)
     past = attention_mask[:, :0] if state is None else state.mask
     full_mask = torch.cat([past, attention_mask], dim=1)
     position_ids = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past.shape[1] :]

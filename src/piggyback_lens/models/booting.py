@@ -13,38 +13,64 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import CACHE_NAMES, HookedModel
+from piggyback_lens.models.fused import read_fused_weights_live
+from piggyback_lens.models.views import gradients_kept, inner_model, is_peft_model, structural_copy, watch
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
-    """Wrap a transformers model (also one that holds PEFT layers) as a bridge; weights are shared."""
+    """A bridge around a structural copy of a transformers or PEFT model: it shares the weights, and nothing else.
+
+    The bridge is in evaluation mode. The model may be trained while the bridge is in use.
+
+    Raises:
+        LensError: an architecture that TransformerLens cannot wrap.
+    """
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
         raise LensError(
             f"transformer-lens could not be imported ({error}): pip install 'transformer-lens>=3.9,<5'"
         ) from error
-    parameter = next(hf_model.parameters())
-    training = hf_model.training
-    if not hf_model.config.architectures:
-        hf_model.config.architectures = [type(hf_model).__name__]  # a model built from a config has none
-    try:
-        bridge = TransformerBridge.boot_transformers(
-            name,
-            hf_model=hf_model,
-            tokenizer=_stand_in_tokenizer(),
-            device=str(parameter.device),
-            dtype=parameter.dtype,
-        )
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-        raise LensError(
-            f"TransformerBridge cannot wrap {type(hf_model).__name__} ({_first_line(error)}): "
-            "use an architecture that TransformerLens supports"
-        ) from error
-    hf_model.train(training)
+    refuse_multimodal(hf_model)
+    with gradients_kept(hf_model):
+        inner = inner_model(structural_copy(hf_model)).eval()
+        parameter = next(inner.parameters())
+        inner.config.architectures = [type(inner).__name__]  # what is here, whatever a checkpoint said
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                "local",  # names that TransformerLens knows make it print notices
+                hf_model=inner,
+                tokenizer=_stand_in_tokenizer(),
+                device=str(parameter.device),
+                dtype=parameter.dtype,
+            )
+            bridge.cfg.model_name = name
+            bridge.eval()
+            read_fused_weights_live(bridge)
+        except Exception as error:  # TransformerLens raises many types on layouts that it does not know
+            raise LensError(
+                f"TransformerBridge cannot wrap {type(inner).__name__} ({_first_line(error)}): "
+                "use an architecture that TransformerLens supports"
+            ) from error
     _hear_new_cache_name(bridge)
     if tokenizer is not None:
         bridge._tokenizer = tokenizer  # the public setter would rebuild it with a BOS, from the hub
+    watch(bridge, hf_model, shares=True)
     return bridge  # type: ignore[no-any-return]
+
+
+def refuse_multimodal(hf_model: Any) -> None:
+    """Refuse models with more than text, before TransformerLens sees them: it installs packages for their processors.
+
+    Raises:
+        LensError: the model reads images or sound.
+    """
+    config = inner_model(hf_model).config
+    if config.get_text_config() is not config:
+        raise LensError(
+            f"{type(inner_model(hf_model)).__name__} reads more than text (a {config.model_type} configuration): give "
+            "its text model; of Gemma 3, ModelPair.load and load_causal_lm take that out themselves"
+        )
 
 
 def _hear_new_cache_name(bridge: Any) -> None:
@@ -71,7 +97,7 @@ def _stand_in_tokenizer() -> Any:
 
 
 def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
-    """Copy a transformers model into a HookedTransformer, weights unprocessed (no folding, no centring).
+    """Copy a transformers or PEFT model into a HookedTransformer, weights unprocessed (no folding, no centring).
 
     Raises:
         LensError: TransformerLens 4 (which has no HookedTransformer), or a layout on which it is wrong.
@@ -83,9 +109,11 @@ def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
             "backend 'hooked' needs HookedTransformer, which transformer-lens 4 removed: use backend='bridge' "
             "or pip install 'transformer-lens>=3.9,<4'"
         ) from error
-    _refuse_wrong_layouts(hf_model.config)
-    parameter = next(hf_model.parameters())
-    cfg, state = _hooked_config_and_weights(hf_model, parameter.dtype, str(parameter.device))
+    refuse_multimodal(hf_model)
+    source = _merged(hf_model) if is_peft_model(hf_model) else hf_model
+    _refuse_wrong_layouts(source.config)
+    parameter = next(source.parameters())
+    cfg, state = _hooked_config_and_weights(source, parameter.dtype, str(parameter.device))
     cfg.tokenizer_name = None
     model = HookedTransformer(cfg, tokenizer=None, move_to_device=True)
     model.load_and_process_state_dict(
@@ -95,7 +123,15 @@ def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
     torch.nn.Module.to(model, parameter.dtype)  # HookedTransformer's own .to prints
     model.tokenizer = tokenizer
     model.eval()
+    watch(model, hf_model, shares=False)
     return model  # type: ignore[no-any-return]
+
+
+def _merged(peft_model: Any) -> Any:
+    """A copy with the adapters merged into weights of its own; all other weights are shared."""
+    with gradients_kept(peft_model):
+        apart = structural_copy(peft_model, own=lambda name: "base_layer" in name or "original_module" in name)
+        return apart.merge_and_unload().eval()
 
 
 def _refuse_wrong_layouts(config: Any) -> None:

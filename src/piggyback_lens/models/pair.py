@@ -1,23 +1,20 @@
 """Hooked models and the pair of base and finetuned.
 
-`hook_model` turns a transformers model into a hooked one and proves that both give the same logits;
-`ModelPair` holds the two sides of an experiment, with one copy of the weights where an adapter is all
-that differs.
+`hook_model` turns a transformers model into a hooked one and proves that both give the same logits; `ModelPair`
+holds the two sides of an experiment, with one copy of the weights where an adapter is all that differs.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError
+from piggyback_lens.models.adapter_kinds import refuse_adapters_beyond_weights, refuse_lost_base, written_when_attached
 from piggyback_lens.models.backends import (
     Backend,
     HookedModel,
@@ -30,7 +27,9 @@ from piggyback_lens.models.backends import (
     shape_of,
 )
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
+from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.sources import (
+    adapter_config,
     adapter_folder,
     attach_adapter,
     default_model,
@@ -38,79 +37,50 @@ from piggyback_lens.models.sources import (
     load_causal_lm,
     load_tokenizer,
 )
+from piggyback_lens.models.views import (
+    gradients_kept,
+    is_peft_model,
+    require_current,
+    structural_copy,
+    watch,
+    weights_version,
+    without_adapters,
+)
 
 Side = Literal["base", "finetuned"]
 SIDES: tuple[Side, Side] = ("base", "finetuned")
 Source = Any
 """A hub id, a local folder, a GGUF file, a PEFT adapter folder, a transformers model, or a hooked model."""
 
-PARITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-"""Largest |hooked - transformers| logit, as a fraction of the largest |logit|, that is accepted at load."""
 
-
-def hook_model(
-    hf_model: Any,
-    tokenizer: Any,
-    *,
-    backend: Backend = "bridge",
-    name: str | None = None,
-    reference: Any = None,
-) -> HookedModel:
-    """Make a hooked model of a transformers causal language model, and check that it is the same function.
+def hook_model(hf_model: Any, tokenizer: Any, *, backend: Backend = "bridge", name: str | None = None) -> HookedModel:
+    """Make a hooked model of a transformers causal language model, and prove that it is the same function.
 
     Args:
-        hf_model: the model; for a PEFT model pass `peft_model.get_base_model()` (its adapter stays live on
-            the bridge) or a merged copy. With backend "bridge" it is rewired in place and shares weights.
+        hf_model: the model, or a PEFT model (with its active adapter). It is left as it is: the bridge is made of a
+            copy of its modules that shares the weights and is in evaluation mode; a HookedTransformer copies them.
         tokenizer: kept as it is, for the hooked model's own convenience functions.
         backend: "bridge" (TransformerBridge) or "hooked" (HookedTransformer, transformer-lens 3.9 only).
         name: shown in messages.
-        reference: the transformers model whose logits are expected; default `hf_model` itself.
 
     Raises:
-        LensError: the architecture is unsupported, or the logits differ; the message has the figures.
+        LensError: the architecture or the adapter is unsupported, or the logits differ; the message has the figures.
     """
-    if backend not in ("bridge", "hooked"):
-        raise LensError(f"backend {backend!r} is not known: choose 'bridge' or 'hooked'")
-    if hasattr(hf_model, "peft_config") and hasattr(hf_model, "get_base_model"):
-        raise LensError("got a PeftModel: pass peft_model.get_base_model(), or load the pair with adapter=")
     shown = name or getattr(hf_model, "name_or_path", "") or type(hf_model).__name__
-    rows = _probe_rows(int(hf_model.config.get_text_config().vocab_size))
-    device = next(hf_model.parameters()).device
-    with torch.no_grad():
-        expected = [(reference or hf_model)(input_ids=row[None].to(device)).logits[0] for row in rows]
-    model = boot_bridge(hf_model, tokenizer, shown) if backend == "bridge" else build_hooked(hf_model, tokenizer, shown)
-    _check_parity(model, rows, expected, shown)
+    refuse_adapters_beyond_weights(hf_model)
+    return _hooked(hf_model, tokenizer, backend, Expected.of(structural_copy(hf_model).eval(), shown))
+
+
+def _hooked(owner: Any, tokenizer: Any, backend: Backend, expected: Expected) -> HookedModel:
+    """The hooked model of an owner's model, proven to compute what is expected."""
+    if backend == "bridge":
+        model = boot_bridge(owner, tokenizer, expected.name)
+    elif backend == "hooked":
+        model = build_hooked(owner, tokenizer, expected.name)
+    else:
+        raise LensError(f"backend {backend!r} is not known: choose 'bridge' or 'hooked'")
+    prove(model, expected)
     return model
-
-
-def _probe_rows(vocab: int) -> list[Int[Tensor, " _"]]:
-    """Two fixed rows of different lengths, so that padding and positions are part of the check."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, vocab, (length,), generator=generator) for length in (24, 17)]
-
-
-def _check_parity(
-    model: HookedModel, rows: list[Int[Tensor, " _"]], expected: list[Float[Tensor, "_ vocab"]], name: str
-) -> None:
-    width, device = max(len(row) for row in rows), device_of(model)
-    for side in ("left", "right"):
-        ids, mask = torch.zeros((2, len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            columns = slice(width - len(row), None) if side == "left" else slice(0, len(row))
-            ids[i, columns], mask[i, columns] = row, 1
-        with torch.no_grad():
-            logits = forward(model, ids.to(device), mask.to(device))
-        for i, reference in enumerate(expected):
-            ours = logits[i][mask[i].bool().to(logits.device)].float()
-            theirs = reference.float().to(ours.device)
-            difference = float((ours[:, : theirs.shape[1]] - theirs).abs().max() / theirs.abs().max())
-            allowed = PARITY_TOLERANCE[dtype_of(model)]
-            if not difference <= allowed:
-                raise LensError(
-                    f"{backend_of(model)} model of {name} differs from transformers by {difference:.1e} of the largest "
-                    f"logit ({side}-padded probe, {allowed:.0e} allowed for {dtype_of(model)}): "
-                    "use the other backend, or report the architecture"
-                )
 
 
 @dataclass(frozen=True)
@@ -156,48 +126,41 @@ def identify(model: HookedModel, name: str = "") -> Identity:
 class ModelPair:
     """A base model and a narrow finetune of it, as hooked models.
 
-    Use `with pair.using("base") as model:` (or `"finetuned"`); inside, `model` is an ordinary
-    TransformerLens model. Where the two differ by an adapter on the bridge backend they are one model
-    whose adapter is switched, so a model must not be kept beyond its `with` block.
+    Use `with pair.using("base") as model:` (or `"finetuned"`); inside, `model` is an ordinary TransformerLens model.
+    Where the two differ by an adapter, they share the weights that it left alone.
     """
 
     def __init__(
         self,
         base: HookedModel,
-        finetuned: HookedModel | None = None,
+        finetuned: HookedModel,
         *,
         tokenizer: Any,
-        peft_model: Any = None,
         names: tuple[str, str] = ("base", "finetuned"),
     ) -> None:
         """Make a pair of hooked models that you built; `ModelPair.load` builds them for you.
 
         Args:
             base: either backend.
-            finetuned: the other side; None only where `peft_model` is given.
+            finetuned: the other side, of the same backend.
             tokenizer: the original tokenizer, with its chat template.
-            peft_model: the PEFT model whose adapter, switched on, makes `base` the finetuned model.
             names: for figures and results.
 
         Raises:
-            LensError: sizes or backends differ, or the tokenizer has no chat template.
+            LensError: sizes or backends differ, a model whose weights TransformerLens has processed (folded or
+                centred), or a tokenizer with more ids than the models.
         """
-        if (finetuned is None) == (peft_model is None):
-            raise LensError("a pair needs either a finetuned model or an adapter, got neither or both")
-        self._models: dict[Side, HookedModel] = {"base": base, "finetuned": finetuned or base}
-        self._peft = peft_model
-        self._active: Side | None = None
+        self._models: dict[Side, HookedModel] = {"base": base, "finetuned": finetuned}
         self.tokenizer = tokenizer
         self.names: dict[Side, str] = {"base": names[0], "finetuned": names[1]}
         self.backend: Backend = backend_of(base)
         self.shape = shape_of(base)
-        if finetuned is not None:
-            _require_same("sizes", self.shape, shape_of(finetuned))
-            _require_same("backend", self.backend, backend_of(finetuned))
-        self._identities: dict[Side, Identity] = {}
-        if peft_model is not None:  # now, because inside a block that uses one side the other is out of reach
-            for side in SIDES:
-                self.identity(side)
+        _require_same_sizes(self.shape, shape_of(finetuned))
+        _require_same("backend", self.backend, backend_of(finetuned))
+        for side, model in self._models.items():
+            _refuse_processed(model, side)
+        _require_room(tokenizer, self.shape.d_vocab)
+        self._identities: dict[Side, tuple[int, Identity]] = {}
 
     def __repr__(self) -> str:
         """One line: names, backend, sizes."""
@@ -220,16 +183,19 @@ class ModelPair:
         offline: bool = False,
         names: tuple[str, str] | None = None,
     ) -> "ModelPair":
-        """Load both sides, hook them, and check that they belong together.
+        """Load both sides, hook them, and prove that each computes what its owner computes.
+
+        The base is compared with the plain model (before an adapter is attached, or with it switched off), the
+        finetuned side with transformers' or PEFT's own pass. Models that are given as objects are left as they are.
 
         Args:
             base: hub id, local folder, GGUF file, transformers model or hooked model; None for the demo model.
-            finetuned: a whole model of the same kinds, a PEFT adapter folder, or a PeftModel (whose base
-                model is then the base side, so `base` is left out).
+            finetuned: a whole model of the same kinds, a PEFT adapter folder, or a PeftModel with its active adapter
+                (whose base model is then the base side, unless `base` gives another).
             adapter: a PEFT adapter folder, or the hub id of one; the base given here is used, whatever base the
                 adapter names.
-            backend: "bridge" or "hooked". The bridge keeps one copy of the weights and switches the adapter;
-                "hooked" holds a second model that shares the parameters which the adapter left alone.
+            backend: "bridge" or "hooked". The bridge keeps one copy of the weights; "hooked" copies them, and shares
+                between its two models the parameters which the adapter left alone.
             tokenizer: needed with models that are given as objects.
             device: default cuda if there is one, else cpu.
             dtype: of the weights that are loaded; objects keep theirs.
@@ -247,75 +213,74 @@ class ModelPair:
             return cls(base, finetuned, tokenizer=_given_tokenizer(tokenizer, base), names=names or SIDES)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {"device": where, "dtype": dtype, "offline": offline}
-        if hasattr(finetuned, "get_base_model"):
-            if base is not None:
-                raise LensError("finetuned is a PeftModel, which holds its own base: leave base= out")
+        if is_peft_model(finetuned) and base is None:
             return cls._from_peft(
-                finetuned.eval(), _given_tokenizer(tokenizer, finetuned), backend, names or ("base", "adapter")
+                finetuned, _given_tokenizer(tokenizer, finetuned), backend, names or ("base", "adapter")
             )
         if base is None:
             base = default_model(offline=offline)
         hf_base, base_tokenizer = _side(base, tokenizer, settings)
-        name = _name(base)
+        names = names or (_name(base), _name(finetuned if adapter is None else adapter))
+        expected = Expected.of(structural_copy(hf_base).eval(), names[0])  # before an adapter is attached
         if adapter is not None:
-            peft_model = attach_adapter(hf_base, adapter_folder(adapter, offline=offline))
-            return cls._from_peft(peft_model, base_tokenizer, backend, names or (name, _name(adapter)))
-        hf_tuned, tuned_tokenizer = _side(finetuned, tokenizer, settings)
-        _check_tokenizers(base_tokenizer, tuned_tokenizer)
-        names = names or (name, _name(finetuned))
-        hooked_base = hook_model(hf_base, base_tokenizer, backend=backend, name=names[0])
-        hooked_tuned = hook_model(hf_tuned, base_tokenizer, backend=backend, name=names[1])
-        return cls(hooked_base, hooked_tuned, tokenizer=base_tokenizer, names=names)
+            folder = adapter_folder(adapter, offline=offline)
+            # Attaching may write into the base (trained biases, PiSSA): the copy has what is written for itself.
+            written = written_when_attached(adapter_config(folder))
+            tuned = attach_adapter(structural_copy(hf_base, own=written), folder)
+        else:
+            tuned, tuned_tokenizer = _side(finetuned, tokenizer, settings)
+            _check_tokenizers(base_tokenizer, tuned_tokenizer)
+        refuse_adapters_beyond_weights(tuned)
+        hooked_base = _hooked(hf_base, base_tokenizer, backend, expected)
+        return cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names)
 
     @classmethod
     def _from_peft(cls, peft_model: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]) -> "ModelPair":
-        if backend == "bridge":
-            # A fresh adapter is the identity, so parity is checked with it on: the LoRA path included.
-            model = hook_model(peft_model.get_base_model(), tokenizer, backend=backend, name=names[0])
-            return cls(model, tokenizer=tokenizer, peft_model=peft_model, names=names)
-        # HookedTransformer copies weights: the base's from under the adapter, the finetuned's from a merged copy.
-        merged = copy.deepcopy(peft_model).merge_and_unload()
-        tuned = hook_model(merged, tokenizer, backend=backend, name=names[1], reference=peft_model)
-        del merged
-        with peft_model.disable_adapter():
-            base = hook_model(peft_model.get_base_model(), tokenizer, backend=backend, name=names[0])
-        share_equal_parameters(tuned, base)
-        return cls(base, tuned, tokenizer=tokenizer, names=names)
+        """Both sides of a PEFT model."""
+        refuse_adapters_beyond_weights(peft_model)
+        refuse_lost_base(peft_model)
+        plain = structural_copy(peft_model).eval()
+        with gradients_kept(peft_model), plain.disable_adapter():
+            expected = Expected.of(plain, names[0])
+        base = _hooked(without_adapters(peft_model), tokenizer, backend, replace(expected, called={}))
+        watch(base, peft_model, shares=backend == "bridge")
+        return cls._with_finetuned(base, peft_model, tokenizer, backend, names)
+
+    @classmethod
+    def _with_finetuned(
+        cls, base: HookedModel, tuned: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]
+    ) -> "ModelPair":
+        """The pair of a hooked base and a transformers or PEFT model."""
+        expected = Expected.of(structural_copy(tuned).eval(), names[1])
+        hooked = _hooked(tuned, tokenizer, backend, expected)
+        if backend == "hooked":
+            share_equal_parameters(hooked, base)
+        return cls(base, hooked, tokenizer=tokenizer, names=names)
 
     @contextmanager
     def using(self, side: Side) -> Iterator[HookedModel]:
         """The hooked model of one side, for the length of the block.
 
         Raises:
-            LensError: unknown side, or the other side of a shared model is in use.
+            LensError: unknown side, or the model was changed after it was paired in a way that its hooked view does
+                not see (another active adapter, a merge, another dtype, new embeddings).
         """
         if side not in SIDES:
             raise LensError(f"side {side!r} is not known: choose 'base' or 'finetuned'")
-        if self._peft is None:
-            yield self._models[side]
-            return
-        if self._active not in (None, side):
-            raise LensError(f"the {side} side was asked inside a block that uses {self._active}: they share one model")
-        outer, self._active = self._active, side
-        try:
-            if side == "finetuned":
-                yield self._models[side]
-            else:
-                with self._peft.disable_adapter():
-                    yield self._models[side]
-        finally:
-            self._active = outer
+        require_current(self._models[side])
+        yield self._models[side]
 
     def chat_format(self, **settings: Any) -> ChatFormat:
         """The chat format of this pair's tokenizer; see `ChatFormat` for the settings."""
         return ChatFormat(self.tokenizer, **settings)
 
     def identity(self, side: Side) -> Identity:
-        """Which function a side is; computed once."""
-        if side not in self._identities:
+        """Which function a side is; computed once, and again after its weights were trained."""
+        version = weights_version(self._models[side])
+        if side not in self._identities or self._identities[side][0] != version:
             with self.using(side) as model:
-                self._identities[side] = identify(model, self.names[side])
-        return self._identities[side]
+                self._identities[side] = version, identify(model, self.names[side])
+        return self._identities[side][1]
 
     @property
     def device(self) -> torch.device:
@@ -339,7 +304,7 @@ def _side(source: Source, tokenizer: Any, settings: dict[str, Any]) -> tuple[Any
         raise LensError(
             f"got {type(source).__name__}, expected a path, a hub id or a transformers causal language model"
         )
-    return source.eval(), _given_tokenizer(tokenizer, source)
+    return source, _given_tokenizer(tokenizer, source)
 
 
 def _given_tokenizer(tokenizer: Any, model: Any) -> Any:
@@ -358,6 +323,32 @@ def _name(source: Source) -> str:
 def _require_same(what: str, base: Any, finetuned: Any) -> None:
     if base != finetuned:
         raise LensError(f"base and finetuned differ in {what}: {base} against {finetuned}")
+
+
+def _require_same_sizes(base: Shape, finetuned: Shape) -> None:
+    theirs = asdict(finetuned)
+    differ = [f"{name} {value} against {theirs[name]}" for name, value in asdict(base).items() if value != theirs[name]]
+    if differ:
+        raise LensError(f"base and finetuned differ in sizes: {', '.join(differ)}")
+
+
+def _require_room(tokenizer: Any, d_vocab: int) -> None:
+    """Every id of the tokenizer must have a row in the embeddings."""
+    if tokenizer is not None and (most := max(tokenizer.get_vocab().values())) >= d_vocab:
+        raise LensError(
+            f"the tokenizer has ids up to {most} and the model {d_vocab} embeddings (resized or trimmed?): give the "
+            "tokenizer that the model was saved with"
+        )
+
+
+def _refuse_processed(model: Any, side: Side) -> None:
+    """Folded and centred weights give activations another meaning at most sites."""
+    normalization = str(getattr(model.cfg, "normalization_type", ""))
+    if normalization.endswith("Pre"):
+        raise LensError(
+            f"the {side} model's weights were processed by TransformerLens (normalization_type {normalization}: layer "
+            "norms folded in), so hooks mean something else there: load it with from_pretrained_no_processing"
+        )
 
 
 def _check_tokenizers(base: Any, finetuned: Any) -> None:

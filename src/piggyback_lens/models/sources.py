@@ -321,7 +321,7 @@ def _snapshot(place: Place, files: list[str], what: str, source: Any, options: L
     from huggingface_hub import snapshot_download
 
     wanted = [f"{place.subfolder}/{name}" if place.subfolder else name for name in files]
-    revision = {"revision": place.revision} if place.revision else {}
+    revision: dict[str, Any] = {"revision": place.revision} if place.revision else {}
     with _offline(options.offline), _told(_not_loadable(what, source, options)):
         top = snapshot_download(place.name, allow_patterns=wanted, local_files_only=options.offline, **revision)
     return Path(top) / place.subfolder

@@ -1,0 +1,210 @@
+"""Is a hooked model the function that its owner computes? Logits compared on probe rows, before it is used.
+
+What is compared is what experiments rely on: whole rows, rows padded on either side, a pass on top of keys and
+values that are there already, and one decoding step. The owner's side is transformers' (or PEFT's) own pass over
+each row alone. Every adapter layer that acts in the owner's pass must be called in the hooked one, since one that is
+near zero today would not be missed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.models.backends import HookedModel, backend_of, device_of, forward, new_state, recurrent_layers
+from piggyback_lens.models.views import adapter_layers, inner_model, structural_copy
+
+EXACT = 2e-4
+"""A difference of the logits of a token, relative to their length, that needs no excuse."""
+NOISES = 2.0
+"""Differences up to this many times what rounding makes in the owner's own pass are accepted."""
+LENGTHS = (24, 17)
+"""Tokens of the probe rows: different, so that padding and positions are part of the proof."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What an owner's model computes on the probe rows.
+
+    Attributes:
+        plain: a structural copy of the owner's model, in evaluation mode.
+        name: for messages.
+        rows: token ids.
+        logits: per row, of the row alone.
+        called: adapter layers that acted: the parameters in them, which all views share, and a name.
+    """
+
+    plain: Any
+    name: str
+    rows: tuple[Int[Tensor, " _"], ...]
+    logits: tuple[Float[Tensor, "_ vocab"], ...]
+    called: Mapping[tuple[int, ...], str]
+
+    @classmethod
+    def of(cls, plain: Any, name: str) -> "Expected":
+        """Run an owner's model on the probe rows.
+
+        Args:
+            plain: a transformers or PEFT model in evaluation mode that nobody else uses (see `structural_copy`).
+            name: for messages.
+
+        Raises:
+            LensError: its own logits are not finite.
+        """
+        rows = _probe_rows(int(inner_model(plain).get_input_embeddings().weight.shape[0]))
+        with _counting_calls(plain) as called, torch.no_grad():
+            logits = tuple(plain(input_ids=row[None].to(_device(plain))).logits[0] for row in rows)
+        spoilt = sum(int((~x.isfinite()).any(dim=-1).sum()) for x in logits)
+        if spoilt:
+            bad = [key for key, x in plain.named_parameters() if x.is_floating_point() and not bool(x.isfinite().all())]
+            where = "its weights are finite, so its activations overflow: try another dtype"
+            if bad:
+                where = f"{len(bad)} of its weight tensors hold NaN or infinity, e.g. {bad[0]}: load them again"
+            raise LensError(
+                f"transformers' own logits of {name} are not finite on {spoilt} of {sum(LENGTHS)} probe tokens: {where}"
+            )
+        return cls(plain, name, rows, logits, called)
+
+    @cached_property
+    def noise(self) -> float:
+        """What rounding makes in the owner's own pass: under padding, and with another attention kernel."""
+        alone, found = self._now(self.plain), [0.0]
+        for side in ("left", "right"):
+            ids, mask = self.padded(side)
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            with torch.no_grad():
+                logits = self.plain(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+            found.append(_difference(logits, mask, alone))
+        other = structural_copy(self.plain)
+        inner = inner_model(other)
+        with suppress(Exception):  # an architecture with one kernel only
+            inner.set_attn_implementation("sdpa" if inner.config._attn_implementation == "eager" else "eager")
+            found += map(relative, self._now(other), alone)
+        return max(found)
+
+    @property
+    def drift(self) -> float:
+        """How far the owner's own pass has moved since it was expected: weights that were written to meanwhile."""
+        return max(map(relative, self._now(self.plain), self.logits))
+
+    @torch.no_grad()
+    def _now(self, plain: Any) -> list[Float[Tensor, "_ vocab"]]:
+        return [plain(input_ids=row[None].to(_device(plain))).logits[0] for row in self.rows]
+
+    def padded(self, side: str) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+        """All rows as ids and mask."""
+        width = max(LENGTHS)
+        ids, mask = torch.zeros((2, len(self.rows), width), dtype=torch.long)
+        for i, row in enumerate(self.rows):
+            columns = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+            ids[i, columns], mask[i, columns] = row, 1
+        device = _device(self.plain)
+        return ids.to(device), mask.to(device)
+
+
+def _difference(
+    logits: Float[Tensor, "row pos vocab"], mask: Int[Tensor, "row pos"], alone: Sequence[Float[Tensor, "_ vocab2"]]
+) -> float:
+    """The largest relative difference over the real tokens of a padded pass."""
+    pairs = zip(logits, mask, alone, strict=True)
+    return max(relative(ours[real.bool().to(ours.device)], theirs) for ours, real, theirs in pairs)
+
+
+def relative(ours: Float[Tensor, "pos _"], theirs: Float[Tensor, "pos vocab"]) -> float:
+    """Length of the difference over the length of theirs, the largest over tokens; NaN where ours is not finite."""
+    mine = ours[:, : theirs.shape[1]].float()
+    reference = theirs.float().to(mine.device)
+    return float(((mine - reference).norm(dim=-1) / reference.norm(dim=-1)).max())
+
+
+@torch.no_grad()
+def prove(model: HookedModel, expected: Expected) -> None:
+    """Compare a hooked model with its owner.
+
+    Raises:
+        LensError: a pass differs by more than rounding explains, or an adapter layer is not called; with the figures.
+    """
+    with _counting_calls(model) as called:
+        for name, difference in _passes(model, expected):
+            _judge(model, expected, name, difference)
+    ignored = [name for key, name in expected.called.items() if key not in called]
+    if ignored and backend_of(model) == "bridge":
+        raise LensError(
+            f"bridge model of {expected.name} never calls {len(ignored)} of its {len(expected.called)} adapter layers, "
+            f"e.g. {ignored[0]}: this adapter cannot be hooked there; merge it and give the result as finetuned="
+        )
+
+
+def _passes(model: HookedModel, expected: Expected) -> Iterator[tuple[str, float]]:
+    """What each kind of pass makes of the probe rows: its name, and how far its logits are from the owner's."""
+    for side in ("left", "right"):
+        ids, mask = expected.padded(side)
+        yield f"{side}-padded rows", _difference(forward(model, ids, mask), mask, expected.logits)
+    if recurrent_layers(model):
+        return  # no keys and values to start from
+    ids, mask = expected.padded("right")
+    device = device_of(model)
+    ids, mask = ids.to(device), mask.to(device)
+    begun, last = min(LENGTHS) // 2, mask.sum(dim=1) - 1
+    state = new_state(model, len(ids))
+    parts = [forward(model, ids[:, :begun], mask[:, :begun], state=state)]
+    rest = mask[:, begun:] * (torch.arange(begun, ids.shape[1], device=device) < last[:, None])
+    parts.append(forward(model, ids[:, begun:], rest, state=state))
+    state.right_align()
+    step = forward(model, ids.gather(1, last[:, None]), torch.ones_like(last[:, None]), state=state)
+    logits = torch.cat(parts, dim=1)
+    filled = [relative(logits[i, : len(theirs) - 1], theirs[:-1]) for i, theirs in enumerate(expected.logits)]
+    yield "a pass on a filled cache", max(filled)
+    yield "a decoding step", max(relative(step[i], theirs[-1:]) for i, theirs in enumerate(expected.logits))
+
+
+def _judge(model: HookedModel, expected: Expected, what: str, difference: float) -> None:
+    if difference <= EXACT:
+        return
+    allowed = max(EXACT, NOISES * expected.noise)
+    if not expected.drift <= allowed:
+        raise LensError(
+            f"the weights of {expected.name} were written to while it was hooked (its own logits moved by "
+            f"{expected.drift:.1e}): does something train it meanwhile, or does the adapter rewrite its base?"
+        )
+    if not difference <= allowed:
+        raise LensError(
+            f"{backend_of(model)} model of {expected.name} differs from transformers by {difference:.1e} of its logits "
+            f"({what}; {allowed:.1e} allowed, rounding makes {expected.noise:.1e} in transformers' own pass): "
+            "use the other backend, or report the architecture"
+        )
+
+
+def _probe_rows(vocab: int) -> tuple[Int[Tensor, " _"], ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator) for length in LENGTHS)
+
+
+def _device(plain: Any) -> torch.device:
+    device: torch.device = inner_model(plain).get_input_embeddings().weight.device
+    return device
+
+
+@contextmanager
+def _counting_calls(model: Any) -> Iterator[dict[tuple[int, ...], str]]:
+    """Collects the adapter layers that are called: by the parameters in them, which all views share, with a name."""
+    called: dict[tuple[int, ...], str] = {}
+    handles = []
+    for name, layer in adapter_layers(getattr(model, "original_model", model)).items():
+        key = tuple(id(parameter) for parameter in layer.parameters())
+
+        def note(*_: Any, key: tuple[int, ...] = key, name: str = name) -> None:
+            called[key] = name
+
+        handles.append(layer.register_forward_pre_hook(note))
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()

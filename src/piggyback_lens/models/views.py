@@ -1,0 +1,214 @@
+"""One set of weights, several module trees: structural copies of a model, and whether its owner has changed since.
+
+A hooked view is made of a copy of the module tree that shares every parameter and buffer with the owner's model,
+so weights that are trained through one are seen by the other, and the owner's object is never rewired. What the
+owner does to the *tree* (another active adapter, a merge, another dtype, new embeddings) the copy does not see;
+`require_current` finds that before a pass.
+"""
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from piggyback_lens.errors import LensError
+
+
+def structural_copy(module: Any, *, own: Callable[[str], bool] = lambda _: False) -> Any:
+    """New modules around the same parameters and buffers; costs no memory for weights.
+
+    Args:
+        module: a transformers or PEFT model, in any state; it is left as it is.
+        own: parameters, by name, that the copy gets for itself.
+    """
+    shared: dict[int, Any] = {id(x): x for x in module.buffers()}
+    shared |= {id(x): x for name, x in module.named_parameters() if not own(name)}
+    for part in module.modules():
+        # Offloaded weights and quantisers are not weights of the tree, and are shared as well.
+        for held in (getattr(vars(part).get("_hf_hook"), "weights_map", None), vars(part).get("hf_quantizer")):
+            if held is not None:
+                shared[id(held)] = held
+    return copy.deepcopy(module, shared)
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether `model` is PEFT's wrapper around a model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model inside PEFT's wrapper (with its adapter layers), any other model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def adapter_layers(model: Any) -> dict[str, nn.Module]:
+    """PEFT's layers in a module tree, by name: those that change what a module computes, and those that replace it."""
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
+
+
+def without_adapters(peft_model: Any) -> Any:
+    """A structural copy of a PEFT model with every adapter layer replaced by the module that it was put on.
+
+    Raises:
+        LensError: an adapter is merged into the weights, so that the module beneath is no longer the base's.
+    """
+    plain = inner_model(structural_copy(peft_model))
+    for name, layer in adapter_layers(plain).items():
+        if merged := list(getattr(layer, "merged_adapters", ())):
+            raise LensError(
+                f"adapter {', '.join(merged)} is merged into the weights of {name}, so the base is not "
+                "there to compare with: call unmerge_adapter() first"
+            )
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            parent._modules[name] = _beneath(child)
+    return plain
+
+
+def _beneath(module: nn.Module) -> nn.Module:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+@contextmanager
+def gradients_kept(*models: Any) -> Iterator[None]:
+    """Whatever happens inside, every parameter requires a gradient afterwards exactly if it did before."""
+    before = [(x, x.requires_grad) for model in models for x in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+# ---------------------------------------------------------------- has the owner changed?
+
+_WATCHES: "weakref.WeakKeyDictionary[Any, Watch]" = weakref.WeakKeyDictionary()
+
+
+class Watch:
+    """What an owner's module tree computes with: its tensors, its modules, its active adapters.
+
+    Attributes:
+        shares: whether the view has the owner's tensors, so that changes inside them are seen by it.
+    """
+
+    def __init__(self, owner: Any, *, shares: bool) -> None:
+        self.shares = shares
+        self._owner = weakref.ref(owner)
+        self._parts = [_Part(name, part) for name, part in owner.named_modules() if not _offloaded(part)]
+        self._adapters = [(name, weakref.ref(x), _adapter_state(x)) for name, x in adapter_layers(owner).items()]
+        self._version = _version(owner)
+
+    def version(self) -> int:
+        """Grows with every change inside the owner's tensors, as an optimiser's step makes."""
+        owner = self._owner()
+        return self._version if owner is None else _version(owner)
+
+    def change(self) -> str:
+        """What is no longer as it was, in words; empty if nothing, or if the owner is gone."""
+        owner = self._owner()
+        if owner is None:
+            return ""
+        for part in self._parts:
+            if found := part.change():
+                return found
+        for name, layer, state in self._adapters:
+            own = layer()
+            if own is not None and (now := _adapter_state(own)) != state:
+                return f"adapters at {name}: {now}, at pairing {state}"
+        if not self.shares and _version(owner) != self._version:
+            return "values of its weights, which this backend has copied"
+        return ""
+
+
+class _Part:
+    """One module of the owner: which modules and tensors it holds."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, weakref.ref(module)
+        # Lists of adapters may grow: what is not active changes nothing.
+        growing = isinstance(module, (nn.ModuleDict, nn.ParameterDict))
+        self.children = (
+            [] if growing else [(key, weakref.ref(x)) for key, x in module._modules.items() if x is not None]
+        )
+        named = [*module._parameters.items(), *module._buffers.items()]
+        self.tensors = [(key, weakref.ref(x), x.data_ptr()) for key, x in named if x is not None]
+
+    def change(self) -> str:
+        module = self.module()
+        if module is None:
+            return f"{self.name} is gone"
+        for key, child in self.children:
+            if module._modules.get(key) is not child():
+                return f"{self.name}.{key}".strip(".") + " is another module"
+        for key, known, pointer in self.tensors:
+            tensor = (module._parameters if key in module._parameters else module._buffers).get(key)
+            if tensor is None or tensor is not known() or tensor.data_ptr() != pointer:
+                return f"{self.name}.{key} is another tensor"
+        return ""
+
+
+def watch(view: Any, owner: Any, *, shares: bool) -> None:
+    """From now on, `require_current(view)` refuses it once its owner has changed in a way that it does not see."""
+    _WATCHES[view] = Watch(owner, shares=shares)
+
+
+def require_current(view: Any) -> None:
+    """Refuse a hooked view whose owner has changed.
+
+    Raises:
+        LensError: it says what changed.
+    """
+    found = _WATCHES.get(view)
+    if found is not None and (change := found.change()):
+        raise LensError(
+            f"the model was changed after it was hooked ({change}): make the pair or the hooked model anew from it"
+        )
+
+
+def weights_version(view: Any) -> int:
+    """Grows with every change inside the weights of the view's owner; 0 for a model that the user built."""
+    found = _WATCHES.get(view)
+    return 0 if found is None else found.version()
+
+
+def _version(owner: Any) -> int:
+    return sum(0 if x.is_inference() else x._version for x in _tensors(owner))
+
+
+def _tensors(owner: Any) -> Iterator[Tensor]:
+    yield from owner.parameters()
+    yield from owner.buffers()
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate puts this module's weights in place for each pass, as new tensors."""
+    return bool(getattr(vars(module).get("_hf_hook"), "offload", False))
+
+
+def _adapter_state(layer: Any) -> tuple[Any, ...]:
+    scaling = getattr(layer, "scaling", None)
+    return (
+        tuple(layer.active_adapters),
+        tuple(getattr(layer, "merged_adapters", ())),
+        tuple(sorted(scaling.items())) if isinstance(scaling, dict) else (),
+    )
