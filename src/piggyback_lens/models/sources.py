@@ -476,7 +476,7 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
             raise LensError(f"{file} sets {name}, which makes PEFT {why}: only adapters without it are loaded")
     for name, whole in (("r", True), ("lora_alpha", False)):
         patterns = config.get("rank_pattern" if whole else "alpha_pattern")
-        values = [(name, config[name])] if name in config else []
+        values = [(name, config[name])] if name in config and (name, kind) != ("r", "OFT") else []  # 0 where blocks say it
         values += patterns.items() if isinstance(patterns, dict) else []
         for field, value in values:
             if not _is_number(value, whole):
@@ -496,7 +496,7 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     config = adapter_config(folder)
-    shapes = _adapter_shapes(folder, config)
+    shapes = adapter_shapes(folder, config)
     misfit = f"adapter {folder} (made for {config.get('base_model_name_or_path')}) does not fit this base"
     with _told(misfit):
         peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True)
@@ -519,14 +519,14 @@ _ACTING_FIELDS = {
 }
 
 
-def _adapter_shapes(folder: str | Path, config: Mapping[str, Any]) -> dict[str, list[int]]:
+def adapter_shapes(folder: str | Path, config: Mapping[str, Any]) -> dict[str, list[int]]:
     """Shapes of the stored tensors by name, from the file's header, which must be able to hold the config's rank."""
     from safetensors import safe_open
 
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
         pickled = (Path(folder) / "adapter_model.bin").is_file()
-        why = " but adapter_model.bin, a pickle, which can run code and is not read" if pickled else ""
+        why = " but adapter_model.bin, a pickle, which could run code" if pickled else ""
         raise LensError(
             f"{folder} has no adapter_model.safetensors{why}: save the adapter with safe_serialization=True"
         )
