@@ -1,6 +1,5 @@
 """Loading: both sides of a pair from every kind of source, proved equal to transformers, or refused in one line."""
 
-import contextlib
 import copy
 import importlib.util
 import json

@@ -13,15 +13,27 @@ BRIDGE_ONLY = (
 WINDOW = 6  # sliding window of gemma3 and mistral, shorter than any chat prefix
 
 
-def build(name: str, seed: int = 0, vocab: int = 64, attn_implementation: str = "eager") -> Any:
+def build(name: str, seed: int = 0, vocab: int = 64, attn_implementation: str = "eager", **changes: Any) -> Any:
     """A model of this layout in eval mode. The global random state is left as it was."""
     config_class, model_class, settings = _recipe(name)
-    config = config_class(vocab_size=vocab, attn_implementation=attn_implementation, **settings)
+    settings = settings | changes
+    return perturbed(
+        model_class, config_class(vocab_size=vocab, attn_implementation=attn_implementation, **settings), seed
+    )
+
+
+def perturbed(model_class: Any, config: Any, seed: int) -> Any:
+    """A model of a configuration, with weights that matter."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config).eval()
         _perturb(model)
     return model
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The configuration of a layout, but for the size of its vocabulary."""
+    return _recipe(name)[2]
 
 
 def _recipe(name: str) -> tuple[Any, Any, dict[str, Any]]:

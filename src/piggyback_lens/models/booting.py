@@ -14,7 +14,8 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import CACHE_NAMES, HookedModel
 from piggyback_lens.models.fused import read_fused_weights_live
-from piggyback_lens.models.views import gradients_kept, inner_model, is_peft_model, structural_copy, watch
+from piggyback_lens.models.sources import multimodal_kind
+from piggyback_lens.models.views import gradients_kept, inner_model, is_peft_model, structural_copy, text_part, watch
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
@@ -31,9 +32,9 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
         raise LensError(
             f"transformer-lens could not be imported ({error}): pip install 'transformer-lens>=3.9,<5'"
         ) from error
-    refuse_multimodal(hf_model)
     with gradients_kept(hf_model):
-        inner = inner_model(structural_copy(hf_model)).eval()
+        inner = text_part(inner_model(structural_copy(hf_model))).eval()
+        _refuse_multimodal(inner)
         parameter = next(inner.parameters())
         inner.config.architectures = [type(inner).__name__]  # what is here, whatever a checkpoint said
         try:
@@ -59,17 +60,16 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
     return bridge  # type: ignore[no-any-return]
 
 
-def refuse_multimodal(hf_model: Any) -> None:
-    """Refuse models with more than text, before TransformerLens sees them: it installs packages for their processors.
+def _refuse_multimodal(model: Any) -> None:
+    """TransformerLens would install packages for the processors of such a model.
 
     Raises:
         LensError: the model reads images or sound.
     """
-    config = inner_model(hf_model).config
-    if config.get_text_config() is not config:
+    if kind := multimodal_kind(model.config):
         raise LensError(
-            f"{type(inner_model(hf_model)).__name__} reads more than text (a {config.model_type} configuration): give "
-            "its text model; of Gemma 3, ModelPair.load and load_causal_lm take that out themselves"
+            f"{type(model).__name__} is a multimodal model ({kind}), expected a text model (or Gemma 3, whose text "
+            "model is used): give its language model alone"
         )
 
 
@@ -109,8 +109,8 @@ def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
             "backend 'hooked' needs HookedTransformer, which transformer-lens 4 removed: use backend='bridge' "
             "or pip install 'transformer-lens>=3.9,<4'"
         ) from error
-    refuse_multimodal(hf_model)
-    source = _merged(hf_model) if is_peft_model(hf_model) else hf_model
+    source = text_part(_merged(hf_model) if is_peft_model(hf_model) else structural_copy(hf_model))
+    _refuse_multimodal(source)
     _refuse_wrong_layouts(source.config)
     parameter = next(source.parameters())
     cfg, state = _hooked_config_and_weights(source, parameter.dtype, str(parameter.device))

@@ -31,6 +31,7 @@ from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.sources import (
     adapter_config,
     adapter_folder,
+    adapter_shapes,
     attach_adapter,
     default_model,
     is_adapter_folder,
@@ -42,6 +43,7 @@ from piggyback_lens.models.views import (
     is_peft_model,
     require_current,
     structural_copy,
+    text_part,
     watch,
     weights_version,
     without_adapters,
@@ -225,8 +227,11 @@ class ModelPair:
         if adapter is not None:
             folder = adapter_folder(adapter, offline=offline)
             # Attaching may write into the base (trained biases, PiSSA): the copy has what is written for itself.
-            written = written_when_attached(adapter_config(folder))
-            tuned = attach_adapter(structural_copy(hf_base, own=written), folder)
+            config = adapter_config(folder)
+            apart = structural_copy(hf_base, own=written_when_attached(config))
+            whole = any("language_model" in name for name in adapter_shapes(folder, config))  # of a multimodal model
+            with gradients_kept(hf_base):  # PEFT freezes what it is put on
+                tuned = attach_adapter(apart if whole else text_part(apart), folder)
         else:
             tuned, tuned_tokenizer = _side(finetuned, tokenizer, settings)
             _check_tokenizers(base_tokenizer, tuned_tokenizer)

@@ -476,7 +476,8 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
             raise LensError(f"{file} sets {name}, which makes PEFT {why}: only adapters without it are loaded")
     for name, whole in (("r", True), ("lora_alpha", False)):
         patterns = config.get("rank_pattern" if whole else "alpha_pattern")
-        values = [(name, config[name])] if name in config and (name, kind) != ("r", "OFT") else []  # 0 where blocks say it
+        given = name in config and (name, kind) != ("r", "OFT")  # OFT has 0 there when its blocks have a size
+        values = [(name, config[name])] if given else []
         values += patterns.items() if isinstance(patterns, dict) else []
         for field, value in values:
             if not _is_number(value, whole):

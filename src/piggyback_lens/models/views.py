@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
@@ -43,6 +44,22 @@ def is_peft_model(model: Any) -> bool:
 def inner_model(model: Any) -> Any:
     """The transformers model inside PEFT's wrapper (with its adapter layers), any other model itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def text_part(model: Any) -> Any:
+    """The text model inside a multimodal Gemma 3, around the same modules; any other model itself."""
+    if type(model).__name__ != "Gemma3ForConditionalGeneration":
+        return model
+    from transformers import Gemma3ForCausalLM
+
+    config = model.config.get_text_config()
+    config._attn_implementation = model.model.language_model.config._attn_implementation
+    with torch.device("meta"):
+        text = Gemma3ForCausalLM(config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    text.generation_config = model.generation_config
+    text.name_or_path = model.name_or_path
+    return text.train(model.training)
 
 
 def adapter_layers(model: Any) -> dict[str, nn.Module]:
@@ -134,7 +151,7 @@ class Watch:
         for name, layer, state in self._adapters:
             own = layer()
             if own is not None and (now := _adapter_state(own)) != state:
-                return f"adapters at {name}: {now}, at pairing {state}"
+                return f"adapters at {name}: {now}, when it was hooked {state}"
         if not self.shares and _version(owner) != self._version:
             return "values of its weights, which this backend has copied"
         return ""
@@ -205,10 +222,11 @@ def _offloaded(module: nn.Module) -> bool:
     return bool(getattr(vars(module).get("_hf_hook"), "offload", False))
 
 
-def _adapter_state(layer: Any) -> tuple[Any, ...]:
-    scaling = getattr(layer, "scaling", None)
-    return (
-        tuple(layer.active_adapters),
-        tuple(getattr(layer, "merged_adapters", ())),
-        tuple(sorted(scaling.items())) if isinstance(scaling, dict) else (),
+def _adapter_state(layer: Any) -> str:
+    """Which adapters act in a layer, how strongly, and which were merged."""
+    scaling = getattr(layer, "scaling", {})
+    active = ", ".join(
+        f"{name} (times {scaling[name]:g})" if name in scaling else name for name in layer.active_adapters
     )
+    merged = ", ".join(getattr(layer, "merged_adapters", ()))
+    return f"{active or 'none'} active, {merged or 'none'} merged"
