@@ -14,6 +14,7 @@ from piggyback_lens.commands.cli_compare import compare
 from piggyback_lens.commands.cli_directions import curves, steer, train_direction
 from piggyback_lens.commands.cli_options import (
     AdapterOption,
+    AttnOption,
     BackendName,
     BackendOption,
     BaseArgument,
@@ -24,13 +25,16 @@ from piggyback_lens.commands.cli_options import (
     FinetunedOption,
     OfflineOption,
     OutOption,
+    QuantizeOption,
     SystemOption,
-    torch_dtype,
+    TrustOption,
+    load_options,
 )
-from piggyback_lens.errors import LensError
+from piggyback_lens.errors import LensError, visible
 
 if TYPE_CHECKING:
     from piggyback_lens.models.pair import ModelPair
+    from piggyback_lens.models.sources import LoadOptions
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -91,6 +95,9 @@ def audit(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 40,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    attn: AttnOption = None,
+    quantize: QuantizeOption = None,
+    trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -103,7 +110,8 @@ def audit(
 
     # Cheap checks first: a typo must not cost a model load.
     measure, prompts = get_behaviour(behaviour), (load_prompts(on_topic), load_prompts(off_topic))
-    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
+    options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
+    pair = _load_pair(base, finetuned, adapter, backend, options)
     settings = AuditSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     chat = pair.chat_format(system=system)
     result = run_audit(pair, *prompts, measure, chat=chat, settings=settings, out=out, progress=True)
@@ -131,6 +139,9 @@ def map_command(
     system: SystemOption = "default",
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    attn: AttnOption = None,
+    quantize: QuantizeOption = None,
+    trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -147,7 +158,8 @@ def map_command(
         budget_gb=budget_gb,
     )
     chosen = _first_prompts(prompts, n)
-    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
+    options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
+    pair = _load_pair(base, finetuned, adapter, backend, options)
     chat = pair.chat_format(system=system)
     found = run_maps(pair, [chat.render(prompt) for prompt in chosen], settings, out=out)
     typer.echo(f"{map_verdict(found)}\nreport: {out / 'report.html'}")
@@ -171,6 +183,9 @@ def perturb(
     system: SystemOption = "default",
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    attn: AttnOption = None,
+    quantize: QuantizeOption = None,
+    trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -181,7 +196,8 @@ def perturb(
 
     measure = get_behaviour(behaviour)
     topics = {"off-topic": _first_prompts(off_topic, n), "on-topic": _first_prompts(on_topic, n)}
-    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
+    options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
+    pair = _load_pair(base, finetuned, adapter, backend, options)
     chat = pair.chat_format(system=system)
     prompts = {topic: [chat.render(query) for query in queries] for topic, queries in topics.items()}
     result = run_perturb(
@@ -213,6 +229,9 @@ def stress(
     system: SystemOption = "default",
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    attn: AttnOption = None,
+    quantize: QuantizeOption = None,
+    trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -222,7 +241,8 @@ def stress(
     from piggyback_lens.measuring.measures import get_behaviour
 
     measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
-    pair = _load_pair(base, finetuned, adapter, backend, dtype, device, offline)
+    options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
+    pair = _load_pair(base, finetuned, adapter, backend, options)
     chat = pair.chat_format(system=system)
     rendered = [chat.render(prompt) for prompt in chosen]
     result = run_stress(pair, rendered, measure, chat=chat, max_new_tokens=max_new_tokens, out=out, progress=True)
@@ -252,25 +272,12 @@ def doctor(debug: DebugOption = False) -> None:
 
 
 def _load_pair(
-    base: str,
-    finetuned: str | None,
-    adapter: Path | None,
-    backend: BackendName,
-    dtype: str,
-    device: str | None,
-    offline: bool,
+    base: str, finetuned: str | None, adapter: Path | None, backend: BackendName, options: "LoadOptions"
 ) -> "ModelPair":
     from piggyback_lens.models.pair import ModelPair
 
-    return ModelPair.load(
-        None if base == "demo" else base,
-        finetuned,
-        adapter,
-        backend=backend.value,
-        dtype=torch_dtype(dtype),
-        device=device,
-        offline=offline,
-    )
+    given = {name: value for name, value in vars(options).items() if value}
+    return ModelPair.load(None if base == "demo" else base, finetuned, adapter, backend=backend.value, **given)
 
 
 def _first_prompts(path: Path, n: int) -> list[str]:
@@ -304,5 +311,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    typer.echo("error: " + visible(" ".join(message.split())), err=True)
     sys.exit(2)

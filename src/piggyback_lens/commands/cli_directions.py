@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from piggyback_lens.commands.cli_options import (
+    AttnOption,
     BackendName,
     BackendOption,
     BaseArgument,
@@ -17,13 +18,16 @@ from piggyback_lens.commands.cli_options import (
     DtypeOption,
     OfflineOption,
     OutOption,
+    QuantizeOption,
     SystemOption,
-    torch_dtype,
+    TrustOption,
+    load_options,
 )
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
     from piggyback_lens.conversations.chat import ChatFormat
+    from piggyback_lens.models.sources import LoadOptions
 
 
 class SolutionName(StrEnum):
@@ -81,6 +85,9 @@ def train_direction(
     system: SystemOption = "default",
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    attn: AttnOption = None,
+    quantize: QuantizeOption = None,
+    trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -120,14 +127,15 @@ def train_direction(
     held_out = read_data(data, split="validation") if data in TASKS and split == "train" else []
     kept = read_retain(retain) if retain is not None else []
     settings.check_data(len(rows), len(kept))
-    source, chat = _chat(base, system, offline)
+    options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
+    source, chat = _chat(base, system, options)
     examples, validation, retained = ([chat.render(row) for row in part] for part in (rows, held_out, kept))
 
     from piggyback_lens.jobs.direction_jobs import train_direction_job
 
-    model = _model(source, chat, BackendName.bridge, dtype, device, offline)
-    options: dict[str, Any] = {"retain": retained, "validation": validation, "out": out, "name": _shown(source)}
-    done = train_direction_job(model, examples, settings, **options)
+    model = _model(source, chat, BackendName.bridge, options)
+    into: dict[str, Any] = {"retain": retained, "validation": validation, "out": out, "name": _shown(source)}
+    done = train_direction_job(model, examples, settings, **into)
     typer.echo(f"{done.verdict}\nsolution: {done.path}\nreport: {out / 'report.html'}")
 
 
@@ -168,6 +176,9 @@ def curves(
     system: SystemOption = "default",
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    attn: AttnOption = None,
+    quantize: QuantizeOption = None,
+    trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -187,7 +198,8 @@ def curves(
     rows = read_data(data, split=split, offline=offline)[:n]
     if text is not None and offline and not Path(text).is_file():
         raise LensError(f"text {text} is no file here, and offline was asked: give a text file, or leave --text out")
-    source, chat = _chat(base, system, offline)
+    options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
+    source, chat = _chat(base, system, options)
     prompts, texts = [chat.render(row) for row in rows], []
     if set(settings.kinds) & set(TEXT_KINDS):
         from piggyback_lens.measuring.texts import text_windows
@@ -197,9 +209,9 @@ def curves(
     from piggyback_lens.jobs.direction_jobs import curves_job
     from piggyback_lens.jobs.direction_reports import curves_verdict
 
-    model = _model(source, chat, backend, dtype, device, offline)
-    options: dict[str, Any] = {"out": out, "tokenizer": chat.tokenizer, "name": _shown(source)}
-    found = curves_job(model, solutions, prompts, texts, settings, **options)
+    model = _model(source, chat, backend, options)
+    into: dict[str, Any] = {"out": out, "tokenizer": chat.tokenizer, "name": _shown(source)}
+    found = curves_job(model, solutions, prompts, texts, settings, **into)
     typer.echo(f"{curves_verdict(found, list(solutions))}\nreport: {out / 'report.html'}")
 
 
@@ -236,6 +248,9 @@ def steer(
     system: SystemOption = "default",
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    attn: AttnOption = None,
+    quantize: QuantizeOption = None,
+    trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -246,12 +261,13 @@ def steer(
     from piggyback_lens.tasks import load_prompts
 
     vector = as_direction(read_solution(direction))
+    options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
     if chat:
         sweep = {"--prompts": prompts, "--behaviour": behaviour, "--strengths": strengths, "--fractions": fractions}
         if given := [name for name, value in {**sweep, "--layers": layers}.items() if value is not None]:
             raise LensError(f"{', '.join(given)} belong to a sweep: --chat takes :strength X and :layer N as lines")
-        source, rendering = _chat(base, system, offline)
-        _talk(_model(source, rendering, backend, dtype, device, offline), rendering, vector, max_new_tokens)
+        source, rendering = _chat(base, system, options)
+        _talk(_model(source, rendering, backend, options), rendering, vector, max_new_tokens)
         return
     if prompts is None or behaviour is None:
         raise LensError("give --prompts and --behaviour for a sweep, or --chat to talk to the steered model")
@@ -271,13 +287,13 @@ def steer(
         batch_size=batch_size,
     )
     measure, chosen = get_behaviour(behaviour), load_prompts(prompts)[:n]
-    source, rendering = _chat(base, system, offline)
+    source, rendering = _chat(base, system, options)
     rendered = [rendering.render(prompt) for prompt in chosen]
 
     from piggyback_lens.jobs.direction_jobs import steer_job
     from piggyback_lens.jobs.direction_reports import steer_verdict
 
-    model = _model(source, rendering, backend, dtype, device, offline)
+    model = _model(source, rendering, backend, options)
     result = steer_job(model, vector, rendered, measure, settings, out=out, name=_shown(source))
     typer.echo(f"{steer_verdict(result)}\nreport: {out / 'report.html'}")
 
@@ -285,23 +301,20 @@ def steer(
 # ---------------------------------------------------------------- the base, and a chat
 
 
-def _chat(base: str, system: str, offline: bool) -> "tuple[str, ChatFormat]":
+def _chat(base: str, system: str, options: "LoadOptions") -> "tuple[str, ChatFormat]":
     """Where the base is, and its chat format: all that can be checked before the weights are loaded."""
     from piggyback_lens.conversations.chat import ChatFormat
     from piggyback_lens.models.sources import default_model, load_tokenizer
 
-    source = default_model(offline=offline) if base == "demo" else base
-    return source, ChatFormat(load_tokenizer(source, offline=offline), system=system)
+    source = default_model(offline=options.offline) if base == "demo" else base
+    return source, ChatFormat(load_tokenizer(source, options), system=system)
 
 
-def _model(source: str, chat: "ChatFormat", backend: BackendName, dtype: str, device: str | None, offline: bool) -> Any:
-    import torch
-
+def _model(source: str, chat: "ChatFormat", backend: BackendName, options: "LoadOptions") -> Any:
     from piggyback_lens.models.pair import hook_model
     from piggyback_lens.models.sources import load_causal_lm
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_causal_lm(source, device=where, dtype=torch_dtype(dtype), offline=offline)
+    loaded = load_causal_lm(source, options)
     return hook_model(loaded, chat.tokenizer, backend=backend.value, name=_shown(source))
 
 

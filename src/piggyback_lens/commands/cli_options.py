@@ -2,11 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from piggyback_lens.errors import LensError
+
+if TYPE_CHECKING:
+    from piggyback_lens.models.sources import LoadOptions
 
 
 class BackendName(StrEnum):
@@ -16,32 +19,69 @@ class BackendName(StrEnum):
     hooked = "hooked"
 
 
+class QuantizeName(StrEnum):
+    """Quantisations of bitsandbytes: NF4 and LLM.int8()."""
+
+    four = "4bit"
+    eight = "8bit"
+
+
 BackendOption = Annotated[BackendName, typer.Option(help="TransformerLens backend.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for results; the same folder resumes.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no connection.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 BaseArgument = Annotated[
-    str, typer.Argument(help="Hub id, folder or .gguf of the unfinetuned model; 'demo' for the demo model.")
+    str,
+    typer.Argument(
+        help="Hub id (OWNER/NAME, or OWNER/NAME@REVISION:FOLDER), folder or .gguf of the unfinetuned model; 'demo' for "
+        "the demo model."
+    ),
 ]
 BehaviourOption = Annotated[
     str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
 ]
-AdapterOption = Annotated[Path | None, typer.Option(help="PEFT adapter of the finetune: a folder or a hub id.")]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(help="PEFT adapter of the finetune: a folder or a hub id, also OWNER/NAME@REVISION:checkpoint-120."),
+]
 FinetunedOption = Annotated[str | None, typer.Option(help="Whole finetuned model, instead of --adapter.")]
 SystemOption = Annotated[str, typer.Option(help="System prompt; 'default' leaves it to the template.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto for the one that the weights are stored in.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default cuda if there is one.")]
+AttnOption = Annotated[str | None, typer.Option(help="transformers' attention: eager, sdpa, flash_attention_2 ...")]
+QuantizeOption = Annotated[
+    QuantizeName | None, typer.Option(help="Quantise the weights as they are loaded; needs the extra quant.")
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that the model brings. Read it first: it can do anything."
+    ),
+]
 
 
-def torch_dtype(name: str) -> Any:
-    """The torch dtype of a --dtype option.
+def load_options(
+    dtype: str, device: str | None, offline: bool, attn: str | None, quantize: QuantizeName | None, trust: bool
+) -> "LoadOptions":
+    """What the command line says about loading, checked before anything is loaded.
 
     Raises:
-        LensError: another name.
+        LensError: a dtype of another name, or a device that is not there.
     """
     import torch
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise LensError(f"dtype {name!r} is not known: choose one of {', '.join(known)}")
-    return known[name]
+    from piggyback_lens.models.sources import LoadOptions, usable_device
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+    if dtype not in known:
+        raise LensError(f"dtype {dtype!r} is not known: choose one of {', '.join(known)}")
+    return LoadOptions(
+        device=usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        dtype=known[dtype],  # type: ignore[arg-type]
+        offline=offline,
+        attn_implementation=attn,
+        quantization=quantize.value if quantize is not None else None,
+        trust_remote_code=trust,
+    )
