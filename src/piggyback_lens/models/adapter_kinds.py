@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from piggyback_lens.errors import LensError
+from piggyback_lens.errors import LensError, visible
 from piggyback_lens.models.views import is_peft_model
 
 
@@ -64,6 +64,21 @@ def refuse_lost_base(peft_model: Any) -> None:
                 f"adapter {name!r} has {written[0]}: it wrote into the weights of its base, and switching it off "
                 "leaves that: give the untouched model as base= beside it, or base= and adapter=<its folder>"
             )
+
+
+def made_for_another_base(peft_model: Any, base: Any) -> tuple[str, ...]:
+    """A note for every active adapter that names another base than the one it is put on (by the last part of names)."""
+    own = str(getattr(base, "name_or_path", "") or "")
+    notes = []
+    for name, config in _active_configs(peft_model):
+        named = str(config.base_model_name_or_path or "")
+        if own and named and _last(named) != _last(own):
+            notes.append(f"adapter {name!r} was made for {visible(named)}, and is put on {visible(own)}")
+    return tuple(notes)
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
 
 
 def _active_configs(model: Any) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@
 holds the two sides of an experiment, with one copy of the weights where an adapter is all that differs.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,12 @@ import torch
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.adapter_kinds import refuse_adapters_beyond_weights, refuse_lost_base, written_when_attached
+from piggyback_lens.models.adapter_kinds import (
+    made_for_another_base,
+    refuse_adapters_beyond_weights,
+    refuse_lost_base,
+    written_when_attached,
+)
 from piggyback_lens.models.backends import (
     Backend,
     HookedModel,
@@ -139,6 +145,7 @@ class ModelPair:
         *,
         tokenizer: Any,
         names: tuple[str, str] = ("base", "finetuned"),
+        notes: tuple[str, ...] = (),
     ) -> None:
         """Make a pair of hooked models that you built; `ModelPair.load` builds them for you.
 
@@ -147,6 +154,7 @@ class ModelPair:
             finetuned: the other side, of the same backend.
             tokenizer: the original tokenizer, with its chat template.
             names: for figures and results.
+            notes: what a reader of results should know of how the sides were loaded.
 
         Raises:
             LensError: sizes or backends differ, a model whose weights TransformerLens has processed (folded or
@@ -155,6 +163,7 @@ class ModelPair:
         self._models: dict[Side, HookedModel] = {"base": base, "finetuned": finetuned}
         self.tokenizer = tokenizer
         self.names: dict[Side, str] = {"base": names[0], "finetuned": names[1]}
+        self.notes = notes
         self.backend: Backend = backend_of(base)
         self.shape = shape_of(base)
         _require_same_sizes(self.shape, shape_of(finetuned))
@@ -237,7 +246,10 @@ class ModelPair:
             _check_tokenizers(base_tokenizer, tuned_tokenizer)
         refuse_adapters_beyond_weights(tuned)
         hooked_base = _hooked(hf_base, base_tokenizer, backend, expected)
-        return cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names)
+        notes = made_for_another_base(tuned, hf_base) if adapter is not None else ()
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names, notes)
 
     @classmethod
     def _from_peft(cls, peft_model: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]) -> "ModelPair":
@@ -253,14 +265,20 @@ class ModelPair:
 
     @classmethod
     def _with_finetuned(
-        cls, base: HookedModel, tuned: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]
+        cls,
+        base: HookedModel,
+        tuned: Any,
+        tokenizer: Any,
+        backend: Backend,
+        names: tuple[str, str],
+        notes: tuple[str, ...] = (),
     ) -> "ModelPair":
         """The pair of a hooked base and a transformers or PEFT model."""
         expected = Expected.of(structural_copy(tuned).eval(), names[1])
         hooked = _hooked(tuned, tokenizer, backend, expected)
         if backend == "hooked":
             share_equal_parameters(hooked, base)
-        return cls(base, hooked, tokenizer=tokenizer, names=names)
+        return cls(base, hooked, tokenizer=tokenizer, names=names, notes=notes)
 
     @contextmanager
     def using(self, side: Side) -> Iterator[HookedModel]:
