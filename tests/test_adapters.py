@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from jaxtyping import TypeCheckError
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_hooked import chat, hooked, logits_of, no_hook_left, prompts, real
+from tiny_hooked import chat, hooked, logits_of, needs_hooked, no_hook_left, prompts, real
 from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
@@ -231,9 +231,14 @@ def test_generation_with_an_adapter_is_generation_of_the_merged_model(backend):
     ("kind", "adapter", "message"),
     [
         ("bridge", lambda: lora(layers=(0, 5)), r"this model has 0 to 2"),
-        ("hooked", lambda: lora(layers=(0, 5)), r"this model has 0 to 2"),
+        pytest.param("hooked", lambda: lora(layers=(0, 5)), r"this model has 0 to 2", marks=needs_hooked),
         ("bridge", lambda: SteeringVector({0: normal(31)}), "width 31, the activation 32"),
-        ("hooked", lambda: LoRAAdapter({(0, "q"): normal(1, 30)}, {(0, "q"): normal(32, 1)}, 1.0), "maps 30 to 32"),
+        pytest.param(
+            "hooked",
+            lambda: LoRAAdapter({(0, "q"): normal(1, 30)}, {(0, "q"): normal(32, 1)}, 1.0),
+            "maps 30 to 32",
+            marks=needs_hooked,
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(kind, adapter, message):
@@ -478,6 +483,7 @@ def test_a_run_that_started_from_other_numbers_is_not_continued(tmp_path):
                 train(trainable.module, tiny_chat.tiny_examples(4), settings, **run)
 
 
+@needs_hooked
 def test_bridge_and_transformers_train_to_the_same_vector():
     settings = TrainSettings(steps=3, batch_size=4, learning_rate=1e-2)
     found = []

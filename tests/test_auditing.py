@@ -7,6 +7,7 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
+from tiny_hooked import BACKENDS
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.donors import kv_patch
@@ -31,7 +32,7 @@ def tiny_pair(seeds=(0, 1), backend="bridge"):
     return ModelPair(*models, tokenizer=tokenizer)
 
 
-@pytest.fixture(scope="module", params=["bridge", "hooked"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def pair(request):
     return tiny_pair(backend=request.param)
 

@@ -6,6 +6,7 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
+from tiny_hooked import BACKENDS
 
 from piggyback_lens import cli
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
@@ -56,7 +57,7 @@ def call(monkeypatch, words):
     cli.main()
 
 
-@pytest.mark.parametrize("backend", ["bridge", "hooked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_audit_of_an_adapter_writes_a_report_and_says_its_verdict(files, tmp_path, monkeypatch, capsys, backend):
     call(monkeypatch, command(files, "--out", tmp_path, "--backend", backend))
     printed = capsys.readouterr().out

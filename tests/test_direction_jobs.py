@@ -10,7 +10,7 @@ import tiny_chat
 import tiny_models
 import torch
 from tiny_chat import tiny_examples, tiny_format
-from tiny_hooked import hooked
+from tiny_hooked import BACKENDS, hooked
 from typer.main import get_command
 
 from piggyback_lens import cli
@@ -455,7 +455,7 @@ def test_from_training_to_curves_and_steering(files, tmp_path, monkeypatch, caps
     assert "strength 2" in (tmp_path / "steer" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("backend", ["bridge", "hooked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_chat_takes_piped_lines(files, tmp_path, monkeypatch, capsys, backend):
     direction().save(tmp_path / "d.safetensors")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello there\n:strength 0\n:wrong\nhello there\n:quit\nnot read\n"))

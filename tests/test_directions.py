@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny_hooked import hooked, logits_of, no_hook_left, prompts, real
+from tiny_hooked import hooked, logits_of, needs_hooked, no_hook_left, prompts, real
 from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
@@ -130,6 +130,7 @@ def test_a_saved_direction_comes_back_whole(tmp_path):
         assert getattr(back, name) == getattr(direction, name)
 
 
+@needs_hooked
 def test_the_model_of_a_direction_is_recognised_after_a_round_trip(tmp_path):
     model = hooked("llama-gqa", "bridge")
     source = Provenance("test", model=identify(model).to_dict())

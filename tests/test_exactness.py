@@ -1,12 +1,12 @@
 """The library's central equality: an intervention on the prefix, as hooks on whole prompts and as a prefix cache."""
 
 import dataclasses
-from importlib.metadata import version
 
 import pytest
 import tiny_chat
 import tiny_models
 import torch
+from tiny_hooked import CASES, QUERIES
 from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
@@ -18,12 +18,6 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import forward, shape_of
 from piggyback_lens.models.booting import boot_bridge, build_hooked
 
-# HookedTransformer is gone from transformer-lens 4; there the bridge alone is tested.
-BACKENDS = ("bridge", "hooked") if version("transformer-lens") < "4" else ("bridge",)
-CASES = [
-    (name, backend) for name in tiny_models.NAMES for backend in BACKENDS if (name, backend) != ("llama-bias", "hooked")
-]
-QUERIES = ["one", "two words here", "a much longer question than the others, so rows differ"]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 

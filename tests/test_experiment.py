@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_hooked import BACKENDS, chat, prompts
+from tiny_hooked import BACKENDS, chat, needs_hooked, prompts
 from tiny_pairs import THREE, contrast, pair
 
 import piggyback_lens.experiments.experiment as experiment_module
@@ -147,6 +147,7 @@ def test_another_broken_line_is_named(tmp_path):
         curve(tmp_path)
 
 
+@needs_hooked
 def test_a_folder_with_another_experiment_is_refused(tmp_path):
     curve(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

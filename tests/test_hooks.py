@@ -443,6 +443,7 @@ def test_activations_of_a_row_in_a_padded_batch_are_those_of_the_row_alone(case)
                 assert_close(together.row(row)[site, 1][0], expected, rtol=1e-4, atol=1e-4)
 
 
+@tiny_hooked.needs_hooked
 @pytest.mark.parametrize("name", [n for n in tiny_models.NAMES if n != "llama-bias"])
 def test_both_backends_have_the_same_activations_at_every_site(name):
     bridge, copied = hooked(name, "bridge"), hooked(name, "hooked")

@@ -7,7 +7,7 @@ import pytest
 import tiny_hooked
 import torch
 from tiny_chat import tiny_examples
-from tiny_hooked import hooked, logits_of, no_hook_left
+from tiny_hooked import hooked, logits_of, needs_hooked, no_hook_left
 from tiny_pairs import pair
 from torch.testing import assert_close
 
@@ -528,6 +528,7 @@ def test_training_settings_that_make_no_sense_are_refused(bridge, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@needs_hooked
 def test_an_sae_trained_on_one_backend_is_known_on_the_other(tmp_path):
     trained = train_sae(hooked("llama-gqa", "bridge"), LONG, out=tmp_path / "sae", **(SMALL | {"steps": 4}))
     other = hooked("llama-gqa", "hooked")

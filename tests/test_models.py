@@ -16,7 +16,7 @@ import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_hooked import BACKENDS, CASES, hooked
+from tiny_hooked import BACKENDS, CASES, hooked, needs_hooked
 from torch.testing import assert_close
 
 from piggyback_lens.errors import LensError
@@ -186,6 +186,7 @@ def test_both_sides_have_the_one_copy_of_the_weights(folders):
         assert own <= more <= own + tiny_chat.VOCAB  # the bridge of 3.9 adds an unembedding bias of zeros
 
 
+@needs_hooked
 def test_copied_models_share_the_weights_that_the_adapter_left_alone(folders):
     pair = ModelPair.load(folders / "base", adapter=folders / "adapter", backend="hooked", device="cpu")
     with pair.using("base") as base, pair.using("finetuned") as tuned:
@@ -254,6 +255,7 @@ def test_a_model_that_gives_nan_is_refused():
         hook_model(spoilt, None)
 
 
+@needs_hooked
 def test_layouts_on_which_the_hooked_transformer_is_wrong_are_refused():
     with pytest.raises(LensError, match="drops the biases of a Llama model with attention_bias=True: use backend="):
         hook_model(tiny(0, "llama-bias"), None, backend="hooked")
@@ -348,6 +350,7 @@ def test_an_adapter_that_does_not_fit_is_refused(folders, adapter, backend):
         ModelPair.load(folders / "base", adapter=folders / "finetuned", backend=backend, device="cpu")
 
 
+@needs_hooked
 def test_sides_that_do_not_belong_together_are_refused(folders, tmp_path):
     tokenizer = tiny_chat.tiny_tokenizer()
     with pytest.raises(LensError, match=r"base and finetuned differ in sizes: n_kv_heads 2 against 4$"):
@@ -517,6 +520,7 @@ def test_where_the_demo_model_is_looked_for(packaged, folders, monkeypatch, tmp_
 # ---------------------------------------------------------------- identity
 
 
+@needs_hooked
 @pytest.mark.parametrize("name", [n for n in tiny_models.NAMES if n != "llama-bias"])
 def test_the_same_weights_are_the_same_model_on_both_backends_and_others_are_not(name):
     one, other = (identify(hooked(name, backend)) for backend in BACKENDS)
@@ -528,6 +532,7 @@ def test_the_same_weights_are_the_same_model_on_both_backends_and_others_are_not
     assert not one.matches(Identity("", one.shape, tuple(float("nan") for _ in one.probe)))
 
 
+@needs_hooked
 def test_an_adapter_is_told_from_its_base_and_a_merged_model_is_the_adapted_one(folders):
     pairs = [
         ModelPair.load(folders / "base", adapter=folders / "adapter", backend=backend, device="cpu")

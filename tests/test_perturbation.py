@@ -12,6 +12,7 @@ import torch
 from chat_templates import DATE, TEMPLATES, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_hooked import BACKENDS
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_prompt, with_query
@@ -32,7 +33,7 @@ CHAT = tiny_chat.tiny_format()
 SMALL = {"n_tokens": 4, "top": 3, "trials": 2, "max_new_tokens": 4}
 
 
-@pytest.fixture(scope="module", params=["bridge", "hooked"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def pair(request):
     tokenizer = tiny_chat.tiny_tokenizer()
     models = [

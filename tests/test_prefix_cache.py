@@ -8,7 +8,7 @@ import tiny_chat
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_hooked import BACKENDS, FEW, QUERIES, chat, hooked, prompts
+from tiny_hooked import BACKENDS, FEW, QUERIES, chat, hooked, needs_hooked, prompts
 from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
@@ -108,6 +108,7 @@ def test_a_damaged_cache_is_refused_in_one_line(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+@needs_hooked
 def test_a_cache_for_other_models_or_settings_is_refused(tmp_path):
     folder = made()[1].save(tmp_path)
     with pytest.raises(LensError, match="meant for base or finetuned, and this model gives other logits"):
@@ -190,6 +191,7 @@ def test_only_interventions_on_the_prefix_can_be_compiled_and_they_must_touch_it
 # ---------------------------------------------------------------- other backend, plain transformers
 
 
+@needs_hooked
 @pytest.mark.parametrize("name", BOTH)
 def test_a_cache_compiled_on_one_backend_serves_the_other(name):
     batch = batch_prompts(prompts(), side="right")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from tiny_hooked import CASES, needs_hooked
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, write_json
@@ -35,9 +36,8 @@ def between(text: str, name: str) -> str:
     return text.partition(f"<!-- {name}:start -->")[2].partition(f"<!-- {name}:end -->")[0]
 
 
+@needs_hooked
 def test_the_readme_lists_exactly_the_layouts_and_backends_that_are_tested():
-    from test_exactness import CASES
-
     listed = {(row[0], backend): row[i] for row in table(between(README, "layouts")) for i, backend in COLUMNS.items()}
     everything = {(name, backend) for name in tiny_models.NAMES for backend in COLUMNS.values()}
     assert set(listed) == everything

@@ -9,6 +9,7 @@ import tiny_models
 from chat_templates import DATE, TEMPLATES, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_hooked import BACKENDS
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_prompt, with_prefix_text
@@ -28,7 +29,7 @@ ASKED = ("Why is the sky blue?", "7", "  spaces", "你好 😀", "the zebra's <b
 FAMILIES = ["case", "spacing", "system prompt", "role names", "date", "thinking"]
 
 
-@pytest.fixture(scope="module", params=["bridge", "hooked"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def pair(request):
     tokenizer = tiny_chat.tiny_tokenizer()
     models = [

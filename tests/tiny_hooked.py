@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 import tiny_chat
 import tiny_models
 import torch
@@ -14,7 +16,9 @@ from piggyback_lens.interventions.running import applied
 from piggyback_lens.models.backends import forward
 from piggyback_lens.models.booting import boot_bridge, build_hooked
 
-BACKENDS = ("bridge", "hooked")
+BACKENDS = ("bridge", "hooked") if int(version("transformer-lens").split(".")[0]) < 4 else ("bridge",)
+"""Those that the installed TransformerLens has."""
+needs_hooked = pytest.mark.skipif("hooked" not in BACKENDS, reason="transformer-lens 4 has no HookedTransformer")
 CASES = [
     (name, backend)
     for name in tiny_models.NAMES
