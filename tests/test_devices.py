@@ -7,7 +7,9 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ import piggyback_lens as lens
 from piggyback_lens.directions import steering
 from piggyback_lens.directions.transfer import Organism
 from piggyback_lens.finetuning.hf_trainer import training_rows
+from piggyback_lens.finetuning.references import KVReference
 from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.models.backends import forward
 from piggyback_lens.vectors.direction import Provenance
@@ -69,14 +72,15 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def direction(here: Here) -> lens.Direction:
-    return lens.Direction(normal(1, 32).to(here.device), (1,), "resid_post", "positive: test", Provenance("test"))
+def direction(device: torch.device = CPU) -> lens.Direction:
+    return lens.Direction(normal(1, 32).to(device), (1,), "resid_post", "positive: test", Provenance("test"))
 
 
-def solutions(here: Here) -> dict[str, Any]:
+def solutions(device: torch.device = CPU) -> dict[str, Any]:
+    """From a file they are on the CPU, made of activations where the model is."""
     places = [(layer, "down") for layer in (1, 2)]
-    a, b = ({place: normal(*size).to(here.device) * 0.3 for place in places} for size in ((1, 48), (32, 1)))
-    return {"vector": lens.SteeringVector({1: normal(32).to(here.device)}), "lora": lens.LoRAAdapter(a, b, 2.0)}
+    a, b = ({place: normal(*size).to(device) * 0.3 for place in places} for size in ((1, 48), (32, 1)))
+    return {"vector": lens.SteeringVector({1: normal(32).to(device)}), "lora": lens.LoRAAdapter(a, b, 2.0)}
 
 
 def texts() -> list[Any]:
@@ -107,6 +111,7 @@ def intervening(here: Here) -> Any:
     own = lens.span_activations(here.pair, "base", PROMPTS, "query", "resid_post")
     vector = {"layers": 1, "site": "resid_post"}
     batch = lens.batch_prompts(PROMPTS)
+    assert lens.batch_prompts(PROMPTS, device=here.device).span_mask("query").sum() == sum(own.lengths)
     norms = lens.mean_norms(here.model, batch)
     every = [
         lens.patch(donor),
@@ -151,18 +156,21 @@ def scoring(here: Here) -> Any:
     found = [
         *lens.response_log_probs(here.model, EXAMPLES, batch_size=4),
         lens.nll(here.model, EXAMPLES, prefix_cache=cache),
-        lens.contrast(here.model, measure.towards, measure.against, interventions=direction(here).steer(2.0)),
+        lens.contrast(here.model, measure.towards, measure.against, interventions=direction().steer(2.0)),
         *lens.kl_to_base(here.pair, EXAMPLES),
     ]
     return torch.cat([values.flatten() for values in found]).numpy()
 
 
 def adapters(here: Here) -> Any:
-    with lens.attached(here.model, *solutions(here).values()):
-        answers = lens.generate(here.model, PROMPTS, max_new_tokens=3)
-    scalars = lens.adapter_scalars(here.model, solutions(here)["lora"], EXAMPLES)
-    assert len(answers) == len(PROMPTS)
-    return torch.cat(scalars.values).numpy()
+    found = []
+    for device in (CPU, here.device):
+        own = solutions(device)
+        with lens.attached(here.model, *own.values()):
+            found.append(lens.nll(here.model, EXAMPLES))
+            assert len(lens.generate(here.model, PROMPTS, max_new_tokens=3)) == len(PROMPTS)
+        found += [values.flatten() for values in lens.adapter_scalars(here.model, own["lora"], EXAMPLES).values]
+    return torch.cat(found).numpy()
 
 
 def patching(here: Here) -> Any:
@@ -225,7 +233,7 @@ def extracting(here: Here) -> Any:
 
 def writing(here: Here) -> Any:
     """Files hold what is on the device, and are read to the CPU."""
-    vector, table = solutions(here)["vector"], normal(1, 32).to(here.device)
+    vector, table = solutions(here.device)["vector"], normal(1, 32).to(here.device)
     vector.direction().save(here.folder / "d.safetensors")
     np.save(here.folder / "v.npy", table.cpu().numpy())
     torch.save({"steering_vector": table[0], "layer_idx": 1, "alpha": 2.0}, here.folder / "v.pt")
@@ -238,25 +246,25 @@ def writing(here: Here) -> Any:
 
 def steering_(here: Here) -> Any:
     run = {**WORDS, "n_random": 1, "batch_size": 2}
-    found = lens.steer(here.model, direction(here), PROMPTS, fractions=[0.0, 0.5], layers=[0, 2], **run)
-    taken = lens.ablate_sweep(here.model, direction(here), PROMPTS, **run)
-    budget = lens.strength_for_kl(here.model, direction(here), EXAMPLES, 0.05)
+    found = lens.steer(here.model, direction(here.device), PROMPTS, fractions=[0.0, 0.5], layers=[0, 2], **run)
+    taken = lens.ablate_sweep(here.model, direction(), PROMPTS, **run)
+    budget = lens.strength_for_kl(here.model, direction(), EXAMPLES, 0.05)
     numbers = [(p.x, *p.kl, *p.own_nll) for p in (*found.points, *taken.points)]
     return np.append(np.array(numbers), [budget.strength])
 
 
 def curves(here: Here) -> Any:
     found = [
-        lens.efficiency(here.model, solutions(here), EXAMPLES, fractions=(0.0, 1.0), n_random=1),
-        lens.stability(here.model, solutions(here), EXAMPLES, epsilons=(0.0, 0.5), n_noise=1),
-        lens.significance(here.model, solutions(here), texts(), fractions=(0.0, 1.0), n_random=1),
-        lens.ablation_cost(here.model, {"one": direction(here)}, texts(), n_random=1),
+        lens.efficiency(here.model, solutions(here.device), EXAMPLES, fractions=(0.0, 1.0), n_random=1),
+        lens.stability(here.model, solutions(), EXAMPLES, epsilons=(0.0, 0.5), n_noise=1),
+        lens.significance(here.model, solutions(), texts(), fractions=(0.0, 1.0), n_random=1),
+        lens.ablation_cost(here.model, {"one": direction()}, texts(), n_random=1),
     ]
     return np.concatenate([curve.to_frame()["value"].to_numpy() for curve in found])
 
 
 def transferring(here: Here) -> Any:
-    organisms = {"A": Organism(here.pair, direction(here), lens.get_behaviour("words"))}
+    organisms = {"A": Organism(here.pair, direction(), lens.get_behaviour("words"))}
     found = lens.transfer_matrix(organisms, PROMPTS, n_random=1, max_new_tokens=3)
     return np.array([cell.values for cell in found.cells])
 
@@ -265,11 +273,12 @@ def training_hooks(here: Here) -> Any:
     found = []
     retain = lens.RetainData(EXAMPLES[3:], batch_size=2)
     objective = lens.Penalised((lens.Weighted(lens.KLOnRetain(retain), 1.0),))
-    for start in (lens.SteeringVector.zeros(32, [1]), lens.LoRAAdapter.fresh(here.model, layers=[2])):
+    for start in (lens.SteeringVector.zeros(32, [1]), solutions(here.device)["lora"]):
         trainable = lens.HookTrainable(here.model, start)
         keeper = lens.SnapshotKeeper(trainable)
         run = {"trainable": trainable, "on_step": keeper, "progress": False, "out": here.folder / type(start).__name__}
         lens.train(trainable.module, EXAMPLES[:3], STEPS, objective=objective, **run)
+        assert not any(is_there(tensor) for tensor in trainable.result().tensors().values())
         moved = lens.drift(keeper.snapshots, {"end": trainable.result()})
         found += [trainable.result().norm(), *moved.frame["value"], *lens.trajectory({"r": keeper.snapshots}).explained]
     return np.array(found)
@@ -281,7 +290,7 @@ def sparse_autoencoders(here: Here) -> Any:
     trained = lens.train_sae(here.model, EXAMPLES, out=here.folder / "sae", **run)
     latents = lens.load_sae(here.folder / "sae", model=here.model)
     fit = lens.fit_latents(latents, here.pair, EXAMPLES).to_frame()["value"]
-    attributed = lens.attribute_latents(latents, direction(here), here.model, EXAMPLES, n_random=2)
+    attributed = lens.attribute_latents(latents, direction(), here.model, EXAMPLES, n_random=2)
     steered = lens.generate(here.model, PROMPTS, interventions=lens.steer_latent(latents, 3, 2.0), max_new_tokens=3)
     with lens.ablate_latent(latents, here.model, [0, 1, 2]):
         ablated = lens.nll(here.model, EXAMPLES)
@@ -303,7 +312,7 @@ def loading(here: Here) -> Any:
     base, adapter = here.folder / "base", here.folder / "adapter"
     tiny_pairs.weights("llama-gqa", "base").save_pretrained(base)
     CHAT.tokenizer.save_pretrained(base)
-    lens.save_peft(solutions(here)["lora"], adapter)
+    lens.save_peft(solutions()["lora"], adapter)
     found = []
     for backend in tiny_hooked.BACKENDS:
         pair = lens.ModelPair.load(base, adapter=adapter, backend=backend, device=here.device, offline=True)
@@ -311,9 +320,7 @@ def loading(here: Here) -> Any:
         found.append(lens.kl_to_base(pair, EXAMPLES[:2]))
     tuned = lens.attach_adapter(lens.load_causal_lm(base, device=here.device, offline=True), adapter)
     assert {parameter.device for parameter in tuned.parameters()} == {here.device}
-    lens.save_with_bias(
-        solutions(here)["vector"], lens.load_causal_lm(base, device=here.device), here.folder / "biased"
-    )
+    lens.save_with_bias(solutions()["vector"], lens.load_causal_lm(base, device=here.device), here.folder / "biased")
     biased = lens.hook_model(lens.load_causal_lm(here.folder / "biased", device=here.device), CHAT.tokenizer)
     loaded = lens.load_peft(adapter)
     assert not any(is_there(tensor) for tensor in loaded.tensors().values())
@@ -323,11 +330,20 @@ def loading(here: Here) -> Any:
     return torch.cat([values for part in found for values in part]).numpy()
 
 
+def read_again(penalty: lens.TReFT) -> lens.TReFT:
+    with TemporaryDirectory() as folder:
+        reference = KVReference.load(penalty.reference.save(folder))
+    assert not is_there(reference.keys[0])
+    return lens.TReFT(penalty.span, reference)
+
+
 def objectives() -> dict[str, Any]:
     """Of a model in training, given the base that some of them need."""
     retain = lens.RetainData(EXAMPLES[3:], batch_size=2)
     return {
         "prefix": lambda model: lens.TReFT.on(model, EXAMPLES[0]),
+        "postfix as in the template": lambda model: read_again(lens.TReFT.on(model, EXAMPLES[0], "postfix")),
+        "prefix from a file": lambda model: read_again(lens.TReFT.on(model, EXAMPLES[0])),
         "postfix": lambda model: lens.TReFT("postfix"),
         "query": lambda model: lens.TReFT("query"),
         "all": lambda model: lens.TReFT("all"),
@@ -364,7 +380,7 @@ def resuming(here: Here) -> Any:
 
 def preventing(here: Here) -> Any:
     model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
-    trainable = lens.PreventiveSteering(PeftAdapter(model), model, normal(32), layer=1, alpha=2.0)
+    trainable = lens.PreventiveSteering(PeftAdapter(model), model, normal(32).to(here.device), layer=1, alpha=2.0)
     result = lens.train(model, EXAMPLES[:3], STEPS, trainable=trainable, progress=False)
     return np.array([row["loss"] for row in result.history])
 
@@ -380,28 +396,36 @@ def comparing(here: Here) -> Any:
 
 
 def trainers(here: Here) -> Any:
-    """The Trainer of transformers, told that its device is this one."""
+    """The Trainer of transformers, told that its device is this one; the first run is resumed by the second."""
 
-    class Arguments(TrainingArguments):
-        @property
-        def device(self) -> torch.device:
-            assert super().device is not None  # sets up accelerate, which the Trainer asks for the device as well
-            self.distributed_state.device = here.device
-            return here.device
+    def told(arguments: TrainingArguments) -> torch.device:
+        assert arguments._setup_devices is not None  # sets up accelerate, which the Trainer asks as well
+        arguments.distributed_state.device = here.device
+        return here.device
 
-    arguments = Arguments(
-        str(here.folder), max_steps=2, per_device_train_batch_size=3, report_to=[], use_cpu=True, logging_steps=1,
-        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, learning_rate=1e-2,
+    runs = ((1, "prefix", "template"), (2, "prefix", "template"), (2, "query", "own"))
+    with mock.patch.object(TrainingArguments, "device", property(told)):
+        return np.concatenate([trainer_losses(here, *run) for run in runs])
+
+
+def trainer_losses(here: Here, steps: int, span: str, reference: str) -> list[float]:
+    arguments = TrainingArguments(
+        str(here.folder / span), max_steps=steps, per_device_train_batch_size=3, report_to=[], use_cpu=True,
+        logging_steps=1, save_strategy="steps", save_steps=1, disable_tqdm=True, remove_unused_columns=False,
+        learning_rate=1e-2,
     )  # fmt: skip
     model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
     trainer = lens.TReFTTrainer(
         model=model, args=arguments, train_dataset=training_rows(EXAMPLES),
-        data_collator=DataCollatorForSeq2Seq(CHAT.tokenizer), treft=lens.TReFTSettings(CHAT.empty_query(), 10.0),
+        data_collator=DataCollatorForSeq2Seq(CHAT.tokenizer),
+        treft=lens.TReFTSettings(CHAT.empty_query(), 10.0, span, reference),
     )  # fmt: skip
-    trainer.add_callback(lens.Monitor(model, *probes(), every=2).callback(trainer))
-    trainer.train()
+    monitor = lens.Monitor(model, *probes(), every=1, out=here.folder / f"{span}.jsonl")
+    trainer.add_callback(monitor.callback(trainer))
+    trainer.train(resume_from_checkpoint=(span, steps) == ("prefix", 2))
     assert next(model.parameters()).device == here.device
-    return np.array([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return [*losses, *(row["spread"] for row in monitor.rows)]
 
 
 PLAIN = (loading, training, resuming, preventing, comparing, trainers)
