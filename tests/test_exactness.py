@@ -6,7 +6,7 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
-from tiny_hooked import CASES, QUERIES
+from tiny_hooked import BACKENDS, QUERIES
 from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
@@ -19,6 +19,17 @@ from piggyback_lens.models.backends import forward, shape_of
 from piggyback_lens.models.booting import boot_bridge, build_hooked
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+CASES = [
+    (name, backend)
+    for name in (*tiny_models.NAMES, *tiny_models.MORE)
+    for backend in BACKENDS
+    if backend == "bridge" or name not in tiny_models.NOT_HOOKED
+]
+SITES = ["k", "v", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "mlp_post"]
+NO_MIDDLE = ("gpt-neox", "phi")
+"""Layouts whose attention and MLP read the same residual stream, so that there is no resid_mid."""
+NO_MLP_POST = (("mixtral", "hooked"), ("gpt-oss", "hooked"))
+NO_ROT_K = (("phi3", "bridge"), ("gpt-neox", "bridge"), ("gpt2", "bridge"), ("gpt2", "hooked"))
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +38,27 @@ def chat():
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
-def pair(request, chat):
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sites(case):
+    """The sites that this layout has on this backend."""
+    absent = {"resid_mid"} if case[0] in NO_MIDDLE else set()
+    return [site for site in SITES if site not in absent | ({"mlp_post"} if case in NO_MLP_POST else set())]
+
+
+@pytest.fixture(scope="module")
+def key_site(case):
+    """Keys behind the key norm, whose weights differ here, where there is a hook there."""
+    return "k" if case in NO_ROT_K else "rot_k"
+
+
+@pytest.fixture(scope="module")
+def pair(case, chat):
     """Two different hooked models of one layout and backend."""
-    name, backend = request.param
+    name, backend = case
     make = boot_bridge if backend == "bridge" else build_hooked
     vocab = len(chat.tokenizer)
     return tuple(make(tiny_models.build(name, seed, vocab=vocab), chat.tokenizer, name) for seed in (0, 1))
@@ -54,36 +83,33 @@ def real(logits, batch):
     return torch.cat([row[mask.bool()] for row, mask in zip(logits, batch.attention_mask, strict=True)])
 
 
-SITES = ["k", "v", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "mlp_post"]
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_patching_a_model_with_itself_changes_nothing(pair, chat, side):
+def test_patching_a_model_with_itself_changes_nothing(pair, sites, chat, side):
     model, _ = pair
     batch = batch_prompts(prompts_of(chat), side=side)
     plain, _ = logits_of(model, batch)
     for span in ("prefix", "query", "postfix", "prompt"):
-        own = keep(model, batch, SITES, span)
+        own = keep(model, batch, sites, span)
         patched, record = logits_of(model, batch, patch(own))
         assert_close(patched, plain, rtol=0, atol=0)
         assert all(receipt.change_norm == 0 and receipt.cells > 0 for receipt in record.receipts)
 
 
-def test_hook_path_equals_cache_path_for_every_site(pair, chat):
+def test_hook_path_equals_cache_path_for_every_site(pair, sites, chat):
     base, tuned = pair
     prompts = prompts_of(chat)
     batch = batch_prompts(prompts, side="right")
     length = len(prompts[0].span("prefix"))
-    donor = keep(base, batch_prompts(prompts[:1]), SITES, "prefix")
+    donor = keep(base, batch_prompts(prompts[:1]), sites, "prefix")
     vector = torch.randn(shape_of(tuned).d_model, generator=torch.Generator().manual_seed(0))
-    many = [patch(donor, sites=site) for site in SITES]
+    many = [patch(donor, sites=site) for site in sites]
     many += [
         patch(donor, sites="resid_pre", layers=1),
         patch(donor, sites=("k", "v"), layers=[0, 2], heads=[0]),
     ]
     many += [
         add(vector, layers=1, span="prefix", strength=0.7),
-        ablate(vector, span="prefix"),
+        ablate(vector, site=[site for site in sites if site.startswith("resid")], span="prefix"),
         zero("v", layers=1, span="prefix", tokens=[0, 2]),
     ]
     plain, _ = logits_of(tuned, batch)
@@ -101,12 +127,11 @@ def test_hook_path_equals_cache_path_for_every_site(pair, chat):
             assert (hooked - plain).abs().max() > 1e-3
 
 
-def test_patching_every_key_and_value_of_the_prefix_is_the_base_models_prefix_cache(pair, chat):
+def test_patching_every_key_and_value_of_the_prefix_is_the_base_models_prefix_cache(pair, key_site, chat):
     base, tuned = pair
     prompt = chat.render(QUERIES[1])
     # After the rotary embedding a key norm (whose weights differ here) is behind us; without rotary, k is all there is.
-    key = "rot_k" if shape_of(tuned).rotary else "k"
-    donor = keep(base, batch_prompts([prompt]), [key, "v"], "prefix")
+    donor = keep(base, batch_prompts([prompt]), [key_site, "v"], "prefix")
     ours = PrefixCache.compile(tuned, prompt, patch(donor))
     plain = PrefixCache.compile(base, prompt)
     assert_close(ours.keys, plain.keys, **TOLERANCE)
@@ -161,11 +186,10 @@ def slow_greedy(model, prompt, interventions, n):
     return tuple(ids)
 
 
-def test_generation_from_a_prefix_cache_equals_generation_under_hooks(pair, chat):
+def test_generation_from_a_prefix_cache_equals_generation_under_hooks(pair, key_site, chat):
     base, tuned = pair
     prompts = prompts_of(chat)
-    key = "rot_k" if shape_of(tuned).rotary else "k"  # behind the key norm, whose weights differ here
-    donor = keep(base, batch_prompts(prompts[:1]), [key, "v"], "prefix")
+    donor = keep(base, batch_prompts(prompts[:1]), [key_site, "v"], "prefix")
     repair = PrefixCache.compile(base, prompts[0])
     assert answers(tuned, prompts, prefix_cache=repair) == answers(
         tuned, prompts, interventions=patch(donor), share_prefix=False

@@ -279,19 +279,7 @@ def test_a_merged_adapter_leaves_no_base_to_pair_with():
 
 
 def gemma3_with_vision():
-    import transformers as tf
-
-    settings = tiny_models.settings_of("gemma3") | {"vocab_size": tiny_chat.VOCAB}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = tf.Gemma3Config(
-        text_config=tf.Gemma3TextConfig(**settings).to_dict(),
-        vision_config=vision | {"image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-        image_token_index=37,
-        boi_token_index=35,
-        eoi_token_index=36,
-    )
-    return tiny_models.perturbed(tf.Gemma3ForConditionalGeneration, config, 0)
+    return base("gemma3-vision")
 
 
 @pytest.fixture

@@ -137,7 +137,8 @@ def hook_name(model: HookedModel, site: Site, layer: int, points: Any = None) ->
         raise LensError(f"layer {layer} does not exist: this model has layers 0 to {n_layers - 1}")
     name = f"blocks.{layer}.{_HOOK_NAMES[site]}"
     if name not in points:
-        raise LensError(f"this model has no hook point {name}: site {site!r} cannot be used on it")
+        why = " (attention and MLP read the same stream, so nothing lies between them)" if site == "resid_mid" else ""
+        raise LensError(f"this model has no hook point {name}: site {site!r} cannot be used on it{why}")
     return name
 
 
