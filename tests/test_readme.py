@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tiny_adapters
 import tiny_models
-from tiny_hooked import CASES, needs_hooked
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, write_json
@@ -36,16 +36,17 @@ def between(text: str, name: str) -> str:
     return text.partition(f"<!-- {name}:start -->")[2].partition(f"<!-- {name}:end -->")[0]
 
 
-@needs_hooked
-def test_the_readme_lists_exactly_the_layouts_and_backends_that_are_tested():
-    listed = {(row[0], backend): row[i] for row in table(between(README, "layouts")) for i, backend in COLUMNS.items()}
-    everything = {(name, backend) for name in tiny_models.NAMES for backend in COLUMNS.values()}
-    assert set(listed) == everything
-    assert {case for case, said in listed.items() if said == "tested"} == set(CASES)
-    assert {case for case, said in listed.items() if said == "refused"} == everything - set(CASES)
-
-
-COLUMNS = {1: "bridge", 2: "hooked"}
+def test_the_page_of_layouts_has_every_layout_and_adapter_that_is_tested():
+    page = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+    layouts, adapters = ({row[0]: row[1:] for row in table(part)} for part in page.split("## Adapters"))
+    assert set(layouts) == {*tiny_models.NAMES, *tiny_models.MORE}
+    assert set(adapters) == {*tiny_adapters.KINDS, *tiny_adapters.REFUSED}
+    for name, cells in layouts.items():
+        hooked = [cell for cell in cells if cell == "refused"]
+        assert bool(hooked) == (name in tiny_models.NOT_HOOKED)
+    assert all(
+        cells[0].startswith("refused by name") for kind, cells in adapters.items() if kind in tiny_adapters.REFUSED
+    )
 
 
 def test_the_commands_of_the_readme_exist_with_these_options():

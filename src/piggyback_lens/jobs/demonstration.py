@@ -17,7 +17,7 @@ from piggyback_lens.jobs.auditing import AuditResult, AuditSettings, audit
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import Backend
 from piggyback_lens.models.pair import ModelPair, hook_model
-from piggyback_lens.models.sources import attach_adapter, default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.progress import say
 from piggyback_lens.tasks import Task, answer_if_spread, load_task
 
@@ -80,13 +80,8 @@ def demo(
         say(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
     trained = train_organism(source, task, settings, out=out / "organism", offline=offline, progress=progress)
     training_seconds = round(time.monotonic() - started, 1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hf_model = load_causal_lm(source, offline=offline, device=device)
-    tokenizer = load_tokenizer(source, offline=offline)
-    assert trained.adapter_dir is not None
-    peft_model = attach_adapter(hf_model, trained.adapter_dir)
     names = (_shown(source), f"{task.name} organism")
-    pair = ModelPair.load(finetuned=peft_model, tokenizer=tokenizer, backend=backend, names=names)
+    pair = ModelPair.load(source, adapter=trained.adapter_dir, backend=backend, offline=offline, names=names)
     extra = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
     result = audit(
         pair,

@@ -131,7 +131,7 @@ def prove(model: HookedModel, expected: Expected) -> None:
         LensError: a pass differs by more than rounding explains, or an adapter layer is not called; with the figures.
     """
     with _counting_calls(model) as called:
-        for name, difference in _passes(model, expected):
+        for name, difference in passes(model, expected):
             _judge(model, expected, name, difference)
     ignored = [name for key, name in expected.called.items() if key not in called]
     if ignored and backend_of(model) == "bridge":
@@ -141,8 +141,12 @@ def prove(model: HookedModel, expected: Expected) -> None:
         )
 
 
-def _passes(model: HookedModel, expected: Expected) -> Iterator[tuple[str, float]]:
-    """What each kind of pass makes of the probe rows: its name, and how far its logits are from the owner's."""
+def passes(model: HookedModel, expected: Expected) -> Iterator[tuple[str, float]]:
+    """What each kind of pass makes of the probe rows: its name, and how far its logits are from the owner's.
+
+    Rows padded on the left and on the right, a pass on a filled cache, a decoding step; relative, the largest of all
+    tokens. A model with recurrent layers has the first two only.
+    """
     for side in ("left", "right"):
         ids, mask = expected.padded(side)
         yield f"{side}-padded rows", _difference(forward(model, ids, mask), mask, expected.logits)
