@@ -1,12 +1,15 @@
 """Loading runs no code of others, asks nothing and connects nowhere; whatever a file says is a model or one line."""
 
 import contextlib
+import io
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from piggyback_lens import cli
+from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.models.sources import (
     attach_adapter,
@@ -365,3 +370,127 @@ def test_a_device_that_is_not_there_is_one_line_before_anything_is_read(tmp_path
     assert f"device {device!r}" in message
     assert "choose one of cpu" in message
     assert usable_device("cpu").type == "cpu"
+
+
+# ---------------------------------------------------------------- chat templates
+
+DOUBLED = "{{% set ns = namespace(x={0}, y={0}) %}}{{% for i in range(60) %}}{1}{{% endfor %}}"
+PAIRS = "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}"
+A = "{% set a = 'a' * 100000 %}"
+LARGE = "makes a text or list of more than 1,001,100 characters"
+TEMPLATES = {
+    "divides by zero": ("{{ 1 / 0 }}", "refuses messages with the roles user: division by zero"),
+    "recurses": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+    "is cut off": ("{% if", "is not valid jinja"),
+    "is nested": ("{{" + "(" * 100_000, "is not valid jinja"),
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than"),
+    "branches": ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "more than"),
+    "repeats": ("{{ 'x' * 2000000 }}", LARGE),
+    "repeats a variable": ("{% set n = 99999 %}{{ n * 'x' * n }}", LARGE),
+    "repeats a list": ("{{ ([1] * 999999999)|length }}", LARGE),
+    "joins itself": (DOUBLED.format("'a'", "{% set ns.x = ns.x ~ ns.x %}"), LARGE),
+    "adds itself": (DOUBLED.format("'a'", "{% set ns.x = ns.x + ns.x %}"), LARGE),
+    "writes itself": (DOUBLED.format("'a'", "{% set b %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = b %}"), LARGE),
+    "squares": (DOUBLED.format("9", "{% set ns.x = ns.x * ns.x %}"), LARGE),
+    "holds itself": (DOUBLED.format("[1]", PAIRS) + "{{ ns.x }}", LARGE),
+    "holds itself as JSON": (DOUBLED.format("[1]", PAIRS) + "{{ ns.x|tojson }}", LARGE),
+    "compares itself": (DOUBLED.format("[1]", PAIRS) + "{{ ns.x == ns.y }}", LARGE),
+    "raises to powers": ("{{ 9 ** 9 ** 9 }}", LARGE),
+    "centres": ("{{ 'x'.center(999999999) }}", LARGE),
+    "centres by a filter": ("{{ 'x'|center(999999999) }}", LARGE),
+    "formats": ("{{ '{:999999999}'.format(1) }}", LARGE),
+    "formats by %": ("{{ '%*d' % (999999999, 1) }}", LARGE),
+    "fills": ("{{ [1]|batch(999999999, 'x')|list }}", LARGE),
+    "indents": ("{{ [1]|tojson(indent=999999999) }}", LARGE),
+    "replaces": (A + "{{ a.replace('a', a) }}", LARGE),
+    "replaces by a filter": (A + "{{ a|replace('a', a) }}", LARGE),
+    "joins": (A + "{{ a.join(a) }}", LARGE),
+    "translates": (A + "{{ a.translate({97: a}) }}", LARGE),
+    "makes much": ("{% for i in range(1000) %}{% set a = 'x' * 900000 %}{% endfor %}", "makes a text or list of more"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_that_runs_away_is_stopped_in_time_and_memory(case, monkeypatch):
+    from piggyback_lens.conversations import template_limits
+
+    template, expected = TEMPLATES[case]
+    monkeypatch.setattr(template_limits, "SECONDS", 0.5 if expected == "more than" else 60)
+    started = time.monotonic()
+    tracemalloc.start()
+    message = refusal(lambda: ChatFormat(tiny_chat.tiny_tokenizer(template + tiny_chat.TEMPLATE)).render("hi"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert expected in message
+    assert "the chat template" in message or "chat template is" in message
+    assert peak < 1e8
+    assert time.monotonic() - started < 20
+
+
+def test_a_long_conversation_is_within_the_limits(monkeypatch):
+    from piggyback_lens.conversations import template_limits
+
+    monkeypatch.setattr(template_limits, "STEPS", 10_000)
+    turns = [{"role": role, "content": "hello there, " * 500} for role in ("user", "assistant") * 200]
+    prompt = tiny_chat.tiny_format().render([*turns, {"role": "user", "content": "hi"}])
+    assert len(prompt.text) > 2_000_000
+
+
+@pytest.mark.parametrize("given", [{"system": "a\udcffb"}, {"template_kwargs": {"x": ["\ud800"]}}])
+def test_half_a_character_is_refused_wherever_it_comes_from(given):
+    template = "{{ x }}" + tiny_chat.TEMPLATE
+    assert "half a character (a lone surrogate)" in refusal(
+        lambda: ChatFormat(tiny_chat.tiny_tokenizer(template), **given).render("hi")
+    )
+
+
+# ---------------------------------------------------------------- the command line
+
+
+COMMANDS = {
+    "a list for an adapter": ({"adapter": ("adapter_config.json", "[]")}, [], "expected a JSON object"),
+    "brackets for an adapter": ({"adapter": ("adapter_config.json", BRACKETS)}, [], "is not readable JSON"),
+    "a list for a tokenizer": ({"base": ("tokenizer_config.json", "[]")}, [], "no tokenizer could be loaded"),
+    "brackets for a base": ({"base": ("config.json", BRACKETS)}, [], "is not readable JSON"),
+    "no heads": ({"base": ("config.json", {"num_attention_heads": 0})}, [], "config.json"),
+    "code": ({"base": ("config.json", CODE["config.json"])}, [], "--trust-remote-code"),
+    "escapes": (
+        {
+            "adapter": (
+                "adapter_config.json",
+                {"base_model_name_or_path": "x\x1b[2J\x1b]0;t\x07", "target_modules": ["y"]},
+            )
+        },
+        [],
+        r"made for x\x1b[2J\x1b]0;t\x07",
+    ),
+    "a template that divides by zero": ({"base": ("chat_template.jinja", "{{ 1 / 0 }}")}, [], "division by zero"),
+    "tpu9": ({}, ["--device", "tpu9"], "device 'tpu9' cannot be used here"),
+    "cuda:9": ({}, ["--device", "cuda:9"], "device 'cuda:9' cannot be used here"),
+    "half a character": ({}, ["--system", "a\udcff"], "half a character"),
+    "no such dtype": ({}, ["--dtype", "int8"], "choose one of float32, bfloat16, float16, auto"),
+    "no such attention": ({}, ["--attn", "owner/kernel"], "is code of the hub"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_on_the_command_line_it_is_one_line_and_status_2(folders, tmp_path, monkeypatch, alone, capsys, case):
+    changes, words, expected = COMMANDS[case]
+    given = {name: folders / name for name in ("base", "adapter")}
+    given |= {name: changed(folders / name, tmp_path / name, *change) for name, change in changes.items()}
+    (tmp_path / "prompts.txt").write_text("hello there\nwhat is it\ntell me more")
+    options = ["--adapter", given["adapter"], "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out"]
+    command = ["piggyback-lens", "map", given["base"], *options, "--kind", "span", "--n", "1", *words]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 1000))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    message = captured.err.strip().splitlines()[-1]
+    assert stopped.value.code == 2
+    assert message.startswith("error: ")
+    assert expected in message
+    assert "Traceback" not in captured.err + captured.out
+    assert "\x1b" not in captured.err + captured.out
+    assert sys.stdin.tell() == 0
+    assert not (tmp_path / "out").exists()

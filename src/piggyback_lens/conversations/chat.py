@@ -16,7 +16,7 @@ from typing import Any
 from piggyback_lens.conversations.batch import PromptBatch, batch_prompts
 from piggyback_lens.conversations.frame import Frame, NoSystemRole, SystemText, build_frame, lay_query, resolve_system
 from piggyback_lens.conversations.prompt import AnswerForm, RenderedPrompt
-from piggyback_lens.conversations.template import Template, Turn, read_conversation
+from piggyback_lens.conversations.template import Template, Turn, check_text, read_conversation
 from piggyback_lens.conversations.tokens import Span, common_prefix, decode
 from piggyback_lens.errors import LensError
 
@@ -69,6 +69,7 @@ class ChatFormat:
             raise LensError(f"no_system_role={self.no_system_role!r}; expected 'error', 'fold' or 'drop'")
         if not (self.system is None or isinstance(self.system, str)):
             raise LensError(f"system={self.system!r}; pass the system text, 'default' or None")
+        check_text("the system text", self.system or "")
         _ = self._template, self._system
 
     def __repr__(self) -> str:

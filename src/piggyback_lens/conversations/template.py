@@ -12,6 +12,7 @@ from datetime import date as Day
 from functools import cached_property
 from typing import Any
 
+from piggyback_lens.conversations.template_limits import TooCostly, run_metered, variables_of
 from piggyback_lens.errors import LensError
 
 Turn = tuple[str, str]
@@ -51,7 +52,7 @@ def read_conversation(query_or_messages: str | Sequence[Mapping[str, Any]]) -> C
             not the first, or no user message at the end.
     """
     if isinstance(query_or_messages, str):
-        _check_text("the query", query_or_messages)
+        check_text("the query", query_or_messages)
         return Conversation(None, (), query_or_messages, None)
     if not isinstance(query_or_messages, Sequence) or not query_or_messages:
         raise LensError(
@@ -82,11 +83,16 @@ def _read_message(index: int, message: Any) -> Turn:
         raise LensError(f"message {index} has role {role!r}; expected one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise LensError(f"message {index} has content of type {type(content).__name__}; pass its text as a string")
-    _check_text(f"message {index}", content)
+    check_text(f"message {index}", content)
     return role, content
 
 
-def _check_text(what: str, text: str) -> None:
+def check_text(what: str, text: str) -> None:
+    """Refuse half a character, as bytes that are no UTF-8 become on the command line.
+
+    Raises:
+        LensError: says where it stands.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -116,9 +122,10 @@ class Template:
             except ValueError:
                 raise LensError(f"date={self.date!r} is no ISO date; write it like '2025-01-31'") from None
         try:
-            json.dumps(dict(self.kwargs))
-        except TypeError as error:
+            text = json.dumps(dict(self.kwargs), ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise LensError(f"template_kwargs must be plain JSON values: {error}") from None
+        check_text("template_kwargs", text)
 
     @cached_property
     def source(self) -> str:
@@ -131,16 +138,9 @@ class Template:
     @cached_property
     def variables(self) -> frozenset[str]:
         """Names that the template reads from outside."""
-        from jinja2 import TemplateSyntaxError
-        from jinja2.meta import find_undeclared_variables
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        # `generation` tags are an extension of transformers; without it they do not parse.
-        source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", self.source)
-        env = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
         try:
-            return frozenset(find_undeclared_variables(env.parse(source)))
-        except TemplateSyntaxError as error:
+            return variables_of(self.source)
+        except Exception as error:  # a syntax error, and what a parser runs into
             raise LensError(f"the tokenizer's chat template is not valid jinja: {error}") from None
 
     def render(self, turns: Sequence[Turn], generation_prompt: bool = True) -> str:
@@ -149,8 +149,6 @@ class Template:
         Raises:
             TemplateRefusal: the template raised an error (a role it does not know, roles out of order ...).
         """
-        from jinja2 import TemplateError
-
         messages = [{"role": role, "content": content} for role, content in turns]
         kwargs = dict(self.kwargs)
         if self.date is not None:
@@ -158,13 +156,19 @@ class Template:
             day = Day.fromisoformat(self.date)
             formats = {match.group(2) for match in _DATE_CALL.finditer(self.source)}
             kwargs["piggyback_dates"] = {fmt: day.strftime(fmt) for fmt in formats}
+        source = kwargs.get("chat_template", self.source)
+        variables = {"add_generation_prompt": generation_prompt, **self.tokenizer.special_tokens_map, **kwargs}
         try:
+            run_metered(source, messages, variables)
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except TooCostly as error:
+            raise LensError(f"the chat template {error}: it is broken or hostile, use another tokenizer") from error
+        except Exception as error:  # templates divide, recurse and index: every type
             roles = ", ".join(role for role, _ in turns)
-            raise TemplateRefusal(f"the chat template refuses messages with the roles {roles}: {error}") from error
+            why = str(error) or type(error).__name__
+            raise TemplateRefusal(f"the chat template refuses messages with the roles {roles}: {why}") from error
         return str(text)
 
     def writes_today(self, turns: Sequence[Turn]) -> bool:
