@@ -178,7 +178,12 @@ def _like_self(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _put(func(tensor, *args, **kwargs), is_there(tensor) if target is None else _names_there(target))
 
 
+def _as_it_is(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
 _SPECIAL = {
+    torch._C._nn._parse_to: _as_it_is,  # reads the arguments of `Module.to`, which then calls `Tensor.to`
     torch.Tensor.device.__get__: _device,  # type: ignore[attr-defined]
     torch.Tensor.to: _to,
     torch.Tensor.cpu: _cpu,

@@ -28,6 +28,8 @@ from piggyback_lens.directions.transfer import Organism
 from piggyback_lens.finetuning.hf_trainer import training_rows
 from piggyback_lens.finetuning.references import KVReference
 from piggyback_lens.finetuning.trainables import PeftAdapter
+from piggyback_lens.jobs.direction_jobs import steer_job, train_direction_job
+from piggyback_lens.jobs.direction_settings import SteerSettings, TrainDirectionSettings
 from piggyback_lens.models.backends import forward
 from piggyback_lens.vectors.direction import Provenance
 
@@ -145,7 +147,7 @@ def prefix_cache(here: Here) -> Any:
     for one in (cache, lens.PrefixCache.load(here.folder, model=here.model)):
         found += [answer.text for answer in lens.generate(here.model, PROMPTS, prefix_cache=one, max_new_tokens=4)]
     plain = here.plain("finetuned")
-    out = plain.generate(**cache.hf_inputs(PROMPTS, device=here.device), max_new_tokens=3, do_sample=False)
+    out = plain.generate(**one.hf_inputs(PROMPTS, device=here.device), max_new_tokens=3, do_sample=False)
     return [*found, str(out.tolist())]
 
 
@@ -284,11 +286,23 @@ def training_hooks(here: Here) -> Any:
     return np.array(found)
 
 
+def direction_jobs(here: Here) -> Any:
+    """What the command line does with directions: not in the package's namespace, but its own code as well."""
+    quiet = {"progress": False}
+    settings = TrainDirectionSettings(STEPS, layers=(1,), kl=1.0, retain_batch=2, answer_tokens=3, shown=1)
+    out = here.folder / "train"
+    done = train_direction_job(here.model, EXAMPLES[:4], settings, retain=EXAMPLES[4:], out=out, **quiet)
+    own = SteerSettings(strengths=(1.0,), n_random=1, max_new_tokens=3)
+    swept = steer_job(here.model, done.solution.direction(), PROMPTS, "words", own, out=here.folder / "steer", **quiet)
+    return np.concatenate([done.scores[["base_loss", "loss", "kl"]].to_numpy().ravel(), *(p.kl for p in swept.points)])
+
+
 def sparse_autoencoders(here: Here) -> Any:
     pytest.importorskip("sae_lens", reason="the extra sae is not installed")
     run = {"layer": 1, "d_sae": 16, "k": 4, "steps": 3, "batch_size": 16}
     trained = lens.train_sae(here.model, EXAMPLES, out=here.folder / "sae", **run)
     latents = lens.load_sae(here.folder / "sae", model=here.model)
+    assert latents.sae.W_dec.device == here.device
     fit = lens.fit_latents(latents, here.pair, EXAMPLES).to_frame()["value"]
     attributed = lens.attribute_latents(latents, direction(), here.model, EXAMPLES, n_random=2)
     steered = lens.generate(here.model, PROMPTS, interventions=lens.steer_latent(latents, 3, 2.0), max_new_tokens=3)
@@ -301,7 +315,7 @@ def sparse_autoencoders(here: Here) -> Any:
 HOOKED = (
     generating, intervening, prefix_cache, scoring, adapters, patching, patching_generated_behaviour, attributing,
     perturbing, stressing, auditing, extracting, writing, steering_, curves, transferring, training_hooks,
-    sparse_autoencoders,
+    direction_jobs, sparse_autoencoders,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- loading, and training of plain models
@@ -563,7 +577,8 @@ def test_tensors_are_where_they_were_put():
             NUMBERS.to(str(DEVICE)), NUMBERS.to(DEVICE, torch.float64), NUMBERS.to(device=DEVICE), NUMBERS.to(x),
             x.to(torch.float64), x.to(dtype=torch.float64), x.float(), x[1:], x.T, x.new_zeros(2), x.new_tensor([1.0]),
             torch.zeros_like(x), torch.tensor([1], device=DEVICE), torch.as_tensor(NUMBERS, device=DEVICE),
-            copy.deepcopy(x), torch.nn.Linear(2, 2).to(DEVICE).weight, torch.nn.Parameter(x),
+            copy.deepcopy(x), torch.nn.Linear(2, 2).to(DEVICE).weight,
+            torch.nn.Linear(2, 2).to(device=DEVICE).weight, torch.nn.Parameter(x),
             wide.new_zeros(2, device=DEVICE),
         ):  # fmt: skip
             assert made.device == DEVICE
