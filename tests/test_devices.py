@@ -303,13 +303,16 @@ def sparse_autoencoders(here: Here) -> Any:
     trained = lens.train_sae(here.model, EXAMPLES, out=here.folder / "sae", **run)
     latents = lens.load_sae(here.folder / "sae", model=here.model)
     assert latents.sae.W_dec.device == here.device
-    fit = lens.fit_latents(latents, here.pair, EXAMPLES).to_frame()["value"]
-    attributed = lens.attribute_latents(latents, direction(), here.model, EXAMPLES, n_random=2)
-    steered = lens.generate(here.model, PROMPTS, interventions=lens.steer_latent(latents, 3, 2.0), max_new_tokens=3)
-    with lens.ablate_latent(latents, here.model, [0, 1, 2]):
-        ablated = lens.nll(here.model, EXAMPLES)
-    assert len(steered) == len(PROMPTS)
-    return np.concatenate([trained.losses, fit, attributed.cosine, attributed.change, ablated])
+    found = [trained.losses]
+    for own in (latents, replace(latents, sae=copy.deepcopy(latents.sae).to("cpu"))):
+        found.append(lens.fit_latents(own, here.pair, EXAMPLES).to_frame()["value"])
+        attributed = lens.attribute_latents(own, direction(), here.model, EXAMPLES, n_random=2)
+        found += [attributed.cosine, attributed.change]
+        steered = lens.generate(here.model, PROMPTS, interventions=lens.steer_latent(own, 3, 2.0), max_new_tokens=3)
+        assert len(steered) == len(PROMPTS)
+        with lens.ablate_latent(own, here.model, [0, 1, 2]):
+            found.append(lens.nll(here.model, EXAMPLES))
+    return np.concatenate(found)
 
 
 HOOKED = (
