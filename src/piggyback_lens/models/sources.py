@@ -105,8 +105,8 @@ def locate(source: str | Path) -> Place:
         LensError: a revision of a local folder, or a folder that leads out of the repository.
     """
     text = str(source)
-    found = re.fullmatch(r"([^@:]+/[^@:/]+)(?:@([^:]+))?(?::(.+))?", text)
-    if Path(text).exists() or found is None:
+    found = re.fullmatch(r"([^@:/]+/[^@:/]+)(?:@([^:]+))?(?::(.+))?", text)
+    if Path(text).exists() or found is None or not _looks_like_hub_id(found[1]):
         return Place(text)
     name, revision, subfolder = found[1], found[2], (found[3] or "").strip("/")
     if ".." in Path(subfolder).parts:
@@ -393,6 +393,8 @@ def _quantization(options: LoadOptions) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None and options.quantization in QUANTIZATIONS:
         raise LensError("quantisation needs bitsandbytes: pip install 'piggyback-lens[quant]'")
     if options.quantization == "8bit":
+        # It would say of every layer in every pass that it computes in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     if options.quantization == "4bit":
         compute = torch.bfloat16 if options.dtype == "auto" else options.dtype
@@ -499,6 +501,11 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
     config = adapter_config(folder)
     shapes = adapter_shapes(folder, config)
     misfit = f"adapter {folder} (made for {config.get('base_model_name_or_path')}) does not fit this base"
+    if any(getattr(getattr(x, "quant_state", None), "packing_format_for_cpu", False) for x in hf_model.parameters()):
+        raise LensError(
+            "this 4-bit base has run on a CPU, and bitsandbytes spoils its weights when an adapter is attached then: "
+            "give the path of the base, or attach the adapter before the first pass"
+        )
     with _told(misfit):
         peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True)
         # Said, because "auto" asks the hub about the base that the adapter names.
