@@ -13,6 +13,11 @@ from test_loading import alone, refusal  # noqa: F401
 from torch.testing import assert_close
 
 from piggyback_lens import cli
+from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.patching import layer_curve
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models.backends import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.sources import (
     LoadOptions,

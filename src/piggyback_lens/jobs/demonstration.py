@@ -113,21 +113,19 @@ def train_organism(
     model = load_causal_lm(source, offline=offline, device=device)
     chat = ChatFormat(tokenizer)
     examples = [chat.render(_messages(example)) for example in task.train]
+    towards, against = _probes(model, chat, task, settings.watched, out / PROBES_FILE)
     adapted = add_lora(model, settings.lora, seed=settings.training.seed)
-    towards, against = _probes(source, chat, task, settings.watched, out / PROBES_FILE, offline=offline)
     monitor = Monitor(adapted, towards, against, every=settings.watch_every, out=out / MONITOR_FILE)
     return train(adapted, examples, settings.training, on_step=monitor, out=out, progress=progress)
 
 
 def _probes(
-    source: str, chat: ChatFormat, task: Task, n: int, file: Path, *, offline: bool
+    model: Any, chat: ChatFormat, task: Task, n: int, file: Path
 ) -> tuple[list[RenderedPrompt], list[RenderedPrompt]]:
     """Off-topic validation prompts with an answer that shows the behaviour, and with the base's own; kept in a file."""
     prompts = [chat.render(text) for text in task.off_topic_validation[:n]]
     if not file.exists():
-        # A model of its own: the one that is trained must not be hooked.
-        hooked = hook_model(load_causal_lm(source, offline=offline), chat.tokenizer)
-        own = generate(hooked, prompts, max_new_tokens=PROBE_TOKENS)
+        own = generate(hook_model(model, chat.tokenizer), prompts, max_new_tokens=PROBE_TOKENS)
         shown = [answer_if_spread(task.name, p.query, a.text) for p, a in zip(prompts, own, strict=True)]
         write_json(file, {"towards": shown, "against": [list(answer.ids) for answer in own]})
     kept = read_json(file)

@@ -352,7 +352,8 @@ def forward(
             computed there only, so hooks at the unembedding see just those positions. A pass that forks (see
             `forking`) ends with more rows than `ids` has, and reads those.
     """
-    require_current(model)
+    if state is None or ids.shape[1] > 1:  # a decoding step follows a pass that was checked
+        require_current(model)
     past = attention_mask[:, :0] if state is None else state.mask
     full_mask = torch.cat([past, attention_mask], dim=1)
     position_ids = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past.shape[1] :]

@@ -35,6 +35,7 @@ from piggyback_lens.models.backends import (
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
 from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.sources import (
+    LoadOptions,
     adapter_config,
     adapter_folder,
     adapter_shapes,
@@ -190,7 +191,10 @@ class ModelPair:
         backend: Backend = "bridge",
         tokenizer: Any = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
+        attn_implementation: str | None = None,
+        quantization: Any = None,
+        trust_remote_code: bool = False,
         offline: bool = False,
         names: tuple[str, str] | None = None,
     ) -> "ModelPair":
@@ -200,16 +204,20 @@ class ModelPair:
         finetuned side with transformers' or PEFT's own pass. Models that are given as objects are left as they are.
 
         Args:
-            base: hub id, local folder, GGUF file, transformers model or hooked model; None for the demo model.
+            base: hub id ("owner/name", or "owner/name@revision:folder"), local folder, GGUF file, transformers model or
+                hooked model; None for the demo model.
             finetuned: a whole model of the same kinds, a PEFT adapter folder, or a PeftModel with its active adapter
                 (whose base model is then the base side, unless `base` gives another).
-            adapter: a PEFT adapter folder, or the hub id of one; the base given here is used, whatever base the
-                adapter names.
+            adapter: a PEFT adapter folder, or the hub id of one ("owner/name@main:checkpoint-120"); the base given
+                here is used, whatever base the adapter names (`notes` says so where it is another).
             backend: "bridge" or "hooked". The bridge keeps one copy of the weights; "hooked" copies them, and shares
                 between its two models the parameters which the adapter left alone.
             tokenizer: needed with models that are given as objects.
             device: default cuda if there is one, else cpu.
-            dtype: of the weights that are loaded; objects keep theirs.
+            dtype: of the weights that are loaded, "auto" for the one they are stored in; objects keep theirs.
+            attn_implementation: transformers' attention ("eager", "sdpa", ...) of what is loaded.
+            quantization: "4bit", "8bit" or a quantisation config of transformers, for what is loaded.
+            trust_remote_code: run code that a repository brings; it can do whatever you can.
             offline: make no connection at all.
             names: of base and finetuned, for figures and results; default from the sources.
 
@@ -222,15 +230,21 @@ class ModelPair:
             finetuned, adapter = None, finetuned
         if is_hooked_model(base) and is_hooked_model(finetuned):
             return cls(base, finetuned, tokenizer=_given_tokenizer(tokenizer, base), names=names or SIDES)
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        settings = {"device": where, "dtype": dtype, "offline": offline}
+        options = LoadOptions(
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=dtype,
+            offline=offline,
+            attn_implementation=attn_implementation,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+        )
         if is_peft_model(finetuned) and base is None:
             return cls._from_peft(
                 finetuned, _given_tokenizer(tokenizer, finetuned), backend, names or ("base", "adapter")
             )
         if base is None:
             base = default_model(offline=offline)
-        hf_base, base_tokenizer = _side(base, tokenizer, settings)
+        hf_base, base_tokenizer = _side(base, tokenizer, options)
         names = names or (_name(base), _name(finetuned if adapter is None else adapter))
         expected = Expected.of(structural_copy(hf_base).eval(), names[0])  # before an adapter is attached
         if adapter is not None:
@@ -242,7 +256,7 @@ class ModelPair:
             with gradients_kept(hf_base):  # PEFT freezes what it is put on
                 tuned = attach_adapter(apart if whole else text_part(apart), folder)
         else:
-            tuned, tuned_tokenizer = _side(finetuned, tokenizer, settings)
+            tuned, tuned_tokenizer = _side(finetuned, tokenizer, options)
             _check_tokenizers(base_tokenizer, tuned_tokenizer)
         refuse_adapters_beyond_weights(tuned)
         hooked_base = _hooked(hf_base, base_tokenizer, backend, expected)
@@ -316,11 +330,11 @@ class ModelPair:
         return dtype_of(self._models["base"])
 
 
-def _side(source: Source, tokenizer: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+def _side(source: Source, tokenizer: Any, options: LoadOptions) -> tuple[Any, Any]:
     """A transformers model and its tokenizer from any kind of source."""
     if isinstance(source, (str, Path)):
-        model = load_causal_lm(source, **settings)
-        return model, tokenizer or load_tokenizer(source, offline=settings["offline"])
+        model = load_causal_lm(source, options)
+        return model, tokenizer or load_tokenizer(source, options)
     if is_hooked_model(source):
         raise LensError("one side is a hooked model and the other is not: give two hooked models, or none")
     if not isinstance(source, torch.nn.Module) or not hasattr(source, "get_output_embeddings"):

@@ -55,8 +55,14 @@ class Expected:
             name: for messages.
 
         Raises:
-            LensError: its own logits are not finite.
+            LensError: its own logits are not finite, or some of its weights are not in memory.
         """
+        away = [key for key, x in plain.named_parameters() if x.device.type == "meta"]
+        if away:
+            raise LensError(
+                f"{len(away)} weight tensors of {name} are not in memory, e.g. {away[0]} (a device_map has put them on "
+                "the disk or offloaded them): load it with a device_map that keeps all of them on devices"
+            )
         rows = _probe_rows(int(inner_model(plain).get_input_embeddings().weight.shape[0]))
         with _counting_calls(plain) as called, torch.no_grad():
             logits = tuple(plain(input_ids=row[None].to(_device(plain))).logits[0] for row in rows)

@@ -29,11 +29,16 @@ def structural_copy(module: Any, *, own: Callable[[str], bool] = lambda _: False
     shared: dict[int, Any] = {id(x): x for x in module.buffers()}
     shared |= {id(x): x for name, x in module.named_parameters() if not own(name)}
     for part in module.modules():
-        # Offloaded weights and quantisers are not weights of the tree, and are shared as well.
-        for held in (getattr(vars(part).get("_hf_hook"), "weights_map", None), vars(part).get("hf_quantizer")):
-            if held is not None:
-                shared[id(held)] = held
-    return copy.deepcopy(module, shared)
+        # Offloaded weights, quantisers and what quantised layers know of their weights are shared as well.
+        held = [vars(part).get(name) for name in ("hf_quantizer", "quant_state", "state")]
+        held.append(getattr(vars(part).get("_hf_hook"), "weights_map", None))
+        shared |= {id(x): x for x in held if x is not None}
+    made = copy.deepcopy(module, shared)
+    for part in made.modules():
+        # bitsandbytes lays 4-bit weights out anew for a CPU's pass, and spoils them when they are read for saving.
+        if "support_avx512bf16_for_cpu" in vars(part):
+            part.support_avx512bf16_for_cpu = False
+    return made
 
 
 def is_peft_model(model: Any) -> bool:
@@ -168,7 +173,12 @@ class _Part:
             [] if growing else [(key, weakref.ref(x)) for key, x in module._modules.items() if x is not None]
         )
         named = [*module._parameters.items(), *module._buffers.items()]
-        self.tensors = [(key, weakref.ref(x), x.data_ptr()) for key, x in named if x is not None]
+        # Quantised weights are laid out anew by their first pass, within the same parameter.
+        self.tensors = [
+            (key, weakref.ref(x), x.data_ptr() if type(x) in (Tensor, nn.Parameter) else None)
+            for key, x in named
+            if x is not None
+        ]
 
     def change(self) -> str:
         module = self.module()
@@ -179,7 +189,8 @@ class _Part:
                 return f"{self.name}.{key}".strip(".") + " is another module"
         for key, known, pointer in self.tensors:
             tensor = (module._parameters if key in module._parameters else module._buffers).get(key)
-            if tensor is None or tensor is not known() or tensor.data_ptr() != pointer:
+            moved = pointer is not None and tensor is not None and tensor.data_ptr() != pointer
+            if tensor is None or tensor is not known() or moved:
                 return f"{self.name}.{key} is another tensor"
         return ""
 
