@@ -373,9 +373,12 @@ def test_sides_that_do_not_belong_together_are_refused(folders, tmp_path):
     larger = finetuned_with(lambda t: t.add_tokens(["hello"]) and None, "larger")
     with pytest.raises(LensError, match=f"vocabulary size: {tiny_chat.VOCAB} against {tiny_chat.VOCAB + 1}"):
         ModelPair.load(folders / "base", larger)
-    specials = finetuned_with(lambda t: setattr(t, "pad_token", "<end>"), "specials")
+    specials = finetuned_with(lambda t: setattr(t, "eos_token", "<bot>"), "specials")
     with pytest.raises(LensError, match="differ in special tokens"):
         ModelPair.load(folders / "base", specials)
+    padded = finetuned_with(lambda t: setattr(t, "pad_token", "<end>"), "padded")
+    with pytest.warns(UserWarning, match="base pads with '<pad>' and finetuned with '<end>'"):
+        assert len(ModelPair.load(folders / "base", padded).notes) == 1
     assert ModelPair.load(folders / "base", other_template, tokenizer=tokenizer)
 
 

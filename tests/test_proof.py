@@ -9,6 +9,7 @@ import torch
 from tiny_hooked import BACKENDS
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models import backends, proof
 from piggyback_lens.models.booting import boot_bridge, build_hooked
 from piggyback_lens.models.pair import ModelPair, hook_model
@@ -186,11 +187,34 @@ def test_a_processed_model_is_refused_by_name():
         ModelPair.load(*models, tokenizer=tiny_chat.tiny_tokenizer())
 
 
-def test_models_with_recurrent_layers_are_refused_for_prefix_caches():
-    bridge = boot_bridge(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), None, "model")
-    bridge.original_model.config.layer_types = ["linear_attention", "full_attention", "linear_attention"]
-    with pytest.raises(LensError, match=r"2 of 3 layers hold a recurrent state, e.g. layer 0: .*prefix cache"):
-        backends.new_state(bridge, 1)
+def recurrent(name):
+    import transformers as tf
+
+    sizes = {"vocab_size": tiny_chat.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    linear |= {"linear_value_head_dim": 8, "head_dim": 8}
+    if name == "lfm2":
+        return tiny_models.perturbed(tf.Lfm2ForCausalLM, tf.Lfm2Config(**sizes, full_attn_idxs=[1, 3]), 0)
+    if name == "mamba":
+        sizes = {"vocab_size": tiny_chat.VOCAB, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+        return tiny_models.perturbed(tf.MambaForCausalLM, tf.MambaConfig(**sizes), 0)
+    return tiny_models.perturbed(tf.Qwen3_5ForCausalLM, tf.Qwen3_5TextConfig(**sizes, **linear), 0)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("lfm2", "2 of 4"), ("mamba", "2 of 2")])
+def test_models_with_recurrent_layers_are_hooked_and_refused_for_prefix_caches(name, layers):
+    bridge = hook_model(recurrent(name), None)
+    with pytest.raises(LensError, match=rf"{layers} layers hold a recurrent state, e.g. layer 0: .*prefix cache"):
+        PrefixCache.compile(bridge, tiny_chat.tiny_format().render("one"))
+
+
+def test_an_architecture_on_which_transformer_lens_fails_is_one_line():
+    """Qwen3.5: TransformerLens 3.9 fails in a pass, 4.3 runs it."""
+    with pytest.raises(LensError) as caught:
+        PrefixCache.compile(hook_model(recurrent("qwen3.5"), None), tiny_chat.tiny_format().render("one"))
+    assert "\n" not in str(caught.value)
+    assert "fails in a pass" in str(caught.value) or "recurrent state" in str(caught.value)
 
 
 def test_an_adapter_kind_is_not_needed_for_the_proof():

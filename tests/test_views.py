@@ -7,7 +7,7 @@ import tiny_adapters
 import tiny_chat
 import tiny_models
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_hooked import BACKENDS
 from torch.testing import assert_close
@@ -203,7 +203,10 @@ REFUSED = {
         lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
         "is another tensor",
     ),
-    "another LoRA layer": (lambda m: m.get_base_model().add_adapter(LoraConfig(target_modules=["up_proj"])), "another"),
+    "another LoRA layer": (
+        lambda m: inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), m.model),
+        "another",
+    ),
     "scaling": (lambda m: m.get_base_model().model.layers[0].self_attn.q_proj.set_scale("default", 9.0), "adapters at"),
 }
 

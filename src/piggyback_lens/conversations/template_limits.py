@@ -163,7 +163,6 @@ class _Rewriter(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = _call("same", node.expr)
         for operand in node.ops:
             operand.expr = _call("same", operand.expr)
         return node

@@ -255,12 +255,12 @@ class ModelPair:
             whole = any("language_model" in name for name in adapter_shapes(folder, config))  # of a multimodal model
             with gradients_kept(hf_base):  # PEFT freezes what it is put on
                 tuned = attach_adapter(apart if whole else text_part(apart), folder)
+            notes = made_for_another_base(tuned, hf_base)
         else:
             tuned, tuned_tokenizer = _side(finetuned, tokenizer, options)
-            _check_tokenizers(base_tokenizer, tuned_tokenizer)
+            notes = _check_tokenizers(base_tokenizer, tuned_tokenizer)
         refuse_adapters_beyond_weights(tuned)
         hooked_base = _hooked(hf_base, base_tokenizer, backend, expected)
-        notes = made_for_another_base(tuned, hf_base) if adapter is not None else ()
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names, notes)
@@ -388,8 +388,8 @@ def _refuse_processed(model: Any, side: Side) -> None:
         )
 
 
-def _check_tokenizers(base: Any, finetuned: Any) -> None:
-    """Both sides must turn text into the same ids; say which part differs."""
+def _check_tokenizers(base: Any, finetuned: Any) -> tuple[str, ...]:
+    """Both sides must turn text into the same ids. Returns notes of what differs and does not matter."""
     _require_same("vocabulary size", len(base), len(finetuned))
     theirs = finetuned.get_vocab()
     for token, index in base.get_vocab().items():
@@ -397,6 +397,10 @@ def _check_tokenizers(base: Any, finetuned: Any) -> None:
             raise LensError(
                 f"base and finetuned differ in their vocabulary: {token!r} is {index} and {theirs.get(token)}"
             )
-    _require_same("special tokens", base.special_tokens_map, finetuned.special_tokens_map)
+    special = [{k: v for k, v in t.special_tokens_map.items() if k != "pad_token"} for t in (base, finetuned)]
+    _require_same("special tokens", *special)
     if base.chat_template != finetuned.chat_template:
         raise LensError("base and finetuned have different chat templates: see compare_templates, then pass tokenizer=")
+    if base.pad_token == finetuned.pad_token:
+        return ()
+    return (f"base pads with {base.pad_token!r} and finetuned with {finetuned.pad_token!r}: padding is masked here",)

@@ -134,9 +134,10 @@ def prove(model: HookedModel, expected: Expected) -> None:
     """Compare a hooked model with its owner.
 
     Raises:
-        LensError: a pass differs by more than rounding explains, or an adapter layer is not called; with the figures.
+        LensError: a pass fails or differs by more than rounding explains, or an adapter layer is not called; with the
+            figures.
     """
-    with _counting_calls(model) as called:
+    with _counting_calls(model) as called, _told(model, expected.name):
         for name, difference in passes(model, expected):
             _judge(model, expected, name, difference)
     ignored = [name for key, name in expected.called.items() if key not in called]
@@ -145,6 +146,20 @@ def prove(model: HookedModel, expected: Expected) -> None:
             f"bridge model of {expected.name} never calls {len(ignored)} of its {len(expected.called)} adapter layers, "
             f"e.g. {ignored[0]}: this adapter cannot be hooked there; merge it and give the result as finetuned="
         )
+
+
+@contextmanager
+def _told(model: HookedModel, name: str) -> Iterator[None]:
+    """What TransformerLens raises in a pass of an architecture that it gets wrong, in one line."""
+    try:
+        yield
+    except (LensError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise LensError(
+            f"{backend_of(model)} model of {name} fails in a pass ({type(error).__name__}: {error}): TransformerLens "
+            "does not support this architecture; use another model, or another version of transformer-lens"
+        ) from error
 
 
 def passes(model: HookedModel, expected: Expected) -> Iterator[tuple[str, float]]:
