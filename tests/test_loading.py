@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ import tiny_models
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from piggyback_lens import cli
@@ -209,7 +211,9 @@ def test_a_multimodal_checkpoint_is_refused_before_its_weights_are_read(folders,
 # ---------------------------------------------------------------- pickles
 
 
-def test_pickled_weights_are_refused_by_name_and_never_opened(folders, tmp_path, alone):
+def test_pickled_weights_are_refused_by_name_and_never_opened(folders, tmp_path, alone, monkeypatch):
+    opened = []
+    monkeypatch.setattr(torch, "load", lambda *given, **settings: opened.append(given))
     marker = tmp_path / "marker"
 
     class Bomb:
@@ -227,6 +231,9 @@ def test_pickled_weights_are_refused_by_name_and_never_opened(folders, tmp_path,
     named = changed(tmp_path / "base", tmp_path / "named", "config.json", {"transformers_weights": "adapter_model.bin"})
     save_file({"x": torch.zeros(1)}, named / "other.safetensors")
     assert "names 'adapter_model.bin' as its weights: only safetensors" in refusal(load_causal_lm, named)
+    save_file({"x": torch.zeros(1)}, tmp_path / "base" / "other.safetensors")
+    assert "no file named model.safetensors" in refusal(load_causal_lm, tmp_path / "base")
+    assert not opened
     assert not marker.exists()
 
 
@@ -288,14 +295,21 @@ def test_control_characters_of_a_config_are_shown_escaped(folders, tmp_path):
     assert r"made for x\x1b[2J\x1b]0;title\x07\u202e\ud800)" in message
 
 
-def test_what_libraries_warn_about_while_loading_is_shown_escaped(folders, tmp_path, capfd):
-    change = {"\x1b[31mred": 1, "peft_version": "0.0"}
-    folder = changed(folders / "adapter", tmp_path / "adapter", "adapter_config.json", change)
-    with pytest.warns(UserWarning, match="Unexpected keyword arguments") as caught:
-        load_adapter(folder)
-    texts = [str(warning.message) for warning in caught] + ["".join(capfd.readouterr())]
-    assert r"\x1b[31mred" in "".join(texts)
-    assert "\x1b" not in "".join(texts)
+def test_what_libraries_say_while_loading_is_shown_escaped(folders, monkeypatch, caplog):
+    real = PeftModel.from_pretrained
+
+    def loud(*given, **settings):
+        warnings.warn("the file says \x1b[2J", stacklevel=1)
+        logging.getLogger("transformers").warning("the file says %s", "\x1b[2J")
+        return real(*given, **settings)
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", loud)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.warns(UserWarning, match="the file says") as caught:
+        load_adapter(folders / "adapter")
+    said = [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]
+    assert set(said) == {r"the file says \x1b[2J"}
+    assert len(said) > 1
 
 
 MODELS = {
