@@ -241,8 +241,9 @@ def test_a_pass_is_refused_after(change, backend):
         with pytest.raises(LensError, match=rf"changed after it was hooked \(.*{message}.*make the pair") as caught:
             logits(pair, side)
         assert "\n" not in str(caught.value)
-    with pytest.raises(LensError, match="changed after it was hooked"):  # also one that was kept
-        forward(kept, IDS, torch.ones_like(IDS))
+    for own_pass in (kept, kept.run_with_cache):  # also one that was kept, and TransformerLens' own calls
+        with pytest.raises(LensError, match="changed after it was hooked"):
+            own_pass(IDS)
 
 
 @pytest.mark.skipif("hooked" not in BACKENDS, reason="transformer-lens 4 has no HookedTransformer")

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.views import inner_model, require_current
+from piggyback_lens.models.views import inner_model
 
 Backend = Literal["bridge", "hooked"]
 Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "rot_k", "z", "mlp_post"]
@@ -352,8 +352,6 @@ def forward(
             computed there only, so hooks at the unembedding see just those positions. A pass that forks (see
             `forking`) ends with more rows than `ids` has, and reads those.
     """
-    if state is None or ids.shape[1] > 1:  # a decoding step follows a pass that was checked
-        require_current(model)
     past = attention_mask[:, :0] if state is None else state.mask
     full_mask = torch.cat([past, attention_mask], dim=1)
     position_ids = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past.shape[1] :]

@@ -196,7 +196,17 @@ class _Part:
 
 
 def watch(view: Any, owner: Any, *, shares: bool) -> None:
-    """From now on, `require_current(view)` refuses it once its owner has changed in a way that it does not see."""
+    """From now on, a pass of the view is refused once its owner has changed in a way that the view does not see."""
+    known = weakref.ref(view)
+
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        decoding = isinstance(ids, Tensor) and ids.shape[-1] == 1  # follows a pass that was checked
+        if not decoding and (own := known()) is not None:
+            require_current(own)
+
+    if view not in _WATCHES:
+        getattr(view, "original_model", view).register_forward_pre_hook(check, with_kwargs=True)
     _WATCHES[view] = Watch(owner, shares=shares)
 
 
