@@ -23,7 +23,6 @@ from piggyback_lens.models.sources import (
     LoadOptions,
     Place,
     adapter_folder,
-    at_revision,
     attach_adapter,
     load_causal_lm,
     load_tokenizer,
@@ -202,15 +201,6 @@ def test_what_exists_as_a_path_is_a_path(tmp_path, monkeypatch):
     assert locate("owner/name:checkpoint-120") == Place("owner/name/checkpoint-120")
     assert "is a local folder, which has none: leave @ out" in refusal(locate, "owner/name@v2:checkpoint-120")
     assert "leads out of the repository" in refusal(locate, "someone/else:../../etc")
-    assert at_revision("owner/name", subfolder="checkpoint-120") == "owner/name/checkpoint-120"
-
-
-def test_a_revision_and_a_folder_are_put_into_the_source():
-    assert at_revision("owner/name") == "owner/name"
-    assert at_revision("owner/name", "v1") == "owner/name@v1"
-    assert at_revision("owner/name", subfolder="a/b") == "owner/name:a/b"
-    assert at_revision("owner/name:a/b", "v1") == "owner/name@v1:a/b"
-    assert "says its revision or folder already" in refusal(at_revision, "owner/name@v1", "v2")
 
 
 @pytest.fixture

@@ -118,22 +118,6 @@ def locate(source: str | Path) -> Place:
     return Place(str(Path(name) / subfolder))
 
 
-def at_revision(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> str:
-    """A hub id with its revision and folder, as `locate` reads it.
-
-    Raises:
-        LensError: a revision of a local folder, or one that the source already says.
-    """
-    place = locate(source)
-    if (revision and place.revision) or (subfolder and place.subfolder):
-        raise LensError(f"{source} says its revision or folder already: leave revision= and subfolder= out")
-    full = f"{source}@{revision}" if revision and not place.subfolder else str(source)
-    if revision and place.subfolder:
-        full = f"{place.name}@{revision}:{place.subfolder}"
-    full += f":{subfolder}" if subfolder else ""
-    return locate(full).name if place.local else full
-
-
 # ---------------------------------------------------------------- the demo model
 
 
@@ -644,6 +628,7 @@ def _quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error of `attach_adapter`
             show = warnings.showwarning
             warnings.showwarning = lambda message, *rest, **more: show(visible(str(message)), *rest, **more)
             yield
