@@ -19,7 +19,7 @@ def test_the_notebooks_are_these():
 
 
 def test_a_notebook_and_its_script_hold_the_same_cells(path):
-    import jupytext
+    jupytext = pytest.importorskip("jupytext", reason="the extra notebooks is not installed")
 
     notebook, script = jupytext.read(path), jupytext.read(path.with_suffix(".py"))
     assert notebook.metadata["jupytext"]["formats"] == "ipynb,py:percent"
@@ -28,8 +28,7 @@ def test_a_notebook_and_its_script_hold_the_same_cells(path):
 
 
 def test_a_notebook_is_stored_without_outputs(path):
-    import nbformat
-
+    nbformat = pytest.importorskip("nbformat", reason="the extra notebooks is not installed")
     for cell in nbformat.read(path, as_version=4).cells:
         assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None)
 
@@ -37,7 +36,7 @@ def test_a_notebook_is_stored_without_outputs(path):
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_prefix_patching_notebook_runs_alone_and_draws_the_layer_curve(real_model_dir, tmp_path, monkeypatch):
-    import nbformat
+    nbformat = pytest.importorskip("nbformat", reason="the extra notebooks is not installed")
     from nbclient import NotebookClient
 
     for name in [name for name in os.environ if name.startswith("PIGGYBACK_LENS_ADAPTER")]:
@@ -62,7 +61,7 @@ def test_the_prefix_patching_notebook_runs_alone_and_draws_the_layer_curve(real_
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_directions_notebook_runs_alone_and_draws_three_curves(real_model_dir, tmp_path, monkeypatch):
-    import nbformat
+    nbformat = pytest.importorskip("nbformat", reason="the extra notebooks is not installed")
     from nbclient import NotebookClient
 
     monkeypatch.setenv("PIGGYBACK_LENS_MODEL", real_model_dir)
