@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches a build that is several times smaller.
 TORCH_SPEC ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
-EXTRAS ?= sae,trl,notebooks,dev
+EXTRAS ?= sae,trl,quant,notebooks,dev
 
 TASK ?= terse
 OUT ?= demo_out
 QUICK ?=
 PYTEST ?=
+LEGS ?=
 # Test processes, of one thread each; a file stays in one process.
 WORKERS ?= 2
 
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint notebooks figures install clean
+.PHONY: help demo test check lint legs notebooks figures install clean
 
 help:
 	@echo "make demo       train a narrow organism on a small real chat model, audit it, write a report into $(OUT)/"
@@ -30,6 +31,8 @@ help:
 	@echo "make test       every test, those on the real model, the notebook and the README's code included"
 	@echo "make check      make lint, and the tests that need no real model"
 	@echo "make lint       ruff format --check, ruff check, mypy"
+	@echo "make legs       the exactness tests and a short demo under other versions; writes docs/versions.md"
+	@echo "                LEGS=\"newest sae lowest\" PYTHON312=python3.12"
 	@echo "make notebooks  make each .ipynb and its .py twin equal (the newer one wins)"
 	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
 	@echo "make install    only make $(VENV)"
@@ -49,6 +52,9 @@ lint: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+legs:
+	@$(PYTHON) .ci/legs --write $(LEGS)
 
 notebooks: install
 	@$(BIN)/jupytext --sync notebooks/*.ipynb
