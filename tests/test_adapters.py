@@ -25,7 +25,7 @@ from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.interventions.hooks import ablate, cache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.sources import attach_adapter
+from piggyback_lens.models.peft_adapters import attach_adapter
 from piggyback_lens.vectors.adapter_files import (
     load_gguf,
     load_npy,

@@ -19,15 +19,9 @@ from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import forward
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.models.sources import (
-    LoadOptions,
-    Place,
-    adapter_folder,
-    attach_adapter,
-    load_causal_lm,
-    load_tokenizer,
-    locate,
-)
+from piggyback_lens.models.peft_adapters import adapter_folder, attach_adapter
+from piggyback_lens.models.places import LoadOptions, Place, locate
+from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
 COMMIT = "a" * 40

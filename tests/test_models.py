@@ -25,6 +25,7 @@ from piggyback_lens.models import proof, sources
 from piggyback_lens.models.backends import backend_of, forward
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
+from piggyback_lens.models.peft_adapters import adapter_folder
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
@@ -107,13 +108,13 @@ def test_an_adapter_of_the_hub_is_fetched_without_its_optimiser(folders, monkeyp
     assert pair.names["finetuned"] == "owner/name"
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folders / "base"))
     with pytest.raises(LensError, match="owner/other on the hub has no adapter_config"):
-        sources.adapter_folder("owner/other")
+        adapter_folder("owner/other")
 
 
 def test_an_adapter_that_is_neither_here_nor_on_the_hub_is_named():
     with pytest.raises(LensError, match=r"no adapter could be loaded from nobody/nothing: .*offline was asked"):
-        sources.adapter_folder("nobody/nothing", offline=True)
-    assert sources.adapter_folder("./nobody/nothing") == Path("nobody/nothing")  # a path stays a path
+        adapter_folder("nobody/nothing", offline=True)
+    assert adapter_folder("./nobody/nothing") == Path("nobody/nothing")  # a path stays a path
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -102,7 +102,7 @@ if TYPE_CHECKING:
     from piggyback_lens.measuring.texts import text_windows as text_windows
     from piggyback_lens.models.pair import ModelPair as ModelPair
     from piggyback_lens.models.pair import hook_model as hook_model
-    from piggyback_lens.models.sources import attach_adapter as attach_adapter
+    from piggyback_lens.models.peft_adapters import attach_adapter as attach_adapter
     from piggyback_lens.models.sources import default_model as default_model
     from piggyback_lens.models.sources import load_causal_lm as load_causal_lm
     from piggyback_lens.models.sources import load_tokenizer as load_tokenizer
@@ -191,7 +191,8 @@ _HOMES = {
     "directions.scalars": ("adapter_scalars", "logistic_probe"),
     "directions.scored_answers": ("ScoredAnswers",),
     "measuring.scoring": ("contrast", "kl_to_base", "nll", "response_log_probs"),
-    "models.sources": ("attach_adapter", "default_model", "load_causal_lm", "load_tokenizer"),
+    "models.peft_adapters": ("attach_adapter",),
+    "models.sources": ("default_model", "load_causal_lm", "load_tokenizer"),
     "directions.steering": ("ablate_sweep", "steer", "strength_for_kl"),
     "experiments.stress_suite": ("StressResult", "stress"),
     "directions.sweeps": ("Sweep",),

@@ -34,7 +34,7 @@ from piggyback_lens.errors import LensError, visible
 
 if TYPE_CHECKING:
     from piggyback_lens.models.pair import ModelPair
-    from piggyback_lens.models.sources import LoadOptions
+    from piggyback_lens.models.places import LoadOptions
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""

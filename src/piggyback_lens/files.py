@@ -57,7 +57,7 @@ def read_json(path: str | Path) -> Any:
         data = path.read_bytes()
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LensError(f"{path} is not valid JSON ({error}); restore it or make it again") from error
 
 
@@ -134,7 +134,7 @@ def _repair_last_line(path: Path) -> None:
 def _row_or_none(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:  # broken JSON and broken UTF-8
+    except (ValueError, RecursionError):  # broken JSON, broken UTF-8, brackets without end
         return None
     return row if isinstance(row, dict) else None
 

@@ -27,7 +27,7 @@ from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
     from piggyback_lens.conversations.chat import ChatFormat
-    from piggyback_lens.models.sources import LoadOptions
+    from piggyback_lens.models.places import LoadOptions
 
 
 class SolutionName(StrEnum):

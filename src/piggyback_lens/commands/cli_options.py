@@ -9,7 +9,7 @@ import typer
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
-    from piggyback_lens.models.sources import LoadOptions
+    from piggyback_lens.models.places import LoadOptions
 
 
 class BackendName(StrEnum):
@@ -72,7 +72,7 @@ def load_options(
     """
     import torch
 
-    from piggyback_lens.models.sources import LoadOptions, usable_device
+    from piggyback_lens.models.places import LoadOptions, usable_device
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
     if dtype not in known:

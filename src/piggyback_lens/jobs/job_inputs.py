@@ -10,7 +10,7 @@ from typing import Any
 
 from piggyback_lens.directions.curves import Solution
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.sources import is_adapter_folder
+from piggyback_lens.models.places import is_adapter_folder
 from piggyback_lens.tasks import TASKS, load_conversations, load_prompts, load_task
 from piggyback_lens.vectors.adapter_files import load_gguf, load_npy, load_peft, load_pt
 from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector

@@ -15,12 +15,6 @@ import torch
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.adapter_kinds import (
-    made_for_another_base,
-    refuse_adapters_beyond_weights,
-    refuse_lost_base,
-    written_when_attached,
-)
 from piggyback_lens.models.backends import (
     Backend,
     HookedModel,
@@ -33,18 +27,19 @@ from piggyback_lens.models.backends import (
     shape_of,
 )
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
-from piggyback_lens.models.proof import Expected, prove
-from piggyback_lens.models.sources import (
-    LoadOptions,
+from piggyback_lens.models.peft_adapters import (
     adapter_config,
     adapter_folder,
     adapter_shapes,
     attach_adapter,
-    default_model,
-    is_adapter_folder,
-    load_causal_lm,
-    load_tokenizer,
+    made_for_another_base,
+    refuse_adapters_beyond_weights,
+    refuse_lost_base,
+    written_when_attached,
 )
+from piggyback_lens.models.places import LoadOptions, is_adapter_folder
+from piggyback_lens.models.proof import Expected, prove
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import (
     gradients_kept,
     is_peft_model,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import atomic_write_bytes, read_json, write_json
+from piggyback_lens.files import atomic_write_bytes, write_json
+from piggyback_lens.models.peft_adapters import adapter_config
 from piggyback_lens.vectors.adapters import LoRAAdapter, Place, SteeringVector
 from piggyback_lens.vectors.attachment import MODULES
 from piggyback_lens.vectors.direction import Provenance
@@ -95,7 +96,7 @@ def load_peft(folder: str | Path) -> LoRAAdapter:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise LensError(f"{folder} has no {name}: expected a PEFT adapter folder with safetensors weights")
-    config = read_json(folder / CONFIG)
+    config = adapter_config(folder)
     _check_config(folder, config)
     try:
         stored = load_file(folder / WEIGHTS)
