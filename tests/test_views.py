@@ -182,6 +182,19 @@ def test_gradients_through_the_hooked_view_are_those_of_the_owners_pass():
         assert_close(ours[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
+def test_parts_of_a_fused_module_see_their_own_inputs():
+    model = adapted("gpt2", ["c_attn"])
+    attention = boot_bridge(model, None, "gpt2").blocks[0].attn
+    fused = model.get_base_model().transformer.h[0].attn.c_attn
+    x, y = torch.randn((2, 1, 3, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        q, k, v = (getattr(attention, name).original_component for name in "qkv")
+        assert_close(q(x), fused(x)[..., :32])
+        assert_close(k(y), fused(y)[..., 32:64])  # a hook changed what k reads
+        y.mul_(2)  # or changed it in place
+        assert_close(v(y), fused(y)[..., 64:])
+
+
 # ---------------------------------------------------------------- what else the owner may do
 
 CHANGES = {
