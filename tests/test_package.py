@@ -1,11 +1,18 @@
 """What an importer meets: an instant import, and a public surface that does not change by accident."""
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from packaging.version import Version
 
 import piggyback_lens
+
+ROOT = Path(__file__).parents[1]
+LEGS = SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "legs")))
 
 HEAVY = ("torch", "transformers", "transformer_lens", "peft", "plotly", "pandas", "scipy", "datasets", "sae_lens")
 
@@ -61,3 +68,36 @@ def test_the_public_surface_is_this_list():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = piggyback_lens.nonsense
+
+
+# ---------------------------------------------------------------- versions
+
+
+@pytest.fixture
+def rows():
+    return LEGS.read_table(LEGS.TABLE.read_text(encoding="utf-8"))
+
+
+def differing(row, versions):
+    """What the legs show of these versions, and ran otherwise. Torch is what there is a CPU build of."""
+    names = [name for name in LEGS.SHOWN if name in versions and name != "torch"]
+    return {name: row[name] for name in names if Version(row[name]) != Version(versions[name])}
+
+
+def test_the_pages_on_versions_say_what_the_legs_ran(rows):
+    assert LEGS.TABLE.read_text(encoding="utf-8") == LEGS.written(rows)
+    block = LEGS.README.read_text(encoding="utf-8").partition("<!-- versions:start -->\n")[2]
+    assert block.partition("\n<!-- versions:end -->")[0] == LEGS.sentence(rows)
+
+
+def test_the_pinned_versions_are_those_that_the_pinned_leg_ran(rows):
+    assert not differing(rows["pinned"], LEGS.pins())
+    assert rows["pinned"]["torch"] == LEGS.pins()["torch"]
+
+
+def test_every_lower_bound_is_run_by_the_lowest_leg_and_passes_there(rows):
+    extras = LEGS.LEGS["lowest"].extras
+    every = tuple(set(LEGS.project()["optional-dependencies"]) - {"dev", "all"})
+    assert LEGS.bounds(every) == LEGS.bounds(extras)
+    assert not differing(rows["lowest"], LEGS.bounds(extras))
+    assert (rows["lowest"]["failed"], rows["lowest"]["demo"][:2]) == ("0", "ok")
