@@ -6,7 +6,7 @@ import tiny_adapters
 import tiny_chat
 import tiny_models
 import torch
-from tiny_hooked import BACKENDS
+from tiny_hooked import BACKENDS, needs_hooked
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.prefix import PrefixCache
@@ -179,7 +179,7 @@ def test_weights_with_nan_are_refused_with_their_names():
         hook_model(spoilt, None)
 
 
-@pytest.mark.skipif("hooked" not in BACKENDS, reason="transformer-lens 4 has no HookedTransformer")
+@needs_hooked
 def test_a_processed_model_is_refused_by_name():
     models = [build_hooked(tiny_models.build("llama-gqa", s, vocab=tiny_chat.VOCAB), None, "x") for s in (0, 1)]
     models[1].process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
-from tiny_hooked import BACKENDS
+from tiny_hooked import BACKENDS, needs_hooked
 from torch.testing import assert_close
 
 from piggyback_lens.errors import LensError
@@ -259,7 +259,7 @@ def test_a_pass_is_refused_after(change, backend):
             own_pass(IDS)
 
 
-@pytest.mark.skipif("hooked" not in BACKENDS, reason="transformer-lens 4 has no HookedTransformer")
+@needs_hooked
 def test_a_copy_of_the_weights_is_refused_after_any_change_of_the_owners():
     model = adapted()
     pair = paired(model, "hooked")
