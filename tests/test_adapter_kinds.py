@@ -6,6 +6,7 @@ import tiny_adapters
 import tiny_chat
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_hooked import BACKENDS
 
 from piggyback_lens.errors import LensError
@@ -74,6 +75,16 @@ def test_a_fresh_adapter_on_a_fused_module_is_seen_when_it_is_trained_after_pair
     assert (plain - adapted).abs().max() > 0.1 * adapted.abs().max()
     assert error(pair, "finetuned", adapted) < 1e-5
     assert error(pair, "base", plain) < 1e-5
+
+
+def test_an_adapter_that_lost_its_trained_biases_is_refused(tmp_path):
+    """PEFT 0.18 does not save those of bias="lora_only"; later versions miss them when they load."""
+    base, wrapped = tiny_adapters.build("LoRA with bias=lora_only")
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.endswith("bias")}, file)
+    with pytest.raises(LensError, match=r"holds no bias: save it again|3 of its tensors are missing"):
+        ModelPair.load(base, adapter=tmp_path, tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

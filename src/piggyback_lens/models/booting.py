@@ -113,13 +113,18 @@ def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
     _refuse_multimodal(source)
     _refuse_wrong_layouts(source.config)
     parameter = next(source.parameters())
-    cfg, state = _hooked_config_and_weights(source, parameter.dtype, str(parameter.device))
-    cfg.tokenizer_name = None
-    model = HookedTransformer(cfg, tokenizer=None, move_to_device=True)
-    model.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )  # fmt: skip
+    try:
+        cfg, state = _hooked_config_and_weights(source, parameter.dtype, str(parameter.device))
+        cfg.tokenizer_name = None
+        model = HookedTransformer(cfg, tokenizer=None, move_to_device=True)
+        model.load_and_process_state_dict(
+            state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
+            refactor_factored_attn_matrices=False,
+        )  # fmt: skip
+    except Exception as error:  # TransformerLens raises many types on layouts that it does not know
+        raise LensError(
+            f"HookedTransformer does not support {type(source).__name__} ({_first_line(error)}): use backend='bridge'"
+        ) from error
     torch.nn.Module.to(model, parameter.dtype)  # HookedTransformer's own .to prints
     model.tokenizer = tokenizer
     model.eval()
@@ -171,16 +176,10 @@ def _hooked_config_and_weights(hf_model: Any, dtype: torch.dtype, device: str) -
     with tempfile.TemporaryDirectory(prefix="hfcfg-", dir=root) as folder:
         config.save_pretrained(folder)
         n_ctx = min(int(config.max_position_embeddings), MAX_HOOKED_CONTEXT)
-        try:
-            cfg = loading.get_pretrained_model_config(
-                folder, device=device, dtype=dtype, n_ctx=n_ctx, default_prepend_bos=False
-            )
-            state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
-        except (NotImplementedError, KeyError, AttributeError, ValueError, TypeError) as error:
-            raise LensError(
-                f"HookedTransformer does not support {type(hf_model).__name__} ({_first_line(error)}): "
-                "use backend='bridge'"
-            ) from error
+        cfg = loading.get_pretrained_model_config(
+            folder, device=device, dtype=dtype, n_ctx=n_ctx, default_prepend_bos=False
+        )
+        state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
     cfg.model_name = getattr(hf_model, "name_or_path", "") or config.model_type
     cfg.d_vocab = int(hf_model.get_output_embeddings().weight.shape[0])
     return cfg, state

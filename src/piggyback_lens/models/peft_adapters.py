@@ -15,7 +15,7 @@ from piggyback_lens.models.places import (
     snapshot,
     told,
 )
-from piggyback_lens.models.views import is_peft_model
+from piggyback_lens.models.views import adapter_layers, is_peft_model
 
 
 def adapter_folder(source: str | Path, *, offline: bool = False) -> Path:
@@ -104,6 +104,14 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
         raise LensError(
             f"{misfit}: {len(missing)} of its tensors are missing and {len(homeless)} have no place, e.g. "
             f"{(missing + homeless)[0]}"
+        )
+    trained = config.get("bias") not in (None, "none") and any(
+        getattr(getattr(layer, "base_layer", None), "bias", None) is not None
+        for layer in adapter_layers(peft_model).values()
+    )
+    if trained and not any(key.endswith("bias") for key in stored):  # PEFT 0.18 does not save those of "lora_only"
+        raise LensError(
+            f"adapter {folder} says bias={config['bias']!r} and holds no bias: save it again with a newer peft"
         )
     return peft_model.eval()
 
