@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -12,6 +14,23 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+def seed_everything() -> None:
+    """Libraries draw from the global generators where they may not be told a seed; a test must not depend on others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    seed_everything()  # before fixtures of any scope
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    seed_everything()  # whether or not this test had to build a shared fixture
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from piggyback_lens.models.pair import ModelPair
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, about tied weights and biases
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5, 4, 3, 30]])
 TOKENIZER = tiny_chat.tiny_tokenizer()
+CLOSE = 1e-4  # each adapter moves the logits by a thousand times as much; rounding differs by machine and backend
 
 
 @torch.no_grad()
@@ -57,8 +58,8 @@ def test_both_sides_are_what_peft_computes(kind, backend, tmp_path):
     else:
         pairs.append(ModelPair.load(finetuned=wrapped, tokenizer=TOKENIZER, backend=backend))
     for pair in pairs:
-        assert error(pair, "base", plain) < 1e-5
-        assert error(pair, "finetuned", adapted) < 1e-5
+        assert error(pair, "base", plain) < CLOSE
+        assert error(pair, "finetuned", adapted) < CLOSE
     assert torch.equal(owners(base), plain)
     assert torch.equal(owners(wrapped), adapted)
 
@@ -69,12 +70,12 @@ def test_a_fresh_adapter_on_a_fused_module_is_seen_when_it_is_trained_after_pair
     wrapped = peft.get_peft_model(tiny_models.build(layout, 0, vocab=tiny_adapters.VOCAB), config()).eval()
     pair = ModelPair.load(finetuned=wrapped, tokenizer=TOKENIZER)
     plain = owners(wrapped)
-    assert error(pair, "finetuned", plain) < 1e-5
+    assert error(pair, "finetuned", plain) < CLOSE
     tiny_adapters.move(wrapped)
     adapted = owners(wrapped)
     assert (plain - adapted).abs().max() > 0.1 * adapted.abs().max()
-    assert error(pair, "finetuned", adapted) < 1e-5
-    assert error(pair, "base", plain) < 1e-5
+    assert error(pair, "finetuned", adapted) < CLOSE
+    assert error(pair, "base", plain) < CLOSE
 
 
 def test_an_adapter_that_lost_its_trained_biases_is_refused(tmp_path):
@@ -95,8 +96,8 @@ def test_an_initialisation_that_rewrites_the_base_is_right_from_its_folder(init,
     wrapped = tiny_adapters.put_on(tiny_models.build("llama-mha", 0, vocab=tiny_adapters.VOCAB), config)
     wrapped.save_pretrained(tmp_path)
     pair = ModelPair.load(base, adapter=tmp_path, tokenizer=TOKENIZER)
-    assert error(pair, "base", plain) < 1e-5
-    assert error(pair, "finetuned", owners(wrapped)) < 1e-5
+    assert error(pair, "base", plain) < CLOSE
+    assert error(pair, "finetuned", owners(wrapped)) < CLOSE
     assert torch.equal(owners(base), plain)
     with pytest.raises(LensError, match=f"has init_lora_weights='{init}': it wrote into the weights of its base"):
         ModelPair.load(finetuned=wrapped, tokenizer=TOKENIZER)

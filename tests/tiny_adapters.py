@@ -90,7 +90,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 def put_on(model: Any, config: Any, seed: int = 3) -> Any:
     """A PEFT model whose trainable parameters are all moved by noise, so that the adapter does something everywhere."""
-    wrapped = peft.get_peft_model(model, config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # PEFT draws its first weights from the global generator
+        wrapped = peft.get_peft_model(model, config).eval()
     move(wrapped, seed)
     return wrapped
 
