@@ -16,7 +16,7 @@ from piggyback_lens.models.pair import ModelPair
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, about tied weights and biases
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5, 4, 3, 30]])
 TOKENIZER = tiny_chat.tiny_tokenizer()
-CLOSE = 1e-4  # each adapter moves the logits by a thousand times as much; rounding differs by machine and backend
+CLOSE = 1e-4  # each adapter moves the logits by a thousand times as much; rounding differs by machine
 
 
 @torch.no_grad()
