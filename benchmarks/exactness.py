@@ -27,7 +27,7 @@ from tiny_hooked import BACKENDS
 
 from piggyback_lens import LensError, ModelPair, hook_model
 from piggyback_lens.models import proof
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5, 4, 3, 30]])
 PACKAGES = ("torch", "transformers", "transformer-lens", "peft")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_hooked import BACKENDS
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, about tied weights and biases

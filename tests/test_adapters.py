@@ -25,6 +25,7 @@ from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.interventions.hooks import ablate, cache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models.attachment import MODULES
 from piggyback_lens.models.peft_adapters import attach_adapter
 from piggyback_lens.vectors.adapter_files import (
     load_gguf,
@@ -37,7 +38,6 @@ from piggyback_lens.vectors.adapter_files import (
 )
 from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached, attached_rows
-from piggyback_lens.vectors.attachment import MODULES
 from piggyback_lens.vectors.direction import Direction, Provenance
 
 NAMES = ("llama-gqa", "qwen3", "gemma3", "mistral")
@@ -230,8 +230,8 @@ def test_generation_with_an_adapter_is_generation_of_the_merged_model(backend):
 @pytest.mark.parametrize(
     ("kind", "adapter", "message"),
     [
-        ("bridge", lambda: lora(layers=(0, 5)), r"this model has 0 to 2"),
-        pytest.param("hooked", lambda: lora(layers=(0, 5)), r"this model has 0 to 2", marks=needs_hooked),
+        ("bridge", lambda: lora(layers=(0, 5)), r"this model has layers 0 to 2"),
+        pytest.param("hooked", lambda: lora(layers=(0, 5)), r"this model has layers 0 to 2", marks=needs_hooked),
         ("bridge", lambda: SteeringVector({0: normal(31)}), "width 31, the activation 32"),
         pytest.param(
             "hooked",
@@ -337,7 +337,7 @@ def test_a_steering_vector_is_a_direction_and_back():
             "2 modules for 2 layers x 2 kinds",
         ),
         (lambda: LoRAAdapter.fresh(plain(), rank=0), "rank 0"),
-        (lambda: LoRAAdapter.fresh(plain(), layers=[3]), "this model has 0 to 2"),
+        (lambda: LoRAAdapter.fresh(plain(), layers=[3]), "this model has layers 0 to 2"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_at_once(make, message):

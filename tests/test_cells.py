@@ -17,14 +17,15 @@ from piggyback_lens.experiments.attribution import attribution_map
 from piggyback_lens.experiments.cells import evaluate, first_layer, require_one_prefix
 from piggyback_lens.experiments.patching import layer_curve, layer_position_map, patch_span
 from piggyback_lens.interventions.donors import prefix_activations, span_activations
-from piggyback_lens.interventions.forking import Lineage, forking
 from piggyback_lens.interventions.hooks import add, patch, zero
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.running import Record, applied, applied_each
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
-from piggyback_lens.models.backends import forward, hook_name, shape_of
+from piggyback_lens.models.backends import hook_name, shape_of
+from piggyback_lens.models.forking import Lineage, forking
+from piggyback_lens.models.network import forward
 
 IDS = list(map("-".join, FEW))
 

@@ -31,7 +31,7 @@ from piggyback_lens.finetuning.trajectories import (
 from piggyback_lens.maths import orthogonal_noise
 from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import Text
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
@@ -363,7 +363,7 @@ def test_every_curve_survives_its_file_and_draws_all_its_series(tmp_path, kind):
         (lambda m: stability(m, {"a": vector()}, EXAMPLES, n_noise=0), "n_noise 0"),
         (lambda m: stability(m, {"a, b": vector()}, EXAMPLES), "without commas"),
         (lambda m: significance(m, {"a": vector()}, []), "0 texts"),
-        (lambda m: significance(m, {"a": vector(layers=(7,))}, TEXTS), "this model has 0 to 2"),
+        (lambda m: significance(m, {"a": vector(layers=(7,))}, TEXTS), "this model has layers 0 to 2"),
         (lambda m: ablation_cost(m, {}, TEXTS), "no directions"),
     ],
 )

@@ -30,7 +30,7 @@ from piggyback_lens.finetuning.references import KVReference
 from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.jobs.direction_jobs import steer_job, train_direction_job
 from piggyback_lens.jobs.direction_settings import SteerSettings, TrainDirectionSettings
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 from piggyback_lens.vectors.direction import Provenance
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # type checks read many attributes, each through the mode

@@ -31,7 +31,7 @@ from piggyback_lens.jobs.job_inputs import (
 from piggyback_lens.jobs.steer_chat import talk, visible
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.variants import Text
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 from piggyback_lens.vectors.adapter_files import load_peft, save_gguf
 from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached

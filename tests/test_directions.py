@@ -205,7 +205,7 @@ def test_a_direction_of_another_width_or_layer_is_refused():
     model = hooked("llama-gqa", "bridge")
     with pytest.raises(LensError, match="width 16, this model has 32"):
         made().check(model)
-    with pytest.raises(LensError, match="this model has 0 to 2"):
+    with pytest.raises(LensError, match="this model has layers 0 to 2"):
         made(d=32, layers=(2, 3)).check(model)
     made(d=32, layers=(0, 2)).check(model)
 

@@ -15,8 +15,9 @@ from piggyback_lens.interventions.hooks import ablate, add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import forward, shape_of
+from piggyback_lens.models.backends import shape_of
 from piggyback_lens.models.booting import boot_bridge, build_hooked
+from piggyback_lens.models.network import forward
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 CASES = [

@@ -209,7 +209,7 @@ def test_a_known_component_is_found_and_oriented_by_the_labelled_mean():
         (lambda m: mean_difference(m, SHOWING, []), "0 rows not showing"),
         (lambda m: mean_difference(m, SHOWING, NOT, span="history"), "span 'history' is not in row 0"),
         (lambda m: mean_difference(m, SHOWING, NOT, first=0), "first=0"),
-        (lambda m: mean_difference(m, SHOWING, NOT, layers=[3]), "this model has 0 to 2"),
+        (lambda m: mean_difference(m, SHOWING, NOT, layers=[3]), "this model has layers 0 to 2"),
         (lambda m: mean_difference(m, SHOWING, NOT, batch_size=0), "batch_size 0"),
         (lambda m: mean_difference(m, SHOWING, NOT, n_splits=0), "n_splits=0"),
         (lambda m: contrast_pairs(m, [(SHOWING[0], NOT[0])]), "1 contrast pairs"),

@@ -32,6 +32,7 @@ from piggyback_lens.finetuning.references import KVReference, kv_reference
 from piggyback_lens.finetuning.steps import forward_step
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.models.views import evaluating
 
 EXAMPLES = tiny_examples(8)
 PROMPT = tiny_format().empty_query()
@@ -455,7 +456,12 @@ def test_trl_gives_the_losses_of_our_loop(tmp_path: Path, span: str, accumulatio
     trainer.train()
     assert losses(trainer) == pytest.approx(loss, rel=2e-4)
     assert losses(trainer, f"drift_{span}") == pytest.approx(drift, rel=2e-2, abs=1e-9)
-    assert forward_step(trainer.model, make_batch(EXAMPLES[:2])).logits.isfinite().all()
+    batch = make_batch(EXAMPLES[:2])
+    with evaluating(trainer.model):
+        assert forward_step(trainer.model, batch).logits.isfinite().all()
+    assert trainer.model.is_gradient_checkpointing
+    with pytest.raises(LensError, match="kept no keys and values of its pass"):
+        forward_step(trainer.model.train(), batch)  # it would run as if there were no prefix
 
 
 def test_trl_packs_rows_and_runs_in_bf16(tmp_path: Path) -> None:

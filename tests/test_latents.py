@@ -15,7 +15,8 @@ from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import add
 from piggyback_lens.measuring.variants import Text
-from piggyback_lens.models.backends import backend_of, forward, hook_name
+from piggyback_lens.models.backends import backend_of, hook_name
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import identify
 from piggyback_lens.saes.latent_activations import site_activations
 from piggyback_lens.saes.latent_attribution import CONTROL_SEED, LatentAttribution, attribute_latents

@@ -17,7 +17,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.patching import layer_curve
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.peft_adapters import adapter_folder, attach_adapter
 from piggyback_lens.models.places import LoadOptions, Place, locate

@@ -22,8 +22,9 @@ from torch.testing import assert_close
 from piggyback_lens.errors import LensError
 from piggyback_lens.models import pair as models
 from piggyback_lens.models import proof, sources
-from piggyback_lens.models.backends import backend_of, forward
+from piggyback_lens.models.backends import backend_of
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.peft_adapters import adapter_folder
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer

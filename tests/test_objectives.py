@@ -17,11 +17,12 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, Penalty, TReFT, Weighted
 from piggyback_lens.finetuning.preventive import PreventiveSteering, steered
-from piggyback_lens.finetuning.references import KVReference, adapter_off, base_forward, kv_reference, prefix_batch
+from piggyback_lens.finetuning.references import KVReference, base_forward, kv_reference, prefix_batch
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Step, forward_step, sft
 from piggyback_lens.finetuning.trainables import LoRASettings, PeftAdapter, add_lora
 from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
+from piggyback_lens.models.views import adapter_off
 
 EXAMPLES = tiny_examples(10)
 RETAIN = tiny_examples(6, seed=9, longest=8)

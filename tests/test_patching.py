@@ -32,7 +32,7 @@ from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.measuring.scoring import contrast as scored
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 
 MANY = [*QUERIES, "four", "five?", "a sixth query"]
 IDS = list(map("-".join, FEW))
@@ -132,7 +132,7 @@ def test_a_key_value_patch_that_cannot_be_made_is_refused(backend, unchecked):
         kv_patch(tiny, "prefix", chat=chat(), direction="cure")
     with pytest.raises(LensError, match="span 'think' is not in row 0"):
         kv_patch(tiny, "think", chat=chat(), prompts=prompts())
-    with pytest.raises(LensError, match="this model has 0 to 2"):
+    with pytest.raises(LensError, match="this model has layers 0 to 2"):
         kv_patch(tiny, "prefix", chat=chat(), layers=[3])
     bare = tiny_chat.tiny_tokenizer("{% for m in messages %}{{ m.content }}<end>{% endfor %}")
     with pytest.raises(LensError, match="span 'prefix' is empty in this prompt"):
@@ -356,8 +356,8 @@ def test_spans_directions_and_layers_that_do_not_exist_are_refused(experiment, u
     refused(experiment, some, "span 'preamble' .*prefix, query, postfix, bos, system", span="preamble")
     refused(experiment, some, "span 'think' .*prefix, query, postfix, bos, system", span="think")
     refused(experiment, some, "direction 'cure' is not known: choose 'repair' or 'infect'", direction="cure")
-    refused(experiment, some, r"layers \[3\] asked, \[3\] of them usable: this model has 0 to 2", layers=[3])
-    refused(experiment, some, r"layers \[\] asked, none of them usable", layers=[])
+    refused(experiment, some, r"layers \[3\] do not exist: this model has layers 0 to 2", layers=[3])
+    refused(experiment, some, r"no layer was asked: this model has", layers=[])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)

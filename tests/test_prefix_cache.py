@@ -18,7 +18,8 @@ from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import Record, applied
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.scoring import nll
-from piggyback_lens.models.backends import forward, shape_of
+from piggyback_lens.models.backends import shape_of
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 
 BOTH = [name for name in tiny_models.NAMES if name != "llama-bias"]

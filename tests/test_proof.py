@@ -10,7 +10,7 @@ from tiny_hooked import BACKENDS, needs_hooked
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.models import backends, proof
+from piggyback_lens.models import proof, states
 from piggyback_lens.models.booting import boot_bridge, build_hooked
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.proof import Expected, prove
@@ -88,7 +88,7 @@ def test_a_cache_that_is_not_kept_is_found(monkeypatch):
     bridge = boot_bridge(owner, None, "model")
     for block in bridge.blocks:
         block.attn.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k not in backends.CACHE_NAMES}),
+            lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k not in states.CACHE_NAMES}),
             with_kwargs=True,
         )
     with pytest.raises((LensError, RuntimeError)) as caught:
@@ -100,7 +100,7 @@ def test_a_decoding_step_that_is_wrong_is_found(monkeypatch):
     """Padding that stays between a row and its next token, in a model with a sliding window."""
     owner = tiny_models.build("mistral", 0, vocab=tiny_chat.VOCAB)
     bridge = boot_bridge(owner, None, "model")
-    monkeypatch.setattr(backends.KVState, "right_align", lambda self: None)
+    monkeypatch.setattr(states.KVState, "right_align", lambda self: None)
     with pytest.raises(LensError, match="a decoding step"):
         prove(bridge, expected(owner))
 

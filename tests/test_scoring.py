@@ -14,7 +14,7 @@ from piggyback_lens.interventions.hooks import add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import Record, applied
 from piggyback_lens.measuring.scoring import contrast, kl_to_base, nll, response_log_probs
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 
 RESPONSES = ["yes.", "certainly not, never!", "b"]

@@ -23,7 +23,7 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.measuring.scoring import nll
 from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
-from piggyback_lens.models.backends import forward
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached
@@ -282,7 +282,7 @@ def test_a_sweep_survives_its_file_and_draws_controls_in_grey(tmp_path):
     [
         ({}, "exactly one of strengths= and fractions="),
         ({"strengths": [1.0], "fractions": [1.0]}, "exactly one"),
-        ({"strengths": [1.0], "layers": [3]}, "this model has 0 to 2"),
+        ({"strengths": [1.0], "layers": [3]}, "this model has layers 0 to 2"),
         ({"strengths": [1.0], "behaviour": "politeness"}, "no behaviour is called"),
         ({"strengths": [1.0], "span": "history"}, "span 'history' is not in row"),
     ],

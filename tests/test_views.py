@@ -13,8 +13,8 @@ from tiny_hooked import BACKENDS, needs_hooked
 from torch.testing import assert_close
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import forward
 from piggyback_lens.models.booting import boot_bridge
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.views import structural_copy, text_part
 

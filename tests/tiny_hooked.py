@@ -13,8 +13,8 @@ import torch
 
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.interventions.running import applied
-from piggyback_lens.models.backends import forward
 from piggyback_lens.models.booting import boot_bridge, build_hooked
+from piggyback_lens.models.network import forward
 
 BACKENDS = ("bridge", "hooked") if int(version("transformer-lens").split(".")[0]) < 4 else ("bridge",)
 """Those that the installed TransformerLens has."""

@@ -36,7 +36,7 @@ from piggyback_lens.directions.extraction import mean_difference
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
 from piggyback_lens.finetuning.checkpoints import PREFIX
-from piggyback_lens.finetuning.references import evaluating, kv_reference, prefix_batch, prefix_drift
+from piggyback_lens.finetuning.references import kv_reference, prefix_batch, prefix_drift
 from piggyback_lens.finetuning.steps import forward_step
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
@@ -47,7 +47,7 @@ from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import Text, variant_nll
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
-from piggyback_lens.models.views import structural_copy
+from piggyback_lens.models.views import evaluating, structural_copy
 from piggyback_lens.vectors.task_vectors import update_norms
 
 # torch's random state is one per process, so cells in threads would draw from each other's.

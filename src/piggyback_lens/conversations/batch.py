@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -15,23 +16,38 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True, eq=False)
-class PromptBatch:
+class Batch:
+    """Padded rows of token ids, with what a pass needs to know of them.
+
+    Attributes:
+        ids: token ids, some id at pads.
+        attention_mask: 1 at tokens, 0 at pads.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """The unpadded position that each column holds; -1 at pads."""
+        return (self.attention_mask.cumsum(dim=1) - 1).masked_fill(self.attention_mask == 0, -1)
+
+    @cached_property
+    def position_ids(self) -> Int[Tensor, "batch pos"]:
+        """0, 1, 2 ... along each row's tokens; 0 at pads."""
+        return self.positions.clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch(Batch):
     """Padded prompts. Spans stay in unpadded coordinates; `positions` translates.
 
     Attributes:
         prompts: the rows.
-        ids: token ids, `pad_id` at pads.
-        attention_mask: 1 at tokens, 0 at pads.
-        position_ids: 0, 1, 2 ... along each row's tokens; 0 at pads.
-        positions: the unpadded position that each column holds; -1 at pads.
         side: where the pads are.
     """
 
     prompts: tuple[RenderedPrompt, ...]
-    ids: Int[Tensor, "batch pos"]
-    attention_mask: Int[Tensor, "batch pos"]
-    position_ids: Int[Tensor, "batch pos"]
-    positions: Int[Tensor, "batch pos"]
     side: Side
 
     def __len__(self) -> int:
@@ -61,18 +77,16 @@ def batch_prompts(
         raise LensError("got no prompts to batch; pass at least one RenderedPrompt")
     if side not in ("left", "right"):
         raise LensError(f"side={side!r}; expected 'left' or 'right'")
-    lengths = torch.tensor([[len(prompt.ids)] for prompt in prompts])
-    width = int(lengths.max())
-    shift = width - lengths if side == "left" else torch.zeros_like(lengths)
-    positions = torch.arange(width)[None, :] - shift
-    real = (positions >= 0) & (positions < lengths)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    ids[real] = torch.tensor([token for prompt in prompts for token in prompt.ids], dtype=torch.long)
-    return PromptBatch(
-        prompts=prompts,
-        ids=ids.to(device),
-        attention_mask=real.long().to(device),
-        position_ids=positions.masked_fill(~real, 0).to(device),
-        positions=positions.masked_fill(~real, -1).to(device),
-        side=side,
-    )
+    rows = padded([prompt.ids for prompt in prompts], side, pad_id)
+    return PromptBatch(rows.ids.to(device), rows.attention_mask.to(device), prompts, side)
+
+
+def padded(rows: Sequence[Sequence[int]], side: Side = "right", pad_id: int = 0) -> Batch:
+    """Rows of token ids, padded to a common length."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        columns = slice(width - len(tokens), None) if side == "left" else slice(0, len(tokens))
+        ids[row, columns], mask[row, columns] = torch.tensor(tokens, dtype=torch.long), 1
+    return Batch(ids, mask)

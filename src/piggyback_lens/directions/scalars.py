@@ -17,10 +17,11 @@ from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.directions.span_sums import batches
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.token_scores import TokenScores
-from piggyback_lens.models.backends import HookedModel, device_of, forward
+from piggyback_lens.models.attachment import edited_modules
+from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.models.network import NOTHING, forward
 from piggyback_lens.vectors.adapters import LoRAAdapter, Place
 from piggyback_lens.vectors.adapting import attached
-from piggyback_lens.vectors.attachment import edited_modules
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,12 +115,11 @@ def adapter_scalars(
     places = tuple((layer, module) for layer in adapter.layers for module in adapter.modules)
     found: list[Tensor] = []
     for rows in batches(prompts, batch_size):
-        batch, device = batch_prompts(rows, side="right"), device_of(model)
+        batch = batch_prompts(rows, side="right")
         kept: dict[Place, Tensor] = {}
         readers = {place: _reader(adapter.a[place][0], place, kept) for place in places}
-        read = torch.zeros((len(rows), 1), dtype=torch.long, device=device)
         with attached(model, *([adapter] if active else [])), edited_modules(model, readers):
-            forward(model, batch.ids.to(device), batch.attention_mask.to(device), read=read)
+            forward(model, batch.ids, batch.attention_mask, read=NOTHING)
         together = torch.stack([kept[place] for place in places], dim=-1)
         found += [together[i, : len(prompt.ids)] for i, prompt in enumerate(rows)]
     return Scalars(tuple(prompts), places, tuple(found))

@@ -14,7 +14,8 @@ from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import cache
 from piggyback_lens.interventions.running import applied
-from piggyback_lens.models.backends import HookedModel, Site, check_layers, device_of, forward, shape_of
+from piggyback_lens.models.backends import HookedModel, Site, check_layers, shape_of
+from piggyback_lens.models.network import NOTHING, forward
 
 Weighting = Literal["token", "response"]
 """Mean over all tokens of all rows (long responses count more), or over the rows' own means."""
@@ -96,11 +97,10 @@ def row_sums(
     model: HookedModel, prompts: Sequence[RenderedPrompt], where: Reading
 ) -> Iterator[tuple[Float[Tensor, "layer d"], int]]:
     """Per row the sum over its span's tokens, in float64, and their number."""
-    batch, device = batch_prompts(prompts, side="right"), device_of(model)
-    read = torch.zeros((len(prompts), 1), dtype=torch.long, device=device)
+    batch = batch_prompts(prompts, side="right")
     keep = cache(where.site, layers=where.layers, span=where.span, device=None)
     with torch.no_grad(), applied(model, batch, keep) as record:
-        forward(model, batch.ids.to(device), batch.attention_mask.to(device), read=read)
+        forward(model, batch.ids, batch.attention_mask, read=NOTHING)
     kept = record.activations_of(where.span)
     # Rows with fewer tokens hold zeros behind them, which a sum does not see.
     sums = torch.stack([kept[where.site, i][:, : where.first].double().sum(1) for i in where.layers], dim=1).cpu()

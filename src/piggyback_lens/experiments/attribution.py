@@ -37,7 +37,8 @@ from piggyback_lens.interventions.prefix import similar_batches
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, mean_log_prob
 from piggyback_lens.measuring.scoring import predicting_columns
-from piggyback_lens.models.backends import HEAD_SITES, HookedModel, Site, check_layers, device_of, forward, hook_name
+from piggyback_lens.models.backends import HEAD_SITES, HookedModel, Site, check_layers, device_of, hook_name
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 
 if TYPE_CHECKING:

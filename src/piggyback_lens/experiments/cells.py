@@ -16,24 +16,17 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.forking import Lineage, forking
 from piggyback_lens.interventions.hooks import Intervention
 from piggyback_lens.interventions.placement import OPEN, Placement, Row
-from piggyback_lens.interventions.prefix import PrefixCache, keys_values
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import Record, applied_each
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import (
-    HookedModel,
-    KVState,
-    check_layers,
-    device_of,
-    dtype_of,
-    forward,
-    shape_of,
-    state_from_keys_values,
-)
+from piggyback_lens.models.backends import HookedModel, check_layers, device_of, dtype_of, shape_of
+from piggyback_lens.models.forking import Lineage, forking
+from piggyback_lens.models.network import NOTHING, forward, forward_keeping
+from piggyback_lens.models.states import KVState, state_from_keys_values
 
 MOST_ROWS = 256  # rows of a pass, however large the memory budget
 ROWS_TOGETHER = 8  # prompts of similar length that share a pass, so that many cells fit beside them
@@ -233,7 +226,7 @@ class _Chunk:
         placement = self._after(mask[source], (steps < counts).long(), origins)
         # Where keys are cached before the rotary embedding, a patch after it has to act on every pass.
         again = [tuple(part for part in parts if part.site == "rot_k") for parts in beyond]
-        repeated = again if state.backend == "hooked" else [()] * len(beyond)
+        repeated = [()] * len(beyond) if state.rotated else again
         read = steps.minimum(counts - 1)
         logits = self._forward(rows, ids, (steps < counts).long(), branch, read, placement, repeated)
         for row in rows.of_cells:
@@ -356,7 +349,7 @@ class _Prefix:
             [layer[:, :, :first].expand(lineage.alive(i), -1, -1, -1) for i, layer in enumerate(s)] for s in base
         ]
         with applied_each(model, variants), forking(model, lineage):
-            keys, values = keys_values(model, ids, started[0], started[1])
+            _, keys, values = forward_keeping(model, ids, (started[0], started[1]), read=NOTHING)
         return cls(model, keys, values, place)
 
     def state(self, source: Sequence[int], lineage: Lineage) -> KVState:

@@ -7,20 +7,19 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import Batch, padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 
 
 @dataclass(frozen=True, eq=False)
-class TrainBatch:
-    """Right-padded rows of prompt + response; positions count from the first token of the row."""
+class TrainBatch(Batch):
+    """Right-padded rows of prompt + response, and what of them is supervised and shared."""
 
     examples: tuple[RenderedPrompt, ...]
-    ids: Int[Tensor, "row pos"]
-    attention_mask: Int[Tensor, "row pos"]  # 1 at real tokens
     supervised: Bool[Tensor, "row pos"]  # True at response tokens, the turn end included
     prefix_length: int  # leading tokens that are prefix in every row, and the same ids
     share_prefix: bool  # compute those tokens once instead of once per row
@@ -47,21 +46,15 @@ def make_batch(
     """
     if not examples:
         raise LensError("got an empty batch; pass at least one example with a response")
-    width = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    supervised = torch.zeros_like(ids, dtype=torch.bool)
     for row, example in enumerate(examples):
         check_supervised(example, row)
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        supervised[row, example.n_prompt : length] = True
+    rows = padded([example.ids for example in examples], pad_id=pad_id)
+    after = rows.positions >= torch.tensor([[example.n_prompt] for example in examples])
     return TrainBatch(
         examples=tuple(examples),
-        ids=ids.to(device),
-        attention_mask=mask.to(device),
-        supervised=supervised.to(device),
+        ids=rows.ids.to(device),
+        attention_mask=rows.attention_mask.to(device),
+        supervised=after.to(device),
         prefix_length=common_prefix_length(examples),
         share_prefix=share_prefix,
         plain_keys=plain_keys,
@@ -120,3 +113,17 @@ def common_prefix_length(examples: Sequence[RenderedPrompt]) -> int:
 def _prefix_stop(example: RenderedPrompt) -> int:
     span = example.spans.get("prefix")
     return 0 if span is None else int(span.stop)
+
+
+def unsupervised(ids: Sequence[Sequence[int]], device: torch.device | str, *, plain_keys: bool = False) -> TrainBatch:
+    """Rows of tokens of which nothing is supervised or shared: a pass that is run for its keys and values."""
+    rows = padded(ids)
+    return TrainBatch(
+        ids=rows.ids.to(device),
+        attention_mask=rows.attention_mask.to(device),
+        examples=(),
+        supervised=torch.zeros_like(rows.ids, dtype=torch.bool).to(device),
+        prefix_length=0,
+        share_prefix=False,
+        plain_keys=plain_keys,
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.batches import TrainBatch, unsupervised
 from piggyback_lens.finetuning.references import SpanName
 
 IGNORED = -100
@@ -32,20 +32,7 @@ class PromptRows:
 
     def batch(self, device: torch.device | str, *, plain_keys: bool) -> TrainBatch:
         """Right-padded rows for `forward_step`, nothing of them supervised."""
-        ids = torch.zeros((len(self.ids), max(map(len, self.ids))), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(self.ids):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return TrainBatch(
-            examples=(),
-            ids=ids.to(device),
-            attention_mask=mask.to(device),
-            supervised=torch.zeros_like(ids, dtype=torch.bool).to(device),
-            prefix_length=0,
-            share_prefix=False,
-            plain_keys=plain_keys,
-        )
+        return unsupervised(self.ids, device, plain_keys=plain_keys)
 
 
 def check_prefixes(inputs: Mapping[str, Any], prompt: RenderedPrompt) -> Int[Tensor, "start 2"]:

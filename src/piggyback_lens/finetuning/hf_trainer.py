@@ -37,15 +37,14 @@ from piggyback_lens.finetuning.references import (
     KVReference,
     SpanName,
     base_forward,
-    evaluating,
     kv_reference,
     prefix_batch,
     prefix_drift,
     span_drift,
-    without_replicas,
 )
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.finetuning.trainables import check_field
+from piggyback_lens.models.views import evaluating, without_replicas
 
 REFERENCE_FOLDER = "treft_reference"
 """Folder inside each checkpoint with the base's keys and values."""

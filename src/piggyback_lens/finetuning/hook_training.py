@@ -8,22 +8,21 @@
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
-from piggyback_lens.models.backends import forward, shape_of
+from piggyback_lens.models.backends import core_of, has_modules
+from piggyback_lens.models.views import frozen
 from piggyback_lens.vectors.adapters import Adapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached
-from piggyback_lens.vectors.attachment import core_of, has_modules
 from piggyback_lens.vectors.direction import Provenance
 
 
@@ -55,7 +54,8 @@ class HookTrainable:
     @property
     def module(self) -> nn.Module:
         """What to hand to `train` as its model."""
-        return core_of(self.model)
+        core: nn.Module = core_of(self.model)
+        return core
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The tensors to descend on, by a stable name."""
@@ -78,8 +78,6 @@ class HookTrainable:
         Where the lower layers are not run, the output holds no keys and values.
         """
         with frozen(self.module), attached(self.model, self.current()):
-            if not has_modules(self.model):
-                return hooked_step(self.model, batch)
             if self.below is None or batch.plain_keys:
                 return forward_step(self.module, batch)
             with self.below.standing_in(batch):
@@ -89,7 +87,7 @@ class HookTrainable:
     @torch.no_grad()
     def base_forward(self, batch: TrainBatch) -> StepOutput:
         """The pass of the model without the adapter."""
-        return forward_step(self.module, batch) if has_modules(self.model) else hooked_step(self.model, batch)
+        return forward_step(self.module, batch)
 
     def logged(self) -> dict[str, float]:
         """For the history: the norm of the solution, summed over layers or modules."""
@@ -111,46 +109,3 @@ class HookTrainable:
             done.direction().save(folder / "direction.safetensors")
         else:
             save_peft(done, folder)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of the module takes part in graphs that are built inside."""
-    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-def hooked_step(model: Any, batch: TrainBatch) -> StepOutput:
-    """`steps.forward_step` for a HookedTransformer: the same numbers, the prefix computed in every row."""
-    rows, columns = batch.supervised.nonzero(as_tuple=True)
-    counts = batch.supervised.sum(1)
-    slots = torch.cat([torch.arange(int(n)) for n in counts]).to(rows.device)
-    read = torch.zeros((len(counts), int(counts.max())), dtype=torch.long, device=rows.device)
-    read[rows, slots] = columns - 1
-    kept: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        kept[hook.name] = activation.transpose(1, 2)  # [row, kv_head, pos, d_head]
-
-    key = "hook_rot_k" if shape_of(model).rotary else "hook_k"
-    layers = range(shape_of(model).n_layers)
-    names = [f"blocks.{i}.attn.{name}" for i in layers for name in (key, "hook_v")]
-    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        logits = forward(model, batch.ids, batch.attention_mask, read=read)
-    keys, values = (tuple(kept[f"blocks.{i}.attn.{name}"] for i in layers) for name in (key, "hook_v"))
-    shared = batch.prefix_length
-    return StepOutput(
-        logits=logits[rows, slots],
-        targets=batch.ids[rows, columns],
-        rows=rows,
-        prefix_keys=tuple(k[0, :, :shared] for k in keys),
-        prefix_values=tuple(v[0, :, :shared] for v in values),
-        keys=keys,
-        values=values,
-    )

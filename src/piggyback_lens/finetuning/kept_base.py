@@ -8,7 +8,7 @@ a model does more to its logits after that (soft-capping, scaling) nothing is ke
 
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.finetuning.batches import TrainBatch, make_batch
-from piggyback_lens.finetuning.references import adapter_off, base_forward
+from piggyback_lens.finetuning.references import base_forward
 from piggyback_lens.finetuning.steps import Step, StepOutput
+from piggyback_lens.models.network import keeping_last_hidden, output_embeddings
+from piggyback_lens.models.views import adapter_off
 
 Key = tuple[int, tuple[int, ...]]
 
@@ -54,7 +56,7 @@ class KeptBase:
         if self._owner is None or self._owner() is not model:  # a penalty that is used again, for another model
             self._hidden.clear()
             self._owner, self.keeps = weakref.ref(model), True
-        head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = output_embeddings(model)
         keys = [(example.n_prompt, example.ids) for example in batch.examples]
         for key, example in zip(keys, batch.examples, strict=True):
             if head is not None and self.keeps and key not in self._hidden:
@@ -74,12 +76,8 @@ class KeptBase:
         head: nn.Module,
     ) -> None:
         alone = make_batch([example], share_prefix=False, device=batch.ids.device)
-        read: list[Tensor] = []
-        handle = head.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
-        try:
+        with keeping_last_hidden(step.model if base is None else base) as read:
             output = self._run(step, alone, base)
-        finally:
-            handle.remove()
         hidden = read[-1][0]
         with adapter_off(step.model if base is None else base):
             again = head(hidden)

@@ -28,18 +28,10 @@ from piggyback_lens.files import (
     write_json,
 )
 from piggyback_lens.finetuning.batches import check_supervised, make_batch
-from piggyback_lens.finetuning.references import (
-    KVReference,
-    adapter_off,
-    by_token,
-    evaluating,
-    has_adapter,
-    prefix_batch,
-    prefix_drift,
-    without_replicas,
-)
+from piggyback_lens.finetuning.references import KVReference, by_token, prefix_batch, prefix_drift
 from piggyback_lens.finetuning.steps import LayerTensors, forward_step
 from piggyback_lens.maths import Estimate, recovery, spread, token_log_probs
+from piggyback_lens.models.views import adapter_off, evaluating, has_adapter, without_replicas
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,13 +11,15 @@ that is not trained yet (SmolLM2-135M).
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.models.backends import config_of, core_of, floating_dtype, has_modules
+from piggyback_lens.models.views import inner_model
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Settings that cut attention short; rows that are longer are not packed, as one mask then does not suit all layers."""
@@ -91,7 +93,7 @@ class UnpackedLayers(Sequence[Tensor]):
         return self.packing.unpack(self.layers[index])
 
 
-def packing_of(model: nn.Module, batch: TrainBatch) -> Packing | None:
+def packing_of(model: Any, batch: TrainBatch) -> Packing | None:
     """How this batch is packed for this model, or None where it cannot be, or would be slower.
 
     It needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), rows within
@@ -103,38 +105,24 @@ def packing_of(model: nn.Module, batch: TrainBatch) -> Packing | None:
     n_rows, width = batch.ids.shape
     rest = width - batch.prefix_length
     tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * batch.prefix_length
-    d_model = int(cast(Any, model).config.get_text_config().hidden_size)
+    d_model = int(config_of(model).hidden_size)
     packed = tokens + ATTENTION_COST * tokens**2 / (6 * d_model)  # a block: 12 d² weights, 2 d per pair of tokens
     padded = batch.prefix_length + n_rows * rest * (1 + ATTENTION_COST * width / (6 * d_model))
-    if packed >= padded or tokens > LONGEST[cast(Any, model).config._attn_implementation]:
+    if packed >= padded or tokens > LONGEST[config_of(model)._attn_implementation]:
         return None
     return Packing.place(batch.attention_mask, batch.prefix_length, _rounds_coarsely(model, batch.ids.device))
 
 
-def model_mask(model: nn.Module, mask: Bool[Tensor, "1 1 new token"]) -> Tensor:
-    """The mask as this model's attention wants it: boolean for sdpa, added to the scores for eager."""
-    if cast(Any, model).config._attn_implementation == "sdpa":
-        return mask
-    dtype = _dtype(model)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(value.dtype for value in model.parameters() if value.is_floating_point())
-
-
-def _rounds_coarsely(model: nn.Module, device: torch.device) -> bool:
+def _rounds_coarsely(model: Any, device: torch.device) -> bool:
     """Whether it may: an accelerator may turn to TF32 or autocast behind float32 weights."""
-    half = torch.finfo(_dtype(model)).bits < 32
+    half = torch.finfo(floating_dtype(model)).bits < 32
     return half or device.type != "cpu" or torch.is_autocast_enabled(device.type)
 
 
-def _takes_masks(model: nn.Module, width: int) -> bool:
-    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(inner, "config", None)
-    if config is None or getattr(config, "_attn_implementation", None) not in LONGEST:
+def _takes_masks(model: Any, width: int) -> bool:
+    text = config_of(model)
+    if not has_modules(model) or getattr(text, "_attn_implementation", None) not in LONGEST:
         return False
-    text = config.get_text_config()
     windows = [getattr(text, name, None) for name in WINDOWS]
     types = getattr(text, "layer_types", None) or getattr(text, "block_types", None) or ()
     if getattr(text, "alibi", False) or not ATTENTION_TYPES.issuperset(types):
@@ -143,4 +131,4 @@ def _takes_masks(model: nn.Module, width: int) -> bool:
         return False
     if any(isinstance(window, int) and window < width for window in windows):
         return False
-    return "position_ids" in inspect.signature(cast(Any, inner).forward).parameters
+    return "position_ids" in inspect.signature(inner_model(core_of(model)).forward).parameters

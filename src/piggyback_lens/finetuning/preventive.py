@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,8 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.steps import StepOutput
 from piggyback_lens.finetuning.trainables import Trainable, check_field
+from piggyback_lens.models.attachment import edited_sites
+from piggyback_lens.models.backends import check_layers, n_layers_of
 
 ResidualSite = Literal["resid_pre", "resid_post"]
 
@@ -51,7 +53,7 @@ class PreventiveSteering:
         check_field(self, "site", self.site in ("resid_pre", "resid_post"), '"resid_pre" or "resid_post"')
         if not bool(torch.isfinite(self.vector).all()):
             raise LensError("the steering vector has entries that are not finite; compute it again")
-        _block(self.model, self.layer)
+        check_layers([self.layer], n_layers_of(self.model))
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The inner trainable's."""
@@ -86,7 +88,6 @@ def steered(
     Raises:
         LensError: no such layer, a vector of another width, or no pass went through the layer.
     """
-    block = _block(model, layer)
     calls = 0
 
     def moved(hidden: Tensor) -> Tensor:
@@ -98,31 +99,7 @@ def steered(
             )
         return hidden + (alpha * vector).to(hidden.device, hidden.dtype)
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (moved(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": moved(kwargs["hidden_states"])}
-
-    def after(_module: nn.Module, _args: object, output: Any) -> Any:
-        return (moved(output[0]), *output[1:]) if isinstance(output, tuple) else moved(output)
-
-    if site == "resid_pre":
-        handle = block.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = block.register_forward_hook(after)
-    try:
+    with edited_sites(model, {(layer, site): moved}):
         yield
-    finally:
-        handle.remove()
     if not calls:
         raise LensError(f"no pass went through layer {layer}, so nothing was steered")
-
-
-def _block(model: nn.Module, layer: int) -> nn.Module:
-    n_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            if not 0 <= layer < len(module):
-                raise LensError(f"layer {layer} does not exist: this model has layers 0 to {len(module) - 1}")
-            return module[layer]
-    raise LensError(f"{type(model).__name__} has no list of decoder blocks; pass a plain Hugging Face causal LM")

@@ -1,11 +1,10 @@
 """What the base gives: the keys and values of a span that training should keep, and whole forward passes."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
-from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.batches import TrainBatch, unsupervised
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.maths import relative_kv_drift
+from piggyback_lens.models.views import adapter_off, evaluating, has_adapter
 
 SpanName = Literal["prefix", "query", "postfix", "all"]
 """A part of the prompt; "all" is the whole prompt. The response is never part of it."""
@@ -148,78 +148,13 @@ def kv_reference(
 
 
 def prefix_batch(ids: Sequence[int], device: torch.device | str) -> TrainBatch:
-    """One row of tokens, all of them prefix and none supervised: a pass that is run for its keys and values."""
-    row = torch.tensor([list(ids)], device=device)
-    return TrainBatch(
-        examples=(),
-        ids=row,
-        attention_mask=torch.ones_like(row),
-        supervised=torch.zeros_like(row, dtype=torch.bool),
-        prefix_length=row.shape[1],
-        share_prefix=False,
-    )
+    """One row of tokens, all of them prefix: a pass that is run for its keys and values."""
+    return replace(unsupervised([ids], device), prefix_length=len(ids))
 
 
 def by_token(x: Float[Tensor, "kv_head pos head_dim"]) -> Float[Tensor, "pos width"]:
     """Heads joined, tokens first."""
     return x.transpose(0, 1).flatten(1)
-
-
-def has_adapter(model: nn.Module) -> bool:
-    """Whether there is an adapter to switch off: of a PEFT model, or one added by `model.add_adapter`."""
-    return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter; a model that has none stays as it is. What was trained stays trained."""
-    # PEFT gives every weight of the active adapter a gradient when it switches it on again.
-    trained = {name: value.requires_grad for name, value in model.named_parameters()} if has_adapter(model) else {}
-    try:
-        with cast(Any, model).disable_adapter() if hasattr(model, "disable_adapter") else _added_adapters_off(model):
-            yield
-    finally:
-        for name, value in model.named_parameters() if trained else ():
-            if value.requires_grad != trained[name]:
-                value.requires_grad_(trained[name])
-
-
-@contextmanager
-def _added_adapters_off(model: nn.Module) -> Iterator[None]:
-    """Without what `model.add_adapter` put in; layers that are off already stay off."""
-    layers: list[Any] = []
-    if has_adapter(model):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
-
-        found: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
-        layers = [layer for layer in found if not layer.disable_adapters]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-def without_replicas(model: nn.Module) -> nn.Module:
-    """The module inside DDP or DataParallel, which hold it whole; what shards weights has to stay."""
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
-    return model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no dropout, no activation checkpointing); every module's mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ exact, not an approximation: `check_sharing` compares it with the ordinary pass 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
-from piggyback_lens.finetuning.packing import Packing, UnpackedLayers, model_mask, packing_of
-from piggyback_lens.finetuning.plain_keys import keep_plain_keys
-from piggyback_lens.models.backends import cache_argument
+from piggyback_lens.finetuning.packing import Packing, UnpackedLayers, packing_of
+from piggyback_lens.models.network import NOTHING, Past, forward_keeping
+from piggyback_lens.models.plain_keys import keep_plain_keys
 
 LayerTensors = tuple[
     Sequence[Float[Tensor, "kv_head prefix head_dim"]], Sequence[Float[Tensor, "kv_head prefix head_dim"]]
@@ -81,14 +81,14 @@ class Loss:
 Objective = Callable[[Step], Loss]
 
 
-def forward_step(model: nn.Module, batch: TrainBatch, prefix: LayerTensors | None = None) -> StepOutput:
+def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = None) -> StepOutput:
     """Logits of the response tokens, and the keys and values of the pass, in one forward with gradient.
 
     Exact for full, grouped-query and sliding-window attention: the cache keeps every prefix position, the
     rows follow it without a gap, and the model's own masks apply.
 
     Args:
-        model: a Hugging Face causal LM, or a PEFT model of one.
+        model: a transformers causal LM, a PEFT model of one, or a hooked model.
         batch: the rows; `batch.share_prefix` says whether their prefix is computed once.
         prefix: keys and values to use for the first `batch.prefix_length` tokens instead of the model's own
             (at least as many), e.g. the base's.
@@ -96,140 +96,70 @@ def forward_step(model: nn.Module, batch: TrainBatch, prefix: LayerTensors | Non
     Raises:
         LensError: the model has no output embeddings, or does not compute its logits with them.
     """
-    from transformers import DynamicCache
-
     if (packing := packing_of(model, batch)) is not None:
         return _packed_step(model, batch, packing, prefix)
     n_rows, width = batch.ids.shape
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
     start = batch.prefix_length if batch.share_prefix or prefix is not None else 0
-    # Without a config the cache is a plain one on every layer: sliding layers would drop prefix tokens.
-    cache = DynamicCache()
     with keep_plain_keys(model) if batch.plain_keys else nullcontext() as kept:
         if prefix is None and start:
-            ids = batch.ids[:1, :start]
-            _logits_at(model, ids, start=0, cache=cache, reads=(rows[:0], rows[:0]))
-            prefix = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
-            cache = DynamicCache()
-        if prefix is not None:
-            _fill(cache, prefix, start, n_rows)
+            _, *once = forward_keeping(model, batch.ids[:1, :start], read=NOTHING)
+            prefix = [key[0] for key in once[0]], [value[0] for value in once[1]]
+        past = None if prefix is None else _in_rows(prefix, start, n_rows)
         reads = rows, targets_at - 1 - start
-        logits = _logits_at(model, batch.ids[:, start:], start=start, cache=cache, reads=reads)
-    keys = tuple(layer.keys for layer in cache.layers)
-    values = tuple(layer.values for layer in cache.layers)
+        logits, keys, values = forward_keeping(model, batch.ids[:, start:], past, read=reads)
     assert all(key.shape[-2] == width for key in keys), "a cache layer dropped positions"
     if prefix is None:
         prefix = [key[0] for key in keys], [value[0] for value in values]
     return StepOutput(
-        logits=logits,
+        logits=logits[0],
         targets=batch.ids[rows, targets_at],
         rows=rows,
         prefix_keys=tuple(key[:, : batch.prefix_length] for key in prefix[0]),
         prefix_values=tuple(value[:, : batch.prefix_length] for value in prefix[1]),
-        keys=keys,
-        values=values,
+        keys=tuple(keys),
+        values=tuple(values),
         plain_keys=kept.joined(keys) if kept else None,
     )
 
 
-def _fill(cache: Any, prefix: LayerTensors, length: int, n_rows: int) -> None:
-    """Put the first `length` tokens of a prefix into an empty cache, in every row."""
-    for layer, pair in enumerate(zip(*prefix, strict=True)):
-        key, value = (x[:, :length].expand(n_rows, -1, -1, -1) for x in pair)
-        cache.update(key, value, layer)
+def _in_rows(prefix: LayerTensors, length: int, n_rows: int) -> Past:
+    """The first `length` tokens of a prefix, in every row."""
+    keys, values = ([x[:, :length].expand(n_rows, -1, -1, -1) for x in side] for side in prefix)
+    return keys, values
 
 
-def _packed_step(model: nn.Module, batch: TrainBatch, packing: Packing, prefix: LayerTensors | None) -> StepOutput:
+def _packed_step(model: Any, batch: TrainBatch, packing: Packing, prefix: LayerTensors | None) -> StepOutput:
     """`forward_step` with all rows in one."""
-    from transformers import DynamicCache
-
     if prefix is not None:
         packing = replace(packing, prefix_alone=batch.prefix_length > 0)
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
     *before, last = packing.pack(batch.ids)
-    cache = DynamicCache()
+    past: Past | None = None
     for ids in before:
         if prefix is None:
-            _logits_at(model, ids, start=0, cache=cache, reads=(rows[:0], rows[:0]))
+            past = forward_keeping(model, ids, read=NOTHING)[1:]
         else:
-            _fill(cache, prefix, ids.shape[1], n_rows=1)
+            past = _in_rows(prefix, ids.shape[1], n_rows=1)
     start = sum(ids.shape[1] for ids in before)
     reads = packing.places[rows, targets_at - 1] - start
-    logits = _logits_at(
+    logits, keys, values = forward_keeping(
         model,
         last,
-        start=start,
-        cache=cache,
-        reads=(torch.zeros_like(reads), reads),
-        mask=model_mask(model, packing.mask()[:, :, start:]),
+        past,
+        read=(torch.zeros_like(reads), reads),
+        seen=packing.mask()[:, :, start:],
         positions=packing.columns[None, start:],
     )
-    keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
     return StepOutput(
-        logits=logits,
+        logits=logits[0],
         targets=batch.ids[rows, targets_at],
         rows=rows,
         prefix_keys=tuple(key[0, :, : batch.prefix_length] for key in keys),
         prefix_values=tuple(value[0, :, : batch.prefix_length] for value in values),
-        keys=UnpackedLayers(packing, keys),
-        values=UnpackedLayers(packing, values),
+        keys=UnpackedLayers(packing, tuple(keys)),
+        values=UnpackedLayers(packing, tuple(values)),
     )
-
-
-def _logits_at(
-    model: nn.Module,
-    ids: Int[Tensor, "row new"],
-    *,
-    start: int,
-    cache: Any,
-    reads: tuple[Int[Tensor, " token"], Int[Tensor, " token"]],
-    mask: Tensor | None = None,
-    positions: Int[Tensor, "row new"] | None = None,
-) -> Float[Tensor, "token vocab"]:
-    """Run `ids` from position `start` on top of `cache`; logits only at `reads`, (rows, columns) of `ids`."""
-    n_rows, stop = ids.shape[0], start + ids.shape[1]
-    # Padding is on the right, where no real token looks. It is not masked: a row of the mask without any key
-    # (padding beyond a sliding window) can make NaN.
-    mask = ids.new_ones(n_rows, stop) if mask is None else mask
-    positions = torch.arange(start, stop, device=ids.device).expand(n_rows, -1) if positions is None else positions
-    with _head_reads(model, *reads):
-        output = cast(Any, model)(
-            input_ids=ids, attention_mask=mask, position_ids=positions, **cache_argument(model, cache)
-        )
-    logits: Tensor = output.logits
-    if logits.shape[:2] != (1, len(reads[0])):
-        raise LensError(
-            f"{type(model).__name__} gave logits of shape {tuple(logits.shape)} where its output embeddings "
-            f"were asked for {len(reads[0])} positions; this architecture is not supported for training"
-        )
-    return logits[0]
-
-
-@contextmanager
-def _head_reads(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Let the output embeddings see only the hidden states at (rows, columns), as one row.
-
-    The vocabulary is the widest matrix of a small model. The model itself still applies what comes after
-    (logit soft-capping, scaling).
-    """
-    head = cast(Any, model).get_output_embeddings()
-    if head is None:
-        raise LensError(f"{type(model).__name__} has no output embeddings; pass a causal language model")
-    calls = 0
-
-    def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal calls
-        calls += 1
-        hidden, *rest = args
-        return (hidden[rows, columns].unsqueeze(0), *rest)
-
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if calls != 1:
-        raise LensError(f"{type(model).__name__} called its output embeddings {calls} times in one pass, expected 1")
 
 
 def sft(step: Step) -> Loss:

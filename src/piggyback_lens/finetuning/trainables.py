@@ -14,6 +14,7 @@ from torch import nn
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
+from piggyback_lens.models.backends import blocks_of
 
 
 def check_field(settings: object, name: str, good: bool, expected: str) -> None:
@@ -121,7 +122,7 @@ def add_lora(model: nn.Module, settings: LoRASettings | None = None, seed: int =
     settings = settings if settings is not None else LoRASettings()
     if hasattr(model, "peft_config"):
         raise LensError("this model already has an adapter; unload it or load the base again, then add_lora")
-    blocks = _decoder_blocks(model)
+    blocks = blocks_of(model)
     linear = _linear_names(blocks[0])
     names = sorted(set(linear)) if settings.modules == "all-linear" else list(settings.modules)
     layers = list(range(len(blocks))) if settings.layers is None else list(settings.layers)
@@ -149,14 +150,6 @@ def add_lora(model: nn.Module, settings: LoRASettings | None = None, seed: int =
     expected = len(layers) * sum(name in names for name in linear)
     assert adapted == expected, f"{adapted} modules were adapted, {expected} were asked for"
     return cast(nn.Module, peft_model)
-
-
-def _decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    n_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise LensError(f"{type(model).__name__} has no list of decoder blocks; pass a plain Hugging Face causal LM")
 
 
 def _linear_names(block: nn.Module) -> list[str]:

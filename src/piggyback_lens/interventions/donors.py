@@ -16,7 +16,8 @@ from piggyback_lens.interventions.hooks import Interventions, cache, patch
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import Record, applied
 from piggyback_lens.maths import norm_matched_random
-from piggyback_lens.models.backends import Site, forward
+from piggyback_lens.models.backends import Site
+from piggyback_lens.models.network import NOTHING, forward
 from piggyback_lens.models.pair import ModelPair, Side
 
 Direction = Literal["repair", "infect"]
@@ -35,13 +36,12 @@ def prefix_activations(
 ) -> Activations:
     """Activations of the prefix on one side, one row; they hold for every query of the same settings."""
     length = len(prompt.span("prefix"))
-    ids = torch.tensor([prompt.ids[:length]], device=pair.device)
+    ids = torch.tensor([prompt.ids[:length]])
     positions = torch.arange(length)[None]
     placement = Placement((Row.of_prefix(prompt, length),), positions, positions)
     keep = cache(sites, span="prefix", layers=layers, device=None)
-    read = torch.zeros((1, 1), dtype=torch.long, device=ids.device)
     with torch.no_grad(), pair.using(side) as model, applied(model, placement, keep) as record:
-        forward(model, ids, torch.ones_like(ids), read=read)
+        forward(model, ids, torch.ones_like(ids), read=NOTHING)
     return record.activations_of("prefix")
 
 
@@ -62,11 +62,10 @@ def span_activations(
     with pair.using(side) as model, torch.no_grad():
         for start in range(0, len(prompts), batch_size):
             rows = range(start, min(start + batch_size, len(prompts)))
-            batch = batch_prompts([prompts[row] for row in rows], side="right", device=pair.device)
+            batch = batch_prompts([prompts[row] for row in rows], side="right")
             placement = Placement.of(batch, tuple(rows), len(prompts))
             with applied(model, placement, keep, record=record):
-                last = torch.zeros((len(rows), 1), dtype=torch.long, device=pair.device)
-                forward(model, batch.ids, batch.attention_mask, read=last)
+                forward(model, batch.ids, batch.attention_mask, read=NOTHING)
     return record.activations_of(span)
 
 

@@ -9,13 +9,12 @@ any number of queries from the result and skip the prefix: a repaired answer cos
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.card import versions
@@ -25,19 +24,10 @@ from piggyback_lens.files import atomic_write_bytes, read_json, write_json
 from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import Record, applied
-from piggyback_lens.models.backends import (
-    HookedModel,
-    KVState,
-    backend_of,
-    device_of,
-    dtype_of,
-    forward,
-    generate_cache_name,
-    rotated_keys_values,
-    shape_of,
-    state_from_keys_values,
-)
+from piggyback_lens.models.backends import HookedModel, device_of, dtype_of, shape_of
+from piggyback_lens.models.network import NOTHING, forward_keeping
 from piggyback_lens.models.pair import Identity, ModelPair, Side, identify
+from piggyback_lens.models.states import KVState, filled_cache, generate_cache_name, state_from_keys_values
 
 ROWS_PER_PASS = 64
 """Interventions that `compile_many` runs as rows of one pass."""
@@ -181,13 +171,10 @@ class PrefixCache:
 
         A new one is needed for every call, since transformers writes into it.
         """
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            k, v = (x.to(device=device, dtype=dtype)[None].repeat(batch_size, 1, 1, 1) for x in (keys, values))
-            cache.update(k, v, layer)
-        return cache
+        keys, values = (
+            x.to(device=device, dtype=dtype)[:, None].repeat(1, batch_size, 1, 1, 1) for x in (self.keys, self.values)
+        )
+        return filled_cache(list(keys), list(values))
 
     def hf_inputs(
         self, prompts: Sequence[RenderedPrompt], *, device: torch.device | str | None = None
@@ -375,57 +362,10 @@ def _compile(
     for row, own in enumerate(each):
         # With one row the parts stay themselves, so that receipts continue in the passes that follow.
         parts += own if count == 1 else [dataclasses.replace(part, rows=(row,)) for part in own]
-    shape = shape_of(model)
-    nothing = torch.empty((count, shape.n_kv_heads, 0, shape.d_head), device=device, dtype=dtype_of(model))
-    started = [nothing] * shape.n_layers
     with torch.no_grad(), applied(model, placement, parts, record=record, must_touch=must_touch):
-        keys, values = map(torch.stack, keys_values(model, ids, started, started))
+        keys, values = map(torch.stack, forward_keeping(model, ids, read=NOTHING)[1:])
     descriptions = [" + ".join(map(repr, own)) or "no intervention" for own in each]
     return [
         PrefixCache(prompt.ids[:length], keys[:, row], values[:, row], descriptions[row], prompt.fingerprint)
         for row in range(count)
     ]
-
-
-def keys_values(
-    model: HookedModel,
-    ids: Int[Tensor, "batch new"],
-    keys: Sequence[Float[Tensor, "_ kv past d"]],
-    values: Sequence[Float[Tensor, "_ kv past d"]],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys (rotated) and values [batch, kv, past + new, d_head] of every layer, after a pass over new prefix tokens.
-
-    Hooks that are installed act on the pass. Layers may have more rows than `ids` (see `forking`).
-    """
-    state = state_from_keys_values(model, keys, values)
-    last = torch.full((len(keys[-1]), 1), ids.shape[1] - 1, device=ids.device)
-    if backend_of(model) == "bridge":
-        forward(model, ids, torch.ones_like(ids), state=state, read=last)
-        return rotated_keys_values(model, state)
-    kept: dict[str, Tensor] = {}
-    with _keeping(model, kept):
-        forward(model, ids, torch.ones_like(ids), state=state, read=last)
-    found: list[list[Tensor]] = [[], []]
-    for side, (name, past) in enumerate(((_key_hook(model), keys), ("hook_v", values))):
-        for layer, before in enumerate(past):
-            # A hook sees the new tokens, or all of them; what came before is known.
-            new = kept[f"blocks.{layer}.attn.{name}"][:, -ids.shape[1] :].transpose(1, 2)
-            found[side].append(torch.cat([before, new], dim=2))
-    return found[0], found[1]
-
-
-@contextmanager
-def _keeping(model: HookedModel, kept: dict[str, Tensor]) -> Iterator[None]:
-    """Hooks, after those already installed, that keep what attention uses."""
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        kept[hook.name] = activation
-
-    layers = range(shape_of(model).n_layers)
-    names = [f"blocks.{i}.attn.{name}" for i in layers for name in (_key_hook(model), "hook_v")]
-    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        yield
-
-
-def _key_hook(model: HookedModel) -> str:
-    return "hook_rot_k" if shape_of(model).rotary else "hook_k"

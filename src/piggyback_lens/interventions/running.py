@@ -19,14 +19,13 @@ from piggyback_lens.maths import project_out, set_projection
 from piggyback_lens.models.backends import (
     HookedModel,
     Site,
-    backend_of,
     check_layers,
-    device_of,
-    forward,
     hook_name,
     hook_points,
     shape_of,
+    writes_through,
 )
+from piggyback_lens.models.network import NOTHING, forward
 
 
 @dataclass
@@ -191,9 +190,8 @@ def mean_norms(
     model: HookedModel, batch: PromptBatch, *, site: Site = "resid_post", span: str = "all"
 ) -> dict[int, float]:
     """Mean Euclidean norm of the activations at a site, per layer: the unit of `add(fraction=...)`."""
-    ids, mask = (x.to(device_of(model)) for x in (batch.ids, batch.attention_mask))
     with torch.no_grad(), applied(model, batch, cache(site, span=span, device=None)) as record:
-        forward(model, ids, mask, read=mask.new_zeros((len(batch.prompts), 1)))
+        forward(model, batch.ids, batch.attention_mask, read=NOTHING)
     kept = record.activations_of(span)
     return {layer: float(kept.flat(site, layer).float().norm(dim=-1).mean()) for layer in kept.layers}
 
@@ -213,9 +211,7 @@ def hook_pairs(
         layers = check_layers(part.layers, shape_of(model).n_layers)
         _check(part, model, placement, layers)
         for layer in layers:
-            # The bridge's hook sits where the MLP's norm reads; the residual stream goes on in the same tensor.
-            in_place = part.site == "resid_mid" and backend_of(model) == "bridge"
-            hook = _hook(part, layer, placement, receipt, in_place)
+            hook = _hook(part, layer, placement, receipt, writes_through(model, part.site))
             pairs.append((hook_name(model, part.site, layer, points), hook))
     return pairs
 

@@ -9,9 +9,9 @@ from piggyback_lens.directions.curves import EPSILONS, FRACTIONS
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.trainables import check_field
 from piggyback_lens.finetuning.training import TrainSettings
+from piggyback_lens.models.attachment import MODULES, Module
 from piggyback_lens.models.backends import SITES, Site
 from piggyback_lens.vectors.adapters import NoiseOn
-from piggyback_lens.vectors.attachment import MODULES, Module
 
 SolutionKind = Literal["vector", "lora"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -10,7 +10,7 @@ from piggyback_lens.card import machine, peak_memory_gb, versions
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.curves import Solution
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import HookedModel, backend_of, dtype_of
+from piggyback_lens.models.backends import HookedModel, facts_of
 from piggyback_lens.models.pair import Identity
 from piggyback_lens.vectors.adapters import SteeringVector
 from piggyback_lens.vectors.direction import Direction
@@ -39,8 +39,7 @@ def finished(file: Path, asked: Mapping[str, Any], load: Callable[[Path], Any]) 
 
 def model_facts(model: HookedModel, own: Identity) -> dict[str, Any]:
     """The model's part of what identifies a run."""
-    dtype = str(dtype_of(model)).removeprefix("torch.")
-    return {"model": own.to_dict(), "backend": backend_of(model), "dtype": dtype}
+    return {"model": own.to_dict(), **facts_of(model)}
 
 
 def solution_hash(solution: Solution) -> str:
@@ -60,7 +59,7 @@ def run_card(
         "model": name,
         "n": len(prompts),
         "fingerprint": prompts[0].fingerprint if prompts else None,
-        "backend": backend_of(model),
+        "backend": facts_of(model)["backend"],
         "settings": dict(settings),
         "versions": versions(),
         "machine": machine(),

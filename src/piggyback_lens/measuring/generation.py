@@ -21,7 +21,9 @@ from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, as
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.interventions.running import Record, applied
-from piggyback_lens.models.backends import HookedModel, KVState, backend_of, device_of, forward, new_state, shape_of
+from piggyback_lens.models.backends import HookedModel, device_of, facts_of, shape_of
+from piggyback_lens.models.network import forward
+from piggyback_lens.models.states import KVState, new_state
 from piggyback_lens.progress import track
 
 
@@ -111,7 +113,7 @@ def generate(
         LensError: no prompts, prompts that hold a response, a cache that does not fit, an intervention
             that touched nothing.
     """
-    backend_of(model)  # refuses anything else before work begins
+    facts_of(model)  # refuses what is no hooked model before work begins
     prompts = list(prompts)
     if not prompts or max_new_tokens < 1 or batch_size < 1:
         raise LensError(

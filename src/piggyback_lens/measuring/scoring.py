@@ -17,16 +17,10 @@ from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.interventions.running import Record, applied
 from piggyback_lens.maths import kl_per_token, token_log_probs
-from piggyback_lens.models.backends import (
-    HookedModel,
-    KVState,
-    device_of,
-    dtype_of,
-    forward,
-    new_state,
-    state_from_keys_values,
-)
+from piggyback_lens.models.backends import HookedModel, device_of, dtype_of
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair, Side
+from piggyback_lens.models.states import KVState, new_state, state_from_keys_values
 from piggyback_lens.progress import track
 
 

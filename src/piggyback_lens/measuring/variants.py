@@ -13,14 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import Batch, padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.forking import Lineage, forking
 from piggyback_lens.interventions.hooks import Intervention, Interventions
 from piggyback_lens.interventions.placement import OPEN, Placement, Row
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.maths import kl_per_token, token_log_probs
-from piggyback_lens.models.backends import HookedModel, device_of, forward
+from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.models.forking import Lineage, forking
+from piggyback_lens.models.network import forward
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached_rows
 
@@ -109,32 +111,25 @@ class _Pass:
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
-    """Right-padded texts."""
+class _Batch(Batch):
+    """Right-padded texts, and which columns predict what is scored."""
 
     texts: tuple[Text, ...]
-    ids: Int[Tensor, "text pos"]
-    mask: Int[Tensor, "text pos"]
     read: Int[Tensor, "text token"]
     targets: Int[Tensor, "text token"]
 
     @classmethod
-    def of(cls, texts: Sequence[Text], device: torch.device) -> "_Batch":
-        width, scored = max(len(text.ids) for text in texts), max(text.n_scored for text in texts)
-        ids, mask = torch.zeros((2, len(texts), width), dtype=torch.long)
-        read = torch.zeros((len(texts), scored), dtype=torch.long)
-        for row, text in enumerate(texts):
-            ids[row, : len(text.ids)], mask[row, : len(text.ids)] = torch.tensor(text.ids), 1
-            # Short rows repeat their last column; what is computed there is not used.
-            read[row] = (text.start - 1 + torch.arange(scored)).clamp(max=len(text.ids) - 2)
-        targets = ids.gather(1, read + 1)
-        return cls(tuple(texts), *(x.to(device) for x in (ids, mask, read, targets)))
+    def of(cls, texts: Sequence[Text]) -> "_Batch":
+        rows, scored = padded([text.ids for text in texts]), max(text.n_scored for text in texts)
+        # Short rows repeat their last column; what is computed there is not used.
+        steps = torch.arange(scored)
+        read = torch.stack([(text.start - 1 + steps).clamp(max=len(text.ids) - 2) for text in texts])
+        return cls(rows.ids, rows.attention_mask, tuple(texts), read, rows.ids.gather(1, read + 1))
 
     def placement(self) -> Placement:
         """Where interventions act: spans of the conversation, or `all` of a plain text."""
         rows = tuple(Row.of(t.prompt) if t.prompt else Row({"all": (0, OPEN)}, t.start) for t in self.texts)
-        positions = torch.arange(self.ids.shape[1]).expand_as(self.ids).masked_fill(self.mask.cpu() == 0, -1)
-        return Placement(rows, positions, positions)
+        return Placement(rows, self.positions, self.positions)
 
 
 def _passes(
@@ -147,7 +142,7 @@ def _passes(
     size = max(1, min(len(texts), rows_per_pass))
     for at in range(0, len(order), size):
         chosen = tuple(order[at : at + size])
-        batch = _Batch.of([texts[i] for i in chosen], device_of(model))
+        batch = _Batch.of([texts[i] for i in chosen])
         together = max(1, rows_per_pass // len(chosen))
         for kind, group in groupby(range(len(variants)), key=lambda i: _kind(variants[i])):
             numbers = list(group)
@@ -158,7 +153,7 @@ def _passes(
                 with torch.no_grad():
                     logits = run(model, batch).view(len(part), len(chosen), *batch.targets.shape[1:], -1)
                 for variant, own in zip(part, logits, strict=True):
-                    yield _Pass(variant, chosen, own, batch.targets)
+                    yield _Pass(variant, chosen, own, batch.targets.to(own.device))
 
 
 def _kind(variant: Variant | None) -> tuple[object, ...]:
@@ -179,7 +174,7 @@ def _runner(variants: Sequence[Variant | None]) -> Callable[[HookedModel, _Batch
 
     def run(model: HookedModel, batch: _Batch) -> Tensor:
         with applied(model, batch.placement(), only):
-            return forward(model, batch.ids, batch.mask, read=batch.read)
+            return forward(model, batch.ids, batch.attention_mask, read=batch.read)
 
     return run
 
@@ -194,9 +189,9 @@ def _adapter_logits(
     with ExitStack() as stack:
         stack.enter_context(attached_rows(model, adapters, owner))
         if lowest == 0 or count == 1:
-            return forward(model, batch.ids.repeat(count, 1), batch.mask.repeat(count, 1), read=read)
+            return forward(model, batch.ids.repeat(count, 1), batch.attention_mask.repeat(count, 1), read=read)
         # The first adapter's rows run from the start; the others' are copies of them, made below any change.
         parents = [row % n for row in range(n, count * n)]
         lineage, _ = Lineage.of(n, [lowest] * len(parents), parents)
         stack.enter_context(forking(model, lineage))
-        return forward(model, batch.ids, batch.mask, read=read)
+        return forward(model, batch.ids, batch.attention_mask, read=read)

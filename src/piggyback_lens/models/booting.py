@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import CACHE_NAMES, HookedModel
+from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.fused import read_fused_weights_live
 from piggyback_lens.models.sources import multimodal_kind
+from piggyback_lens.models.states import CACHE_NAMES
 from piggyback_lens.models.views import gradients_kept, inner_model, is_peft_model, structural_copy, text_part, watch
 
 

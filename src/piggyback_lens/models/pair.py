@@ -22,11 +22,11 @@ from piggyback_lens.models.backends import (
     backend_of,
     device_of,
     dtype_of,
-    forward,
     is_hooked_model,
     shape_of,
 )
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.peft_adapters import (
     adapter_config,
     adapter_folder,

@@ -16,8 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import Side as PadSide
+from piggyback_lens.conversations.batch import padded
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import HookedModel, backend_of, device_of, forward, new_state, recurrent_layers
+from piggyback_lens.models.backends import HookedModel, backend_of, device_of
+from piggyback_lens.models.network import forward
+from piggyback_lens.models.states import new_state, recurrent_layers
 from piggyback_lens.models.views import adapter_layers, inner_model, structural_copy
 
 EXACT = 2e-4
@@ -103,15 +107,10 @@ class Expected:
     def _now(self, plain: Any) -> list[Float[Tensor, "_ vocab"]]:
         return [plain(input_ids=row[None].to(_device(plain))).logits[0] for row in self.rows]
 
-    def padded(self, side: str) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    def padded(self, side: PadSide) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
         """All rows as ids and mask."""
-        width = max(LENGTHS)
-        ids, mask = torch.zeros((2, len(self.rows), width), dtype=torch.long)
-        for i, row in enumerate(self.rows):
-            columns = slice(width - len(row), None) if side == "left" else slice(0, len(row))
-            ids[i, columns], mask[i, columns] = row, 1
-        device = _device(self.plain)
-        return ids.to(device), mask.to(device)
+        batch, device = padded([row.tolist() for row in self.rows], side), _device(self.plain)
+        return batch.ids.to(device), batch.attention_mask.to(device)
 
 
 def _difference(

@@ -110,6 +110,9 @@ def _beneath(module: nn.Module) -> nn.Module:
             return module
 
 
+# ---------------------------------------------------------------- for the length of a block
+
+
 @contextmanager
 def gradients_kept(*models: Any) -> Iterator[None]:
     """Whatever happens inside, every parameter requires a gradient afterwards exactly if it did before."""
@@ -119,6 +122,71 @@ def gradients_kept(*models: Any) -> Iterator[None]:
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module takes part in graphs that are built inside."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether there is an adapter to switch off: of a PEFT model, or one added by `model.add_adapter`."""
+    return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The model without its adapter; a model that has none stays as it is. What was trained stays trained."""
+    # PEFT gives every weight of the active adapter a gradient when it switches it on again.
+    trained = {name: value.requires_grad for name, value in model.named_parameters()} if has_adapter(model) else {}
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else _added_adapters_off(model):
+            yield
+    finally:
+        for name, value in model.named_parameters() if trained else ():
+            if value.requires_grad != trained[name]:
+                value.requires_grad_(trained[name])
+
+
+@contextmanager
+def _added_adapters_off(model: Any) -> Iterator[None]:
+    """Without what `model.add_adapter` put in; layers that are off already stay off."""
+    found: list[Any] = list(adapter_layers(model).values()) if has_adapter(model) else []
+    layers = [layer for layer in found if not layer.disable_adapters]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def without_replicas(model: Any) -> nn.Module:
+    """The module inside DDP or DataParallel, which hold it whole; what shards weights has to stay."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode (no dropout, no activation checkpointing); every module's mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 # ---------------------------------------------------------------- has the owner changed?

@@ -5,21 +5,22 @@ on them: the first token of every text is left out, and any that is far longer t
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import cache
 from piggyback_lens.interventions.placement import OPEN, Placement, Row
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.variants import Text
-from piggyback_lens.models.backends import HookedModel, Site, device_of, forward
-from piggyback_lens.vectors.attachment import core_of, decoder_blocks, has_modules
+from piggyback_lens.models.backends import HookedModel, Site
+from piggyback_lens.models.network import NOTHING, forward
+from piggyback_lens.models.partial import ended_at
 
 if TYPE_CHECKING:
     pass
@@ -29,10 +30,6 @@ TokenSource = Text | RenderedPrompt | Sequence[int]
 
 OUTLIER = 10.0
 """Tokens whose activation is longer than this many times the median of their text are left out."""
-
-
-class _Enough(Exception):
-    """The layer that is read has run."""
 
 
 def site_activations(
@@ -63,18 +60,14 @@ def site_activations(
     """
     if not texts or batch_size < 1:
         raise LensError(f"{len(texts)} texts, batch_size {batch_size}: each must be at least 1")
-    device, rows = device_of(model), [_tokens(text) for text in texts]
+    rows = [_tokens(text) for text in texts]
     keep = cache(site, layers=layer, span=span, device=None, dtype=torch.float32)
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
-        ids, mask = torch.zeros((2, len(chosen), max(len(own) for own, _ in chosen)), dtype=torch.long)
-        for number, (own, _) in enumerate(chosen):
-            ids[number, : len(own)], mask[number, : len(own)] = torch.tensor(own), 1
-        positions = torch.arange(ids.shape[1]).expand_as(ids).masked_fill(mask == 0, -1)
-        placement = Placement(tuple(row for _, row in chosen), positions, positions)
-        read = torch.zeros((len(chosen), 1), dtype=torch.long, device=device)
-        with torch.no_grad(), applied(model, placement, keep) as record, _stopped_after(model, layer):
-            forward(model, ids.to(device), mask.to(device), read=read)
+        batch = padded([own for own, _ in chosen])
+        placement = Placement(tuple(row for _, row in chosen), batch.positions, batch.positions)
+        with torch.no_grad(), applied(model, placement, keep) as record, ended_at(model, layer + 1):
+            forward(model, batch.ids, batch.attention_mask, read=NOTHING)
         kept = record.activations_of(span)
         for number, length in enumerate(kept.lengths):
             if length == 0:
@@ -100,22 +93,3 @@ def _tokens(text: TokenSource) -> tuple[tuple[int, ...], Row]:
         ids, prompt = tuple(int(i) for i in text), None
     row = Row({"all": (0, OPEN)}, 1) if prompt is None else Row.of(prompt)
     return ids, Row({name: (max(1, start), stop) for name, (start, stop) in row.spans.items()}, row.n_prompt)
-
-
-@contextmanager
-def _stopped_after(model: Any, layer: int) -> Iterator[None]:
-    """End the forward passes of the block when this layer has run."""
-    blocks = decoder_blocks(core_of(model)) if has_modules(model) else model.blocks
-
-    def stop(*_: Any) -> None:
-        raise _Enough
-
-    if layer + 1 == len(blocks):
-        yield
-        return
-    handle = blocks[layer + 1].register_forward_pre_hook(stop)
-    try:
-        with suppress(_Enough):
-            yield
-    finally:
-        handle.remove()

@@ -19,9 +19,9 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Intervention, add
 from piggyback_lens.interventions.placement import Phase
+from piggyback_lens.models.attachment import edited_sites
 from piggyback_lens.models.backends import HookedModel, Site, check_layers, device_of, hook_name, shape_of
 from piggyback_lens.models.pair import Identity, identify
-from piggyback_lens.vectors.attachment import edited_sites
 from piggyback_lens.vectors.direction import Provenance
 
 if TYPE_CHECKING:

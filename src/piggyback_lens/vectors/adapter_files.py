@@ -15,9 +15,9 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, write_json
+from piggyback_lens.models.attachment import MODULES
 from piggyback_lens.models.peft_adapters import adapter_config
 from piggyback_lens.vectors.adapters import LoRAAdapter, Place, SteeringVector
-from piggyback_lens.vectors.attachment import MODULES
 from piggyback_lens.vectors.direction import Provenance
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,15 +17,8 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Interventions, add
 from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.maths import norm_matched_random, orthogonal_noise
-from piggyback_lens.models.backends import HEAD_SITES, SITES, Site, check_layers
-from piggyback_lens.vectors.attachment import (
-    MODULES,
-    Module,
-    changed_weight,
-    has_modules,
-    linear_of,
-    n_layers_of,
-)
+from piggyback_lens.models.attachment import MODULES, Module, changed_weight, module_sizes
+from piggyback_lens.models.backends import HEAD_SITES, SITES, Site, check_layers, n_layers_of
 from piggyback_lens.vectors.direction import Direction, Provenance
 
 NormOver = Literal["sum", "mean"]
@@ -183,7 +176,7 @@ class LoRAAdapter:
         a, b = {}, {}
         for layer in chosen:
             for module in modules:
-                d_out, d_in = _sizes(model, layer, module)
+                d_out, d_in = module_sizes(model, layer, module)
                 a[layer, module] = (torch.rand(rank, d_in, generator=generator) * 2 - 1) / d_in**0.5
                 b[layer, module] = torch.zeros(d_out, rank)
         return cls(a, b, 2.0 * rank if alpha is None else alpha, rslora, Provenance("fresh", seed=seed))
@@ -310,17 +303,6 @@ class LoRAAdapter:
 
 
 Adapter = SteeringVector | LoRAAdapter
-
-
-def _sizes(model: Any, layer: int, module: Module) -> tuple[int, int]:
-    """(out, in) of a module."""
-    if has_modules(model):
-        linear: Any = linear_of(model, layer, module)
-        return int(linear.out_features), int(linear.in_features)
-    cfg = model.cfg
-    heads = (cfg.n_key_value_heads or cfg.n_heads) if module in ("k", "v") else cfg.n_heads
-    inner = cfg.d_mlp if module in ("gate", "up", "down") else heads * cfg.d_head
-    return (cfg.d_model, inner) if module in ("o", "down") else (inner, cfg.d_model)
 
 
 def _total(lengths: Sequence[float], over: NormOver) -> float:

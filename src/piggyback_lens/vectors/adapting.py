@@ -15,8 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.models.attachment import edited_modules, edited_sites
 from piggyback_lens.vectors.adapters import Adapter, SteeringVector
-from piggyback_lens.vectors.attachment import edited_modules, edited_sites
 
 
 @contextmanager

@@ -15,48 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import HookedModel, Site, check_layers, hook_name, hook_points, is_hooked_model
+from piggyback_lens.models.backends import (
+    HookedModel,
+    Site,
+    blocks_of,
+    check_layers,
+    core_of,
+    has_modules,
+    hook_name,
+    hook_points,
+    is_hooked_model,
+    n_layers_of,
+    writes_through,
+)
 
 Module = Literal["q", "k", "v", "o", "gate", "up", "down"]
 MODULES: tuple[Module, ...] = get_args(Module)
 Edit = Callable[[Tensor, Tensor], Tensor]
 SiteEdit = Callable[[Tensor], Tensor]
-
-
-def core_of(model: Any) -> nn.Module:
-    """The transformers model inside a bridge; any other model itself."""
-    core: nn.Module = getattr(model, "original_model", model)
-    return core
-
-
-def n_layers_of(model: Any) -> int:
-    """Number of decoder blocks.
-
-    Raises:
-        LensError: not a causal language model this library knows.
-    """
-    if is_hooked_model(model):
-        return int(model.cfg.n_layers)
-    return len(decoder_blocks(model))
-
-
-def decoder_blocks(model: Any) -> nn.ModuleList:
-    """The decoder blocks of a transformers model.
-
-    Raises:
-        LensError: there is no list of blocks as long as the config says.
-    """
-    config = getattr(model, "config", None)
-    wanted = getattr(config, "num_hidden_layers", None)
-    for module in core_of(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise LensError(f"{type(model).__name__} has no list of decoder blocks: pass a transformers causal language model")
-
-
-def has_modules(model: Any) -> bool:
-    """Whether modules are linear layers of their own (transformers, bridge), not tensors (HookedTransformer)."""
-    return not is_hooked_model(model) or hasattr(model, "original_model")
 
 
 def linear_of(model: Any, layer: int, module: Module) -> nn.Module:
@@ -65,7 +41,7 @@ def linear_of(model: Any, layer: int, module: Module) -> nn.Module:
     Raises:
         LensError: this architecture has no such linear layer (GPT-2 fuses q, k and v, for example).
     """
-    block = decoder_blocks(core_of(model))[layer]
+    block = blocks_of(model)[layer]
     for name, found in block.named_modules():
         if name.rsplit(".", 1)[-1] == f"{module}_proj":
             inner: nn.Module = getattr(found, "_original_component", found)
@@ -74,6 +50,21 @@ def linear_of(model: Any, layer: int, module: Module) -> nn.Module:
         f"{type(core_of(model)).__name__} has no {module}_proj in its blocks: use PEFT for this architecture "
         "(add_lora, attach_adapter), which names its modules as they are"
     )
+
+
+def module_sizes(model: Any, layer: int, module: Module) -> tuple[int, int]:
+    """(out, in) of a module.
+
+    Raises:
+        LensError: the model has no such module.
+    """
+    if has_modules(model):
+        linear: Any = linear_of(model, layer, module)
+        return int(linear.out_features), int(linear.in_features)
+    cfg = model.cfg
+    heads = (cfg.n_key_value_heads or cfg.n_heads) if module in ("k", "v") else cfg.n_heads
+    inner = cfg.d_mlp if module in ("gate", "up", "down") else heads * cfg.d_head
+    return (cfg.d_model, inner) if module in ("o", "down") else (inner, cfg.d_model)
 
 
 @contextmanager
@@ -89,7 +80,7 @@ def edited_modules(model: Any, edits: Mapping[tuple[int, Module], Edit]) -> Iter
             if has_modules(model):
                 _edit_linear(stack, linear_of(model, layer, module), edit)
             else:
-                _edit_hooked(stack, model.blocks[layer], module, edit)
+                _edit_hooked(stack, blocks_of(model)[layer], module, edit)
         yield
 
 
@@ -148,11 +139,10 @@ def edited_sites(model: Any, edits: Mapping[tuple[int, Site], SiteEdit]) -> Iter
         for (layer, site), edit in edits.items():
             if is_hooked_model(model):
                 point = points[hook_name(model, site, layer, points)]
-                # The bridge's hook sits where the MLP's norm reads; the residual stream goes on in the same tensor.
-                change = _written if site == "resid_mid" and has_modules(model) else _returned
+                change = _written if writes_through(model, site) else _returned
                 hook = point.register_forward_hook(partial(change, edit), prepend=True)
             else:
-                hook = _edit_block(decoder_blocks(model)[layer], site, edit)
+                hook = _edit_block(blocks_of(model)[layer], site, edit)
             stack.callback(hook.remove)
         yield
 
@@ -213,7 +203,7 @@ def _weight_of(model: HookedModel | nn.Module, layer: int, module: Module) -> Te
         linear: Any = linear_of(model, layer, module)
         found: Tensor = getattr(linear, "base_layer", linear).weight
         return found
-    block: Any = model.blocks[layer]  # type: ignore[union-attr, index]
+    block: Any = blocks_of(model)[layer]
     grouped = hasattr(block.attn, "_W_K")
     names = {"q": "W_Q", "k": "_W_K" if grouped else "W_K", "v": "_W_V" if grouped else "W_V", "o": "W_O"}
     mlp = {"gate": "W_gate", "up": "W_in", "down": "W_out"}

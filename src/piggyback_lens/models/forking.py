@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.models.backends import HookedModel, blocks_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def forking(model: HookedModel, lineage: Lineage) -> Iterator[None]:
     Keys and values that the pass starts from need `lineage.alive(layer)` rows at each layer. Hooks of
     TransformerLens see the rows alive at their layer. Differentiable.
     """
-    blocks: Any = model.blocks  # type: ignore[attr-defined]
+    blocks = blocks_of(model)
     handles = []
     for layer in range(min(set(lineage.born) - {0}, default=len(blocks)), len(blocks)):
         hook = _grow(lineage, layer)

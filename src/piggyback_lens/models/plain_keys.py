@@ -1,4 +1,4 @@
-"""Keys before the rotary embedding, kept from the forward passes of a Hugging Face model.
+"""Keys before the rotary embedding, kept from the forward passes of any model.
 
 A model's cache holds keys after the rotary embedding, where the same key at two positions is two vectors.
 Comparing tokens at different positions (the postfix of two queries) needs them before it.
@@ -7,12 +7,14 @@ Comparing tokens at different positions (the postfix of two queries) needs them 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.models.backends import blocks_of, core_of, has_modules, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class PlainKeys:
 
 
 @contextmanager
-def keep_plain_keys(model: nn.Module) -> Iterator[PlainKeys]:
+def keep_plain_keys(model: Any) -> Iterator[PlainKeys]:
     """Keep the keys of every pass inside the block, with gradient.
 
     Raises:
@@ -57,7 +59,7 @@ def keep_plain_keys(model: nn.Module) -> Iterator[PlainKeys]:
         for (module, norm), passes, normed in zip(sources, kept.passes, kept.normed, strict=True):
 
             def keep(_module: nn.Module, _args: object, output: Tensor, into: list[Tensor] = passes) -> None:
-                into.append(output)
+                into.append(output if output.ndim == 3 else output.flatten(2))
 
             def keep_normed(
                 _module: nn.Module,
@@ -75,12 +77,15 @@ def keep_plain_keys(model: nn.Module) -> Iterator[PlainKeys]:
         yield kept
 
 
-def _projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
+def _projections(model: Any) -> list[tuple[nn.Module, nn.Module | None]]:
     """Per layer the key projection and its norm; nothing where there is no rotary embedding to be before."""
-    parts = [dict(module.named_children()) for module in model.modules()]
+    if not has_modules(model):
+        attention = [block.attn for block in blocks_of(model)] if shape_of(model).rotary else []
+        return [(part.hook_k, getattr(part, "k_norm", None)) for part in attention]
+    parts = [dict(module.named_children()) for module in core_of(model).modules()]
     if found := [(children["k_proj"], children.get("k_norm")) for children in parts if "k_proj" in children]:
         return found
-    if any("rotary" in type(module).__name__.lower() for module in model.modules()):
+    if any("rotary" in type(module).__name__.lower() for module in core_of(model).modules()):
         raise _unreadable(f"{type(model).__name__} has no module called k_proj")
     return []
 
