@@ -11,7 +11,7 @@ from tiny_models import NAMES, build
 from torch.testing import assert_close
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning import packing
+from piggyback_lens.finetuning import steps
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.hook_training import HookTrainable
@@ -22,6 +22,7 @@ from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Step, response_nll
 from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.maths import kl_per_token
+from piggyback_lens.models import packing
 from piggyback_lens.models.backends import core_of, is_hooked_model
 from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
 
@@ -63,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_whole_pass(layout, kind, what, how,
     except LensError as error:
         pytest.skip(f"this architecture has no such modules: {error}")
     batch = make_batch(EXAMPLES, share_prefix=share)
-    assert (packing.packing_of(core_of(model), batch) is not None) == (how == "packed")
+    assert (steps.packing_for(core_of(model), batch) is not None) == (how == "packed")
     whole = gradients(HookTrainable(model, start, cache_below=False), batch)
     cached = HookTrainable(model, start)
     for _ in range(2):

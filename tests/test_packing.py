@@ -15,9 +15,9 @@ from piggyback_lens.finetuning import packing
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
-from piggyback_lens.finetuning.packing import Packing, packing_of
 from piggyback_lens.finetuning.references import kv_reference, prefix_drift
-from piggyback_lens.finetuning.steps import Step, forward_step
+from piggyback_lens.finetuning.steps import Step, forward_step, packing_for
+from piggyback_lens.models.packing import Packing
 
 
 def widened(model: Any) -> Any:
@@ -38,7 +38,7 @@ def packs_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_packed_step_has_the_loss_and_gradients_of_rows_run_alone(name: str, impl: str) -> None:
     model, examples = widened(tuned(name, impl)), tiny_examples(5)
-    assert packing_of(model, make_batch(examples)) is not None
+    assert packing_for(model, make_batch(examples)) is not None
     assert_same_step(model, examples)
 
 
@@ -67,7 +67,7 @@ def test_penalties_on_keys_and_values_are_those_of_whole_rows(span: Any, monkeyp
     for cost in (0.0, float("inf")):
         monkeypatch.setattr(packing, "ATTENTION_COST", cost)
         batch = make_batch(examples)
-        assert (packing_of(model, batch) is None) == bool(cost)
+        assert (packing_for(model, batch) is None) == bool(cost)
         loss = objective(Step(model, batch, forward_step(model, batch), 0)).total
         parameters = [value for value in model.parameters() if value.requires_grad]
         found.append([loss, *torch.autograd.grad(loss, parameters)])
@@ -79,7 +79,7 @@ def test_penalties_on_keys_and_values_are_those_of_whole_rows(span: Any, monkeyp
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "gpt2"])
 def test_stored_activations_of_lower_layers_are_packed_alike(name: str) -> None:
     model, batch = build(name, vocab=VOCAB), make_batch(tiny_examples(4))
-    assert packing_of(model, batch) is not None
+    assert packing_for(model, batch) is not None
     whole = forward_step(model, batch).logits
     with FrozenLower(model, 2).standing_in(batch):
         torch.testing.assert_close(forward_step(model, batch).logits, whole, rtol=1e-5, atol=1e-5)
@@ -89,14 +89,14 @@ def test_rows_beyond_a_window_keys_before_rotation_and_flash_attention_are_not_p
     examples = tiny_examples(3)
     batch = make_batch(examples)
     assert batch.ids.shape[1] > WINDOW
-    assert packing_of(build("mistral", vocab=VOCAB), batch) is None
-    assert packing_of(build("gemma3", vocab=VOCAB), batch) is None
+    assert packing_for(build("mistral", vocab=VOCAB), batch) is None
+    assert packing_for(build("gemma3", vocab=VOCAB), batch) is None
     llama = build("llama-gqa", vocab=VOCAB)
-    assert packing_of(llama, batch) is not None
-    assert packing_of(llama, make_batch(examples, share_prefix=False)) is None
-    assert packing_of(llama, make_batch(examples, plain_keys=True)) is None
+    assert packing_for(llama, batch) is not None
+    assert packing_for(llama, make_batch(examples, share_prefix=False)) is None
+    assert packing_for(llama, make_batch(examples, plain_keys=True)) is None
     llama.config._attn_implementation = "flash_attention_2"
-    assert packing_of(llama, batch) is None
+    assert packing_for(llama, batch) is None
 
 
 def test_models_without_positions_or_with_other_layers_than_attention_are_not_packed(packs_always: None) -> None:
@@ -106,14 +106,14 @@ def test_models_without_positions_or_with_other_layers_than_attention_are_not_pa
     bloom = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
     )
-    assert packing_of(bloom, batch) is None
+    assert packing_for(bloom, batch) is None
     gpt_neo = transformers.GPTNeoConfig(
         vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     )
-    assert packing_of(transformers.GPTNeoForCausalLM(gpt_neo), batch) is None
+    assert packing_for(transformers.GPTNeoForCausalLM(gpt_neo), batch) is None
     convolving = another("Lfm2", layer_types=["conv", "full_attention"])
     assert isinstance(convolving.config, transformers.Lfm2Config)
-    assert packing_of(convolving, batch) is None
+    assert packing_for(convolving, batch) is None
 
 
 def another(name: str, **settings: Any) -> Any:
@@ -140,7 +140,7 @@ def another(name: str, **settings: Any) -> Any:
 )
 def test_other_architectures_are_packed_too(name: str) -> None:
     model, examples = another(name), tiny_examples(4)
-    assert packing_of(model, make_batch(examples)) is not None
+    assert packing_for(model, make_batch(examples)) is not None
     steps = (forward_step(model, make_batch(examples, share_prefix=share)) for share in (True, False))
     packed, ordinary = (step.logits.detach() for step in steps)
     assert float((packed - ordinary).norm() / ordinary.norm()) < 1e-5
@@ -150,9 +150,9 @@ def test_other_architectures_are_packed_too(name: str) -> None:
 def test_it_is_packed_where_it_pays() -> None:
     model = build("llama-gqa", vocab=VOCAB)  # 32 wide: attention costs as much as the linear layers
     model.config.hidden_size = 4096
-    assert packing_of(model, make_batch(tiny_examples(6))) is not None
+    assert packing_for(model, make_batch(tiny_examples(6))) is not None
     model.config.hidden_size = 1
-    assert packing_of(model, make_batch(tiny_examples(6))) is None
+    assert packing_for(model, make_batch(tiny_examples(6))) is None
 
 
 @pytest.mark.parametrize(("impl", "limit"), packing.LONGEST.items())
@@ -161,8 +161,8 @@ def test_long_rows_are_not_packed(impl: str, limit: int, packs_always: None) -> 
     few = tiny_examples(4, longest=60)
     n_prefix, tokens = few[0].span("prefix").stop, [len(example.ids) for example in few]
     times = (limit - n_prefix) // (sum(tokens) - 4 * n_prefix)
-    assert packing_of(model, make_batch(few * times)) is not None
-    assert packing_of(model, make_batch(few * (times + 1))) is None
+    assert packing_for(model, make_batch(few * times)) is not None
+    assert packing_for(model, make_batch(few * (times + 1))) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -179,7 +179,7 @@ def test_half_precision_stays_near(impl: str, dtype: torch.dtype, packs_always: 
 def test_the_prefix_has_not_drifted_before_training(dtype: torch.dtype, packs_always: None) -> None:
     model, examples = build("llama-gqa", vocab=VOCAB, attn_implementation="sdpa").to(dtype), tiny_examples(6)
     batch = make_batch(examples)
-    own = packing_of(model, batch)
+    own = packing_for(model, batch)
     assert own is not None
     assert own.prefix_alone == (dtype == torch.bfloat16)
     drift = prefix_drift(forward_step(model, batch), kv_reference(model, examples[0])).detach()

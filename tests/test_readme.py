@@ -116,6 +116,21 @@ def test_rooms_import_only_from_the_rooms_above_them():
     assert not wrong
 
 
+def test_only_the_models_room_calls_the_network_or_asks_for_its_library():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    pattern = text.partition("<!-- seam:start -->")[2].partition("<!-- seam:end -->")[0].strip("`\n")
+    assert re.search(pattern, "logits = model(input_ids=ids)")
+    assert re.search(pattern, "bridge.original_model")
+    found = [
+        f"{path.relative_to(PACKAGE)}:{number}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        if path.parent.name != "models"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line) and not line.lstrip().startswith(('"', "#"))
+    ]
+    assert not found
+
+
 # ---------------------------------------------------------------- numbers in the README
 
 

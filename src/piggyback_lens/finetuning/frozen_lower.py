@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
-from piggyback_lens.finetuning.packing import packing_of
+from piggyback_lens.finetuning.steps import packing_for
 from piggyback_lens.models.backends import n_layers_of
 from piggyback_lens.models.partial import begun_at, residual_at
 
@@ -85,7 +85,7 @@ class FrozenLower:
         """
         whole = self.of(batch)
         shared = batch.prefix_length if batch.share_prefix else 0
-        packing = packing_of(self.model, batch)
+        packing = packing_for(self.model, batch)
         waiting = [whole[:1, :shared], whole[:, shared:]] if shared else [whole]
         if packing is not None:
             waiting = packing.pack(whole)

@@ -19,7 +19,8 @@ from torch import nn
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
-from piggyback_lens.models.backends import core_of, has_modules
+from piggyback_lens.models.backends import core_of
+from piggyback_lens.models.partial import can_begin_late
 from piggyback_lens.models.views import frozen
 from piggyback_lens.vectors.adapters import Adapter, SteeringVector
 from piggyback_lens.vectors.adapting import attached
@@ -43,7 +44,7 @@ class HookTrainable:
         self.model = model
         self.start = start
         lowest = start.layers[0]
-        caches = cache_below and has_modules(model) and lowest > 0
+        caches = cache_below and can_begin_late(model) and lowest > 0
         self.below = FrozenLower(core_of(model), lowest, budget_gb=budget_gb) if caches else None
         device = next(self.module.parameters()).device
         self._parameters = {

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
-from piggyback_lens.finetuning.packing import Packing, UnpackedLayers, packing_of
 from piggyback_lens.models.network import NOTHING, Past, forward_keeping
+from piggyback_lens.models.packing import Packing, UnpackedLayers, packing_of
 from piggyback_lens.models.plain_keys import keep_plain_keys
 
 LayerTensors = tuple[
@@ -96,7 +96,7 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
     Raises:
         LensError: the model has no output embeddings, or does not compute its logits with them.
     """
-    if (packing := packing_of(model, batch)) is not None:
+    if (packing := packing_for(model, batch)) is not None:
         return _packed_step(model, batch, packing, prefix)
     n_rows, width = batch.ids.shape
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
@@ -121,6 +121,13 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
         values=tuple(values),
         plain_keys=kept.joined(keys) if kept else None,
     )
+
+
+def packing_for(model: Any, batch: TrainBatch) -> Packing | None:
+    """How `forward_step` packs this batch into one row; None where it does not."""
+    if not batch.share_prefix or batch.plain_keys:
+        return None
+    return packing_of(model, batch, batch.prefix_length)
 
 
 def _in_rows(prefix: LayerTensors, length: int, n_rows: int) -> Past:

@@ -15,6 +15,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.models.backends import blocks_of
+from piggyback_lens.models.views import is_peft_model
 
 
 def check_field(settings: object, name: str, good: bool, expected: str) -> None:
@@ -120,7 +121,7 @@ def add_lora(model: nn.Module, settings: LoRASettings | None = None, seed: int =
     from transformers.pytorch_utils import Conv1D
 
     settings = settings if settings is not None else LoRASettings()
-    if hasattr(model, "peft_config"):
+    if is_peft_model(model):
         raise LensError("this model already has an adapter; unload it or load the base again, then add_lora")
     blocks = blocks_of(model)
     linear = _linear_names(blocks[0])

@@ -34,9 +34,9 @@ from piggyback_lens.finetuning.checkpoints import (
     save_checkpoint,
     write_folder,
 )
-from piggyback_lens.finetuning.packing import packing_of
-from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, sft
+from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, packing_for, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
+from piggyback_lens.models.views import is_booted, is_peft_model
 from piggyback_lens.progress import track
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class _Run:
         """The batch of step `start`, and if that is not packed the next one that is."""
         for index in range(start, min(start + 50, self.settings.steps)):
             batch = self.batch(index)
-            packed = packing_of(self.model, batch) is not None
+            packed = packing_for(self.model, batch) is not None
             if packed or index == start:
                 yield batch
             if packed:
@@ -320,11 +320,11 @@ def learning_rate_at(settings: TrainSettings, index: int) -> float:
 
 
 def _unbooted_peft(model: nn.Module) -> nn.Module:
-    if not hasattr(model, "peft_config"):
+    if not is_peft_model(model):
         raise LensError(
             f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first"
         )
-    if any("_original_component" in name for name, _ in model.named_parameters()):
+    if is_booted(model):
         raise LensError("this model was booted into TransformerLens; train the plain Hugging Face model, boot it later")
     return model
 

@@ -2,7 +2,7 @@
 
     repair = patch(base_activations, span="prefix")            # what, where
     with applied(model, batch, repair) as record:              # TransformerLens hooks, always removed
-        logits = model(batch.ids)
+        logits = model.forward(batch.ids)
     print(record)                                              # how much was touched
 
 `intervention.fwd_hooks(model, batch)` gives ordinary TransformerLens `(name, function)` pairs, for

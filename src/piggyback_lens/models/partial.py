@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import blocks_of, config_of
+from piggyback_lens.models.backends import blocks_of, config_of, has_modules
 from piggyback_lens.models.network import NOTHING, forward
 from piggyback_lens.models.states import CACHE_NAMES
 
@@ -53,6 +53,11 @@ def residual_at(model: Any, ids: Int[Tensor, "row pos"], layer: int) -> tuple[Fl
     finally:
         handle.remove()
     return found[0].detach(), tuples[0]
+
+
+def can_begin_late(model: Any) -> bool:
+    """Whether `begun_at` works on a model: its blocks have to be modules of transformers."""
+    return has_modules(model)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
         peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True)
         # Said, because "auto" asks the hub about the base that the adapter names.
         needed, allowed = (set(get_peft_model_state_dict(peft_model, save_embedding_layers=s)) for s in (False, True))
-    stored = {key.replace("._original_component", "") for key in shapes}
+    stored = {plain_key(key) for key in shapes}
     missing, homeless = sorted(needed - stored), sorted(stored - allowed)
     if missing or homeless:
         raise LensError(
@@ -147,6 +147,11 @@ def adapter_shapes(folder: str | Path, config: Mapping[str, Any]) -> dict[str, l
 
 
 # ---------------------------------------------------------------- kinds
+
+
+def plain_key(key: str) -> str:
+    """A tensor's name as PEFT writes it, also where the adapter was saved from a model that a bridge had rewired."""
+    return key.replace("._original_component", "")
 
 
 def refuse_adapters_beyond_weights(model: Any) -> None:

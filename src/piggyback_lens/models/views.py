@@ -46,6 +46,11 @@ def is_peft_model(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def is_booted(model: Any) -> bool:
+    """Whether TransformerLens has rewired this very model (or a part of it) into a bridge."""
+    return any(name.endswith("_original_component") for name, _ in model.named_modules())
+
+
 def inner_model(model: Any) -> Any:
     """The transformers model inside PEFT's wrapper (with its adapter layers), any other model itself."""
     return model.get_base_model() if is_peft_model(model) else model

@@ -16,7 +16,8 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, write_json
 from piggyback_lens.models.attachment import MODULES
-from piggyback_lens.models.peft_adapters import adapter_config
+from piggyback_lens.models.peft_adapters import adapter_config, plain_key
+from piggyback_lens.models.views import is_booted
 from piggyback_lens.vectors.adapters import LoRAAdapter, Place, SteeringVector
 from piggyback_lens.vectors.direction import Provenance
 
@@ -104,7 +105,7 @@ def load_peft(folder: str | Path) -> LoRAAdapter:
         raise LensError(f"{folder / WEIGHTS} is not a safetensors file ({error})") from error
     parts: dict[str, dict[Place, Tensor]] = {"A": {}, "B": {}}
     for key, value in stored.items():
-        found = _KEY.search(key.replace("._original_component", ""))
+        found = _KEY.search(plain_key(key))
         if found is None or found[2] not in MODULES:
             raise LensError(
                 f"{folder}: tensor {key} is not of a {'/'.join(MODULES)} module: load it with attach_adapter"
@@ -274,7 +275,7 @@ def save_with_bias(vector: SteeringVector, hf_model: Any, folder: str | Path) ->
         raise LensError(f"a bias of down_proj acts at resid_post or mlp_out, this vector at {vector.site}")
     check_layers(vector.layers, config.num_hidden_layers)
     state = hf_model.state_dict()
-    if any("_original_component" in name for name in state):
+    if is_booted(hf_model):
         raise LensError("this model was booted into TransformerLens: give the plain transformers model")
     biased = type(config).from_dict({**config.to_dict(), "mlp_bias": True})
     copy = AutoModelForCausalLM.from_config(biased, dtype=hf_model.dtype)

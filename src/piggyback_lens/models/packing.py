@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.conversations.batch import Batch
 from piggyback_lens.models.backends import config_of, core_of, floating_dtype, has_modules
 from piggyback_lens.models.views import inner_model
 
@@ -93,24 +93,24 @@ class UnpackedLayers(Sequence[Tensor]):
         return self.packing.unpack(self.layers[index])
 
 
-def packing_of(model: Any, batch: TrainBatch) -> Packing | None:
-    """How this batch is packed for this model, or None where it cannot be, or would be slower.
+def packing_of(model: Any, batch: Batch, n_prefix: int) -> Packing | None:
+    """How right-padded rows that share `n_prefix` tokens are packed; None where they cannot be, or would be slower.
 
     It needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), rows within
     every attention window, and no more tokens than `LONGEST`. It pays where padding and shared tokens cost more than
     attention across rows.
     """
-    if not batch.share_prefix or batch.plain_keys or not _takes_masks(model, batch.ids.shape[1]):
+    if not _takes_masks(model, batch.ids.shape[1]):
         return None
     n_rows, width = batch.ids.shape
-    rest = width - batch.prefix_length
-    tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * batch.prefix_length
+    rest = width - n_prefix
+    tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * n_prefix
     d_model = int(config_of(model).hidden_size)
     packed = tokens + ATTENTION_COST * tokens**2 / (6 * d_model)  # a block: 12 d² weights, 2 d per pair of tokens
-    padded = batch.prefix_length + n_rows * rest * (1 + ATTENTION_COST * width / (6 * d_model))
+    padded = n_prefix + n_rows * rest * (1 + ATTENTION_COST * width / (6 * d_model))
     if packed >= padded or tokens > LONGEST[config_of(model)._attn_implementation]:
         return None
-    return Packing.place(batch.attention_mask, batch.prefix_length, _rounds_coarsely(model, batch.ids.device))
+    return Packing.place(batch.attention_mask, n_prefix, _rounds_coarsely(model, batch.ids.device))
 
 
 def _rounds_coarsely(model: Any, device: torch.device) -> bool:
