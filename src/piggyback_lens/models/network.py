@@ -15,6 +15,7 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import config_of, core_of, device_of, floating_dtype, kind_of, shape_of
+from piggyback_lens.models.plain_views import network_of
 from piggyback_lens.models.states import KVState, cache_argument, new_state, state_from_keys_values
 
 Columns = Int[Tensor, "rows read"]
@@ -57,7 +58,8 @@ def forward(
     past = attention_mask[:, :0] if state is None else state.mask
     full_mask = torch.cat([past, attention_mask], dim=1)
     kind = kind_of(model)
-    with nullcontext() if read is None else _reading(model, _places(read, device)):
+    network = network_of(model) if kind == "bridge" else model
+    with nullcontext() if read is None else _reading(network, _places(read, device)):
         if kind == "hooked":
             # HookedTransformer derives the positions from the mask, and appends it to its cache's.
             assert positions is None, "a HookedTransformer takes the positions of its mask"
@@ -71,7 +73,6 @@ def forward(
         else:
             if positions is None:
                 positions = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past.shape[1] :]
-            network = core_of(model)
             logits = network(
                 input_ids=ids,
                 attention_mask=full_mask if seen is None else _as_read(network, seen),

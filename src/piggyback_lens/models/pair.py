@@ -38,10 +38,12 @@ from piggyback_lens.models.peft_adapters import (
     written_when_attached,
 )
 from piggyback_lens.models.places import LoadOptions, is_adapter_folder
+from piggyback_lens.models.plain_views import remember_plain
 from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import (
     gradients_kept,
+    inner_model,
     is_peft_model,
     require_current,
     structural_copy,
@@ -84,6 +86,10 @@ def _hooked(owner: Any, tokenizer: Any, backend: Backend, expected: Expected) ->
     else:
         raise LensError(f"backend {backend!r} is not known: choose 'bridge' or 'hooked'")
     prove(model, expected)
+    if backend == "bridge":
+        beside = structural_copy(owner).eval()
+        text = text_part(inner_model(beside))
+        remember_plain(model, beside if text is inner_model(beside) else text)
     return model
 
 

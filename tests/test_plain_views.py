@@ -1,0 +1,253 @@
+"""Passes without hooks go through the plain view; whatever anybody hooks or replaces on the bridge is noticed."""
+
+import gc
+import weakref
+from contextlib import contextmanager
+
+import peft
+import pytest
+import tiny_chat
+import tiny_hooked
+import tiny_models
+import torch
+from torch import nn
+
+from piggyback_lens.interventions.hooks import add
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models import plain_views
+from piggyback_lens.models.attachment import edited_modules, edited_sites, linear_of
+from piggyback_lens.models.backends import core_of
+from piggyback_lens.models.booting import _stand_in_tokenizer
+from piggyback_lens.models.forking import Lineage, forking
+from piggyback_lens.models.network import forward, keeping_last_hidden
+from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens.models.partial import ended_at
+from piggyback_lens.models.plain_views import network_of, plain_view, settled
+from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapting import attached
+
+TOKENIZER = tiny_chat.tiny_tokenizer()
+IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
+LAYER = 1
+
+
+@pytest.fixture
+def bridge():
+    return hook_model(tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER)), TOKENIZER)
+
+
+@torch.no_grad()
+def logits(model):
+    return forward(model, IDS, torch.ones_like(IDS))
+
+
+def is_plain(model):
+    return network_of(model) is plain_view(model)
+
+
+def vector(size=3.0):
+    return torch.linspace(-size, size, 32)
+
+
+@contextmanager
+def own_hooks(bridge):
+    with bridge.hooks(fwd_hooks=[(f"blocks.{LAYER}.hook_resid_post", lambda x, hook: x + vector().to(x))]):
+        yield
+
+
+@contextmanager
+def permanent_hook(bridge):
+    bridge.add_hook(f"blocks.{LAYER}.hook_resid_post", lambda x, hook: x + vector().to(x))
+    yield
+    bridge.reset_hooks()
+
+
+@contextmanager
+def torch_hook(bridge):
+    handle = bridge.blocks[LAYER].register_forward_hook(
+        lambda _m, _a, out: (out[0] + vector(), *out[1:]) if isinstance(out, tuple) else out + vector()
+    )
+    yield
+    handle.remove()
+
+
+@contextmanager
+def deep_torch_hook(bridge):
+    inner = core_of(bridge).model.layers[LAYER].mlp
+    handle = inner.register_forward_hook(lambda _m, _a, out: out * 0)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def steering(bridge):
+    with attached(bridge, SteeringVector({LAYER: vector()})):
+        yield
+
+
+@contextmanager
+def low_rank(bridge):
+    adapter = LoRAAdapter.fresh(bridge, layers=[LAYER])
+    place = next(iter(adapter.b))
+    with attached(bridge, LoRAAdapter(adapter.a, {place: torch.ones_like(adapter.b[place])}, adapter.alpha)):
+        yield
+
+
+@contextmanager
+def sites(bridge):
+    with edited_sites(bridge, {(LAYER, "resid_post"): lambda x: x + vector()}):
+        yield
+
+
+@contextmanager
+def modules(bridge):
+    with edited_modules(bridge, {(LAYER, "down"): lambda _x, out: out * 0}):
+        yield
+
+
+@contextmanager
+def another_forward(bridge):
+    linear = linear_of(bridge, LAYER, "down")
+    linear.forward = lambda hidden: hidden.new_zeros((*hidden.shape[:-1], linear.out_features))
+    yield
+    del linear.forward
+
+
+@contextmanager
+def another_module(bridge):
+    block = core_of(bridge).model.layers[LAYER]._original_component
+    own = block._modules["input_layernorm"]
+    block._modules["input_layernorm"] = nn.Identity()
+    yield
+    block._modules["input_layernorm"] = own
+
+
+@contextmanager
+def another_weight(bridge):
+    linear = linear_of(bridge, LAYER, "down")
+    own = linear.weight
+    linear.weight = nn.Parameter(own.detach() * 2)
+    yield
+    linear.weight = own
+
+
+ACTING = [
+    own_hooks, permanent_hook, torch_hook, deep_torch_hook, steering, low_rank, sites, modules, another_forward,
+    another_module, another_weight,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("acting", ACTING, ids=lambda x: x.__name__)
+def test_what_acts_on_the_bridge_is_noticed_and_the_next_pass_is_plain_again(bridge, acting):
+    untouched = logits(bridge)
+    assert is_plain(bridge)
+    with acting(bridge):
+        assert not is_plain(bridge)
+        changed = logits(bridge)
+        whole = core_of(bridge)(input_ids=IDS).logits
+    assert (changed - untouched).abs().max() > 0.01
+    torch.testing.assert_close(changed, whole)
+    assert is_plain(bridge)
+    assert torch.equal(logits(bridge), untouched)
+
+
+@pytest.mark.parametrize("mode", [lambda x: x.train(), lambda x: x.blocks[LAYER].train()], ids=["whole", "block"])
+def test_another_mode_is_noticed(bridge, mode):
+    mode(bridge)
+    assert not is_plain(bridge)
+    assert is_plain(bridge.eval())
+
+
+def test_backward_hooks_and_what_only_reads_are_noticed(bridge):
+    with keeping_last_hidden(bridge) as read:
+        logits(bridge)
+        assert not is_plain(bridge)
+    assert len(read) == 1
+    with ended_at(bridge, LAYER) as found:
+        logits(bridge)
+    assert len(found) == 1
+    with forking(bridge, Lineage((0, 1), (0, 0))):
+        assert not is_plain(bridge)
+    handle = core_of(bridge).model.layers[0].register_full_backward_hook(lambda *_: None)
+    assert not is_plain(bridge)
+    handle.remove()
+    assert is_plain(bridge)
+
+
+def test_both_views_compute_the_same_and_weights_that_are_trained_are_seen_by_both(bridge):
+    owner = tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER))
+    bridge = hook_model(owner, TOKENIZER)
+    with torch.no_grad():
+        for parameter in owner.parameters():
+            parameter.mul_(1.1)
+    plain = logits(bridge)
+    assert is_plain(bridge)
+    with bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: None)]):
+        assert not is_plain(bridge)
+        torch.testing.assert_close(logits(bridge), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(owner(input_ids=IDS).logits, plain)
+
+
+def test_hooks_of_an_intervention_act_in_generation_on_a_model_with_a_plain_view(bridge):
+    prompts = tiny_hooked.prompts()
+    steer = add(vector(40.0), layers=LAYER)
+    plain = [a.ids for a in generate(bridge, prompts, max_new_tokens=6)]
+    steered = [a.ids for a in generate(bridge, prompts, interventions=steer, max_new_tokens=6)]
+    with attached(bridge, SteeringVector({LAYER: vector(40.0)})):
+        beneath = [a.ids for a in generate(bridge, prompts, max_new_tokens=6)]
+    del plain_views._PLAIN[bridge]
+    assert [a.ids for a in generate(bridge, prompts, max_new_tokens=6)] == plain
+    assert [a.ids for a in generate(bridge, prompts, interventions=steer, max_new_tokens=6)] == steered == beneath
+    assert steered != plain
+
+
+def test_both_sides_of_an_adapter_have_their_own_plain_view():
+    wrapped = peft.get_peft_model(
+        tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER)), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1.0)
+    pair = ModelPair.load(finetuned=wrapped, tokenizer=TOKENIZER)
+    with pair.using("base") as base, pair.using("finetuned") as tuned:
+        assert is_plain(base)
+        assert is_plain(tuned)
+        torch.testing.assert_close(logits(tuned), wrapped(input_ids=IDS).logits)
+        with wrapped.disable_adapter():
+            torch.testing.assert_close(logits(base), wrapped(input_ids=IDS).logits)
+        assert (logits(base) - logits(tuned)).abs().max() > 0.1
+
+
+def test_a_change_of_the_owner_is_refused_on_the_plain_view_too(bridge):
+    owner = tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER))
+    bridge = hook_model(owner, TOKENIZER)
+    owner.to(torch.float64)
+    with pytest.raises(Exception, match="the model was changed after it was hooked"):
+        logits(bridge)
+
+
+def test_a_settled_view_is_looked_at_once_and_a_bridge_of_the_users_own_runs_as_it_is(bridge, monkeypatch):
+    with settled(bridge):
+        monkeypatch.setattr(plain_views._Part, "untouched", lambda _: pytest.fail("looked at again"))
+        logits(bridge)
+        with settled(bridge):
+            logits(bridge)
+        logits(bridge)
+    monkeypatch.undo()
+    with own_hooks(bridge), settled(bridge):
+        assert network_of(bridge) is core_of(bridge)
+    own = tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER))
+    from transformer_lens.model_bridge import TransformerBridge
+
+    built = TransformerBridge.boot_transformers("local", hf_model=own, tokenizer=_stand_in_tokenizer(), device="cpu")
+    assert plain_view(built) is None
+    assert network_of(built) is core_of(built)
+
+
+def test_a_plain_view_does_not_keep_its_bridge_alive(bridge):
+    bridge = hook_model(tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER)), TOKENIZER)
+    known = weakref.ref(bridge)
+    del bridge
+    gc.collect()
+    assert known() is None
