@@ -3,16 +3,24 @@
 import collections
 
 import jaxtyping
+import numpy as np
 import pytest
 import tiny_chat
+import tiny_models
 import torch
 from tiny_hooked import FEW, QUERIES, chat, hooked, prompts
 
+from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import zero
+from piggyback_lens.interventions.hooks import add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.interventions.running import Record
-from piggyback_lens.measuring.generation import Sampling, generate, to_frame
+from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.measuring import generation
+from piggyback_lens.measuring.generation import generate, to_frame
+from piggyback_lens.measuring.sampling import Sampling
+from piggyback_lens.models.backends import generation_config_of
+from piggyback_lens.models.network import forward
+from piggyback_lens.models.pair import hook_model
 
 MANY = [*QUERIES, "four", "five is a bit longer", "six", "seven?"]
 
@@ -116,11 +124,171 @@ def test_samples_follow_the_distribution(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}, {"temperature": float("nan")}]
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+        {"temperature": float("nan")},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_sampling_settings_out_of_range_are_refused(settings):
     with pytest.raises(LensError, match="expected temperature >= 0"):
         Sampling(**settings)
+
+
+WARPED = [
+    {"top_k": 4},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.7},
+    {"top_k": 12, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("settings", WARPED, ids="+".join)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(("name", "backend"), FEW)
+def test_every_token_is_drawn_from_the_scores_that_transformers_would_draw_from(name, backend, temperature, settings):
+    """Those after all processors and warpers, from its own `generate` on what stands before the token."""
+    model, owner = hooked(name, backend), tiny_models.build(name, 0, vocab=tiny_chat.VOCAB)
+    sampling = Sampling(temperature=temperature, seed=5, **settings)
+    given = {"do_sample": False, "repetition_penalty": settings.get("repetition_penalty", 1.0)}
+    if temperature:
+        given = {"do_sample": True, "temperature": temperature, "top_k": 0, **settings}
+    for answer in generate(model, prompts(), max_new_tokens=4, sampling=sampling, stop_ids=[]):
+        uniform = np.random.default_rng(answer.seed).random(4)
+        for step, token in enumerate(answer.ids):
+            before = torch.tensor([answer.prompt.ids + answer.ids[:step]])
+            scores = owner.generate(
+                before,
+                attention_mask=torch.ones_like(before),
+                max_new_tokens=1,
+                output_scores=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,
+                **given,
+            ).scores[0][0]
+            if not temperature:
+                assert int(scores.argmax()) == token
+                continue
+            p = scores.double().softmax(-1)
+            below = float(p[:token].sum())
+            assert p[token] > 0
+            assert below - 1e-4 <= uniform[step] <= below + float(p[token]) + 1e-4
+
+
+# ---------------------------------------------------------------- several samples of a prompt
+
+
+def test_n_samples_are_n_single_calls_and_the_prompt_is_computed_once(model, monkeypatch):
+    some, sampling = prompts(), Sampling(temperature=1.5, seed=3)
+    together = generate(model, some, n=5, max_new_tokens=6, sampling=sampling)
+    assert [a.sample for a in together] == [0, 1, 2, 3, 4] * 3
+    assert [a.prompt for a in together] == [prompt for prompt in some for _ in range(5)]
+    assert len({a.ids for a in together}) > 6
+    for number in range(5):
+        alone = generate(model, some, samples=[number] * 3, max_new_tokens=6, sampling=sampling, batch_size=1)
+        assert ids(alone) == ids(together[number::5])
+        assert [a.seed for a in alone] == [a.seed for a in together[number::5]]
+    for batch_size in (1, 2, 7):
+        again = generate(model, some, n=5, max_new_tokens=6, sampling=sampling, batch_size=batch_size)
+        assert ids(again) == ids(together)
+    few = generate(model, some[::-1][:2], samples=[4, 2], max_new_tokens=6, sampling=sampling)
+    assert ids(few) == [together[14].ids, together[7].ids]
+    rows: list[int] = []
+    own = generation.forward
+    monkeypatch.setattr(generation, "forward", lambda m, x, *a, **k: rows.append(len(x)) or own(m, x, *a, **k))
+    generate(model, some[:1], n=8, max_new_tokens=2, sampling=sampling, stop_ids=[])
+    assert rows == [1, 8]
+
+
+def test_samples_under_interventions_and_from_a_prefix_cache_are_single_calls_too(model):
+    some, sampling = prompts(), Sampling(temperature=1.5, seed=3)
+    steer = add(torch.linspace(-9, 9, 32), layers=1, span="query")
+    always = add(torch.linspace(-9, 9, 32), layers=1)
+    cache = PrefixCache.compile(model, some[0], zero("v", span="prefix", layers=[0]))
+    donor = tiny_hooked_donor(model, some)
+    for how in ({"interventions": steer}, {"interventions": always}, {"prefix_cache": cache}, {"interventions": donor}):
+        together = generate(model, some, n=3, max_new_tokens=5, sampling=sampling, **how)
+        for number in range(3):
+            alone = generate(model, some, samples=[number] * 3, max_new_tokens=5, sampling=sampling, **how)
+            assert ids(alone) == ids(together[number::3])
+
+
+def tiny_hooked_donor(model, some):
+    with applied(model, batch_prompts(some, side="right"), cache("resid_pre", span="query", layers=[1])) as record:
+        batch = batch_prompts(some, side="right")
+        forward(model, batch.ids, batch.attention_mask)
+    return patch(record.activations_of("query"))
+
+
+def test_equal_prompts_are_numbered_in_order_and_this_is_said():
+    model, prompt, sampling = hooked("llama-gqa", "bridge"), prompts()[0], Sampling(temperature=2.0)
+    with pytest.warns(UserWarning, match="4 prompts of which 2 differ: equal ones are samples 0, 1"):
+        answers = generate(model, [prompt, prompts()[1], prompt, prompt], max_new_tokens=6, sampling=sampling)
+    assert [a.sample for a in answers] == [0, 0, 1, 2]
+    assert ids(answers[:1] + answers[2:]) == ids(generate(model, [prompt], n=3, max_new_tokens=6, sampling=sampling))
+    assert len(set(ids(answers))) == 4
+    greedy = generate(model, [prompt, prompt], max_new_tokens=6)
+    assert greedy[0].ids == greedy[1].ids
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"n": 3}, "n 3 at temperature 0 would be one answer 3 times"),
+        ({"n": 0, "sampling": Sampling(1.0)}, "n 0: each must be at least 1"),
+        ({"n": 2, "samples": [1, 2, 3], "sampling": Sampling(1.0)}, "n and samples were given"),
+        ({"samples": [1, 2], "sampling": Sampling(1.0)}, r"samples \[1, 2\] for 3 prompts"),
+        ({"samples": [1, 2, True], "sampling": Sampling(1.0)}, "give each its number"),
+        ({"n": 2, "sampling": Sampling(1.0), "interventions": cache("v")}, "n samples would overwrite each other"),
+        ({"stop_ids": [2**31]}, "stop_ids hold 2147483648: expected token ids, whole numbers from 0 to 37"),
+        ({"stop_ids": [1.7]}, "stop_ids hold 1.7"),
+        ({"stop_ids": [True]}, "stop_ids hold True"),
+        ({"max_new_tokens": 10_000}, "and an answer of 10000, and the model takes"),
+    ],
+    ids=str,
+)
+def test_samples_and_ids_that_cannot_be_are_refused(how, message, unchecked):
+    with pytest.raises(LensError, match=message):
+        generate(hooked("llama-gqa", "bridge"), prompts(), **how)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("hello", "got str where a list of rendered prompts belongs"),
+        (prompts()[0], "got RenderedPrompt where a list of rendered prompts belongs"),
+        (["hello"], "prompt 0 is str, expected a rendered prompt"),
+        (3, "got int where"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_prompts_is_refused(given, message, unchecked):
+    with pytest.raises(LensError, match=message):
+        generate(hooked("llama-gqa", "bridge"), given)
+
+
+def test_stop_tokens_and_sampling_come_from_the_generation_config_too(monkeypatch):
+    owner = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB)
+    model = hook_model(owner, chat().tokenizer)
+    free = generate(model, prompts(MANY), max_new_tokens=8, stop_ids=[])
+    stop = collections.Counter(token for a in free for token in a.ids[1:]).most_common(1)[0][0]
+    for eos in (stop, [stop, 1]):
+        monkeypatch.setattr(generation_config_of(model), "eos_token_id", eos)
+        stopped = generate(model, prompts(MANY), max_new_tokens=8)
+        for a, b in zip(free, stopped, strict=True):
+            ends = [i for i, t in enumerate(a.ids) if t == stop or (t == 1 and eos != stop) or t in chat().stop_ids]
+            assert b.ids == a.ids[: ends[0] + 1 if ends else 8]
+    config = generation_config_of(model)
+    assert Sampling.of_model(model) == Sampling()
+    config.do_sample, config.temperature, config.top_k, config.min_p = True, 0.6, 20, 0.1
+    config.repetition_penalty, config.top_p = 1.1, None
+    assert Sampling.of_model(model, seed=4) == Sampling(0.6, 1.0, 20, 4, 0.1, 1.1)
 
 
 # ---------------------------------------------------------------- the end of an answer
@@ -229,7 +397,7 @@ def test_prompts_of_different_settings_run_in_one_call(model):
 
 def test_input_that_cannot_be_used_is_refused(unchecked):
     model = hooked("llama-gqa", "bridge")
-    with pytest.raises(LensError, match="0 prompts, max_new_tokens 64, batch_size 16: each must be at least 1"):
+    with pytest.raises(LensError, match="got no prompts; pass at least one"):
         generate(model, [])
     with pytest.raises(LensError, match="max_new_tokens 0"):
         generate(model, prompts(), max_new_tokens=0)

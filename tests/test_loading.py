@@ -430,7 +430,7 @@ def test_a_template_that_runs_away_is_stopped_in_time_and_memory(case, monkeypat
 
     template, expected = TEMPLATES[case]
     monkeypatch.setattr(template_limits, "SECONDS", 0.5 if expected == "more than" else 60)
-    started = time.monotonic()
+    started = time.process_time()
     tracemalloc.start()
     message = refusal(lambda: ChatFormat(tiny_chat.tiny_tokenizer(template + tiny_chat.TEMPLATE)).render("hi"))
     peak = tracemalloc.get_traced_memory()[1]
@@ -438,7 +438,7 @@ def test_a_template_that_runs_away_is_stopped_in_time_and_memory(case, monkeypat
     assert expected in message
     assert "the chat template" in message or "chat template is" in message
     assert peak < 1e8
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20  # of this process: a busy machine is no fault
 
 
 def test_a_long_conversation_is_within_the_limits(monkeypatch):

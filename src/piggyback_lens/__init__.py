@@ -92,9 +92,9 @@ if TYPE_CHECKING:
     from piggyback_lens.measuring.answers import AnswerContrast as AnswerContrast
     from piggyback_lens.measuring.answers import GeneratedBehaviour as GeneratedBehaviour
     from piggyback_lens.measuring.generation import Generation as Generation
-    from piggyback_lens.measuring.generation import Sampling as Sampling
     from piggyback_lens.measuring.generation import generate as generate
     from piggyback_lens.measuring.measures import get_behaviour as get_behaviour
+    from piggyback_lens.measuring.sampling import Sampling as Sampling
     from piggyback_lens.measuring.scoring import contrast as contrast
     from piggyback_lens.measuring.scoring import kl_to_base as kl_to_base
     from piggyback_lens.measuring.scoring import nll as nll
@@ -156,7 +156,8 @@ _HOMES = {
     "interventions.donors": ("kv_patch", "prefix_activations", "span_activations"),
     "errors": ("LensError",),
     "directions.extraction": ("contrast_pairs", "mean_difference", "model_difference", "principal_component"),
-    "measuring.generation": ("Generation", "Sampling", "generate"),
+    "measuring.generation": ("Generation", "generate"),
+    "measuring.sampling": ("Sampling",),
     "finetuning.hf_trainer": ("TReFTSettings", "TReFTTrainer"),
     "finetuning.hook_training": ("HookTrainable",),
     "interventions.hooks": (

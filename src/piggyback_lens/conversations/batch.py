@@ -1,6 +1,6 @@
 """Prompts of unequal length as padded tensors, with masks and positions made explicit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -79,6 +79,45 @@ def batch_prompts(
         raise LensError(f"side={side!r}; expected 'left' or 'right'")
     rows = padded([prompt.ids for prompt in prompts], side, pad_id)
     return PromptBatch(rows.ids.to(device), rows.attention_mask.to(device), prompts, side)
+
+
+def check_prompts(
+    prompts: Sequence[RenderedPrompt], d_vocab: int, n_positions: int | None, *, more: int = 0
+) -> list[RenderedPrompt]:
+    """Refuse what is no list of prompts, or what a model cannot run.
+
+    Args:
+        prompts: what was given.
+        d_vocab: number of ids that the model knows.
+        n_positions: tokens that it takes in a row, if it says.
+        more: tokens that will follow.
+
+    Raises:
+        LensError: it says what to write instead.
+    """
+    if isinstance(prompts, (RenderedPrompt, str)) or not isinstance(prompts, Iterable):
+        raise LensError(
+            f"got {type(prompts).__name__} where a list of rendered prompts belongs: render with "
+            "ChatFormat(tokenizer).render(query) and give [prompt]"
+        )
+    checked = list(prompts)
+    if not checked:
+        raise LensError("got no prompts; pass at least one RenderedPrompt")
+    for number, prompt in enumerate(checked):
+        if not isinstance(prompt, RenderedPrompt):
+            raise LensError(
+                f"prompt {number} is {type(prompt).__name__}, expected a rendered prompt: "
+                "ChatFormat(tokenizer).render(query)"
+            )
+        if max(prompt.ids) >= d_vocab:
+            raise LensError(
+                f"prompt {number} holds token {max(prompt.ids)} and the model knows 0 to {d_vocab - 1}: render it with "
+                "the model's own tokenizer"
+            )
+        if n_positions is not None and len(prompt.ids) + more > n_positions:
+            wanted = f"{len(prompt.ids)} tokens" + (f" and an answer of {more}" if more else "")
+            raise LensError(f"prompt {number} has {wanted}, and the model takes {n_positions}: shorten one of them")
+    return checked
 
 
 def padded(rows: Sequence[Sequence[int]], side: Side = "right", pad_id: int = 0) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any
 
 from piggyback_lens.conversations.template import Template
 from piggyback_lens.conversations.token_view import TokenView
-from piggyback_lens.conversations.tokens import Span, common_prefix, pieces_of_ids, special_ids, tokenise
+from piggyback_lens.conversations.tokens import Span, check_ids, common_prefix, pieces_of_ids, special_ids, tokenise
 from piggyback_lens.errors import LensError
 
 
@@ -135,7 +135,7 @@ class RenderedPrompt:
             ids, pieces = _tokenise_response(self, response, notes)
             notes += self.answer.notes
         else:
-            ids = tuple(int(i) for i in response)
+            ids = check_ids(response, "the response's ids")
             pieces = pieces_of_ids(self.tokenizer, ids, self.ids[-1])
         if end and not (ids and ids[-1] in self.answer.stop_ids):
             closing = self.answer.end_ids

@@ -1,8 +1,11 @@
 """Token spans of one text: half-open ranges, character offsets, common prefixes and suffixes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from piggyback_lens.errors import LensError
 
 _LONGEST_CHARACTER = 4  # bytes of a character in UTF-8
 
@@ -117,3 +120,23 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 def common_suffix(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of the common end."""
     return common_prefix(a[::-1], b[::-1])
+
+
+def check_ids(ids: Any, what: str, d_vocab: int | None = None) -> tuple[int, ...]:
+    """Token ids as integers.
+
+    Args:
+        ids: a sequence, an array or a tensor.
+        what: the name of them in the message.
+        d_vocab: number of ids that the model knows; None where that is not known yet.
+
+    Raises:
+        LensError: it names the first that is none.
+    """
+    given = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+    for token in given:
+        whole = hasattr(token, "__index__") and not isinstance(token, bool)
+        if not whole or not 0 <= token < (math.inf if d_vocab is None else d_vocab):
+            last = "on" if d_vocab is None else f"to {d_vocab - 1}"
+            raise LensError(f"{what} hold {token!r}: expected token ids, whole numbers from 0 {last}")
+    return tuple(map(int, given))

@@ -36,6 +36,7 @@ from piggyback_lens.finetuning.checkpoints import (
 )
 from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, packing_for, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
+from piggyback_lens.models.backends import n_positions_of
 from piggyback_lens.models.views import is_booted, is_peft_model
 from piggyback_lens.progress import track
 
@@ -330,7 +331,7 @@ def _unbooted_peft(model: nn.Module) -> nn.Module:
 
 
 def _check_examples(model: nn.Module, examples: Sequence[RenderedPrompt], settings: TrainSettings) -> None:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
+    longest = n_positions_of(model) or math.inf
     for number, example in enumerate(examples):
         check_supervised(example, number)
         if len(example.ids) > longest:

@@ -44,6 +44,10 @@ class Row:
         spans = {name: (start, stop) for name, (start, stop) in whole.spans.items() if start < length}
         return cls(spans, whole.n_prompt)
 
+    def reaches_generation(self, span: str, phase: Phase) -> bool:
+        """Whether an intervention on this span, in this phase, acts on tokens that are generated."""
+        return phase != "prompt" and self.spans.get(span, (0, 0))[1] == OPEN
+
 
 @dataclass(frozen=True)
 class Cells:

@@ -1,28 +1,34 @@
 """Batched generation under interventions and from prefix caches, the same on both backends.
 
 The prompts' common prefix is computed once and its keys and values are shared by all rows; the rest of
-each prompt is one right-padded pass; finished rows leave the batch. Interventions are told the absolute
-position of every token, so a hook acts on the same tokens as in a pass without a KV cache.
+each prompt is one right-padded pass, whatever the number of its samples; finished rows leave the batch.
+Interventions are told the absolute position of every token, so a hook acts on the same tokens as in a pass without a
+KV cache; where none of them reaches the answer, decoding goes through the model without hooks.
 """
 
-import hashlib
-import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import check_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
+from piggyback_lens.conversations.tokens import check_ids
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, as_parts
-from piggyback_lens.interventions.placement import Placement
+from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.interventions.running import Record, applied
-from piggyback_lens.models.backends import HookedModel, device_of, facts_of, shape_of
+from piggyback_lens.measuring.sampling import Chooser, Sampling
+from piggyback_lens.models.backends import HookedModel, end_ids_of, facts_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
+from piggyback_lens.models.plain_views import settled
 from piggyback_lens.models.states import KVState, new_state
 from piggyback_lens.progress import track
 
@@ -36,7 +42,8 @@ class Generation:
         ids: generated token ids, the stop token included if there was one.
         text: the answer, special tokens left out.
         ended: "stop" if a stop token came, "length" if max_new_tokens was reached.
-        seed: of this row's samples; None when greedy.
+        seed: what the draws of this answer began from; None when greedy.
+        sample: its number among the samples of its prompt.
     """
 
     prompt: RenderedPrompt
@@ -44,41 +51,19 @@ class Generation:
     text: str
     ended: Literal["stop", "length"]
     seed: int | None = None
+    sample: int = 0
 
     def completed(self) -> RenderedPrompt:
         """The prompt with this answer as its response, for teacher-forced measures."""
         return self.prompt.with_response(self.ids, end=False)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_p: smallest set of tokens whose probability reaches this.
-        top_k: at most so many tokens; None for no limit.
-        seed: together with the prompt's ids it seeds each row, so batching does not change the samples.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        usable = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
-        if not usable or (self.top_k is not None and self.top_k < 1):
-            raise LensError(
-                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}: expected temperature >= 0, "
-                "0 < top_p <= 1 and top_k >= 1 or None"
-            )
-
-
 def generate(
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],
     *,
+    n: int | None = None,
+    samples: Sequence[int] | None = None,
     interventions: AnyIntervention = None,
     prefix_cache: PrefixCache | None = None,
     max_new_tokens: int = 64,
@@ -90,48 +75,55 @@ def generate(
     on_batch: Callable[[list[int], list[Generation]], None] | None = None,
     share_prefix: bool = True,
 ) -> list[Generation]:
-    """Answer every prompt.
+    """Answer every prompt, once or several times.
 
     Args:
         model: either backend (of a pair: inside `with pair.using(side)`).
         prompts: rendered, without a response.
+        n: samples of each prompt, numbered from 0; the prompt itself is computed once for all of them.
+        samples: instead of `n`, the number of each prompt's one sample, so that any of them can be drawn again alone.
+            Without either, a prompt that is given k times is numbered 0 to k-1 in order, and a warning says so.
         interventions: act on prompt and generated tokens as their span and phase say.
         prefix_cache: keys and values to use for the prefix, instead of computing it.
         max_new_tokens: per answer.
-        sampling: greedy if None.
-        stop_ids: default those of the chat template.
+        sampling: greedy if None; `Sampling.of_model(model)` is what the model's generation config says.
+        stop_ids: default those of the chat template and of the model's generation config.
         batch_size: rows per batch; neither greedy nor sampled answers depend on it (to float tolerance).
         record: collects receipts and cached activations.
         progress: show a progress bar; a string is its label.
-        on_batch: called with the prompt indices and the answers of each finished batch, e.g. to write them out.
+        on_batch: called with the places in the returned list and the answers of each finished batch, e.g. to write
+            them out.
         share_prefix: compute the common prefix once; False runs whole prompts (slower, same numbers).
 
     Returns:
-        One `Generation` per prompt, in order.
+        One `Generation` per prompt, in order; with `n`, those of the first prompt first, by number.
 
     Raises:
-        LensError: no prompts, prompts that hold a response, a cache that does not fit, an intervention
-            that touched nothing.
+        LensError: no prompts, prompts that hold a response or do not fit the model, ids outside the vocabulary, a
+            cache that does not fit, several samples of a greedy answer, an intervention that touched nothing.
     """
     facts_of(model)  # refuses what is no hooked model before work begins
-    prompts = list(prompts)
-    if not prompts or max_new_tokens < 1 or batch_size < 1:
-        raise LensError(
-            f"{len(prompts)} prompts, max_new_tokens {max_new_tokens}, batch_size {batch_size}: each must be at least 1"
-        )
+    prompts = check_prompts(prompts, shape_of(model).d_vocab, n_positions_of(model), more=max_new_tokens)
+    if max_new_tokens < 1 or batch_size < 1 or (n is not None and n < 1):
+        raise LensError(f"max_new_tokens {max_new_tokens}, batch_size {batch_size}, n {n}: each must be at least 1")
     if any("response" in prompt.spans for prompt in prompts):
         raise LensError("a prompt holds a response already: generate from prompts without one")
-    parts, record = as_parts(interventions), record or Record()
+    parts, record, settings = as_parts(interventions), record or Record(), sampling or Sampling()
     if prefix_cache is not None:
         prefix_cache.check(model, prompts)
-    settings = sampling or Sampling()
-    answers: list[Generation | None] = [None] * len(prompts)
-    batches = list(similar_batches(prompts, batch_size))
+    numbers = _numbered(prompts, n, samples, settings)
+    if (n or 1) > 1 and any(part.kind == "cache" for part in parts):
+        raise LensError("activations are kept per prompt, and n samples would overwrite each other: use n=1")
+    stops = None if stop_ids is None else check_ids(stop_ids, "stop_ids", shape_of(model).d_vocab)
+    asked = [prompt for prompt in prompts for _ in range(n or 1)]
+    run = _Run(model, parts, record, settings, max_new_tokens, stops, len(prompts))
+    answers: list[Generation | None] = [None] * len(asked)
+    batches = list(similar_batches(asked, batch_size))
     for rows in track(batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]):
-        chosen = [prompts[row] for row in rows]
+        origins = [row // (n or 1) for row in rows]
+        chosen = [prompts[origin] for origin in dict.fromkeys(origins)]
         start = starting_prefix(model, chosen, parts, prefix_cache, record, share_prefix)
-        place = Placement.of(batch_prompts(chosen, side="right"), rows, len(prompts))
-        done = _generate_batch(model, chosen, parts, start, place, record, settings, max_new_tokens, stop_ids)
+        done = run.batch(chosen, list(dict.fromkeys(origins)), origins, [numbers[row] for row in rows], start)
         for row, answer in zip(rows, done, strict=True):
             answers[row] = answer
         if on_batch:
@@ -140,52 +132,129 @@ def generate(
     return [answer for answer in answers if answer is not None]
 
 
-@torch.no_grad()
-def _generate_batch(
-    model: HookedModel,
-    prompts: Sequence[RenderedPrompt],
-    parts: Sequence[Intervention],
-    start: PrefixCache | None,
-    placement: Placement,
-    record: Record,
-    settings: Sampling,
-    max_new_tokens: int,
-    stop_ids: Sequence[int] | None,
-) -> list[Generation]:
-    state = new_state(model, len(prompts)) if start is None else start.state(model, len(prompts))
-    past = state.length
-    device = device_of(model)
-    batch = batch_prompts(prompts, side="right")
-    ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)
-    placement.ready = past
-    placement.move(batch.positions[:, past:], batch.positions)
-    stops = [frozenset(prompt.answer.stop_ids if stop_ids is None else stop_ids) for prompt in prompts]
-    choose = _Chooser(prompts, settings, shape_of(model).d_vocab)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
-    with applied(model, placement, parts, record=record, must_touch=False):
-        last = mask.sum(dim=1, keepdim=True) - 1
-        logits = forward(model, ids, mask, state=state, read=last)[:, 0]
+def _numbered(
+    prompts: Sequence[RenderedPrompt], n: int | None, samples: Sequence[int] | None, settings: Sampling
+) -> list[int]:
+    """The sample number of every answer."""
+    if n is not None and samples is not None:
+        raise LensError("n and samples were given: n= numbers the samples of each prompt, samples= says them")
+    if samples is not None:
+        if len(samples) != len(prompts) or any(type(x) is not int or x < 0 for x in samples):
+            raise LensError(f"samples {list(samples)[:5]} for {len(prompts)} prompts: give each its number, 0 or more")
+        return list(samples)
+    if settings.temperature == 0 and (n or 1) > 1:
+        raise LensError(f"n {n} at temperature 0 would be one answer {n} times: give sampling=Sampling(temperature=1)")
+    if n is not None or settings.temperature == 0:
+        return list(range(n or 1)) * len(prompts)
+    met: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in prompts:
+        numbers.append(met[prompt.ids])
+        met[prompt.ids] += 1
+    if len(met) < len(prompts):
+        warnings.warn(
+            f"{len(prompts)} prompts of which {len(met)} differ: equal ones are samples 0, 1, ... in order; "
+            "n= or samples= says so",
+            stacklevel=3,
+        )
+    return numbers
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What all batches share."""
+
+    model: HookedModel
+    parts: Sequence[Intervention]
+    record: Record
+    settings: Sampling
+    max_new_tokens: int
+    stop_ids: Sequence[int] | None
+    total: int
+
+    @torch.no_grad()
+    def batch(
+        self,
+        prompts: Sequence[RenderedPrompt],
+        origins: Sequence[int],
+        wanted: Sequence[int],
+        numbers: Sequence[int],
+        start: PrefixCache | None,
+    ) -> list[Generation]:
+        """Answers of one batch.
+
+        Args:
+            prompts: those that are computed.
+            origins: their places among all prompts.
+            wanted: the place of each answer's prompt among all prompts.
+            numbers: the sample number of each answer.
+            start: keys and values of their prefix.
+        """
+        model = self.model
+        state = new_state(model, len(prompts)) if start is None else start.state(model, len(prompts))
+        past = state.length
+        batch = batch_prompts(prompts, side="right")
+        placement = Placement.of(batch, origins, self.total)
+        placement.ready = past
+        placement.move(batch.positions[:, past:], batch.positions)
+        mask = batch.attention_mask[:, past:]
+        with applied(model, placement, self.parts, record=self.record, must_touch=False):
+            last = mask.sum(dim=1, keepdim=True) - 1
+            logits = forward(model, batch.ids[:, past:], mask, state=state, read=last)[:, 0]
         state.right_align()
-        while True:
-            chosen = choose(logits, rows)
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                tokens[row].append(token)
-            kept = [i for i, row in enumerate(rows) if tokens[row][-1] not in stops[row]]
-            if len(tokens[rows[0]]) >= max_new_tokens or not kept:
-                break
-            if len(kept) < len(rows):
-                rows = [rows[i] for i in kept]
-                state.select_rows(torch.tensor(kept, device=device))
-                placement.select_rows(kept)
-                chosen = chosen[kept]
-            step = torch.ones((len(rows), 1), dtype=torch.long, device=device)
-            _advance(placement, state)
-            logits = forward(model, chosen[:, None].to(device), step, state=state)[:, 0]
-    return [
-        _finish(prompt, ids, stop, choose.seed_of(row))
-        for row, (prompt, ids, stop) in enumerate(zip(prompts, tokens, stops, strict=True))
-    ]
+        if list(wanted) != list(origins):
+            each = [origins.index(origin) for origin in wanted]
+            state.select_rows(torch.tensor(each, device=logits.device))
+            placement.select_rows(each)
+            logits, prompts = logits[each], [prompts[row] for row in each]
+        return self._decoded(prompts, numbers, state, placement, logits)
+
+    def _decoded(
+        self,
+        prompts: Sequence[RenderedPrompt],
+        numbers: Sequence[int],
+        state: KVState,
+        placement: Placement,
+        logits: Float[Tensor, "row vocab"],
+    ) -> list[Generation]:
+        """The answers that follow on a state, from the logits of their first tokens on."""
+        model, device = self.model, logits.device
+        more = end_ids_of(model)
+        stops = [frozenset(p.answer.stop_ids) | more if self.stop_ids is None else self.stop_ids for p in prompts]
+        choose = Chooser([prompt.ids for prompt in prompts], numbers, self.settings, self.max_new_tokens)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))
+        with self._hooked(prompts, placement, state):
+            while True:
+                step = len(tokens[rows[0]])
+                chosen = choose(logits, rows, step)
+                for row, token in zip(rows, chosen.tolist(), strict=True):
+                    tokens[row].append(token)
+                kept = [i for i, row in enumerate(rows) if tokens[row][-1] not in stops[row]]
+                if step + 1 >= self.max_new_tokens or not kept:
+                    break
+                if len(kept) < len(rows):
+                    rows = [rows[i] for i in kept]
+                    state.select_rows(torch.tensor(kept, device=device))
+                    placement.select_rows(kept)
+                    chosen = chosen[kept]
+                _advance(placement, state)
+                one = torch.ones((len(rows), 1), dtype=torch.long, device=device)
+                logits = forward(model, chosen[:, None], one, state=state)[:, 0]
+        return [
+            _finish(prompt, ids, stop, choose.seed_of(row), numbers[row])
+            for row, (prompt, ids, stop) in enumerate(zip(prompts, tokens, stops, strict=True))
+        ]
+
+    @contextmanager
+    def _hooked(self, prompts: Sequence[RenderedPrompt], placement: Placement, state: KVState) -> Iterator[None]:
+        """The hooks that the rest of the passes needs."""
+        parts = self.parts
+        if state.rotated:  # else keys before the rotary embedding are in the cache, and some hooks act after it
+            rows = [Row.of(prompt) for prompt in prompts]
+            parts = [part for part in parts if any(row.reaches_generation(part.span, part.phase) for row in rows)]
+        with applied(self.model, placement, parts, record=self.record, must_touch=False), settled(self.model):
+            yield
 
 
 def _advance(placement: Placement, state: KVState) -> None:
@@ -196,50 +265,13 @@ def _advance(placement: Placement, state: KVState) -> None:
     placement.move(new, torch.cat([past, new], dim=1))
 
 
-def _finish(prompt: RenderedPrompt, ids: list[int], stops: frozenset[int], seed: int | None) -> Generation:
+def _finish(
+    prompt: RenderedPrompt, ids: list[int], stops: Collection[int], seed: int | None, sample: int
+) -> Generation:
     ended: Literal["stop", "length"] = "stop" if ids[-1] in stops else "length"
     content = ids[:-1] if ended == "stop" else ids
     text: str = prompt.tokenizer.decode(content, skip_special_tokens=True)
-    return Generation(prompt, tuple(ids), text, ended, seed)
-
-
-class _Chooser:
-    """Picks the next token of each row; sampled rows have generators of their own."""
-
-    def __init__(self, prompts: Sequence[RenderedPrompt], settings: Sampling, d_vocab: int) -> None:
-        self.settings, self.d_vocab = settings, d_vocab
-        self.seeds = [_row_seed(prompt, settings.seed) for prompt in prompts] if settings.temperature else []
-        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-
-    def seed_of(self, row: int) -> int | None:
-        return self.seeds[row] if self.seeds else None
-
-    def __call__(self, logits: Float[Tensor, "batch vocab"], rows: Sequence[int]) -> Int[Tensor, " batch"]:
-        if not self.generators:
-            return logits.argmax(dim=-1)
-        probabilities = _distribution(logits.float().cpu(), self.settings)
-        drawn = [torch.multinomial(probabilities[i], 1, generator=self.generators[row]) for i, row in enumerate(rows)]
-        return torch.cat(drawn).to(logits.device)
-
-
-def _distribution(logits: Float[Tensor, "batch vocab"], settings: Sampling) -> Float[Tensor, "batch vocab"]:
-    logits = logits / settings.temperature
-    if settings.top_k is not None:
-        floor = logits.topk(min(settings.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, float("-inf"))
-    probabilities = logits.softmax(dim=-1)
-    if settings.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        dropped = ordered.cumsum(dim=-1) - ordered >= settings.top_p
-        probabilities = probabilities.masked_fill(dropped.gather(1, order.argsort(dim=-1)), 0.0)
-    normalised: Tensor = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    return normalised
-
-
-def _row_seed(prompt: RenderedPrompt, seed: int) -> int:
-    """Seed of one row: from the prompt's ids, so that neither batch nor order matters."""
-    digest = hashlib.sha256(f"{seed}:{prompt.ids}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    return Generation(prompt, tuple(ids), text, ended, seed, sample)
 
 
 def to_frame(generations: Sequence[Generation]) -> Any:
@@ -254,6 +286,7 @@ def to_frame(generations: Sequence[Generation]) -> Any:
                 "tokens": len(g.ids),
                 "ended": g.ended,
                 "seed": g.seed,
+                "sample": g.sample,
             }
             for g in generations
         ]

@@ -124,6 +124,25 @@ def config_of(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def generation_config_of(model: Any) -> Any:
+    """What a model says of how it is to generate; None for a HookedTransformer."""
+    return getattr(inner_model(core_of(model)), "generation_config", None)
+
+
+def end_ids_of(model: Any) -> frozenset[int]:
+    """Tokens at which the model's own generation config ends an answer."""
+    ends = getattr(generation_config_of(model), "eos_token_id", None)
+    return frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+
+
+def n_positions_of(model: Any) -> int | None:
+    """The most tokens that a model takes in one row, if it says."""
+    if kind_of(model) == "hooked":
+        return int(model.cfg.n_ctx)
+    found = getattr(config_of(model), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 def blocks_of(model: Any) -> Any:
     """The decoder blocks of any model, in order.
 
