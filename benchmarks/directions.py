@@ -89,7 +89,7 @@ class Bench:
             parameter.grad = None
         output = self.trainable.forward(self.batch)
         base = self.trainable.base_forward
-        step = Step(self.trainable.module, self.batch, output, 0, self.trainable.forward, base=base)
+        step = Step(self.trainable.model, self.batch, output, 0, self.trainable.forward, base=base)
         loss = (self.narrow if narrow else sft)(step).total
         loss.backward()
         return float(loss.detach()), [parameters[f"layers.{LAYER}.down.{name}"].grad.clone() for name in "AB"]

@@ -182,8 +182,8 @@ def trained(lab: Laboratory, start: Adapter, rate: float, weight: float, out: Pa
     keeper = SnapshotKeeper(trainable, every=5) if on_step is None else on_step(trainable)
     settings = TrainSettings(steps=STEPS, batch_size=BATCH, learning_rate=rate, checkpoint_every=STEPS)
     discard(out)  # a run that was stopped half-way would lack its first snapshots: it is short, and starts anew
-    run = {"objective": objective, "trainable": trainable, "on_step": keeper}
-    result = train(trainable.module, lab.train, settings, out=out, **run)
+    run = {"objective": objective, "on_step": keeper}
+    result = train(trainable, lab.train, settings, out=out, **run)
     if len(keeper.snapshots) > 1:
         write_json(out / "snapshots.json", [{"step": s.step, "values": flat(s.solution)} for s in keeper.snapshots])
     return trainable.result(), result

@@ -84,7 +84,7 @@ narrowly = Penalised((Weighted(KLOnRetain(RetainData(retain, batch_size=8)), 16.
 solutions = {}
 for name, objective in {"general": Penalised(()), "narrow": narrowly}.items():
     trainable = HookTrainable(model, SteeringVector.zeros(model.cfg.d_model, [layer]))
-    result = train(trainable.module, conversations, settings, objective=objective, trainable=trainable)
+    result = train(trainable, conversations, settings, objective=objective)
     solutions[name] = trainable.result()
     print(f"{name}: loss {result.history[0]['sft']:.2f} -> {result.history[-1]['sft']:.2f}", solutions[name])
 a, b = (solution.vectors[layer] for solution in solutions.values())

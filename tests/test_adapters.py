@@ -453,13 +453,13 @@ def test_the_training_loop_trains_hooks_and_resumes(tmp_path, kind, what):
     frozen_before = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = HookTrainable(model, start)
     assert isinstance(trainable, Trainable)
-    first = train(trainable.module, examples, settings, trainable=trainable, out=tmp_path / "run", progress=False)
+    first = train(trainable, examples, settings, out=tmp_path / "run", progress=False)
     assert first.history[-1]["loss"] < first.history[0]["loss"]
     assert trainable.result().norm() > 0.01
     assert start.norm() == 0
     assert all(torch.equal(value, frozen_before[name]) for name, value in model.state_dict().items())
     again = HookTrainable(model, start)
-    second = train(again.module, examples, settings, trainable=again, out=tmp_path / "run", progress=False)
+    second = train(again, examples, settings, out=tmp_path / "run", progress=False)
     assert second.resumed_from == 8
     for name, value in trainable.parameters().items():
         assert torch.equal(again.parameters()[name], value)
@@ -475,12 +475,12 @@ def test_a_run_that_started_from_other_numbers_is_not_continued(tmp_path):
     settings = TrainSettings(steps=1, batch_size=4)
     for seed in (0, 1):
         trainable = HookTrainable(plain(), LoRAAdapter.fresh(plain(), layers=[1], seed=seed))
-        run = {"trainable": trainable, "out": tmp_path, "progress": False}
+        run = {"out": tmp_path, "progress": False}
         if seed == 0:
-            train(trainable.module, tiny_chat.tiny_examples(4), settings, **run)
+            train(trainable, tiny_chat.tiny_examples(4), settings, **run)
         else:
             with pytest.raises(LensError, match=r"adapter\.start is"):
-                train(trainable.module, tiny_chat.tiny_examples(4), settings, **run)
+                train(trainable, tiny_chat.tiny_examples(4), settings, **run)
 
 
 @needs_hooked
@@ -489,7 +489,7 @@ def test_bridge_and_transformers_train_to_the_same_vector():
     found = []
     for model in (plain(), hooked("llama-gqa", "bridge"), hooked("llama-gqa", "hooked")):
         trainable = HookTrainable(model, SteeringVector.zeros(32, [0]))
-        train(trainable.module, tiny_chat.tiny_examples(8), settings, trainable=trainable, progress=False)
+        train(trainable, tiny_chat.tiny_examples(8), settings, progress=False)
         found.append(trainable.result().vectors[0])
     assert_close(found[1], found[0], atol=1e-4, rtol=1e-3)
     assert_close(found[2], found[0], atol=1e-4, rtol=1e-3)

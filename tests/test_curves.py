@@ -159,7 +159,7 @@ def trained(make):
     """A solution that truly lowers the loss of every example."""
     trainable = HookTrainable(hooked("llama-gqa", "bridge"), make())
     settings = TrainSettings(steps=40, batch_size=6, learning_rate=5e-2, weight_decay=0.0)
-    train(trainable.module, EXAMPLES, settings, trainable=trainable, progress=False)
+    train(trainable, EXAMPLES, settings, progress=False)
     return trainable.result()
 
 
@@ -380,14 +380,14 @@ def test_snapshots_are_those_of_the_run():
     trainable = HookTrainable(model, SteeringVector.zeros(32, [1]))
     keeper = SnapshotKeeper(trainable, every=2)
     settings = TrainSettings(steps=5, batch_size=3, learning_rate=1e-2)
-    train(trainable.module, EXAMPLES, settings, trainable=trainable, on_step=keeper, progress=False)
+    train(trainable, EXAMPLES, settings, on_step=keeper, progress=False)
     assert [s.step for s in keeper.snapshots] == [0, 2, 4]
     assert keeper.snapshots[0].solution.norm() == 0
     norms = [s.solution.norm() for s in keeper.snapshots]
     assert norms[1] != norms[2] > 0
     half = HookTrainable(model, SteeringVector.zeros(32, [1]))
     snapshots = SnapshotKeeper(half, every=4)
-    train(half.module, EXAMPLES, settings, trainable=half, on_step=snapshots, progress=False)
+    train(half, EXAMPLES, settings, on_step=snapshots, progress=False)
     assert torch.equal(snapshots.snapshots[1].solution.vectors[1], keeper.snapshots[2].solution.vectors[1])
 
 

@@ -278,8 +278,8 @@ def training_hooks(here: Here) -> Any:
     for start in (lens.SteeringVector.zeros(32, [1]), solutions(here.device)["lora"]):
         trainable = lens.HookTrainable(here.model, start)
         keeper = lens.SnapshotKeeper(trainable)
-        run = {"trainable": trainable, "on_step": keeper, "progress": False, "out": here.folder / type(start).__name__}
-        lens.train(trainable.module, EXAMPLES[:3], STEPS, objective=objective, **run)
+        run = {"on_step": keeper, "progress": False, "out": here.folder / type(start).__name__}
+        lens.train(trainable, EXAMPLES[:3], STEPS, objective=objective, **run)
         assert not any(is_there(tensor) for tensor in trainable.result().tensors().values())
         moved = lens.drift(keeper.snapshots, {"end": trainable.result()})
         found += [trainable.result().norm(), *moved.frame["value"], *lens.trajectory({"r": keeper.snapshots}).explained]
@@ -397,8 +397,8 @@ def resuming(here: Here) -> Any:
 
 def preventing(here: Here) -> Any:
     model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
-    trainable = lens.PreventiveSteering(PeftAdapter(model), model, normal(32).to(here.device), layer=1, alpha=2.0)
-    result = lens.train(model, EXAMPLES[:3], STEPS, trainable=trainable, progress=False)
+    trainable = lens.PreventiveSteering(PeftAdapter(model), normal(32).to(here.device), layer=1, alpha=2.0)
+    result = lens.train(trainable, EXAMPLES[:3], STEPS, progress=False)
     return np.array([row["loss"] for row in result.history])
 
 

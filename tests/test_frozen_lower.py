@@ -103,7 +103,7 @@ def test_the_model_is_as_before_also_after_an_error(kind):
     trainable = HookTrainable(model, start_of(model, "vector"))
     trainable.forward(batch)
     with pytest.raises(LensError, match="set cache_below=False"), trainable.below.standing_in(batch):
-        trainable.module(input_ids=batch.ids)
+        trainable.model(input_ids=batch.ids)
     after = model(batch.ids) if kind == "bridge" else model(input_ids=batch.ids).logits
     assert torch.equal(before, after)
 
@@ -143,8 +143,8 @@ def test_training_gives_the_same_vector_and_logs_its_norm():
         model = model_of("llama-gqa")
         trainable = HookTrainable(model, SteeringVector.zeros(32, [1]), cache_below=cache_below)
         objective = Penalised((Weighted(KLOnRetain(RetainData(RETAIN, batch_size=3)), 2.0, stop=4),))
-        run = {"objective": objective, "trainable": trainable, "progress": False}
-        result = train(trainable.module, EXAMPLES, settings, **run)
+        run = {"objective": objective, "progress": False}
+        result = train(trainable, EXAMPLES, settings, **run)
         found.append(trainable.result().vectors[1])
         assert result.history[-1]["norm"] == pytest.approx(float(found[-1].norm()))
         assert ["kl_retain" in row for row in result.history] == [True] * 4 + [False] * 2
@@ -195,9 +195,7 @@ def test_kl_to_the_base_and_its_gradient_are_those_of_two_passes(kind, penalty):
     named = trainable.parameters()
     expected = torch.autograd.grad(by_hand, list(named.values()))[0]
     for _ in range(2):  # the second time from what was kept
-        step = Step(
-            trainable.module, batch, trainable.forward(batch), 0, trainable.forward, base=trainable.base_forward
-        )
+        step = Step(trainable.model, batch, trainable.forward(batch), 0, trainable.forward, base=trainable.base_forward)
         value = own(step)
         assert_close(value.double(), by_hand, atol=1e-6, rtol=1e-4)
         assert_close(torch.autograd.grad(value, list(named.values()))[0], expected, atol=1e-6, rtol=1e-3)
@@ -260,7 +258,7 @@ def test_a_killed_run_resumes_to_identical_numbers_whatever_batches_come_first(t
 
     def run(out, **options):
         trainable = HookTrainable(model, start)
-        found = train(model, examples, settings, trainable=trainable, out=out, progress=False, **options)
+        found = train(trainable, examples, settings, out=out, progress=False, **options)
         return found, trainable.parameters()
 
     _, whole = run(tmp_path / "whole")

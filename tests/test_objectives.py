@@ -558,21 +558,21 @@ def test_steering_is_the_bias_it_claims_to_be_in_every_row(site: Any, share: boo
 def test_a_steered_run_trains_against_the_vector_and_leaves_none_of_it() -> None:
     plain, helped = fresh(), fresh()
     train(plain, EXAMPLES, SETTINGS)
-    whole = PreventiveSteering(PeftAdapter(helped), helped, VECTOR, layer=1, alpha=2.0)
-    result = train(helped, EXAMPLES, SETTINGS, trainable=whole)
+    whole = PreventiveSteering(PeftAdapter(helped), VECTOR, layer=1, alpha=2.0)
+    result = train(whole, EXAMPLES, SETTINGS)
     assert result.history[0]["loss"] != pytest.approx(float(sft(a_step(fresh(), EXAMPLES[:4])).total.detach()))
     assert any(not torch.equal(value, adapter(helped)[name]) for name, value in adapter(plain).items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in helped.modules())
-    bare = PreventiveSteering(PeftAdapter(again := fresh()), again, VECTOR, layer=1, alpha=0.0)
-    train(again, EXAMPLES, SETTINGS, trainable=bare)
+    bare = PreventiveSteering(PeftAdapter(again := fresh()), VECTOR, layer=1, alpha=0.0)
+    train(bare, EXAMPLES, SETTINGS)
     assert_same_weights(again, plain)
 
 
 def test_penalties_of_a_steered_run_see_the_model_without_the_vector() -> None:
     model = fresh()
-    whole = PreventiveSteering(PeftAdapter(model), model, VECTOR, layer=0, alpha=3.0)
+    whole = PreventiveSteering(PeftAdapter(model), VECTOR, layer=0, alpha=3.0)
     parts = tuple(Weighted(penalty, 1.0) for penalty in every_penalty(model))
-    result = train(model, EXAMPLES, replace(SETTINGS, steps=2), objective=Penalised(parts), trainable=whole)
+    result = train(whole, EXAMPLES, replace(SETTINGS, steps=2), objective=Penalised(parts))
     first, second = result.history
     for name in ("drift_prefix", "drift_query", "kl_train", "kl_retain"):
         assert abs(first[name]) < 1e-6, name
@@ -582,7 +582,7 @@ def test_penalties_of_a_steered_run_see_the_model_without_the_vector() -> None:
 def test_steering_that_cannot_act_is_refused_and_its_hook_removed() -> None:
     model = build("llama-gqa", vocab=VOCAB)
     with pytest.raises(LensError, match="layers 0 to 2"):
-        PreventiveSteering(PeftAdapter(model), model, VECTOR, layer=3)
+        PreventiveSteering(PeftAdapter(fresh()), VECTOR, layer=3)
     with pytest.raises(LensError, match="nothing was steered"), steered(model, VECTOR, 1, alpha=1.0):
         pass
     with (
@@ -591,7 +591,7 @@ def test_steering_that_cannot_act_is_refused_and_its_hook_removed() -> None:
     ):
         forward_step(model, make_batch(EXAMPLES[:2]))
     with pytest.raises(LensError, match="not finite"):
-        PreventiveSteering(PeftAdapter(model), model, VECTOR / 0, layer=1)
+        PreventiveSteering(PeftAdapter(fresh()), VECTOR / 0, layer=1)
     assert not model.model.layers[1]._forward_hooks
 
 
@@ -614,7 +614,7 @@ METHODS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "treft all": lambda _: {"objective": Penalised((Weighted(TReFT("all"), 30.0, threshold=1e-3),))},
     "kl on train": lambda _: {"objective": Penalised((Weighted(KLOnTrain(), 1.0, stop=4),))},
     "kl on retain": lambda _: {"objective": Penalised((Weighted(KLOnRetain(RetainData(RETAIN, 3)), 1.0),))},
-    "steering": lambda m: {"trainable": PreventiveSteering(PeftAdapter(m), m, VECTOR, layer=1)},
+    "steering": lambda m: {"model": PreventiveSteering(PeftAdapter(m), VECTOR, layer=1)},
 }
 
 
@@ -623,10 +623,14 @@ def test_every_method_resumes_to_identical_weights(tmp_path: Path, method: str) 
     how = METHODS.get(method, lambda _: {})
     data = interleave(EXAMPLES, RETAIN, 0.3) if method == "interleaved" else EXAMPLES
     whole, resumed, killed = (fresh(dropout=0.1) for _ in range(3))
-    train(whole, data, SETTINGS, **how(whole))
+
+    def run(model: nn.Module, **options: Any) -> TrainResult:
+        return train(**{"model": model, **how(model)}, examples=data, settings=SETTINGS, **options)
+
+    run(whole)
     with pytest.raises(Killed):
-        train(killed, data, SETTINGS, **how(killed), out=tmp_path, on_step=kill_at_three)
-    result = train(resumed, data, SETTINGS, **how(resumed), out=tmp_path)
+        run(killed, out=tmp_path, on_step=kill_at_three)
+    result = run(resumed, out=tmp_path)
     assert result.resumed_from == 2
     assert_same_weights(whole, resumed)
     assert TrainResult.load(tmp_path / "result.json") == result
@@ -676,7 +680,7 @@ def test_another_weight_reference_or_vector_is_another_run(tmp_path: Path) -> No
         with pytest.raises(LensError, match=r"another run: .*objective"):
             start(tmp_path / "a", model=fresh(), objective=Penalised((part,)))
     model = fresh()
-    start(tmp_path / "b", model=model, trainable=PreventiveSteering(PeftAdapter(model), model, VECTOR, layer=1))
+    start(tmp_path / "b", model=PreventiveSteering(PeftAdapter(model), VECTOR, layer=1))
     again = fresh()
     with pytest.raises(LensError, match=r"another run: .*steering"):
-        start(tmp_path / "b", model=again, trainable=PreventiveSteering(PeftAdapter(again), again, -VECTOR, layer=1))
+        start(tmp_path / "b", model=PreventiveSteering(PeftAdapter(again), -VECTOR, layer=1))

@@ -12,6 +12,9 @@ import tiny_models
 import torch
 from torch import nn
 
+from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.interventions.hooks import add
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models import plain_views
@@ -251,3 +254,31 @@ def test_a_plain_view_does_not_keep_its_bridge_alive(bridge):
     del bridge
     gc.collect()
     assert known() is None
+
+
+def test_the_hooked_view_of_a_peft_model_trains_its_owners_weights_and_sees_them():
+    owner = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2))
+    apart = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2))
+    pair = ModelPair.load(finetuned=owner, tokenizer=TOKENIZER)
+    settings = TrainSettings(steps=3, batch_size=2, learning_rate=0.02)
+    with pair.using("finetuned") as model, pair.using("base") as base:
+        before = logits(base)
+        assert torch.equal(logits(model), before)
+        found = train(model, tiny_chat.tiny_examples(6), settings, progress=False)
+        assert is_plain(model)
+        expected = train(apart, tiny_chat.tiny_examples(6), settings, progress=False)
+        assert [row["loss"] for row in found.history] == [row["loss"] for row in expected.history]
+        torch.testing.assert_close(logits(model), apart(input_ids=IDS).logits)
+        torch.testing.assert_close(logits(model), owner(input_ids=IDS).logits)
+        assert torch.equal(logits(base), before)
+        assert (logits(model) - before).abs().max() > 1e-3
+        with pytest.raises(LensError, match="has no adapter to train"):
+            train(base, tiny_chat.tiny_examples(6), settings, progress=False)
+
+
+@tiny_hooked.needs_hooked
+def test_a_hookedtransformer_is_not_trained_as_an_adapter():
+    owner = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2))
+    model = hook_model(owner, TOKENIZER, backend="hooked")
+    with pytest.raises(LensError, match="HookedTransformer has weights of its own: train the PEFT model"):
+        train(model, tiny_chat.tiny_examples(6), progress=False)

@@ -19,7 +19,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, batch_indices
 from piggyback_lens.finetuning.checkpoints import run_lock
 from piggyback_lens.finetuning.steps import Loss, Step, StepOutput, forward_step, response_nll, sft
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import LoRASettings, Trainable, add_lora
 from piggyback_lens.finetuning.training import TrainResult, TrainSettings, learning_rate_at, train
 from piggyback_lens.maths import kl_per_token, relative_kv_drift
 
@@ -586,7 +586,7 @@ def test_a_divergence_to_the_base_plugs_in() -> None:
     assert free.history[-1]["loss"] < held.history[-1]["loss"] - 0.5
 
 
-class Steering:
+class Steering(Trainable):
     """A vector added to the residual stream of one block of a plain model."""
 
     def __init__(self, model: Any) -> None:
@@ -614,12 +614,12 @@ def test_something_that_is_no_adapter_trains_through_the_same_loop_and_resumes(t
     model = build("llama-gqa", vocab=VOCAB).requires_grad_(False)
     whole = Steering(model)
     settings = replace(SETTINGS, learning_rate=0.1)
-    result = train(model, EXAMPLES, settings, trainable=whole)
+    result = train(whole, EXAMPLES, settings)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     with pytest.raises(Killed):
-        train(model, EXAMPLES, settings, trainable=Steering(model), out=tmp_path, on_step=kill_at(5))
+        train(Steering(model), EXAMPLES, settings, out=tmp_path, on_step=kill_at(5))
     resumed = Steering(model)
-    train(model, EXAMPLES, settings, trainable=resumed, out=tmp_path)
+    train(resumed, EXAMPLES, settings, out=tmp_path)
     assert torch.equal(resumed.vector, whole.vector)
     assert whole.vector.norm() > 0.1
     assert json.loads((tmp_path / "adapter" / "vector.json").read_text()) == whole.vector.tolist()

@@ -306,11 +306,10 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     peft_model = add_lora(structural_copy(model), plan.lora, seed=cell.seed)
     use, settings = _set_up(plan, cell, peft_model, chat, shared)
     trained = train(
-        peft_model,
+        use.trainable,
         use.examples,
         settings,
         objective=use.objective,
-        trainable=use.trainable,
         out=folder,
         progress=False,
     )

@@ -375,4 +375,4 @@ def _steered(method: Method, part: PreventivePart, trainable: Trainable, of: Ing
     layer = len(of.direction) // 2 if part.layer is None else part.layer
     if layer >= len(of.direction):
         raise LensError(f"layer {layer} of {method.label} does not exist: there are 0 to {len(of.direction) - 1}")
-    return PreventiveSteering(trainable, of.model, of.direction[layer], layer=layer, alpha=part.alpha)
+    return PreventiveSteering(trainable, of.direction[layer], layer=layer, alpha=part.alpha)

@@ -1,7 +1,7 @@
 """Train steering vectors and LoRA adapters through hooks, in the loop of `training`.
 
     trainable = HookTrainable(model, SteeringVector.zeros(576, [15]))
-    train(trainable.module, examples, settings, trainable=trainable)
+    train(trainable, examples, settings)
     learned = trainable.result()
 
 `model` is a transformers model, a bridge or a HookedTransformer; its own weights get no gradient.
@@ -19,7 +19,8 @@ from torch import nn
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
-from piggyback_lens.models.backends import core_of
+from piggyback_lens.finetuning.trainables import Trainable
+from piggyback_lens.models.backends import core_of, device_of
 from piggyback_lens.models.partial import can_begin_late
 from piggyback_lens.models.views import frozen
 from piggyback_lens.vectors.adapters import Adapter, SteeringVector
@@ -27,8 +28,13 @@ from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Provenance
 
 
-class HookTrainable:
-    """A steering vector or LoRA adapter as a `Trainable`; `result()` is the value it has reached."""
+class HookTrainable(Trainable):
+    """A steering vector or LoRA adapter as a `Trainable`; `result()` is the value it has reached.
+
+    Attributes:
+        hooked: the model as given; `model` is what the passes go through, of a bridge the model inside.
+        start: where training begins.
+    """
 
     def __init__(self, model: Any, start: Adapter, *, cache_below: bool = True, budget_gb: float = 1.0) -> None:
         """Make parameters of the tensors of `start`, on the model's device, in float32.
@@ -41,22 +47,16 @@ class HookTrainable:
                 HookedTransformer runs them in every step.
             budget_gb: memory for that; the rest goes to files.
         """
-        self.model = model
+        self.hooked, self.model = model, core_of(model)
         self.start = start
         lowest = start.layers[0]
         caches = cache_below and can_begin_late(model) and lowest > 0
-        self.below = FrozenLower(core_of(model), lowest, budget_gb=budget_gb) if caches else None
-        device = next(self.module.parameters()).device
+        self.below = FrozenLower(self.model, lowest, budget_gb=budget_gb) if caches else None
+        device = device_of(model)
         self._parameters = {
             name: nn.Parameter(value.detach().to(device, torch.float32, copy=True))
             for name, value in start.tensors().items()
         }
-
-    @property
-    def module(self) -> nn.Module:
-        """What to hand to `train` as its model."""
-        core: nn.Module = core_of(self.model)
-        return core
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The tensors to descend on, by a stable name."""
@@ -78,17 +78,17 @@ class HookTrainable:
 
         Where the lower layers are not run, the output holds no keys and values.
         """
-        with frozen(self.module), attached(self.model, self.current()):
+        with frozen(self.model), attached(self.hooked, self.current()):
             if self.below is None or batch.plain_keys:
-                return forward_step(self.module, batch)
+                return forward_step(self.model, batch)
             with self.below.standing_in(batch):
-                output = forward_step(self.module, batch)
+                output = forward_step(self.model, batch)
             return replace(output, keys=(), values=(), prefix_keys=(), prefix_values=())
 
     @torch.no_grad()
     def base_forward(self, batch: TrainBatch) -> StepOutput:
         """The pass of the model without the adapter."""
-        return forward_step(self.module, batch)
+        return forward_step(self.model, batch)
 
     def logged(self) -> dict[str, float]:
         """For the history: the norm of the solution, summed over layers or modules."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,14 +27,13 @@ ResidualSite = Literal["resid_pre", "resid_post"]
 
 
 @dataclass(frozen=True, eq=False)
-class PreventiveSteering:
+class PreventiveSteering(Trainable):
     """A `Trainable` that is steered while it trains: resid ← resid + alpha · vector at one layer, all positions.
 
-        train(model, examples, trainable=PreventiveSteering(PeftAdapter(model), model, vector, layer=12))
+        train(PreventiveSteering(PeftAdapter(model), vector, layer=12), examples)
 
     Attributes:
         trainable: what is trained and saved, e.g. `PeftAdapter(model)`.
-        model: the Hugging Face model (or PEFT model) that it runs.
         vector: [d_model]; its length counts, nothing is normalised.
         layer: decoder block, from 0.
         alpha: strength; positive moves towards the direction.
@@ -42,11 +41,17 @@ class PreventiveSteering:
     """
 
     trainable: Trainable
-    model: nn.Module
     vector: Float[Tensor, " d_model"] = field(repr=False)
     layer: int = 0
     alpha: float = 1.0
     site: ResidualSite = "resid_post"
+
+    steered = True
+
+    @property
+    def model(self) -> Any:
+        """The inner trainable's."""
+        return self.trainable.model
 
     def __post_init__(self) -> None:
         check_field(self, "alpha", math.isfinite(self.alpha), "a finite number")

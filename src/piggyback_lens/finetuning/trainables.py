@@ -1,21 +1,24 @@
-"""What can be trained: the LoRA adapter of a PEFT model, or whatever fits the `Trainable` protocol."""
+"""What can be trained: the LoRA adapter of a PEFT model, or whatever is a `Trainable`."""
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.references import base_forward
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
-from piggyback_lens.models.backends import blocks_of
-from piggyback_lens.models.views import is_peft_model
+from piggyback_lens.models.backends import blocks_of, is_hooked_model
+from piggyback_lens.models.plain_views import plain_view
+from piggyback_lens.models.views import is_booted, is_peft_model
 
 
 def check_field(settings: object, name: str, good: bool, expected: str) -> None:
@@ -45,32 +48,79 @@ class LoRASettings:
         check_field(self, "layers", self.layers is None or len(self.layers) > 0, "None or at least one layer")
 
 
-@runtime_checkable
-class Trainable(Protocol):
-    """What `train` trains. `PeftAdapter` is one; a steering vector with its own forward pass is another."""
+class Trainable(ABC):
+    """What `train` trains, and all that it uses: `PeftAdapter` is one, a steering vector (`HookTrainable`) another.
 
+    A subclass has a `model`, and the methods without a default.
+
+    Attributes:
+        model: what the passes go through: a transformers or PEFT model, or a HookedTransformer.
+        steered: whether `forward` adds something that the finished model does not have; then `plain_forward` is
+            the pass without it.
+    """
+
+    model: Any
+    steered: bool = False
+
+    @abstractmethod
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The tensors to descend on, by a stable name."""
-        ...
 
+    @abstractmethod
     def forward(self, batch: TrainBatch) -> StepOutput:
         """One forward pass with gradient to `parameters()`."""
-        ...
 
+    @abstractmethod
     def settings(self) -> Mapping[str, object]:
         """What was chosen about it, JSON-able; a checkpoint with other values is refused."""
-        ...
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the finished result into an existing empty folder."""
-        ...
+
+    def plain_forward(self, batch: TrainBatch) -> StepOutput:
+        """A pass of the model as it will be used, with gradient."""
+        return self.forward(batch)
+
+    def base_forward(self, batch: TrainBatch) -> StepOutput:
+        """The base's pass, without gradient: the model without its adapter.
+
+        Raises:
+            LensError: the model's own weights are trained, so that it cannot give it.
+        """
+        return base_forward(self.model, batch)
+
+    def logged(self) -> Mapping[str, float]:
+        """Further columns of the history."""
+        return {}
 
 
-@dataclass(frozen=True, slots=True)
-class PeftAdapter:
+class PeftAdapter(Trainable):
     """The trainable parameters of a PEFT model."""
 
-    model: nn.Module
+    def __init__(self, model: nn.Module) -> None:
+        """Take a PEFT model, or the hooked view of one (what a pair holds), whose weights it then trains.
+
+        Raises:
+            LensError: no adapter, a HookedTransformer, or a model that was booted into TransformerLens.
+        """
+        if is_hooked_model(model):
+            plain = plain_view(model)
+            if plain is None:
+                raise LensError(
+                    f"{type(model).__name__} has weights of its own: train the PEFT model that it was made of, or a "
+                    "HookTrainable"
+                )
+            model = plain
+        if not is_peft_model(model):
+            raise LensError(
+                f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first"
+            )
+        if is_booted(model):
+            raise LensError(
+                "this model was booted into TransformerLens; train the plain Hugging Face model, boot it later"
+            )
+        self.model = model
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that require gradient, by their name in the model."""

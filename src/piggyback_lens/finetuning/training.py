@@ -37,7 +37,6 @@ from piggyback_lens.finetuning.checkpoints import (
 from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, packing_for, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
 from piggyback_lens.models.backends import n_positions_of
-from piggyback_lens.models.views import is_booted, is_peft_model
 from piggyback_lens.progress import track
 
 if TYPE_CHECKING:
@@ -125,12 +124,11 @@ class TrainResult:
 
 
 def train(
-    model: nn.Module,
+    model: nn.Module | Trainable,
     examples: Sequence[RenderedPrompt],
     settings: TrainSettings | None = None,
     *,
     objective: Objective = sft,
-    trainable: Trainable | None = None,
     out: str | Path | None = None,
     on_step: Callable[[Row], object] | None = None,
     progress: bool = True,
@@ -143,12 +141,11 @@ def train(
     of the same run is resumed from it, and Ctrl-C saves one before it is passed on.
 
     Args:
-        model: a PEFT model (see `add_lora`), not booted into TransformerLens.
+        model: a PEFT model (see `add_lora`), the hooked view of one (what `pair.using` gives), or any `Trainable`.
         examples: rendered conversations with a response span.
         settings: the knobs.
         objective: what to descend. To be told apart in checkpoints it is a named function, or an object
             with a `settings()` method.
-        trainable: what to train; the model's PEFT adapter by default.
         out: folder of the run, or None to write nothing.
         on_step: called with the history row after each step.
         progress: show a progress bar with the time left, if a terminal or a notebook watches.
@@ -157,17 +154,18 @@ def train(
         LensError: unusable examples, the folder of another run, or a loss that is not finite.
     """
     settings = settings if settings is not None else TrainSettings()
-    trainable = trainable if trainable is not None else PeftAdapter(_unbooted_peft(model))
+    trainable = model if isinstance(model, Trainable) else PeftAdapter(model)
+    network = trainable.model
     folder = None if out is None else Path(out)
-    run = _prepare(model, examples, settings, objective=objective, trainable=trainable, folder=folder)
+    run = _prepare(network, examples, settings, objective=objective, trainable=trainable, folder=folder)
     with run_lock(run.folder):
         start = run.resume()
         history = list(start.history if start else ())
         if settings.share_prefix and len(history) < settings.steps:
-            with _dropout(model, adapter=False):
+            with _dropout(network, adapter=False):
                 for batch in run.to_check(len(history)):
                     check_sharing(trainable.forward, batch)
-        with _dropout(model, adapter=True):
+        with _dropout(network, adapter=True):
             _loop(run, history, on_step, "training" if progress else None)
         adapter_dir = None if run.folder is None else write_folder(run.folder / "adapter", trainable.save)
         result = TrainResult(
@@ -198,7 +196,7 @@ def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | No
             _descend(run.optimiser, rate)
             row = {"step": index + 1, "loss": float(loss.total.detach()), **loss.terms, "lr": rate}
             row |= {"grad_norm": norm, "tokens": batch.n_supervised}
-            row |= run.trainable.logged() if hasattr(run.trainable, "logged") else {}
+            row |= run.trainable.logged()
             history.append(row | {"seconds": time.perf_counter() - began})
             between_steps = True
             if (index + 1) % run.settings.checkpoint_every == 0:
@@ -249,12 +247,16 @@ class _Run:
 
     def step(self, batch: TrainBatch, index: int) -> Step:
         """The forward pass of a batch, with what an objective may ask for."""
-        # A trainable that adds something during training only (preventive steering) has a pass without it.
-        plain = getattr(self.trainable, "plain_forward", None)
-        output = self.trainable.forward(batch)
-        base = getattr(self.trainable, "base_forward", None)
-        forward = plain or self.trainable.forward
-        return Step(self.model, batch, output, index, forward, steered=plain is not None, base=base)
+        own = self.trainable
+        return Step(
+            self.model,
+            batch,
+            own.forward(batch),
+            index,
+            own.plain_forward,
+            steered=own.steered,
+            base=own.base_forward,
+        )
 
     def save(self, history: Sequence[Row]) -> None:
         """Write a checkpoint, if there is a folder."""
@@ -318,16 +320,6 @@ def learning_rate_at(settings: TrainSettings, index: int) -> float:
     part = (index - warmup) / (settings.steps - warmup)
     floor = settings.min_lr_fraction
     return settings.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2)
-
-
-def _unbooted_peft(model: nn.Module) -> nn.Module:
-    if not is_peft_model(model):
-        raise LensError(
-            f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first"
-        )
-    if is_booted(model):
-        raise LensError("this model was booted into TransformerLens; train the plain Hugging Face model, boot it later")
-    return model
 
 
 def _check_examples(model: nn.Module, examples: Sequence[RenderedPrompt], settings: TrainSettings) -> None:

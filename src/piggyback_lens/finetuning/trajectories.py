@@ -1,7 +1,7 @@
 """How a solution moves during training: snapshots, trajectories ("training lens"), and drift between solutions.
 
 keeper = SnapshotKeeper(trainable, every=5)
-train(trainable.module, examples, settings, trainable=trainable, on_step=keeper)
+train(trainable, examples, settings, on_step=keeper)
 trajectory({"λ = 1": keeper.snapshots}).figure()
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.files import read_json, write_json
@@ -78,10 +79,12 @@ def demo(
     started = time.monotonic()
     if progress:
         say(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
-    trained = train_organism(source, task, settings, out=out / "organism", offline=offline, progress=progress)
+    tokenizer = load_tokenizer(source, offline=offline)
+    loaded = load_causal_lm(source, offline=offline, device="cuda" if torch.cuda.is_available() else "cpu")
+    organism, trained = train_organism(loaded, tokenizer, task, settings, out=out / "organism", progress=progress)
     training_seconds = round(time.monotonic() - started, 1)
     names = (_shown(source), f"{task.name} organism")
-    pair = ModelPair.load(source, adapter=trained.adapter_dir, backend=backend, offline=offline, names=names)
+    pair = ModelPair.load(finetuned=organism, tokenizer=tokenizer, backend=backend, names=names)
     extra = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
     result = audit(
         pair,
@@ -102,21 +105,18 @@ def monitor_file(out: str | Path) -> Path:
 
 
 def train_organism(
-    source: str, task: Task, settings: DemoSettings, *, out: Path, offline: bool, progress: bool
-) -> TrainResult:
-    """Finetune a LoRA adapter on the task's conversations, watched off-topic.
+    model: nn.Module, tokenizer: Any, task: Task, settings: DemoSettings, *, out: Path, progress: bool
+) -> tuple[nn.Module, TrainResult]:
+    """Finetune a LoRA adapter on the task's conversations, watched off-topic; the PEFT model, and how it went.
 
     The adapter lands in `out/adapter`, the monitor's rows in `out/monitor.jsonl`.
     """
-    tokenizer = load_tokenizer(source, offline=offline)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_causal_lm(source, offline=offline, device=device)
     chat = ChatFormat(tokenizer)
     examples = [chat.render(_messages(example)) for example in task.train]
     towards, against = _probes(model, chat, task, settings.watched, out / PROBES_FILE)
     adapted = add_lora(model, settings.lora, seed=settings.training.seed)
     monitor = Monitor(adapted, towards, against, every=settings.watch_every, out=out / MONITOR_FILE)
-    return train(adapted, examples, settings.training, on_step=monitor, out=out, progress=progress)
+    return adapted, train(adapted, examples, settings.training, on_step=monitor, out=out, progress=progress)
 
 
 def _probes(

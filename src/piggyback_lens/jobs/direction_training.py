@@ -97,8 +97,8 @@ def train_direction_job(
     if progress:
         say(f"training: {settings.training.steps} steps on {len(examples)} conversations")
     mixed = interleave(examples, kept, settings.interleave, seed=settings.training.seed)
-    chosen: dict[str, Any] = {"trainable": trainable, "objective": _objective(settings, kept), "progress": progress}
-    trained = train(trainable.module, mixed, settings.training, out=out / "training", **chosen)
+    chosen: dict[str, Any] = {"objective": _objective(settings, kept), "progress": progress}
+    trained = train(trainable, mixed, settings.training, out=out / "training", **chosen)
     solution = _signed(trainable.result(), model, examples, settings, name)
     path = _save_solution(solution, out, name)
     data = {"training data": examples, "validation data": validation, "retain data": kept}
