@@ -18,7 +18,7 @@ from piggyback_lens.finetuning.steps import forward_step, sft
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import Step
 from piggyback_lens.interventions.donors import prefix_activations
-from piggyback_lens.interventions.hooks import patch
+from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair

@@ -22,7 +22,7 @@ from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.steps import forward_step, response_nll
 from piggyback_lens.finetuning.trainables import LoRASettings, Trainable, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
-from piggyback_lens.interventions.hooks import ablate, cache
+from piggyback_lens.interventions.kinds import ablate, cache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.attachment import MODULES
@@ -160,7 +160,7 @@ def test_two_adapters_add_up_and_scaling_scales(backend):
 def test_an_intervention_at_the_input_of_a_module_reaches_the_adapter(backend, module):
     """The adapter must see the ablated input: silencing z or mlp_post silences what the adapter makes of it."""
     model, adapter = hooked("llama-gqa", backend), lora((module,), layers=(1,))
-    from piggyback_lens.interventions.hooks import zero
+    from piggyback_lens.interventions.kinds import zero
 
     off = zero("z" if module == "o" else "mlp_post", layers=1)
     assert_close(own_logits(model, [adapter], off), own_logits(model, [], off), atol=1e-5, rtol=1e-5)

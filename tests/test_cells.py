@@ -17,9 +17,10 @@ from piggyback_lens.experiments.attribution import attribution_map
 from piggyback_lens.experiments.cells import evaluate, first_layer, require_one_prefix
 from piggyback_lens.experiments.patching import layer_curve, layer_position_map, patch_span
 from piggyback_lens.interventions.donors import prefix_activations, span_activations
-from piggyback_lens.interventions.hooks import add, patch, zero
+from piggyback_lens.interventions.hooks import Record
+from piggyback_lens.interventions.kinds import add, patch, zero
 from piggyback_lens.interventions.placement import Placement
-from piggyback_lens.interventions.running import Record, applied, applied_each
+from piggyback_lens.interventions.running import applied, applied_each
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour

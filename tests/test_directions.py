@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.directions.lens_tokens import logit_lens, unembedded
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import cache
+from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.models.pair import identify
 from piggyback_lens.vectors.direction import Direction, Provenance, combine, cosine
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import ablate, add, cache, patch, zero
+from piggyback_lens.interventions.kinds import ablate, add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.generation import generate

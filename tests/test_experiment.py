@@ -13,7 +13,7 @@ from piggyback_lens.experiments.experiment import Planned, run_plan
 from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.interventions.donors import prefix_activations
-from piggyback_lens.interventions.hooks import patch, zero
+from piggyback_lens.interventions.kinds import patch, zero
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.measures import get_behaviour
 

@@ -12,9 +12,10 @@ from tiny_hooked import FEW, QUERIES, chat, hooked, prompts
 
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import add, cache, patch, zero
+from piggyback_lens.interventions.hooks import Record
+from piggyback_lens.interventions.kinds import add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring import generation
 from piggyback_lens.measuring.generation import generate, to_frame
 from piggyback_lens.measuring.sampling import Sampling

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -14,19 +15,10 @@ from torch.testing import assert_close
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.activations import Activations
-from piggyback_lens.interventions.hooks import (
-    Intervention,
-    Interventions,
-    ablate,
-    add,
-    cache,
-    clamp,
-    mean_ablate,
-    patch,
-    resample,
-    zero,
-)
-from piggyback_lens.interventions.running import Record, applied, mean_norms
+from piggyback_lens.interventions.hooks import Intervention, Interventions, Record
+from piggyback_lens.interventions.kinds import ablate, add, cache, clamp, mean_ablate, patch, resample, zero
+from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import applied, mean_norms
 from piggyback_lens.maths import set_projection
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import SITES, shape_of
@@ -802,3 +794,26 @@ def test_half_precision_directions_are_applied_in_full_precision(half):
     before = logits_of(half, batch, cache("resid_post", layers=1))[1].activations.flat("resid_post", 1)
     after = logits_of(half, batch, clamp(v, 2.0, layers=1) + cache("resid_post", layers=1))[1].activations
     assert torch.equal(after.flat("resid_post", 1), set_projection(before.float(), v, 2.0).bfloat16())
+
+
+def test_a_new_kind_is_one_class_and_acts_in_hooks_and_prefix_caches(monkeypatch):
+    """The example of CONTRIBUTING.md, run as it stands there."""
+    from piggyback_lens.interventions import hooks as module
+
+    monkeypatch.setattr(module, "ACTIONS", dict(module.ACTIONS))
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = text.partition("<!-- kind:start -->")[2].partition("<!-- kind:end -->")[0].strip().strip("`")
+    here = {"Action": module.Action, "Intervention": Intervention}
+    exec(code.removeprefix("python"), here)
+    model, some = hooked("llama-gqa", "bridge"), prompts()
+    batch = batch_prompts(some, side="right")
+    mirrored = here["mirror"]("v", layers=(1,), span="prefix")
+    plain = logits_of(model, batch)
+    by_hook = logits_of(model, batch, mirrored)
+    assert (real(by_hook, batch) - real(plain, batch)).abs().max() > 1e-3
+    kept = PrefixCache.compile(model, some[0], mirrored)
+    length = len(kept.ids)
+    expected = PrefixCache.compile(model, some[0]).values[1]
+    assert_close(kept.values[1], -expected)
+    assert kept.ids == some[0].ids[:length]
+    assert Intervention.from_dict(mirrored.to_dict()) == mirrored

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import add
+from piggyback_lens.interventions.kinds import add
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.backends import backend_of, hook_name
 from piggyback_lens.models.network import forward

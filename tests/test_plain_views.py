@@ -15,7 +15,7 @@ from torch import nn
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
-from piggyback_lens.interventions.hooks import add
+from piggyback_lens.interventions.kinds import add
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models import plain_views
 from piggyback_lens.models.attachment import edited_modules, edited_sites, linear_of

@@ -13,9 +13,10 @@ from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import ablate, add, cache, patch, resample, zero
+from piggyback_lens.interventions.hooks import Record
+from piggyback_lens.interventions.kinds import ablate, add, cache, patch, resample, zero
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.scoring import nll
 from piggyback_lens.models.backends import shape_of

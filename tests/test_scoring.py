@@ -10,9 +10,10 @@ from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import add, cache, patch, zero
+from piggyback_lens.interventions.hooks import Record
+from piggyback_lens.interventions.kinds import add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.scoring import contrast, kl_to_base, nll, response_log_probs
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair

@@ -73,16 +73,16 @@ if TYPE_CHECKING:
     from piggyback_lens.interventions.donors import span_activations as span_activations
     from piggyback_lens.interventions.hooks import Intervention as Intervention
     from piggyback_lens.interventions.hooks import Interventions as Interventions
-    from piggyback_lens.interventions.hooks import ablate as ablate
-    from piggyback_lens.interventions.hooks import add as add
-    from piggyback_lens.interventions.hooks import cache as cache
-    from piggyback_lens.interventions.hooks import clamp as clamp
-    from piggyback_lens.interventions.hooks import mean_ablate as mean_ablate
-    from piggyback_lens.interventions.hooks import patch as patch
-    from piggyback_lens.interventions.hooks import resample as resample
-    from piggyback_lens.interventions.hooks import zero as zero
+    from piggyback_lens.interventions.hooks import Record as Record
+    from piggyback_lens.interventions.kinds import ablate as ablate
+    from piggyback_lens.interventions.kinds import add as add
+    from piggyback_lens.interventions.kinds import cache as cache
+    from piggyback_lens.interventions.kinds import clamp as clamp
+    from piggyback_lens.interventions.kinds import mean_ablate as mean_ablate
+    from piggyback_lens.interventions.kinds import patch as patch
+    from piggyback_lens.interventions.kinds import resample as resample
+    from piggyback_lens.interventions.kinds import zero as zero
     from piggyback_lens.interventions.prefix import PrefixCache as PrefixCache
-    from piggyback_lens.interventions.running import Record as Record
     from piggyback_lens.interventions.running import applied as applied
     from piggyback_lens.interventions.running import mean_norms as mean_norms
     from piggyback_lens.jobs.auditing import AuditResult as AuditResult
@@ -160,18 +160,8 @@ _HOMES = {
     "measuring.sampling": ("Sampling",),
     "finetuning.hf_trainer": ("TReFTSettings", "TReFTTrainer"),
     "finetuning.hook_training": ("HookTrainable",),
-    "interventions.hooks": (
-        "Intervention",
-        "Interventions",
-        "ablate",
-        "add",
-        "cache",
-        "clamp",
-        "mean_ablate",
-        "patch",
-        "resample",
-        "zero",
-    ),
+    "interventions.hooks": ("Intervention", "Interventions", "Record"),
+    "interventions.kinds": ("ablate", "add", "cache", "clamp", "mean_ablate", "patch", "resample", "zero"),
     "saes.latent_attribution": ("LatentAttribution", "attribute_latents"),
     "saes.latent_fit": ("fit_latents",),
     "saes.latent_training": ("train_sae",),
@@ -188,7 +178,7 @@ _HOMES = {
     "finetuning.preventive": ("PreventiveSteering",),
     "experiments.results": ("PatchResult",),
     "finetuning.retain": ("RetainData", "interleave"),
-    "interventions.running": ("Record", "applied", "mean_norms"),
+    "interventions.running": ("applied", "mean_norms"),
     "directions.scalars": ("adapter_scalars", "logistic_probe"),
     "directions.scored_answers": ("ScoredAnswers",),
     "measuring.scoring": ("contrast", "kl_to_base", "nll", "response_log_probs"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import cache
+from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.models.backends import HookedModel, Site, check_layers, shape_of
 from piggyback_lens.models.network import NOTHING, forward

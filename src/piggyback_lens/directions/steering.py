@@ -13,7 +13,8 @@ from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.directions.sweeps import RANDOM, Sweep, SweepPoint
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import Interventions, ablate
+from piggyback_lens.interventions.hooks import Interventions
+from piggyback_lens.interventions.kinds import ablate
 from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.interventions.running import mean_norms
 from piggyback_lens.measuring.generation import Generation, generate

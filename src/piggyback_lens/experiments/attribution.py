@@ -31,7 +31,8 @@ from piggyback_lens.experiments.patching import (
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.interventions.donors import DONOR, RECIPIENT, Direction, Donors, check_direction
-from piggyback_lens.interventions.hooks import Interventions, patch
+from piggyback_lens.interventions.hooks import Interventions
+from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import similar_batches
 from piggyback_lens.interventions.running import applied

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import Intervention
+from piggyback_lens.interventions.hooks import Intervention, Record
 from piggyback_lens.interventions.placement import OPEN, Placement, Row
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.interventions.running import Record, applied_each
+from piggyback_lens.interventions.running import applied_each
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure
 from piggyback_lens.measuring.generation import generate

@@ -18,7 +18,7 @@ from piggyback_lens.experiments.cells import Parts, require_one_prefix
 from piggyback_lens.experiments.experiment import Planned, run_plan
 from piggyback_lens.experiments.results import IDENTITY, OTHERS, RANDOM, PatchResult
 from piggyback_lens.interventions.donors import Direction, Donors, PostfixDonor, Series, check_direction, of_tokens
-from piggyback_lens.interventions.hooks import patch
+from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.measuring.answers import Measure
 from piggyback_lens.models.backends import HEAD_SITES, SITES, Site, check_layers
 from piggyback_lens.models.pair import ModelPair

@@ -12,9 +12,10 @@ import torch
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.activations import Activations
-from piggyback_lens.interventions.hooks import Interventions, cache, patch
+from piggyback_lens.interventions.hooks import Interventions, Record
+from piggyback_lens.interventions.kinds import cache, patch
 from piggyback_lens.interventions.placement import Placement, Row
-from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.maths import norm_matched_random
 from piggyback_lens.models.backends import Site
 from piggyback_lens.models.network import NOTHING, forward

@@ -1,4 +1,4 @@
-"""Interventions: immutable, composable descriptions of what to do to activations, and how to run them.
+"""Interventions: immutable, composable descriptions of what to do to activations; their hooks; what happened.
 
     repair = patch(base_activations, span="prefix")            # what, where
     with applied(model, batch, repair) as record:              # TransformerLens hooks, always removed
@@ -12,26 +12,71 @@ which is the residual stream itself.
 """
 
 import base64
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.conversations.chat import PromptBatch
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.activations import Activations
-from piggyback_lens.interventions.placement import PHASES, Phase, Placement
-from piggyback_lens.models.backends import HEAD_SITES, SITES, HookedModel, Site
+from piggyback_lens.interventions.activations import Activations, assemble
+from piggyback_lens.interventions.placement import PHASES, Cells, Phase, Placement
+from piggyback_lens.models.backends import (
+    HEAD_SITES,
+    SITES,
+    HookedModel,
+    Site,
+    check_layers,
+    hook_name,
+    hook_points,
+    shape_of,
+    writes_through,
+)
 
-if TYPE_CHECKING:
-    from piggyback_lens.interventions.running import Record
-
-Kind = Literal["cache", "add", "ablate", "clamp", "patch", "zero", "fill", "resample"]
 HookPair = tuple[str, Callable[..., Tensor | None]]
-ALL_RESIDUAL_SITES: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
+
+
+class Action(ABC):
+    """What a kind of intervention does; one object of each subclass serves all interventions of its kind.
+
+    A new kind is a subclass with a `kind` and `new_value` (see `kinds`), and a function that makes interventions of it.
+
+    Attributes:
+        kind: its name in `Intervention.kind`.
+        changes: False for what only reads.
+    """
+
+    kind: str
+    changes: bool = True
+
+    def __init_subclass__(cls) -> None:
+        ACTIONS[cls.kind] = cls()
+
+    def check(self, part: "Intervention", placement: Placement, layers: Sequence[int]) -> None:  # noqa: B027
+        """Refuse, before anything runs, what does not fit the rows and layers."""
+
+    def one_row_stands_for_all(self, part: "Intervention") -> bool:
+        """Whether it does the same to the tokens of a prefix in every row."""
+        return True
+
+    @abstractmethod
+    def new_value(
+        self,
+        part: "Intervention",
+        layer: int,
+        old: Float[Tensor, "cell *feature"],
+        cells: Cells,
+        heads: Int[Tensor, " head"] | None,
+    ) -> Float[Tensor, "cell *feature"]:
+        """What the touched cells become; of the chosen heads, if there are any."""
+
+
+ACTIONS: dict[str, Action] = {}
+"""Every kind of intervention, by name."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,7 +96,7 @@ class Intervention:
         options: numbers and names.
     """
 
-    kind: Kind
+    kind: str
     site: Site
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
@@ -63,8 +108,8 @@ class Intervention:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise LensError(f"intervention {self.kind!r} is not known: choose one of {', '.join(get_args(Kind))}")
+        if self.kind not in ACTIONS:
+            raise LensError(f"intervention {self.kind!r} is not known: choose one of {', '.join(ACTIONS)}")
         if self.site not in SITES:
             raise LensError(f"site {self.site!r} is not known: choose one of {', '.join(SITES)}")
         if self.phase not in PHASES:
@@ -75,6 +120,11 @@ class Intervention:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(int(x) for x in ([value] if isinstance(value, int) else value)))
+
+    @property
+    def action(self) -> Action:
+        """What its kind does."""
+        return ACTIONS[self.kind]
 
     def __add__(self, other: "Intervention | Interventions") -> "Interventions":
         return Interventions((self,)) + other
@@ -181,8 +231,6 @@ class Interventions:
         Raises:
             LensError: a layer, head, span or donor that does not fit this model and batch.
         """
-        from piggyback_lens.interventions.running import hook_pairs
-
         return hook_pairs(self.parts, model, batch, record)
 
 
@@ -200,281 +248,185 @@ def as_parts(interventions: AnyIntervention) -> tuple[Intervention, ...]:
     return tuple(part for item in interventions for part in as_parts(item))
 
 
-# ---------------------------------------------------------------- factories
-
-
-def cache(
-    sites: Site | Sequence[Site],
-    *,
-    layers: Sequence[int] | int | None = None,
-    span: str = "all",
-    tokens: Sequence[int] | None = None,
-    phase: Phase = "both",
-    device: str | torch.device | None = "cpu",
-    dtype: torch.dtype | None = None,
-    detach: bool = True,
-) -> Interventions:
-    """Keep activations: only these sites, layers and tokens; read them from `record.activations`.
-
-    Args:
-        sites: one or several.
-        layers: None for all.
-        span: which tokens; `tokens` picks indices within it.
-        tokens: indices within the span.
-        phase: prompt, generation or both.
-        device: where to keep them; None leaves them on the model's device.
-        dtype: None keeps the model's.
-        detach: False keeps the graph, for gradients (then device and dtype are left as they are).
-
-    Raises:
-        LensError: span "all" in the generation phase, which is span "response".
-    """
-    if phase == "generation" and span == "all":
-        raise LensError("the tokens of the generation phase are span='response': keep that span, it starts at 0 there")
-    options = {
-        "device": None if device is None else str(device),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        "detach": detach,
-    }
-    return _each(sites, "cache", layers=layers, span=span, tokens=tokens, phase=phase, options=options)
-
-
-def add(
-    vector: Float[Tensor, "*feature"],
-    *,
-    site: Site = "resid_post",
-    layers: Sequence[int] | int | None,
-    strength: float = 1.0,
-    fraction: float | None = None,
-    norms: Mapping[int, float] | None = None,
-    heads: Sequence[int] | None = None,
-    span: str = "all",
-    tokens: Sequence[int] | None = None,
-    phase: Phase = "both",
-) -> Intervention:
-    """Steering: a <- a + strength * vector.
-
-    Args:
-        vector: [d_model], or [d_head] at a head site.
-        site: where to add.
-        layers: which layers; None for all.
-        strength: raw multiple of the vector.
-        fraction: instead of `strength`, the length of what is added as a fraction of the mean activation
-            norm at each layer, which `norms` gives (see `mean_norms`).
-        norms: layer to mean activation norm.
-        heads: at a head site.
-        span: which tokens.
-        tokens: indices within the span.
-        phase: prompt, generation or both.
-
-    Raises:
-        LensError: fraction without norms, or a zero vector with a fraction.
-    """
-    vector = _vector(vector)
-    options: dict[str, Any] = {"strength": float(strength)}
-    if fraction is not None:
-        length = float(vector.float().norm())
-        chosen = sorted(norms or {}) if layers is None else [layers] if isinstance(layers, int) else list(layers)
-        missing = [layer for layer in chosen if layer not in (norms or {})]
-        if not chosen or missing or length == 0:
-            raise LensError(f"fraction={fraction} needs a non-zero vector and norms= for each layer, {missing} missing")
-        options = {
-            "fraction": float(fraction),
-            "strengths": {str(layer): fraction * (norms or {})[layer] / length for layer in chosen},
-        }
-        layers = chosen
-    return Intervention(
-        "add",
-        site,
-        _ints(layers),
-        _ints(heads),
-        span,
-        _ints(tokens),
-        phase,
-        None,
-        {"vector": vector},
-        options,
-    )
-
-
-def ablate(
-    direction: Float[Tensor, "*feature"],
-    *,
-    site: Site | Sequence[Site] = ALL_RESIDUAL_SITES,
-    layers: Sequence[int] | int | None = None,
-    heads: Sequence[int] | None = None,
-    span: str = "all",
-    tokens: Sequence[int] | None = None,
-    phase: Phase = "both",
-) -> Interventions:
-    """Directional ablation: a <- a - (a . v) v for the unit vector v along `direction`.
-
-    By default at every residual site of every layer, so that the direction is absent from the whole
-    residual stream.
-    """
-    unit = _unit(direction)
-    return _each(
-        site,
-        "ablate",
-        layers=layers,
-        heads=heads,
-        span=span,
-        tokens=tokens,
-        phase=phase,
-        tensors={"unit": unit},
-    )
-
-
-def clamp(
-    direction: Float[Tensor, "*feature"],
-    value: float,
-    *,
-    site: Site = "resid_post",
-    layers: Sequence[int] | int | None,
-    heads: Sequence[int] | None = None,
-    span: str = "all",
-    tokens: Sequence[int] | None = None,
-    phase: Phase = "both",
-) -> Intervention:
-    """Set the projection on the unit vector along `direction` to `value`, the rest unchanged."""
-    fields = {"tensors": {"unit": _unit(direction)}, "options": {"value": float(value)}}
-    return Intervention("clamp", site, _ints(layers), _ints(heads), span, _ints(tokens), phase, **fields)  # type: ignore[arg-type]
-
-
-def patch(
-    donor: Activations,
-    *,
-    sites: Site | Sequence[Site] | None = None,
-    layers: Sequence[int] | int | None = None,
-    heads: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-) -> Interventions:
-    """Replace the recipient's activations by the donor's at the same span (2606.06667 eq. 1 for k and v).
-
-    Args:
-        donor: kept with `cache` from the other model. One row serves every row of the recipient;
-            otherwise the rows must be the recipient's.
-        sites: None for all that the donor holds.
-        layers: None for all that the donor holds.
-        heads: only these heads.
-        rows: only these rows of the recipient.
-    """
-    chosen_sites: tuple[Site, ...] = donor.sites if sites is None else _sites(sites)
-    chosen_layers = donor.layers if layers is None else _ints(layers)
-    lengths = torch.tensor(donor.lengths)
-    return Interventions(
-        tuple(
-            Intervention(
-                "patch",
-                site,
-                chosen_layers,
-                _ints(heads),
-                donor.span,
-                donor.tokens,
-                rows=_ints(rows),
-                tensors={str(layer): donor[site, layer] for layer in chosen_layers or ()} | {"lengths": lengths},
-            )
-            for site in chosen_sites
-        )
-    )
-
-
-def zero(
-    sites: Site | Sequence[Site],
-    *,
-    layers: Sequence[int] | int | None = None,
-    heads: Sequence[int] | None = None,
-    span: str = "all",
-    tokens: Sequence[int] | None = None,
-    phase: Phase = "both",
-) -> Interventions:
-    """Zero ablation."""
-    return _each(sites, "zero", layers=layers, heads=heads, span=span, tokens=tokens, phase=phase)
-
-
-def mean_ablate(
-    reference: Activations,
-    *,
-    sites: Site | Sequence[Site] | None = None,
-    layers: Sequence[int] | int | None = None,
-    heads: Sequence[int] | None = None,
-    span: str | None = None,
-    phase: Phase = "both",
-) -> Interventions:
-    """Mean ablation: every token of the span becomes the mean over all tokens of `reference`."""
-    chosen = reference.layers if layers is None else _ints(layers) or ()
-    return Interventions(
-        tuple(
-            Intervention(
-                "fill", site, chosen, _ints(heads), span or reference.span, phase=phase,
-                tensors={str(layer): reference.mean(site, layer) for layer in chosen},
-            )
-            for site in (reference.sites if sites is None else _sites(sites))
-        )
-    )  # fmt: skip
-
-
-def resample(
-    reference: Activations,
-    *,
-    seed: int,
-    sites: Site | Sequence[Site] | None = None,
-    layers: Sequence[int] | int | None = None,
-    heads: Sequence[int] | None = None,
-    span: str | None = None,
-    phase: Phase = "both",
-) -> Interventions:
-    """Resample ablation: every token of the span becomes that of a random token of `reference`.
-
-    The choice depends on seed, row and token only, and is the same at every site and layer.
-
-    Raises:
-        LensError: a negative seed.
-    """
-    if seed < 0:
-        raise LensError(f"seed {seed} given, expected 0 or more")
-    chosen = reference.layers if layers is None else _ints(layers) or ()
-    return Interventions(
-        tuple(
-            Intervention(
-                "resample", site, chosen, _ints(heads), span or reference.span, phase=phase,
-                tensors={str(layer): reference.flat(site, layer) for layer in chosen}, options={"seed": int(seed)},
-            )
-            for site in (reference.sites if sites is None else _sites(sites))
-        )
-    )  # fmt: skip
-
-
-def _each(sites: Site | Sequence[Site], kind: Kind, **fields: Any) -> Interventions:
-    for name in ("layers", "heads", "tokens"):
-        fields[name] = _ints(fields.get(name))
-    return Interventions(tuple(Intervention(kind, site, **fields) for site in _sites(sites)))
-
-
-def _sites(sites: Site | Sequence[Site]) -> tuple[Site, ...]:
-    return (sites,) if isinstance(sites, str) else tuple(sites)
-
-
-def _ints(values: Sequence[int] | int | None) -> tuple[int, ...] | None:
-    return None if values is None else (values,) if isinstance(values, int) else tuple(values)
-
-
-def _vector(vector: Tensor) -> Tensor:
-    if vector.ndim != 1 or not bool(torch.isfinite(vector).all()):
-        raise LensError(f"a direction is one finite vector, got shape {tuple(vector.shape)}: pick one layer's vector")
-    return vector.clone()  # what happens to the caller's tensor later does not reach the intervention; gradients do
-
-
-def _unit(direction: Tensor) -> Tensor:
-    vector = _vector(direction).float()
-    if not bool(vector.any()):
-        raise LensError("the direction is the zero vector: it has no orientation to ablate or clamp")
-    unit: Tensor = vector / vector.norm()
-    return unit
-
-
 def layer_ranges(layers: Sequence[int]) -> str:
     """Layers for a message: "0-29", or "1,3"."""
     if len(layers) > 2 and tuple(layers) == tuple(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ",".join(map(str, layers))
+
+
+# ---------------------------------------------------------------- what happened
+
+
+@dataclass
+class Receipt:
+    """Proof that an intervention happened: hook calls, cells touched, size of the change."""
+
+    part: Intervention
+    n_rows: int
+    calls: int = 0
+    cells: int = 0
+    layers: set[int] = field(default_factory=set)
+    squared_change: Tensor | None = None
+    chunks: dict[tuple[Site, int], list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def change_norm(self) -> float:
+        """Frobenius norm of everything that was changed."""
+        return 0.0 if self.squared_change is None else float(self.squared_change.sqrt())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able row: cells are (row, token) pairs summed over layers."""
+        return {
+            "intervention": repr(self.part),
+            "calls": self.calls,
+            "cells": self.cells,
+            "layers": len(self.layers),
+            "change_norm": self.change_norm,
+        }
+
+
+@dataclass
+class Record:
+    """Receipts and kept activations of the interventions of one run."""
+
+    receipts: list[Receipt] = field(default_factory=list)
+
+    def open(self, parts: Sequence[Intervention], n_rows: int) -> list[Receipt]:
+        """A receipt for each part; those that are already there, if their hooks are made again."""
+        free, opened = list(self.receipts), []
+        for part in parts:
+            receipt = next((receipt for receipt in free if receipt.part is part), None)
+            if receipt is None:
+                receipt = Receipt(part, n_rows)
+                self.receipts.append(receipt)
+            else:
+                free.remove(receipt)
+            receipt.n_rows = max(receipt.n_rows, n_rows)
+            opened.append(receipt)
+        return opened
+
+    def check(self) -> None:
+        """Refuse a run in which an intervention touched nothing.
+
+        Raises:
+            LensError: it names the intervention.
+        """
+        for receipt in self.receipts:
+            if receipt.cells == 0:
+                raise LensError(
+                    f"{receipt.part} touched nothing ({receipt.calls} hook calls): no token of its span and phase "
+                    "was in the passes that were run"
+                )
+
+    @property
+    def activations(self) -> Activations:
+        """What the `cache` interventions kept, all of one span.
+
+        Raises:
+            LensError: nothing was kept, or from different spans (then use `activations_of`).
+        """
+        kept = [receipt for receipt in self.receipts if receipt.chunks]
+        if not kept or len({(r.part.span, r.part.tokens) for r in kept}) > 1:
+            raise LensError(f"expected activations of one span, there are {len(kept)} kept: use activations_of(span)")
+        return self.activations_of(kept[0].part.span)
+
+    def activations_of(self, span: str) -> Activations:
+        """What was kept of one span.
+
+        Raises:
+            LensError: nothing was kept, or of different tokens, or of a part of the span only.
+        """
+        kept = [receipt for receipt in self.receipts if receipt.chunks and receipt.part.span == span]
+        if not kept:
+            raise LensError(f"nothing was kept of span {span!r}: add cache(..., span={span!r}) and run the model")
+        if len({receipt.part.tokens for receipt in kept}) > 1:
+            raise LensError(f"different tokens of span {span!r} were kept: use a record for each")
+        chunks: dict[tuple[Site, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for receipt in kept:
+            for key, parts in receipt.chunks.items():
+                chunks.setdefault(key, []).extend(parts)
+        return assemble(span, kept[0].part.tokens, chunks, kept[0].n_rows)
+
+    def to_frame(self) -> Any:
+        """One row per intervention."""
+        import pandas as pd
+
+        return pd.DataFrame([receipt.to_dict() for receipt in self.receipts])
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{r.part}: {r.cells} cells in {len(r.layers)} layers, {r.calls} calls, change {r.change_norm:.4g}"
+            for r in self.receipts
+        )
+
+
+# ---------------------------------------------------------------- hooks
+
+
+def hook_pairs(
+    parts: Sequence[Intervention],
+    model: HookedModel,
+    batch: PromptBatch | Placement,
+    record: Record | None = None,
+    points: Any = None,
+) -> list[HookPair]:
+    """`(name, function)` pairs of several interventions, in order; see `Interventions.fwd_hooks`."""
+    placement, record = Placement.of(batch), record or Record()
+    pairs: list[HookPair] = []
+    points = hook_points(model) if parts and points is None else points
+    for part, receipt in zip(parts, record.open(parts, placement.total), strict=True):
+        layers = check_layers(part.layers, shape_of(model).n_layers)
+        _check(part, model, placement, layers)
+        for layer in layers:
+            hook = _hook(part, layer, placement, receipt, writes_through(model, part.site))
+            pairs.append((hook_name(model, part.site, layer, points), hook))
+    return pairs
+
+
+def _check(part: Intervention, model: HookedModel, placement: Placement, layers: tuple[int, ...]) -> None:
+    """Refuse what does not fit, before anything runs."""
+    placement.check(part.span, part.tokens, part.rows)
+    shape = shape_of(model)
+    if part.heads is not None:
+        count = shape.n_kv_heads if part.site in ("k", "v", "rot_k") else shape.n_heads
+        wrong = [head for head in part.heads if not 0 <= head < count]
+        if wrong or not part.heads:
+            raise LensError(f"heads {list(part.heads)} asked at {part.site}, which has heads 0 to {count - 1}")
+    part.action.check(part, placement, layers)
+
+
+def _hook(
+    part: Intervention, layer: int, placement: Placement, receipt: Receipt, in_place: bool = False
+) -> Callable[..., Tensor | None]:
+    heads = None if part.heads is None else torch.tensor(part.heads)
+
+    def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
+        receipt.calls += 1
+        cells = placement.cells(part.span, part.tokens, part.phase, part.rows, activation.shape[1])
+        if not len(cells):
+            return None
+        cells = cells.to(activation.device)
+        receipt.cells += len(cells)
+        receipt.layers.add(layer)
+        old = activation[cells.rows, cells.columns]
+        if not part.action.changes:
+            _keep(part, layer, cells, old, receipt)
+            return None
+        chosen = old if heads is None else old[:, heads.to(old.device)]
+        new = part.action.new_value(part, layer, chosen, cells, heads).to(activation.dtype)
+        if heads is not None:
+            new = old.index_copy(1, heads.to(old.device), new)
+        change = (new.detach() - old.detach()).float().pow(2).sum()
+        receipt.squared_change = change if receipt.squared_change is None else receipt.squared_change + change
+        put = activation.index_put_ if in_place else activation.index_put
+        return put((cells.rows, cells.columns), new)
+
+    return hook
+
+
+def _keep(part: Intervention, layer: int, cells: Cells, value: Tensor, receipt: Receipt) -> None:
+    if part.options["detach"]:
+        name = part.options["dtype"]
+        value = value.detach().to(part.options["device"], dtype=getattr(torch, name) if name else None)
+    receipt.chunks.setdefault((part.site, layer), []).append((cells.origins, cells.slots, value))

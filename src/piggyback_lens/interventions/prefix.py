@@ -21,9 +21,9 @@ from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
-from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, as_parts
+from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
-from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.models.backends import HookedModel, device_of, dtype_of, shape_of
 from piggyback_lens.models.network import NOTHING, forward_keeping
 from piggyback_lens.models.pair import Identity, ModelPair, Side, identify
@@ -331,9 +331,8 @@ def _shareable(part: Intervention, prompt: RenderedPrompt, length: int) -> bool:
     """Whether a part acts alike on the prefix of every row, so that one row may stand for all."""
     if not _starts_before(part, prompt, length):
         return True
-    one_donor = part.kind != "patch" or len(part.tensors["lengths"]) == 1
     whole_span = part.tokens is None or Row.of(prompt).spans[part.span][1] <= length
-    return part.kind not in ("cache", "resample") and part.rows is None and one_donor and whole_span
+    return part.action.one_row_stands_for_all(part) and part.rows is None and whole_span
 
 
 def _refuse_overlap(parts: Sequence[Intervention], prompt: RenderedPrompt, length: int) -> None:

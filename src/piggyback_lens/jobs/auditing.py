@@ -19,9 +19,9 @@ from piggyback_lens.experiments.patching import layer_curve
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
 from piggyback_lens.interventions.donors import kv_patch, prefix_activations
-from piggyback_lens.interventions.hooks import Intervention, Interventions, patch
+from piggyback_lens.interventions.hooks import Intervention, Interventions, Record
+from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.interventions.running import Record
 from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, spread
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.generation import Generation, generate

@@ -21,10 +21,10 @@ from piggyback_lens.conversations.batch import check_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.conversations.tokens import check_ids
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, as_parts
+from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
-from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.sampling import Chooser, Sampling
 from piggyback_lens.models.backends import HookedModel, end_ids_of, facts_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
@@ -112,7 +112,7 @@ def generate(
     if prefix_cache is not None:
         prefix_cache.check(model, prompts)
     numbers = _numbered(prompts, n, samples, settings)
-    if (n or 1) > 1 and any(part.kind == "cache" for part in parts):
+    if (n or 1) > 1 and not all(part.action.changes for part in parts):
         raise LensError("activations are kept per prompt, and n samples would overwrite each other: use n=1")
     stops = None if stop_ids is None else check_ids(stop_ids, "stop_ids", shape_of(model).d_vocab)
     asked = [prompt for prompt in prompts for _ in range(n or 1)]

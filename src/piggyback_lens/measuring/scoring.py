@@ -12,10 +12,10 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, as_parts
+from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
-from piggyback_lens.interventions.running import Record, applied
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.models.backends import HookedModel, device_of, dtype_of
 from piggyback_lens.models.network import forward

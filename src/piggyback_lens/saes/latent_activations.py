@@ -14,7 +14,7 @@ from torch import Tensor
 from piggyback_lens.conversations.batch import padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import cache
+from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.placement import OPEN, Placement, Row
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.variants import Text

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import Intervention, add
+from piggyback_lens.interventions.hooks import Intervention
+from piggyback_lens.interventions.kinds import add
 from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.models.attachment import edited_sites
 from piggyback_lens.models.backends import HookedModel, Site, check_layers, device_of, hook_name, shape_of

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import Interventions, add
+from piggyback_lens.interventions.hooks import Interventions
+from piggyback_lens.interventions.kinds import add
 from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.maths import norm_matched_random, orthogonal_noise
 from piggyback_lens.models.attachment import MODULES, Module, changed_weight, module_sizes

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes
-from piggyback_lens.interventions.hooks import ALL_RESIDUAL_SITES, Interventions, ablate, add
+from piggyback_lens.interventions.hooks import Interventions
+from piggyback_lens.interventions.kinds import ALL_RESIDUAL_SITES, ablate, add
 from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.maths import norm_matched_random
 from piggyback_lens.models.backends import HEAD_SITES, SITES, HookedModel, Site, check_layers, shape_of

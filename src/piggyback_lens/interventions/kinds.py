@@ -1,0 +1,426 @@
+"""The kinds of interventions: what each of them does, and the functions that make them.
+
+A new kind is a class here (see `Action`) and a function beside it; nothing else knows the kinds apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.interventions.activations import Activations
+from piggyback_lens.interventions.hooks import Action, Intervention, Interventions, layer_ranges
+from piggyback_lens.interventions.placement import OPEN, Cells, Phase, Placement
+from piggyback_lens.maths import project_out, set_projection
+from piggyback_lens.models.backends import Site
+
+ALL_RESIDUAL_SITES: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
+
+
+# ---------------------------------------------------------------- what each kind does
+
+
+class _Cache(Action):
+    kind = "cache"
+    changes = False
+
+    def one_row_stands_for_all(self, part: Intervention) -> bool:
+        return False
+
+    def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+        return old
+
+
+class _Add(Action):
+    kind = "add"
+
+    def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+        strength = part.options.get("strengths", {}).get(str(layer), part.options.get("strength"))
+        steered: Tensor = old + strength * _fit(part, part.tensors["vector"], old).to(old.dtype)
+        return steered
+
+
+class _Ablate(Action):
+    kind = "ablate"
+
+    def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+        return project_out(old, _fit(part, part.tensors["unit"], old))
+
+
+class _Clamp(Action):
+    kind = "clamp"
+
+    def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+        return set_projection(old, _fit(part, part.tensors["unit"], old), part.options["value"])
+
+
+class _Zero(Action):
+    kind = "zero"
+
+    def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+        return torch.zeros_like(old)
+
+
+class _Replace(Action):
+    """What takes its values from activations that were kept: a tensor for each layer."""
+
+    kind = "fill"
+
+    def check(self, part: Intervention, placement: Placement, layers: Sequence[int]) -> None:
+        missing = [layer for layer in layers if str(layer) not in part.tensors]
+        if missing:
+            raise LensError(f"{part} has no donor activations for layers {layer_ranges(missing)}")
+
+    def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+        donor = self.chosen(part, part.tensors[str(layer)].to(old.device), cells)
+        if heads is not None:
+            donor = donor[:, heads.to(old.device)]
+        if donor.shape != old.shape:
+            raise LensError(f"{part} gives {tuple(donor.shape[1:])} per token, the model has {tuple(old.shape[1:])}")
+        return donor
+
+    def chosen(self, part: Intervention, donor: Tensor, cells: Cells) -> Tensor:
+        """The donor's value for each cell, all heads."""
+        return donor.expand(len(cells), *donor.shape)
+
+
+class _Resample(_Replace):
+    kind = "resample"
+
+    def one_row_stands_for_all(self, part: Intervention) -> bool:
+        return False
+
+    def chosen(self, part: Intervention, donor: Tensor, cells: Cells) -> Tensor:
+        return donor[_drawn(part.options["seed"], cells, len(donor)).to(donor.device)]
+
+
+class _Patch(_Replace):
+    kind = "patch"
+
+    def one_row_stands_for_all(self, part: Intervention) -> bool:
+        return len(part.tensors["lengths"]) == 1
+
+    def check(self, part: Intervention, placement: Placement, layers: Sequence[int]) -> None:
+        super().check(part, placement, layers)
+        _check_donor(part, placement)
+
+    def chosen(self, part: Intervention, donor: Tensor, cells: Cells) -> Tensor:
+        _check_covered(part, cells)
+        return donor[cells.origins if len(donor) > 1 else torch.zeros_like(cells.origins), cells.slots]
+
+
+def _check_donor(part: Intervention, placement: Placement) -> None:
+    lengths = part.tensors["lengths"].tolist()
+    if len(lengths) not in (1, placement.total):
+        raise LensError(f"the donor has {len(lengths)} rows, the run {placement.total}: keep it from the same prompts")
+    for row in placement.chosen(part.rows):
+        origin = placement.origins[row]
+        donor, own = lengths[origin if len(lengths) > 1 else 0], placement.length(row, part.span, part.tokens)
+        if donor != own and own < OPEN:  # open-ended spans are checked token by token, as they come
+            raise LensError(
+                f"span {part.span!r} has {donor} tokens in the donor and {own} in row {origin}: a patch needs equally "
+                "many (compare_templates shows where the prompts differ)"
+            )
+
+
+def _drawn(seed: int, cells: Cells, count: int) -> Int[Tensor, " cell"]:
+    """One of `count` for each cell, from seed, row and token alone, so that batches and phases do not matter."""
+    origins, slots = cells.origins.tolist(), cells.slots.tolist()
+    width = max(slots) + 1
+    uniform = {origin: np.random.default_rng([seed, origin]).random(width) for origin in set(origins)}
+    return torch.tensor([int(uniform[o][slot] * count) for o, slot in zip(origins, slots, strict=True)])
+
+
+def _check_covered(part: Intervention, cells: Cells) -> None:
+    """An open-ended span may reach tokens that the donor never had."""
+    lengths = part.tensors["lengths"].to(cells.slots.device)
+    own = lengths[cells.origins] if len(lengths) > 1 else lengths.expand(len(cells))
+    if bool((cells.slots >= own).any()):
+        at = int((cells.slots >= own).nonzero()[0])
+        raise LensError(
+            f"{part} reaches token {int(cells.slots[at])} of its span in row {int(cells.origins[at])}, where the donor "
+            f"has {int(own[at])}: patch a closed span such as 'prompt', or keep the donor from the same tokens"
+        )
+
+
+def _fit(part: Intervention, vector: Tensor, old: Tensor) -> Tensor:
+    if vector.shape[-1] != old.shape[-1]:
+        raise LensError(f"{part} has a vector of length {vector.shape[-1]}, the activation has {old.shape[-1]}")
+    return vector.to(old.device)
+
+
+# ---------------------------------------------------------------- how they are made
+
+
+def cache(
+    sites: Site | Sequence[Site],
+    *,
+    layers: Sequence[int] | int | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+    device: str | torch.device | None = "cpu",
+    dtype: torch.dtype | None = None,
+    detach: bool = True,
+) -> Interventions:
+    """Keep activations: only these sites, layers and tokens; read them from `record.activations`.
+
+    Args:
+        sites: one or several.
+        layers: None for all.
+        span: which tokens; `tokens` picks indices within it.
+        tokens: indices within the span.
+        phase: prompt, generation or both.
+        device: where to keep them; None leaves them on the model's device.
+        dtype: None keeps the model's.
+        detach: False keeps the graph, for gradients (then device and dtype are left as they are).
+
+    Raises:
+        LensError: span "all" in the generation phase, which is span "response".
+    """
+    if phase == "generation" and span == "all":
+        raise LensError("the tokens of the generation phase are span='response': keep that span, it starts at 0 there")
+    options = {
+        "device": None if device is None else str(device),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "detach": detach,
+    }
+    return _each(sites, "cache", layers=layers, span=span, tokens=tokens, phase=phase, options=options)
+
+
+def add(
+    vector: Float[Tensor, "*feature"],
+    *,
+    site: Site = "resid_post",
+    layers: Sequence[int] | int | None,
+    strength: float = 1.0,
+    fraction: float | None = None,
+    norms: Mapping[int, float] | None = None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Intervention:
+    """Steering: a <- a + strength * vector.
+
+    Args:
+        vector: [d_model], or [d_head] at a head site.
+        site: where to add.
+        layers: which layers; None for all.
+        strength: raw multiple of the vector.
+        fraction: instead of `strength`, the length of what is added as a fraction of the mean activation
+            norm at each layer, which `norms` gives (see `mean_norms`).
+        norms: layer to mean activation norm.
+        heads: at a head site.
+        span: which tokens.
+        tokens: indices within the span.
+        phase: prompt, generation or both.
+
+    Raises:
+        LensError: fraction without norms, or a zero vector with a fraction.
+    """
+    vector = _vector(vector)
+    options: dict[str, Any] = {"strength": float(strength)}
+    if fraction is not None:
+        length = float(vector.float().norm())
+        chosen = sorted(norms or {}) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        missing = [layer for layer in chosen if layer not in (norms or {})]
+        if not chosen or missing or length == 0:
+            raise LensError(f"fraction={fraction} needs a non-zero vector and norms= for each layer, {missing} missing")
+        options = {
+            "fraction": float(fraction),
+            "strengths": {str(layer): fraction * (norms or {})[layer] / length for layer in chosen},
+        }
+        layers = chosen
+    return Intervention(
+        "add",
+        site,
+        _ints(layers),
+        _ints(heads),
+        span,
+        _ints(tokens),
+        phase,
+        None,
+        {"vector": vector},
+        options,
+    )
+
+
+def ablate(
+    direction: Float[Tensor, "*feature"],
+    *,
+    site: Site | Sequence[Site] = ALL_RESIDUAL_SITES,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Directional ablation: a <- a - (a . v) v for the unit vector v along `direction`.
+
+    By default at every residual site of every layer, so that the direction is absent from the whole
+    residual stream.
+    """
+    unit = _unit(direction)
+    return _each(
+        site,
+        "ablate",
+        layers=layers,
+        heads=heads,
+        span=span,
+        tokens=tokens,
+        phase=phase,
+        tensors={"unit": unit},
+    )
+
+
+def clamp(
+    direction: Float[Tensor, "*feature"],
+    value: float,
+    *,
+    site: Site = "resid_post",
+    layers: Sequence[int] | int | None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Intervention:
+    """Set the projection on the unit vector along `direction` to `value`, the rest unchanged."""
+    fields = {"tensors": {"unit": _unit(direction)}, "options": {"value": float(value)}}
+    return Intervention("clamp", site, _ints(layers), _ints(heads), span, _ints(tokens), phase, **fields)  # type: ignore[arg-type]
+
+
+def patch(
+    donor: Activations,
+    *,
+    sites: Site | Sequence[Site] | None = None,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+) -> Interventions:
+    """Replace the recipient's activations by the donor's at the same span (2606.06667 eq. 1 for k and v).
+
+    Args:
+        donor: kept with `cache` from the other model. One row serves every row of the recipient;
+            otherwise the rows must be the recipient's.
+        sites: None for all that the donor holds.
+        layers: None for all that the donor holds.
+        heads: only these heads.
+        rows: only these rows of the recipient.
+    """
+    chosen_sites: tuple[Site, ...] = donor.sites if sites is None else _sites(sites)
+    chosen_layers = donor.layers if layers is None else _ints(layers)
+    lengths = torch.tensor(donor.lengths)
+    return Interventions(
+        tuple(
+            Intervention(
+                "patch",
+                site,
+                chosen_layers,
+                _ints(heads),
+                donor.span,
+                donor.tokens,
+                rows=_ints(rows),
+                tensors={str(layer): donor[site, layer] for layer in chosen_layers or ()} | {"lengths": lengths},
+            )
+            for site in chosen_sites
+        )
+    )
+
+
+def zero(
+    sites: Site | Sequence[Site],
+    *,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str = "all",
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Zero ablation."""
+    return _each(sites, "zero", layers=layers, heads=heads, span=span, tokens=tokens, phase=phase)
+
+
+def mean_ablate(
+    reference: Activations,
+    *,
+    sites: Site | Sequence[Site] | None = None,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Mean ablation: every token of the span becomes the mean over all tokens of `reference`."""
+    chosen = reference.layers if layers is None else _ints(layers) or ()
+    return Interventions(
+        tuple(
+            Intervention(
+                "fill", site, chosen, _ints(heads), span or reference.span, phase=phase,
+                tensors={str(layer): reference.mean(site, layer) for layer in chosen},
+            )
+            for site in (reference.sites if sites is None else _sites(sites))
+        )
+    )  # fmt: skip
+
+
+def resample(
+    reference: Activations,
+    *,
+    seed: int,
+    sites: Site | Sequence[Site] | None = None,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    span: str | None = None,
+    phase: Phase = "both",
+) -> Interventions:
+    """Resample ablation: every token of the span becomes that of a random token of `reference`.
+
+    The choice depends on seed, row and token only, and is the same at every site and layer.
+
+    Raises:
+        LensError: a negative seed.
+    """
+    if seed < 0:
+        raise LensError(f"seed {seed} given, expected 0 or more")
+    chosen = reference.layers if layers is None else _ints(layers) or ()
+    return Interventions(
+        tuple(
+            Intervention(
+                "resample", site, chosen, _ints(heads), span or reference.span, phase=phase,
+                tensors={str(layer): reference.flat(site, layer) for layer in chosen}, options={"seed": int(seed)},
+            )
+            for site in (reference.sites if sites is None else _sites(sites))
+        )
+    )  # fmt: skip
+
+
+def _each(sites: Site | Sequence[Site], kind: str, **fields: Any) -> Interventions:
+    for name in ("layers", "heads", "tokens"):
+        fields[name] = _ints(fields.get(name))
+    return Interventions(tuple(Intervention(kind, site, **fields) for site in _sites(sites)))
+
+
+def _sites(sites: Site | Sequence[Site]) -> tuple[Site, ...]:
+    return (sites,) if isinstance(sites, str) else tuple(sites)
+
+
+def _ints(values: Sequence[int] | int | None) -> tuple[int, ...] | None:
+    return None if values is None else (values,) if isinstance(values, int) else tuple(values)
+
+
+def _vector(vector: Tensor) -> Tensor:
+    if vector.ndim != 1 or not bool(torch.isfinite(vector).all()):
+        raise LensError(f"a direction is one finite vector, got shape {tuple(vector.shape)}: pick one layer's vector")
+    return vector.clone()  # what happens to the caller's tensor later does not reach the intervention; gradients do
+
+
+def _unit(direction: Tensor) -> Tensor:
+    vector = _vector(direction).float()
+    if not bool(vector.any()):
+        raise LensError("the direction is the zero vector: it has no orientation to ablate or clamp")
+    unit: Tensor = vector / vector.norm()
+    return unit
