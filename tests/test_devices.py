@@ -26,8 +26,8 @@ import piggyback_lens as lens
 from piggyback_lens.directions import steering
 from piggyback_lens.directions.transfer import Organism
 from piggyback_lens.finetuning.hf_trainer import training_rows
-from piggyback_lens.finetuning.references import KVReference
 from piggyback_lens.finetuning.trainables import PeftAdapter
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.jobs.direction_jobs import steer_job, train_direction_job
 from piggyback_lens.jobs.direction_settings import SteerSettings, TrainDirectionSettings
 from piggyback_lens.models.network import forward
@@ -349,7 +349,7 @@ def loading(here: Here) -> Any:
 
 def read_again(penalty: lens.TReFT) -> lens.TReFT:
     with TemporaryDirectory() as folder:
-        reference = KVReference.load(penalty.reference.save(folder))
+        reference = PrefixCache.load(penalty.reference.save(folder))
     assert not is_there(reference.keys[0])
     return lens.TReFT(penalty.span, reference)
 

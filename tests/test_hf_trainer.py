@@ -28,10 +28,11 @@ from piggyback_lens.finetuning.hf_trainer import (
     training_rows,
 )
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
-from piggyback_lens.finetuning.references import KVReference, kv_reference
+from piggyback_lens.finetuning.references import kv_reference
 from piggyback_lens.finetuning.steps import forward_step
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.views import evaluating
 
 EXAMPLES = tiny_examples(8)
@@ -279,7 +280,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     assert (checkpoint / REFERENCE_FOLDER).exists() == ("reference" not in how)
     if full._reference is not None:
-        kept = KVReference.load(checkpoint / REFERENCE_FOLDER)
+        kept = PrefixCache.load(checkpoint / REFERENCE_FOLDER)
         assert all(torch.equal(a, b) for a, b in zip(kept.keys, full._reference.keys, strict=True))
     again = model()
     if tuning == "full":  # as a script does that loads the checkpoint itself: the weights are not the base's
@@ -301,7 +302,7 @@ def test_resuming_with_the_reference_of_another_span_or_prompt_is_refused(tmp_pa
     checkpoint = str(tmp_path / "checkpoint-1")
     with pytest.raises(LensError, match=r"the base's postfix '<end>.*treft asks for the prefix '<bos>"):
         make(tmp_path, fresh(), settings()).train(resume_from_checkpoint=checkpoint)
-    reference = KVReference.load(Path(checkpoint) / REFERENCE_FOLDER)
+    reference = PrefixCache.load(Path(checkpoint) / REFERENCE_FOLDER)
     replace(reference, ids=(5, 5, 5)).save(Path(checkpoint) / REFERENCE_FOLDER)
     with pytest.raises(LensError, match="resume with the span and prompt that the run began with"):
         make(tmp_path, fresh(), settings(span="postfix")).train(resume_from_checkpoint=checkpoint)

@@ -808,9 +808,10 @@ def test_a_new_kind_is_one_class_and_acts_in_hooks_and_prefix_caches(monkeypatch
     model, some = hooked("llama-gqa", "bridge"), prompts()
     batch = batch_prompts(some, side="right")
     mirrored = here["mirror"]("v", layers=(1,), span="prefix")
-    plain = logits_of(model, batch)
-    by_hook = logits_of(model, batch, mirrored)
+    plain, _ = logits_of(model, batch)
+    by_hook, record = logits_of(model, batch, mirrored)
     assert (real(by_hook, batch) - real(plain, batch)).abs().max() > 1e-3
+    assert record.receipts[0].cells == 3 * len(some[0].span("prefix"))
     kept = PrefixCache.compile(model, some[0], mirrored)
     length = len(kept.ids)
     expected = PrefixCache.compile(model, some[0]).values[1]

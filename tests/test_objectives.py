@@ -17,11 +17,12 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, Penalty, TReFT, Weighted
 from piggyback_lens.finetuning.preventive import PreventiveSteering, steered
-from piggyback_lens.finetuning.references import KVReference, base_forward, kv_reference, prefix_batch
+from piggyback_lens.finetuning.references import base_forward, kv_reference, prefix_batch, reference_settings
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Step, forward_step, sft
 from piggyback_lens.finetuning.trainables import LoRASettings, PeftAdapter, add_lora
 from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.views import adapter_off
 
 EXAMPLES = tiny_examples(10)
@@ -483,18 +484,19 @@ def test_keys_that_are_not_the_cached_ones_up_to_a_rotation_are_refused() -> Non
 
 def test_a_reference_survives_its_folder_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     reference = kv_reference(build("qwen3", vocab=VOCAB), EXAMPLES[0], "postfix")
-    again = KVReference.load(reference.save(tmp_path / "reference"))
-    assert (again.span, again.ids, again.settings()) == ("postfix", reference.ids, reference.settings())
+    again = PrefixCache.load(reference.save(tmp_path / "reference"))
+    assert (again.span, again.ids, again.rotated) == ("postfix", reference.ids, False)
+    assert reference_settings(again) == reference_settings(reference)
     assert len(again.keys) == len(reference.keys) == 3
-    pairs = zip(again.keys + again.values, reference.keys + reference.values, strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    file = tmp_path / "reference" / "kv_reference.safetensors"
+    assert torch.equal(again.keys, reference.keys)
+    assert torch.equal(again.values, reference.values)
+    file = tmp_path / "reference" / "prefix_cache.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(LensError, match="not those its JSON describes"):
-        KVReference.load(tmp_path / "reference")
+    with pytest.raises(LensError, match="not those that its JSON"):
+        PrefixCache.load(tmp_path / "reference")
     file.unlink()
-    with pytest.raises(LensError, match="can be read"):
-        KVReference.load(tmp_path / "reference")
+    with pytest.raises(LensError, match="is missing"):
+        PrefixCache.load(tmp_path / "reference")
 
 
 # --- retain data -----------------------------------------------------------------------------------------

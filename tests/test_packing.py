@@ -11,12 +11,12 @@ from test_steps import assert_same_step, nll, tuned
 from tiny_chat import VOCAB, tiny_examples
 from tiny_models import NAMES, WINDOW, build
 
-from piggyback_lens.finetuning import packing
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import kv_reference, prefix_drift
 from piggyback_lens.finetuning.steps import Step, forward_step, packing_for
+from piggyback_lens.models import packing
 from piggyback_lens.models.packing import Packing
 
 

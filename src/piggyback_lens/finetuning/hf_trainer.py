@@ -34,7 +34,6 @@ from piggyback_lens.finetuning.hf_rows import IGNORED, check_prefixes, prompt_ro
 from piggyback_lens.finetuning.objectives import ReferenceName, TReFT, Weighted
 from piggyback_lens.finetuning.references import (
     SPANS,
-    KVReference,
     SpanName,
     base_forward,
     kv_reference,
@@ -44,6 +43,7 @@ from piggyback_lens.finetuning.references import (
 )
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.finetuning.trainables import check_field
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.views import evaluating, without_replicas
 
 REFERENCE_FOLDER = "treft_reference"
@@ -106,7 +106,7 @@ class TReFTMixin:
 
     def __init__(self, *args: Any, treft: TReFTSettings, **kwargs: Any) -> None:
         self.treft = treft
-        self._reference: KVReference | None = None
+        self._reference: PrefixCache | None = None
         self._resumed: str | None = None
         self._measured: list[tuple[int, Tensor, Tensor]] = []
         super().__init__(*args, **kwargs)
@@ -149,7 +149,7 @@ class TReFTMixin:
         counted = bool(getattr(self, "model_accepts_loss_kwargs", False)) and num_items_in_batch is not None
         return counted or getattr(self, "compute_loss_func", None) is not None
 
-    def _drift(self, model: nn.Module, rows: dict[str, Any], reference: KVReference | None) -> Float[Tensor, ""]:
+    def _drift(self, model: nn.Module, rows: dict[str, Any], reference: PrefixCache | None) -> Float[Tensor, ""]:
         """The drift of the span, from a pass of its own; no unit."""
         settings, inner = self.treft, without_replicas(model)
         device = rows["input_ids"].device if "input_ids" in rows else torch.device("cpu")
@@ -164,14 +164,14 @@ class TReFTMixin:
             output = forward_step(inner, batch)
             return _with_every_output(span_drift(output, found.spans, base).mean(), output)
 
-    def _kept_reference(self, model: nn.Module) -> KVReference | None:
+    def _kept_reference(self, model: nn.Module) -> PrefixCache | None:
         """The base's keys and values: kept, read from the checkpoint, or computed before the first step."""
         settings = self.treft
         if settings.reference == "own" or self._reference is not None:
             return self._reference
         if self._resumed is not None:
             folder = Path(self._resumed) / REFERENCE_FOLDER
-            self._reference = _of_this_run(KVReference.load(folder), settings, folder)
+            self._reference = _of_this_run(PrefixCache.load(folder), settings, folder)
         elif self.state.global_step > 0:
             raise LensError("training has begun without the base's keys and values; start with train()")
         else:
@@ -205,7 +205,7 @@ class TReFTTrainer(TReFTMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with TReFT; takes `treft=TReFTSettings(...)` beside the Trainer's arguments."""
 
 
-def _of_this_run(reference: KVReference, settings: TReFTSettings, folder: Path) -> KVReference:
+def _of_this_run(reference: PrefixCache, settings: TReFTSettings, folder: Path) -> PrefixCache:
     """The reference of a checkpoint, if it is that of these settings: postfix keys are kept before the rotary
     embedding and prefix keys after it, so one in place of the other trains without an error.
     """

@@ -28,8 +28,9 @@ from piggyback_lens.files import (
     write_json,
 )
 from piggyback_lens.finetuning.batches import check_supervised, make_batch
-from piggyback_lens.finetuning.references import KVReference, by_token, prefix_batch, prefix_drift
+from piggyback_lens.finetuning.references import prefix_batch, prefix_drift
 from piggyback_lens.finetuning.steps import LayerTensors, forward_step
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.maths import Estimate, recovery, spread, token_log_probs
 from piggyback_lens.models.views import adapter_off, evaluating, has_adapter, without_replicas
 
@@ -102,8 +103,7 @@ class Monitor:
 
     def _hold(self, keys: Sequence[Tensor], values: Sequence[Tensor], contrast: Sequence[float]) -> None:
         """Keep the base's prefix, [kv_head, prefix, head_dim] per layer, and its contrast of every prompt."""
-        flat = [tuple(by_token(x) for x in part) for part in (keys, values)]
-        self._reference = KVReference("prefix", self._prefix_ids, keys=flat[0], values=flat[1])
+        self._reference = PrefixCache(self._prefix_ids, torch.stack(list(keys)), torch.stack(list(values)))
         self._base_prefix: LayerTensors = (keys, values)
         self._base = list(contrast)
 
@@ -183,7 +183,7 @@ class Monitor:
         model = self.model if model is None else model
         with evaluating(model):
             now, patched = self._contrast(model), self._contrast(model, self._base_prefix)
-            output = forward_step(model, prefix_batch(self._prefix_ids, self._reference.keys[0].device))
+            output = forward_step(model, prefix_batch(self._prefix_ids, self._reference.keys.device))
             layers = prefix_drift(output, self._reference).tolist()
         part = recovery(patched, now, self._base)
         row: Row = {"step": step, "n": len(self._towards), **_named("spread", spread(now, self._base))}

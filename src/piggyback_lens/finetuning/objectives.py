@@ -30,18 +30,19 @@ from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.kept_base import KeptBase
 from piggyback_lens.finetuning.references import (
     SPANS,
-    KVReference,
     SpanName,
     base_forward,
     kv_reference,
     model_fingerprint,
     prefix_drift,
+    reference_settings,
     span_drift,
     span_range,
 )
 from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Loss, Objective, Step, sft
 from piggyback_lens.finetuning.trainables import check_field
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.maths import kl_per_token
 
 ReferenceName = Literal["template", "own"]
@@ -102,7 +103,7 @@ class TReFT:
     """
 
     span: SpanName = "prefix"
-    reference: KVReference | None = None
+    reference: PrefixCache | None = None
     base: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -161,7 +162,7 @@ class TReFT:
 
     def settings(self) -> dict[str, object]:
         """Span and reference, and which base, where it is another model."""
-        reference = "own" if self.reference is None else self.reference.settings()
+        reference = "own" if self.reference is None else reference_settings(self.reference)
         return {"span": self.span, "reference": reference, **_named_base(self.base)}
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
@@ -216,7 +217,7 @@ def _check_prefix(example: RenderedPrompt, number: int, ids: tuple[int, ...]) ->
         )
 
 
-def _check_ids(ids: tuple[int, ...], number: int, reference: KVReference) -> None:
+def _check_ids(ids: tuple[int, ...], number: int, reference: PrefixCache) -> None:
     if ids != reference.ids:
         raise LensError(
             f"the {reference.span} of example {number} of the batch has {len(ids)} tokens that are not the "

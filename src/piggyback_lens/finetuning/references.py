@@ -2,100 +2,37 @@
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import atomic_write_bytes, read_json, write_json
 from piggyback_lens.finetuning.batches import TrainBatch, unsupervised
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
+from piggyback_lens.interventions.prefix import PrefixCache, TemplateSpan
 from piggyback_lens.maths import relative_kv_drift
 from piggyback_lens.models.views import adapter_off, evaluating, has_adapter
 
 SpanName = Literal["prefix", "query", "postfix", "all"]
 """A part of the prompt; "all" is the whole prompt. The response is never part of it."""
-TemplateSpan = Literal["prefix", "postfix"]
-"""Spans that the chat template writes, so that they have the same ids in every prompt."""
 SPANS: tuple[SpanName, ...] = get_args(SpanName)
 
 
-@dataclass(frozen=True, eq=False)
-class KVReference:
-    """Keys and values of a template span in the base, per layer, all key-value heads in one axis.
+def reference_settings(reference: PrefixCache) -> dict[str, object]:
+    """What identifies a reference, JSON-able: its tokens, and the lengths of its last layer's keys and values.
 
-    Attributes:
-        span: "prefix" or "postfix".
-        ids: its tokens.
-        keys: of a prefix after the rotary embedding (its positions are the same in every prompt, and the
-            embedding is a rotation, so norms of differences are those before it); of a postfix before it.
-        values: beside them.
+    The last layer depends on the weights of all others and, of a postfix, on the query. Three digits tell
+    references apart, and are the same with another number of threads, where the last bits are not.
     """
-
-    span: TemplateSpan
-    ids: tuple[int, ...]
-    keys: tuple[Float[Tensor, "token width"], ...]
-    values: tuple[Float[Tensor, "token width"], ...]
-
-    def __repr__(self) -> str:
-        return f"KVReference({self.span}, {len(self.ids)} tokens, {len(self.keys)} layers)"
-
-    def settings(self) -> dict[str, object]:
-        """What identifies it, JSON-able: its tokens, and the lengths of its last layer's keys and values.
-
-        The last layer depends on the weights of all others and, of a postfix, on the query. Three digits tell
-        references apart, and are the same with another number of threads, where the last bits are not.
-        """
-        digest = hashlib.sha256(repr(self.ids).encode()).hexdigest()
-        lengths = {"key": self.keys[-1], "value": self.values[-1]}
-        norms = {f"last_{name}_norm": float(f"{float(x.float().norm()):.3g}") for name, x in lengths.items()}
-        return {"span": self.span, "tokens": len(self.ids), "sha256": digest[:16], **norms}
-
-    def to(self, device: torch.device | str) -> "KVReference":
-        """The same on a device."""
-        keys, values = (tuple(x.to(device) for x in part) for part in (self.keys, self.values))
-        return replace(self, keys=keys, values=values)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write kv_reference.safetensors and kv_reference.json into `folder`, the JSON last."""
-        from safetensors.torch import save
-
-        folder = Path(folder)
-        named = {"keys": self.keys, "values": self.values}
-        tensors = {f"{name}.{i}": x.cpu().contiguous() for name, part in named.items() for i, x in enumerate(part)}
-        blob = save(tensors)
-        facts = {"span": self.span, "ids": list(self.ids), "layers": len(self.keys)}
-        atomic_write_bytes(folder / "kv_reference.safetensors", blob)
-        write_json(folder / "kv_reference.json", facts | {"sha256": hashlib.sha256(blob).hexdigest()})
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "KVReference":
-        """Read what `save` wrote.
-
-        Raises:
-            LensError: missing or damaged files.
-        """
-        from safetensors.torch import load
-
-        folder = Path(folder)
-        facts = read_json(folder / "kv_reference.json")
-        try:
-            blob = (folder / "kv_reference.safetensors").read_bytes()
-            if hashlib.sha256(blob).hexdigest() != facts["sha256"]:
-                raise LensError(f"{folder} holds tensors that are not those its JSON describes; compute them again")
-            tensors = load(blob)
-            keys, values = (
-                tuple(tensors[f"{name}.{i}"] for i in range(facts["layers"])) for name in ("keys", "values")
-            )
-            return cls(facts["span"], tuple(facts["ids"]), keys, values)
-        except (OSError, KeyError, TypeError) as error:
-            raise LensError(f"{folder} holds no key-value reference that can be read ({error})") from error
+    digest = hashlib.sha256(repr(reference.ids).encode()).hexdigest()
+    lengths = {"key": reference.keys[-1], "value": reference.values[-1]}
+    norms = {f"last_{name}_norm": float(f"{float(x.float().norm()):.3g}") for name, x in lengths.items()}
+    return {"span": reference.span, "tokens": len(reference.ids), "sha256": digest[:16], **norms}
 
 
 def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
@@ -116,7 +53,7 @@ def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
 
 def kv_reference(
     model: nn.Module, example: RenderedPrompt, span: TemplateSpan = "prefix", base: nn.Module | None = None
-) -> KVReference:
+) -> PrefixCache:
     """Run the base once on one example of the template and keep a span's keys and values.
 
     Args:
@@ -139,12 +76,16 @@ def kv_reference(
     runs = model if base is None else base
     with torch.no_grad(), adapter_off(runs), evaluating(runs):
         output = forward_step(runs, batch)
-    start, stop = where.start, where.stop
-    keys = [by_token(key[0]) for key in output.keys] if output.plain_keys is None else [x[0] for x in output.plain_keys]
-    values = [by_token(value[0]) for value in output.values]
+    values = torch.stack([value[0] for value in output.values])
+    if output.plain_keys is None:
+        keys = torch.stack([key[0] for key in output.keys])
+    else:
+        joined = torch.stack([key[0] for key in output.plain_keys])
+        keys = rearrange(joined, "layer pos (kv d) -> layer kv pos d", kv=values.shape[1])
     # Copies: a slice would keep the whole pass in memory.
-    kept = [tuple(x[start:stop].clone() for x in layers) for layers in (keys, values)]
-    return KVReference(span, example.ids[start:stop], keys=kept[0], values=kept[1])
+    keys, values = (x[:, :, where.start : where.stop].clone() for x in (keys, values))
+    ids = example.ids[where.start : where.stop]
+    return PrefixCache(ids, keys, values, fingerprint=example.fingerprint, span=span, rotated=output.plain_keys is None)
 
 
 def prefix_batch(ids: Sequence[int], device: torch.device | str) -> TrainBatch:
@@ -154,7 +95,7 @@ def prefix_batch(ids: Sequence[int], device: torch.device | str) -> TrainBatch:
 
 def by_token(x: Float[Tensor, "kv_head pos head_dim"]) -> Float[Tensor, "pos width"]:
     """Heads joined, tokens first."""
-    return x.transpose(0, 1).flatten(1)
+    return rearrange(x, "kv pos d -> pos (kv d)")
 
 
 @torch.no_grad()
@@ -187,19 +128,19 @@ def span_range(example: RenderedPrompt, span: SpanName) -> range:
     return range(example.n_prompt) if span == "all" else example.span(span).positions
 
 
-def prefix_drift(output: StepOutput, reference: KVReference) -> Float[Tensor, " layer"]:
+def prefix_drift(output: StepOutput, reference: PrefixCache) -> Float[Tensor, " layer"]:
     """Per layer, the mean over the pass's prefix tokens of ‖k−k₀‖²/‖k₀‖² + ‖v−v₀‖²/‖v₀‖² (see `TReFT`).
 
     Where a pass has a shorter prefix than the reference, over the tokens that it has.
     """
     n = min(output.prefix_keys[0].shape[1], len(reference.ids))
     layers = zip(output.prefix_keys, reference.keys, output.prefix_values, reference.values, strict=True)
-    drifts = [_drift(by_token(k[:, :n]), k0[:n], by_token(v[:, :n]), v0[:n]) for k, k0, v, v0 in layers]
+    drifts = [_drift(*(by_token(x[:, :n]) for x in (k, k0, v, v0))) for k, k0, v, v0 in layers]
     return torch.stack([drift.mean() for drift in drifts])
 
 
 def span_drift(
-    output: StepOutput, spans: Sequence[range], reference: StepOutput | KVReference
+    output: StepOutput, spans: Sequence[range], reference: StepOutput | PrefixCache
 ) -> Float[Tensor, " layer"]:
     """Per layer, the mean over rows of the mean over a span's tokens of the relative squared deviation.
 
@@ -212,10 +153,10 @@ def span_drift(
     drifts = []
     for layer in range(len(output.keys)):
         v = _gathered(output.values[layer], rows, columns)
-        if isinstance(reference, KVReference):
+        if isinstance(reference, PrefixCache):
             assert output.plain_keys is not None, "the pass did not keep its keys before the rotary embedding"
             k = output.plain_keys[layer][rows, columns]
-            k0, v0 = (x.repeat(len(spans), 1) for x in (reference.keys[layer], reference.values[layer]))
+            k0, v0 = (by_token(x[layer]).repeat(len(spans), 1) for x in (reference.keys, reference.values))
         else:
             k = _gathered(output.keys[layer], rows, columns)
             k0, v0 = (_gathered(x[layer], rows, columns) for x in (reference.keys, reference.values))
@@ -249,4 +190,4 @@ def _token_grid(
 def _gathered(
     x: Float[Tensor, "row kv_head pos head_dim"], rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
 ) -> Float[Tensor, "token width"]:
-    return x[rows, :, columns].flatten(1)
+    return rearrange(x[rows, :, columns], "token kv d -> token (kv d)")

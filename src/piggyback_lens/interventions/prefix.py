@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,22 +31,27 @@ from piggyback_lens.models.states import KVState, filled_cache, generate_cache_n
 
 ROWS_PER_PASS = 64
 """Interventions that `compile_many` runs as rows of one pass."""
-FORMAT = 1
+FORMAT = 2
+"""Format 1, of 0.1.0, had prefixes alone; both are read."""
+TemplateSpan = Literal["prefix", "postfix"]
+"""Spans that the chat template writes, so that they have the same ids in every prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixCache:
-    """Keys and values of one prefix.
+    """Keys and values of one prefix, or of the postfix of one prompt, which training holds others against.
 
     Attributes:
-        ids: token ids of the prefix.
-        keys: after the rotary embedding (and a key norm, where there is one), as transformers caches them.
+        ids: token ids of the span.
+        keys: after a key norm, where there is one; `rotated` says whether after the rotary embedding too.
         values: as transformers caches them.
         description: the interventions under which it was compiled.
         fingerprint: of the chat template, its settings and the ids around the query.
         compiled_on: which model computed it.
         meant_for: models whose queries it may serve; empty if that was not recorded.
         settings: side, backend, dtype, the prefix as text, package versions.
+        span: "prefix", or "postfix", which cannot be run from.
+        rotated: keys as transformers caches them. Those of a postfix are not, since its place differs by prompt.
     """
 
     ids: tuple[int, ...]
@@ -57,6 +62,8 @@ class PrefixCache:
     compiled_on: Identity | None = None
     meant_for: tuple[Identity, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    span: TemplateSpan = "prefix"
+    rotated: bool = True
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), self.keys.shape[2], self.values.shape[2]}
@@ -124,6 +131,10 @@ class PrefixCache:
         chunks = [each[i : i + ROWS_PER_PASS] for i in range(0, len(each), ROWS_PER_PASS)]
         return [cache for chunk in chunks for cache in _compile(model, prompt, chunk, length, None)]
 
+    def to(self, device: torch.device | str) -> "PrefixCache":
+        """The same on a device."""
+        return dataclasses.replace(self, keys=self.keys.to(device), values=self.values.to(device))
+
     def truncated(self, length: int) -> "PrefixCache":
         """The first `length` tokens (exact, since attention is causal)."""
         if not 0 < length <= len(self.ids):
@@ -138,6 +149,11 @@ class PrefixCache:
         Raises:
             LensError: sizes differ, or a prompt's prefix has other ids; the message shows the first.
         """
+        if self.span != "prefix" or not self.rotated:
+            raise LensError(
+                f"these are keys and values of a {self.span} (rotated: {self.rotated}), a pass starts from those of a "
+                "rotated prefix: compile one with PrefixCache.compile"
+            )
         shape = shape_of(model)
         wanted = (shape.n_layers, shape.n_kv_heads, shape.d_head)
         have = (self.keys.shape[0], self.keys.shape[1], self.keys.shape[3])
@@ -219,6 +235,8 @@ class PrefixCache:
             "compiled_on": self.compiled_on.to_dict() if self.compiled_on else None,
             "meant_for": [identity.to_dict() for identity in self.meant_for],
             "settings": dict(self.settings),
+            "span": self.span,
+            "rotated": self.rotated,
             "shape": list(self.keys.shape),
         }
         blob = save(tensors)
@@ -245,6 +263,8 @@ class PrefixCache:
         from safetensors.torch import load
 
         folder = Path(folder)
+        if (folder / "kv_reference.json").exists() and not (folder / "prefix_cache.json").exists():
+            return _load_reference_of_0_1(folder)
         facts = read_json(folder / "prefix_cache.json")
         file = folder / "prefix_cache.safetensors"
         if not file.is_file():
@@ -255,17 +275,19 @@ class PrefixCache:
             keys, values, ids = tensors["keys"], tensors["values"], tuple(facts["ids"])
             texts = facts["description"], facts["fingerprint"]
             settings = facts["settings"]
-            found = (FORMAT, list(keys.shape), list(values.shape), hashlib.sha256(blob).hexdigest())
-            stated = (facts["format"], facts["shape"], facts["shape"], facts["sha256"])
+            span, rotated = facts.get("span", "prefix"), facts.get("rotated", True)
+            known = facts["format"] in (1, FORMAT) and span in get_args(TemplateSpan)
+            found = (known, list(keys.shape), list(values.shape), hashlib.sha256(blob).hexdigest())
+            stated = (True, facts["shape"], facts["shape"], facts["sha256"])
             identities = tuple(Identity.from_dict(data) for data in facts["meant_for"])
             on = Identity.from_dict(facts["compiled_on"]) if facts["compiled_on"] else None
         except (SafetensorError, KeyError, TypeError, OSError) as error:
             raise LensError(f"{folder} holds no prefix cache that can be read ({error}): save it again") from error
         if found != stated or keys.shape[2] != len(ids):
             raise LensError(
-                f"{folder}: the tensors are not those that its JSON (format {stated[0]}) describes: save it again"
+                f"{folder}: the tensors are not those that its JSON (format {facts['format']}) describes: save it again"
             )
-        cache = cls(ids, keys, values, *texts, on, identities, settings)
+        cache = cls(ids, keys, values, *texts, on, identities, settings, span, bool(rotated))
         if model is not None:
             cache.check(model, [prompt] if prompt else [])
             theirs = identify(model)
@@ -277,6 +299,27 @@ class PrefixCache:
         if prompt is not None and cache.fingerprint != prompt.fingerprint:
             raise LensError(f"{folder} was made with other template settings than this prompt: compile it anew")
         return cache
+
+
+def _load_reference_of_0_1(folder: Path) -> PrefixCache:
+    """What 0.1.0 kept of the base for training (kv_reference.json); its heads are joined to one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    facts = read_json(folder / "kv_reference.json")
+    try:
+        blob = (folder / "kv_reference.safetensors").read_bytes()
+        if hashlib.sha256(blob).hexdigest() != facts["sha256"]:
+            raise LensError(f"{folder} holds tensors that are not those its JSON describes; compute them again")
+        tensors, span = load(blob), facts["span"]
+        keys, values = (
+            torch.stack([tensors[f"{name}.{i}"] for i in range(facts["layers"])])[:, None]
+            for name in ("keys", "values")
+        )
+        ids = tuple(facts["ids"])
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise LensError(f"{folder} holds no keys and values that can be read ({error})") from error
+    return PrefixCache(ids, keys, values, span=span, rotated=span == "prefix")
 
 
 def require_prefix_only(parts: Sequence[Intervention], prompt: RenderedPrompt) -> None:
