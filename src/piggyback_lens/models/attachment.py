@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
@@ -111,8 +112,8 @@ def _edit_hooked(stack: ExitStack, block: Any, module: Module, edit: Edit) -> No
             late.pop().remove()
         inputs = seen.pop("input")
         if module == "o":
-            inputs = inputs.flatten(-2)
-        flat = output.flatten(-2) if module in ("q", "k", "v") else output
+            inputs = rearrange(inputs, "... head d -> ... (head d)")
+        flat = rearrange(output, "... head d -> ... (head d)") if module in ("q", "k", "v") else output
         return edit(inputs, flat).view_as(output)
 
     points = {"q": "hook_q", "k": "hook_k", "v": "hook_v", "gate": "hook_pre"}
@@ -219,8 +220,7 @@ def _as_stored(model: Any, weight: Tensor, module: Module, delta: Tensor) -> Ten
     if has_modules(model) or delta.numel() != weight.numel():
         return delta
     if module in ("q", "k", "v"):  # [head, d_model, d_head]
-        heads, _, d_head = weight.shape
-        return delta.view(heads, d_head, -1).transpose(1, 2)
+        return rearrange(delta, "(head d) d_model -> head d_model d", head=weight.shape[0])
     if module == "o":  # [head, d_head, d_model]
-        return delta.T.reshape(weight.shape)
+        return rearrange(delta, "d_model (head d) -> head d d_model", head=weight.shape[0])
     return delta.T

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def _hooked_keeping(
     found: list[list[Tensor]] = []
     for side, own in enumerate(names):
         # A hook sees the new tokens, or all of them; what came before is known.
-        new = [kept[name][:, -ids.shape[1] :].transpose(1, 2) for name in own]
+        new = [rearrange(kept[name][:, -ids.shape[1] :], "row pos kv d -> row kv pos d") for name in own]
         found.append(new if past is None else [torch.cat(x, dim=2) for x in zip(past[side], new, strict=True)])
     return logits, found[0], found[1]
 

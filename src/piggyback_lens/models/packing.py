@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -65,9 +66,9 @@ class Packing:
 
     def unpack(self, packed: Float[Tensor, "1 kv_head token head_dim"]) -> Float[Tensor, "row kv_head pos head_dim"]:
         """The tokens back in their rows; padding repeats the first token."""
-        n_rows, width = self.places.shape
+        n_rows = len(self.places)
         found = packed[0][:, self.places.flatten()]  # its gradient is deterministic on CUDA, index_select's is not
-        return found.view(len(found), n_rows, width, -1).transpose(0, 1)
+        return rearrange(found, "kv (row pos) d -> row kv pos d", row=n_rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class PlainKeys:
             LensError: these keys are not the cached ones up to a rotation.
         """
         if not self.passes:
-            return tuple(key.transpose(1, 2).flatten(2) for key in cached)
+            return tuple(rearrange(key, "row kv pos d -> row pos (kv d)") for key in cached)
         n_rows = cached[0].shape[0]
         if len(self.passes) != len(cached):
             raise _unreadable(f"{len(self.passes)} key projections for {len(cached)} layers")
@@ -59,7 +60,7 @@ def keep_plain_keys(model: Any) -> Iterator[PlainKeys]:
         for (module, norm), passes, normed in zip(sources, kept.passes, kept.normed, strict=True):
 
             def keep(_module: nn.Module, _args: object, output: Tensor, into: list[Tensor] = passes) -> None:
-                into.append(output if output.ndim == 3 else output.flatten(2))
+                into.append(output if output.ndim == 3 else rearrange(output, "row pos kv d -> row pos (kv d)"))
 
             def keep_normed(
                 _module: nn.Module,
@@ -102,7 +103,7 @@ def _by_token(given: Tensor, normed: Tensor, n_pos: int) -> Float[Tensor, "row p
         raise _unreadable(f"the key norm gave a tensor of shape {tuple(normed.shape)} for {n_pos} tokens")
     if behind and before:
         behind = given.stride(1) >= given.stride(2)
-    return (normed if behind else normed.transpose(1, 2)).flatten(2)
+    return rearrange(normed, "row pos kv d -> row pos (kv d)" if behind else "row kv pos d -> row pos (kv d)")
 
 
 @torch.no_grad()

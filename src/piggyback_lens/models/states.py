@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -159,8 +160,8 @@ def state_from_keys_values(
         return state
     for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
         entry = state.cache.entries[layer]
-        entry.past_keys = _undo_rotary(model, layer, k.transpose(1, 2))
-        entry.past_values = v.transpose(1, 2)
+        entry.past_keys = _undo_rotary(model, layer, rearrange(k, "row kv pos d -> row pos kv d"))
+        entry.past_values = rearrange(v, "row kv pos d -> row pos kv d")
     state.cache.previous_attention_mask = state.mask
     return state
 
