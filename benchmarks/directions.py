@@ -27,7 +27,8 @@ from piggyback_lens.measuring.variants import response_texts, variant_nll
 from piggyback_lens.models.pair import hook_model
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import load_task
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import LoRAAdapter
+from piggyback_lens.vectors.direction import Direction
 
 sys.path.insert(0, str(Path(__file__).parent))
 from training import CLOCKS, in_turns
@@ -62,7 +63,7 @@ class Bench:
         self.other = make_batch(conversations["tool"], share_prefix=False)
         self.bridge = hook_model(load_causal_lm(source, offline=True), tokenizer)
         direction = torch.randn(self.hf.config.hidden_size, generator=torch.Generator().manual_seed(1))
-        self.vector = SteeringVector({LAYER: 40 * direction / direction.norm()})
+        self.vector = Direction.of({LAYER: 40 * direction / direction.norm()})
 
     # ---- steps
 
@@ -149,7 +150,7 @@ class Bench:
 
 def edit_of(adapter):
     """A forward hook by hand."""
-    if isinstance(adapter, SteeringVector):
+    if isinstance(adapter, Direction):
         change = adapter.vectors[LAYER] * adapter.strength
         return lambda _m, _a, output: output + change
     a, b = adapter.a[LAYER, "down"], adapter.b[LAYER, "down"]

@@ -45,7 +45,7 @@ from piggyback_lens.saes.latent_fit import fit_latents
 from piggyback_lens.saes.latents import load_sae
 from piggyback_lens.tasks import TASKS
 from piggyback_lens.vectors.adapter_files import load_peft
-from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction
 
@@ -126,12 +126,12 @@ class Laboratory:
 
 def load_solution(run: Path) -> Adapter:
     file = run / "adapter" / "direction.safetensors"
-    return SteeringVector.of(Direction.load(file)) if file.exists() else load_peft(run / "adapter")
+    return Direction.load(file) if file.exists() else load_peft(run / "adapter")
 
 
 def fresh(lab: Laboratory, kind: str) -> Adapter:
     if kind == "vector":
-        return SteeringVector.zeros(lab.model.cfg.d_model, [LAYER])
+        return Direction.zeros(lab.model.cfg.d_model, [LAYER])
     return LoRAAdapter.fresh(lab.model, rank=1, alpha=16, modules=["down"], layers=[LAYER])
 
 
@@ -300,7 +300,7 @@ def latents_part(lab: Laboratory) -> None:
     for name, file in files.items():
         if not file.exists():
             print(f"{lab.task.name}: latents of the {name} vector", flush=True)
-            direction = lab.solution("vector", name).direction()
+            direction = lab.solution("vector", name)
             attribute_latents(latents, direction, lab.model, held[:8]).save(file)
 
 

@@ -30,11 +30,11 @@ import torch
 
 from piggyback_lens import (
     ChatFormat,
+    Direction,
     HookTrainable,
     KLOnRetain,
     Penalised,
     RetainData,
-    SteeringVector,
     TrainSettings,
     Weighted,
     attached,
@@ -83,11 +83,11 @@ settings = TrainSettings(steps=STEPS, batch_size=8, learning_rate=0.1)
 narrowly = Penalised((Weighted(KLOnRetain(RetainData(retain, batch_size=8)), 16.0),))
 solutions = {}
 for name, objective in {"general": Penalised(()), "narrow": narrowly}.items():
-    trainable = HookTrainable(model, SteeringVector.zeros(model.cfg.d_model, [layer]))
+    trainable = HookTrainable(model, Direction.zeros(model.cfg.d_model, [layer]))
     result = train(trainable, conversations, settings, objective=objective)
     solutions[name] = trainable.result()
     print(f"{name}: loss {result.history[0]['sft']:.2f} -> {result.history[-1]['sft']:.2f}", solutions[name])
-a, b = (solution.vectors[layer] for solution in solutions.values())
+a, b = (solution[layer] for solution in solutions.values())
 print(f"cosine of general and narrow: {torch.cosine_similarity(a, b, dim=0):.2f}")
 
 # %% [markdown]

@@ -36,7 +36,7 @@ from piggyback_lens.vectors.adapter_files import (
     save_peft,
     save_with_bias,
 )
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached, attached_rows
 from piggyback_lens.vectors.direction import Direction, Provenance
 
@@ -179,7 +179,7 @@ def test_an_intervention_acts_on_what_the_adapter_wrote(backend):
 def test_rows_with_adapters_of_their_own_equal_one_run_for_each(backend):
     model, b = hooked("llama-gqa", backend), batch()
     loras = [lora(seed=7), lora(seed=8).scaled(0.4), lora(seed=9)]
-    vectors = [SteeringVector({0: normal(32, seed=i), 1: normal(32, seed=i + 9)}, strength=0.5 + i) for i in range(3)]
+    vectors = [Direction.of({0: normal(32, seed=i), 1: normal(32, seed=i + 9)}).scaled(0.5 + i) for i in range(3)]
     for family in (loras, vectors):
         with attached_rows(model, family, torch.tensor([2, 0, 1])):
             together, _ = logits_of(model, b)
@@ -194,21 +194,21 @@ def test_rows_with_adapters_of_their_own_equal_one_run_for_each(backend):
 @pytest.mark.parametrize("backend", tiny_hooked.BACKENDS)
 def test_an_attached_steering_vector_is_the_add_intervention(backend, site):
     model = hooked("llama-gqa", backend)
-    vector = SteeringVector({0: normal(32), 2: normal(32, seed=1)}, site, strength=-0.7)
+    vector = Direction.of({0: normal(32), 2: normal(32, seed=1)}, site).scaled(-0.7)
     with no_hook_left(model):
         ours = own_logits(model, [vector])
-    assert_close(ours, own_logits(model, [], vector.interventions()), atol=1e-5, rtol=1e-5)
+    assert_close(ours, own_logits(model, [], vector.steer()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
 def test_a_plain_transformers_model_is_steered_as_a_bridge_is(site):
-    vector, model = SteeringVector({1: normal(32)}, site, 2.0), plain()
+    vector, model = Direction.of({1: normal(32)}, site).scaled(2.0), plain()
     with attached(model, vector):
         ours = hf_logits(model)
     assert_close(ours, own_logits(hooked("llama-gqa", "bridge"), [vector]), atol=1e-4, rtol=1e-4)
     with (
         pytest.raises(LensError, match="resid_pre and resid_post, not mlp_out"),
-        attached(model, SteeringVector({1: normal(32)}, "mlp_out")),
+        attached(model, Direction.of({1: normal(32)}, "mlp_out")),
     ):
         pass
 
@@ -232,7 +232,7 @@ def test_generation_with_an_adapter_is_generation_of_the_merged_model(backend):
     [
         ("bridge", lambda: lora(layers=(0, 5)), r"this model has layers 0 to 2"),
         pytest.param("hooked", lambda: lora(layers=(0, 5)), r"this model has layers 0 to 2", marks=needs_hooked),
-        ("bridge", lambda: SteeringVector({0: normal(31)}), "width 31, the activation 32"),
+        ("bridge", lambda: Direction.of({0: normal(31)}), "width 31, the activation 32"),
         pytest.param(
             "hooked",
             lambda: LoRAAdapter({(0, "q"): normal(1, 30)}, {(0, "q"): normal(32, 1)}, 1.0),
@@ -263,7 +263,7 @@ def test_norm_is_the_frobenius_norm_of_s_b_a():
     assert adapter.norm() == pytest.approx(sum(lengths), rel=1e-5)
     assert adapter.norm("mean") == pytest.approx(sum(lengths) / 14, rel=1e-5)
     assert adapter.scaled(-2.5).norm() == pytest.approx(2.5 * sum(lengths), rel=1e-5)
-    vector = SteeringVector({0: torch.tensor([3.0, 4.0]), 1: torch.tensor([0.0, 2.0])}, strength=-2.0)
+    vector = Direction.of({0: torch.tensor([3.0, 4.0]), 1: torch.tensor([0.0, 2.0])}).scaled(-2.0)
     assert vector.norm() == pytest.approx(14)
     assert vector.norm("mean") == pytest.approx(7)
     with pytest.raises((LensError, TypeCheckError)):
@@ -277,10 +277,10 @@ def test_the_random_control_has_the_same_norm_at_every_place_and_another_orienta
         ours, theirs = adapter.delta(layer, module), control.delta(layer, module)
         assert float(theirs.norm()) == pytest.approx(float(ours.norm()), rel=1e-5)
         assert abs(float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))) < 0.3
-    vector = SteeringVector({0: normal(500), 1: normal(500, seed=1) * 3})
+    vector = Direction.of({0: normal(500), 1: normal(500, seed=1) * 3})
     control = vector.random_like(torch.Generator().manual_seed(3))
     for layer in (0, 1):
-        assert float(control.vectors[layer].norm()) == pytest.approx(float(vector.vectors[layer].norm()), rel=1e-6)
+        assert float(control[layer].norm()) == pytest.approx(float(vector[layer].norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("on", ["A", "B", "both"])
@@ -315,19 +315,26 @@ def test_the_b_vector_of_a_rank_1_adapter_is_what_it_writes():
         lora(("down",)).direction()
 
 
-def test_a_steering_vector_is_a_direction_and_back():
-    direction = Direction(normal(2, 8), (1, 3), "resid_mid", "sign", Provenance("test"))
-    vector = SteeringVector.of(direction, strength=1.5)
-    assert_close(vector.direction().vectors, direction.vectors * 1.5)
-    assert vector.direction().site == "resid_mid"
+def test_a_direction_is_trained_under_stable_names_and_gradients_flow_to_them():
+    direction = Direction.of({3: normal(8), 1: normal(8, seed=1)}, "resid_mid", provenance=Provenance("test"))
+    assert direction.layers == (1, 3)
+    assert torch.equal(direction[3], normal(8))
+    assert direction.tensors().keys() == {"layers.1.vector", "layers.3.vector"}
+    live = {name: torch.nn.Parameter(value.clone()) for name, value in direction.tensors().items()}
+    (direction.with_tensors(live).scaled(1.5)[3] * 2).sum().backward()
+    assert_close(live["layers.3.vector"].grad, torch.full((8,), 3.0))
+    assert torch.equal(direction.with_tensors(live).vectors, direction.vectors)
+    assert direction.settings() == {"kind": "steering vector", "site": "resid_mid", "layers": [1, 3], "strength": 1.0}
+    with pytest.raises(LensError, match=r"no layer 2, it has \[1, 3\]"):
+        direction[2]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SteeringVector({}), "expected one vector"),
-        (lambda: SteeringVector({0: normal(3), 1: normal(4)}), r"shapes \[\(3,\), \(4,\)\]"),
-        (lambda: SteeringVector({0: normal(3)}, "k"), "site 'k' cannot be steered"),
+        (lambda: Direction.of({}), "expected one vector"),
+        (lambda: Direction.of({0: normal(3), 1: normal(4)}), r"shapes \[\(3,\), \(4,\)\]"),
+        (lambda: Direction.of({0: normal(3)}, "k"), "site 'k' cannot hold a direction"),
         (lambda: LoRAAdapter({}, {}, 1.0), "at least one"),
         (lambda: LoRAAdapter({(0, "q"): normal(1, 3)}, {(0, "k"): normal(3, 1)}, 1.0), "expected the same ones"),
         (
@@ -445,9 +452,7 @@ def test_gradients_through_hooks_are_those_of_peft():
 @pytest.mark.parametrize("what", ["vector", "lora"])
 def test_the_training_loop_trains_hooks_and_resumes(tmp_path, kind, what):
     model = plain() if kind == "transformers" else hooked("llama-gqa", kind)
-    start = (
-        SteeringVector.zeros(32, [1]) if what == "vector" else LoRAAdapter.fresh(model, rank=1, layers=[1], alpha=8.0)
-    )
+    start = Direction.zeros(32, [1]) if what == "vector" else LoRAAdapter.fresh(model, rank=1, layers=[1], alpha=8.0)
     settings = TrainSettings(steps=8, batch_size=8, learning_rate=3e-2, checkpoint_every=4)
     examples = tiny_chat.tiny_examples(8)
     frozen_before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -468,7 +473,7 @@ def test_the_training_loop_trains_hooks_and_resumes(tmp_path, kind, what):
         assert torch.equal(saved.b[1, "down"], trainable.result().b[1, "down"])
     else:
         saved = Direction.load(tmp_path / "run" / "adapter" / "direction.safetensors")
-        assert torch.equal(saved.vector, trainable.result().vectors[1])
+        assert torch.equal(saved.vector, trainable.result()[1])
 
 
 def test_a_run_that_started_from_other_numbers_is_not_continued(tmp_path):
@@ -488,9 +493,9 @@ def test_bridge_and_transformers_train_to_the_same_vector():
     settings = TrainSettings(steps=3, batch_size=4, learning_rate=1e-2)
     found = []
     for model in (plain(), hooked("llama-gqa", "bridge"), hooked("llama-gqa", "hooked")):
-        trainable = HookTrainable(model, SteeringVector.zeros(32, [0]))
+        trainable = HookTrainable(model, Direction.zeros(32, [0]))
         train(trainable, tiny_chat.tiny_examples(8), settings, progress=False)
-        found.append(trainable.result().vectors[0])
+        found.append(trainable.result()[0])
     assert_close(found[1], found[0], atol=1e-4, rtol=1e-3)
     assert_close(found[2], found[0], atol=1e-4, rtol=1e-3)
 
@@ -532,7 +537,7 @@ def test_a_peft_adapter_of_other_modules_is_refused_by_the_tensors_name(tmp_path
 def test_a_gguf_control_vector_holds_what_llama_cpp_reads(tmp_path):
     from gguf import GGUFReader
 
-    vector = SteeringVector({1: normal(32), 2: normal(32, seed=1)}, strength=2.5)
+    vector = Direction.of({1: normal(32), 2: normal(32, seed=1)}).scaled(2.5)
     path = save_gguf(vector, tmp_path / "v.gguf", model_hint="llama", n_layers=3)
     reader = GGUFReader(str(path))
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF")}
@@ -544,18 +549,18 @@ def test_a_gguf_control_vector_holds_what_llama_cpp_reads(tmp_path):
     stored = {t.name: t for t in reader.tensors}
     assert set(stored) == {"direction.1", "direction.2"}
     assert all(t.tensor_type.name == "F32" and t.data.shape == (32,) for t in stored.values())
-    np.testing.assert_array_equal(stored["direction.2"].data, (vector.vectors[2] * 2.5).numpy())
+    np.testing.assert_array_equal(stored["direction.2"].data, (vector[2]).numpy())
     back = load_gguf(path)
-    assert (back.site, back.strength, back.layers) == ("resid_post", 1.0, (1, 2))
-    assert torch.equal(back.vectors[1], vector.vectors[1] * 2.5)
+    assert (back.site, back.layers) == ("resid_post", (1, 2))
+    assert torch.equal(back[1], vector[1])
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_a_control_vector_cannot_say_is_refused(tmp_path):
     for vector, message in (
-        (SteeringVector({0: normal(4)}), "layers 1 to 2"),
-        (SteeringVector({3: normal(4)}), "layers 1 to 2"),
-        (SteeringVector({1: normal(4)}, "resid_pre"), "acts on the output of blocks"),
+        (Direction.of({0: normal(4)}), "layers 1 to 2"),
+        (Direction.of({3: normal(4)}), "layers 1 to 2"),
+        (Direction.of({1: normal(4)}, "resid_pre"), "acts on the output of blocks"),
     ):
         with pytest.raises(LensError, match=message):
             save_gguf(vector, tmp_path / "v.gguf", model_hint="llama", n_layers=3)
@@ -574,8 +579,8 @@ def test_numpy_files_are_read_with_layers_and_never_unpickled(tmp_path):
     np.save(tmp_path / "i.npy", np.arange(4))
     assert load_npy(tmp_path / "t.npy").layers == (0, 1, 2)
     chosen = load_npy(tmp_path / "t.npy", layers=[4, 2, 9])
-    np.testing.assert_array_equal(chosen.vectors[2].numpy(), table[1])
-    np.testing.assert_array_equal(load_npy(tmp_path / "v.npy", layers=7).vectors[7].numpy(), table[1])
+    np.testing.assert_array_equal(chosen[2].numpy(), table[1])
+    np.testing.assert_array_equal(load_npy(tmp_path / "v.npy", layers=7)[7].numpy(), table[1])
     for name, layers, message in (
         ("o", None, "not a plain NumPy array file"),
         ("i", 0, "expected floating-point"),
@@ -597,8 +602,8 @@ def test_pt_files_are_read_without_running_what_they_hold(tmp_path, capsys):
     v = normal(8)
     torch.save({"steering_vector": v, "layer_idx": 5, "alpha": 256.0}, tmp_path / "v.pt")
     vector = load_pt(tmp_path / "v.pt")
-    assert (vector.layers, vector.strength) == ((5,), 256.0)
-    assert torch.equal(vector.vectors[5], v)
+    assert vector.layers == (5,)
+    assert torch.equal(vector[5], 256.0 * v)
     for content, message in (
         ({"steering_vector": Evil(), "layer_idx": 5}, "will not be unpickled"),
         ([v], "holds a list"),
@@ -620,7 +625,7 @@ def test_pt_files_are_read_without_running_what_they_hold(tmp_path, capsys):
 def test_a_bias_export_is_a_plain_transformers_model_that_is_steered(tmp_path, site):
     from transformers import AutoModelForCausalLM
 
-    vector, model = SteeringVector({0: normal(32), 2: normal(32, seed=1)}, site, strength=0.5), plain()
+    vector, model = Direction.of({0: normal(32), 2: normal(32, seed=1)}, site).scaled(0.5), plain()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_with_bias(vector, model, tmp_path / "m")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager").eval()
@@ -637,9 +642,9 @@ def test_adapters_nest_in_any_order_and_leave_in_any_order():
     model = hooked("llama-gqa", "bridge")
     with ExitStack() as stack:
         stack.enter_context(attached(model, lora(("down",))))
-        stack.enter_context(attached(model, SteeringVector({1: normal(32)})))
+        stack.enter_context(attached(model, Direction.of({1: normal(32)})))
         nested = own_logits(model)
-    assert_close(nested, own_logits(model, [SteeringVector({1: normal(32)}), lora(("down",))]), atol=1e-5, rtol=1e-5)
+    assert_close(nested, own_logits(model, [Direction.of({1: normal(32)}), lora(("down",))]), atol=1e-5, rtol=1e-5)
     assert chat() is chat()
 
 

@@ -32,7 +32,7 @@ from piggyback_lens.maths import orthogonal_noise
 from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.network import forward
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
 
@@ -49,7 +49,7 @@ def normal(*shape, seed=0):
 
 def vector(seed=0, length=2.0, layers=(1,)):
     vectors = {layer: normal(32, seed=seed + layer) for layer in layers}
-    return SteeringVector({layer: v * length / v.norm() for layer, v in vectors.items()})
+    return Direction.of({layer: v * length / v.norm() for layer, v in vectors.items()})
 
 
 def lora(seed=0):
@@ -336,7 +336,7 @@ def test_every_curve_survives_its_file_and_draws_all_its_series(tmp_path, kind):
         "efficiency": lambda: efficiency(model, {"a": vector(), "b": vector(4)}, EXAMPLES, fractions=[0.0, 1.0]),
         "stability": lambda: stability(model, {"a": lora()}, EXAMPLES, epsilons=[0.0, 1.0]),
         "significance": lambda: significance(model, {"a": vector()}, TEXTS, fractions=[0.0, 1.0]),
-        "ablation": lambda: ablation_cost(model, {"a": vector(layers=(0, 1)).direction()}, TEXTS),
+        "ablation": lambda: ablation_cost(model, {"a": vector(layers=(0, 1))}, TEXTS),
     }[kind]()
     back = Curve.load(curve.save(tmp_path / "c.json"))
     assert back.points == curve.points
@@ -377,7 +377,7 @@ def test_curves_that_make_no_sense_are_refused(run, message):
 
 def test_snapshots_are_those_of_the_run():
     model = hooked("llama-gqa", "bridge")
-    trainable = HookTrainable(model, SteeringVector.zeros(32, [1]))
+    trainable = HookTrainable(model, Direction.zeros(32, [1]))
     keeper = SnapshotKeeper(trainable, every=2)
     settings = TrainSettings(steps=5, batch_size=3, learning_rate=1e-2)
     train(trainable, EXAMPLES, settings, on_step=keeper, progress=False)
@@ -385,10 +385,10 @@ def test_snapshots_are_those_of_the_run():
     assert keeper.snapshots[0].solution.norm() == 0
     norms = [s.solution.norm() for s in keeper.snapshots]
     assert norms[1] != norms[2] > 0
-    half = HookTrainable(model, SteeringVector.zeros(32, [1]))
+    half = HookTrainable(model, Direction.zeros(32, [1]))
     snapshots = SnapshotKeeper(half, every=4)
     train(half, EXAMPLES, settings, on_step=snapshots, progress=False)
-    assert torch.equal(snapshots.snapshots[1].solution.vectors[1], keeper.snapshots[2].solution.vectors[1])
+    assert torch.equal(snapshots.snapshots[1].solution[1], keeper.snapshots[2].solution[1])
 
 
 def test_local_cosines_are_1_on_a_line_and_0_at_a_right_angle():
@@ -404,7 +404,7 @@ def test_local_cosines_are_1_on_a_line_and_0_at_a_right_angle():
 def test_a_trajectory_puts_all_runs_into_one_plane():
     def run(x, y):
         return [
-            Snapshot(step, SteeringVector({0: torch.tensor([a, b, 0.0])}))
+            Snapshot(step, Direction.of({0: torch.tensor([a, b, 0.0])}))
             for step, (a, b) in enumerate(zip(x, y, strict=True))
         ]
 
@@ -432,13 +432,13 @@ def test_a_trajectory_puts_all_runs_into_one_plane():
 
 def test_drift_tells_cosines_and_measures_per_snapshot():
     narrow, general = vector(1), vector(2)
-    mixed = {1: 0.6 * narrow.vectors[1] / 2 + 0.8 * general.vectors[1] / 2}
-    run = [Snapshot(0, narrow), Snapshot(10, SteeringVector(mixed)), Snapshot(20, general.scaled(3.0))]
+    mixed = {1: 0.6 * narrow[1] / 2 + 0.8 * general[1] / 2}
+    run = [Snapshot(0, narrow), Snapshot(10, Direction.of(mixed)), Snapshot(20, general.scaled(3.0))]
     found = drift(
         run, {"narrow": narrow, "general": general}, {"size": lambda s: [s.norm(), s.norm() + 1, s.norm() + 2]}
     )
     table = found.frame.pivot(index="step", columns="quantity", values="value")
-    between = float(torch.cosine_similarity(narrow.vectors[1], general.vectors[1], dim=0))
+    between = float(torch.cosine_similarity(narrow[1], general[1], dim=0))
     assert table["cosine to narrow"].tolist()[0] == pytest.approx(1)
     assert table["cosine to general"].tolist()[0] == pytest.approx(between, abs=1e-6)
     assert table["cosine to general"].tolist()[2] == pytest.approx(1)
@@ -460,7 +460,7 @@ def test_parts_of_an_adapter_are_flattened_by_name():
     own = lora()
     assert_close(flattened(own, "B"), torch.cat([own.b[1, "down"].flatten(), own.b[2, "down"].flatten()]))
     assert len(flattened(own)) == len(flattened(own, "A")) + len(flattened(own, "B"))
-    assert_close(flattened(vector().scaled(-2.0)), -2 * vector().vectors[1])
+    assert_close(flattened(vector().scaled(-2.0)), -2 * vector()[1])
     with pytest.raises(LensError, match="has no part A"):
         flattened(vector(), "A")
 

@@ -82,7 +82,7 @@ def solutions(device: torch.device = CPU) -> dict[str, Any]:
     """From a file they are on the CPU, made of activations where the model is."""
     places = [(layer, "down") for layer in (1, 2)]
     a, b = ({place: normal(*size).to(device) * 0.3 for place in places} for size in ((1, 48), (32, 1)))
-    return {"vector": lens.SteeringVector({1: normal(32).to(device)}), "lora": lens.LoRAAdapter(a, b, 2.0)}
+    return {"vector": lens.Direction.of({1: normal(32).to(device)}), "lora": lens.LoRAAdapter(a, b, 2.0)}
 
 
 def texts() -> list[Any]:
@@ -236,13 +236,13 @@ def extracting(here: Here) -> Any:
 def writing(here: Here) -> Any:
     """Files hold what is on the device, and are read to the CPU."""
     vector, table = solutions(here.device)["vector"], normal(1, 32).to(here.device)
-    vector.direction().save(here.folder / "d.safetensors")
+    vector.save(here.folder / "d.safetensors")
     np.save(here.folder / "v.npy", table.cpu().numpy())
     torch.save({"steering_vector": table[0], "layer_idx": 1, "alpha": 2.0}, here.folder / "v.pt")
     gguf = lens.save_gguf(vector, here.folder / "v.gguf", model_hint="llama", n_layers=3)
     read = [lens.load_gguf(gguf), lens.load_npy(here.folder / "v.npy", layers=1), lens.load_pt(here.folder / "v.pt")]
-    assert not any(is_there(one.vectors[1]) for one in read)
-    found = [one.vectors[1] for one in read]
+    assert not any(is_there(one[1]) for one in read)
+    found = [one[1] for one in read]
     return torch.cat([*found, lens.Direction.load(here.folder / "d.safetensors").vectors[0]]).numpy()
 
 
@@ -275,7 +275,7 @@ def training_hooks(here: Here) -> Any:
     found = []
     retain = lens.RetainData(EXAMPLES[3:], batch_size=2)
     objective = lens.Penalised((lens.Weighted(lens.KLOnRetain(retain), 1.0),))
-    for start in (lens.SteeringVector.zeros(32, [1]), solutions(here.device)["lora"]):
+    for start in (lens.Direction.zeros(32, [1]), solutions(here.device)["lora"]):
         trainable = lens.HookTrainable(here.model, start)
         keeper = lens.SnapshotKeeper(trainable)
         run = {"on_step": keeper, "progress": False, "out": here.folder / type(start).__name__}
@@ -293,7 +293,7 @@ def direction_jobs(here: Here) -> Any:
     out = here.folder / "train"
     done = train_direction_job(here.model, EXAMPLES[:4], settings, retain=EXAMPLES[4:], out=out, **quiet)
     own = SteerSettings(strengths=(1.0,), n_random=1, max_new_tokens=3)
-    swept = steer_job(here.model, done.solution.direction(), PROMPTS, "words", own, out=here.folder / "steer", **quiet)
+    swept = steer_job(here.model, done.solution, PROMPTS, "words", own, out=here.folder / "steer", **quiet)
     return np.concatenate([done.scores[["base_loss", "loss", "kl"]].to_numpy().ravel(), *(p.kl for p in swept.points)])
 
 

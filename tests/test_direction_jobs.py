@@ -33,7 +33,7 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.network import forward
 from piggyback_lens.vectors.adapter_files import load_peft, save_gguf
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
 
@@ -101,7 +101,7 @@ def test_the_reported_losses_and_kl_are_those_of_plain_passes(tmp_path):
         assert row["kl_low"] <= row["kl"] <= row["kl_high"]
     assert done.scores["loss"][0] < done.scores["base_loss"][0]
     loaded = read_solution(tmp_path)
-    assert torch.equal(loaded.vectors[0], done.solution.vectors[1])
+    assert torch.equal(loaded.vectors[0], done.solution[1])
     assert loaded.is_of(model())
     found = results(tmp_path)
     assert found["norm"] == pytest.approx(float(loaded.vectors.norm()), rel=1e-6)
@@ -180,7 +180,7 @@ def test_too_little_data_is_refused_before_anything_is_written(tmp_path):
 
 
 def both():
-    return {"narrow": direction(seed=1), "general": SteeringVector.of(direction(seed=2), 1.5)}
+    return {"narrow": direction(seed=1), "general": direction(seed=2).scaled(1.5)}
 
 
 def all_kinds():
@@ -332,16 +332,16 @@ def test_control_characters_of_a_model_cannot_reach_the_terminal():
 
 
 def test_solutions_are_read_from_every_format(tmp_path):
-    vector = SteeringVector({1: normal(32), 2: normal(32, seed=1)})
+    vector = Direction.of({1: normal(32), 2: normal(32, seed=1)})
     save_gguf(vector, tmp_path / "v.gguf", model_hint="llama", n_layers=3)
-    np.save(tmp_path / "one.npy", vector.vectors[1].numpy())
-    torch.save({"steering_vector": vector.vectors[1], "layer_idx": 1, "alpha": 2.0}, tmp_path / "v.pt")
-    vector.direction().save(tmp_path / "d.safetensors")
+    np.save(tmp_path / "one.npy", vector[1].numpy())
+    torch.save({"steering_vector": vector[1], "layer_idx": 1, "alpha": 2.0}, tmp_path / "v.pt")
+    vector.save(tmp_path / "d.safetensors")
     assert read_solution(tmp_path / "v.gguf").layers == (1, 2)
     assert read_solution(f"{tmp_path}/one.npy@1").layers == (1,)
-    assert read_solution(tmp_path / "v.pt").strength == 2.0
+    assert torch.equal(read_solution(tmp_path / "v.pt").vector, 2.0 * vector[1])
     assert read_solution(f"{tmp_path}/d.safetensors@2").layers == (2,)
-    assert torch.equal(read_solution(f"{tmp_path}/v.gguf@2").vector, vector.vectors[2])
+    assert torch.equal(read_solution(f"{tmp_path}/v.gguf@2").vector, vector[2])
 
 
 def test_a_file_that_is_no_solution_is_named(tmp_path):

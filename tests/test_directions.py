@@ -67,15 +67,15 @@ def test_combining_is_a_weighted_sum_and_the_mean_by_default():
     a, b = made(seed=1), made(seed=2)
     assert_close(combine([a, b], [2.0, -0.5]).vectors, 2 * a.vectors - 0.5 * b.vectors)
     assert_close(combine([a, b]).vectors, (a.vectors + b.vectors) / 2)
-    assert_close(a.times(-3.0).vectors, -3 * a.vectors)
-    assert a.times(-3.0).sign == "opposite of: positive: more"
-    assert a.times(3.0).sign == "positive: more"
+    assert_close(a.scaled(-3.0).vectors, -3 * a.vectors)
+    assert a.scaled(-3.0).sign == "opposite of: positive: more"
+    assert a.scaled(3.0).sign == "positive: more"
     assert (-a).sign == "opposite of: positive: more"
     assert_close((-a).vectors, -1 * a.vectors)
 
 
 def test_every_operation_says_so_in_the_provenance():
-    direction = made().unit().times(2.0)
+    direction = made().unit().scaled(2.0)
     assert direction.provenance.how == "test; made unit length; times 2"
     assert direction.provenance.data == "abc"
     assert direction.random_like(5).provenance == Provenance(
@@ -105,7 +105,7 @@ def test_the_random_control_is_as_long_and_unrelated_and_repeatable():
         ),
         (lambda: made().vector, "has 2 layers: choose one"),
         (lambda: made().at(7), r"no layer 7, it has \[1, 2\]"),
-        (lambda: made().times(0.0).unit(), r"zero at layers \[1, 2\]"),
+        (lambda: made().scaled(0.0).unit(), r"zero at layers \[1, 2\]"),
         (lambda: cosine(made(), made(layers=(1, 3))), "differ in layers"),
         (lambda: cosine(made(), made(d=8)), "differ in width: 16 against 8"),
         (lambda: made().without(made(site="mlp_out")), "differ in site"),
@@ -184,7 +184,7 @@ def test_ablating_twice_is_ablating_once_and_leaves_no_projection(backend):
     model, batch = hooked("llama-gqa", backend), batch_prompts(prompts(), side="right")
     direction = made(n=1, d=32)
     once, _ = logits_of(model, batch, direction.ablation())
-    twice, _ = logits_of(model, batch, direction.ablation() + direction.times(4.0).ablation())
+    twice, _ = logits_of(model, batch, direction.ablation() + direction.scaled(4.0).ablation())
     assert_close(real(twice, batch), real(once, batch), atol=1e-5, rtol=1e-5)
     unsteered, _ = logits_of(model, batch)
     assert (real(once, batch) - real(unsteered, batch)).abs().max() > 1e-2

@@ -24,7 +24,8 @@ from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.models import packing
 from piggyback_lens.models.backends import core_of, is_hooked_model
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import LoRAAdapter
+from piggyback_lens.vectors.direction import Direction
 
 EXAMPLES = tiny_chat.tiny_examples(6)
 RETAIN = tiny_chat.tiny_examples(6, seed=9)
@@ -37,7 +38,7 @@ def model_of(layout, kind="transformers"):
 def start_of(model, what, layer=2):
     if what == "vector":
         generator = torch.Generator().manual_seed(0)
-        return SteeringVector({layer: torch.randn(32, generator=generator)})
+        return Direction.of({layer: torch.randn(32, generator=generator)})
     fresh = LoRAAdapter.fresh(model, rank=1, layers=[layer], modules=["down", "v"])
     return replace(fresh, b={place: torch.ones_like(b) for place, b in fresh.b.items()})
 
@@ -141,11 +142,11 @@ def test_training_gives_the_same_vector_and_logs_its_norm():
     settings, found = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2), []
     for cache_below in (True, False):
         model = model_of("llama-gqa")
-        trainable = HookTrainable(model, SteeringVector.zeros(32, [1]), cache_below=cache_below)
+        trainable = HookTrainable(model, Direction.zeros(32, [1]), cache_below=cache_below)
         objective = Penalised((Weighted(KLOnRetain(RetainData(RETAIN, batch_size=3)), 2.0, stop=4),))
         run = {"objective": objective, "progress": False}
         result = train(trainable, EXAMPLES, settings, **run)
-        found.append(trainable.result().vectors[1])
+        found.append(trainable.result()[1])
         assert result.history[-1]["norm"] == pytest.approx(float(found[-1].norm()))
         assert ["kl_retain" in row for row in result.history] == [True] * 4 + [False] * 2
     assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
@@ -153,12 +154,12 @@ def test_training_gives_the_same_vector_and_logs_its_norm():
 
 def test_a_penalty_on_keys_of_layers_that_are_not_run_is_refused():
     model = model_of("llama-gqa")
-    trainable = HookTrainable(model, SteeringVector.zeros(32, [1]))
+    trainable = HookTrainable(model, Direction.zeros(32, [1]))
     batch = make_batch(EXAMPLES)
     penalty = TReFT("prefix", kv_reference(model, EXAMPLES[0]))
     with pytest.raises(LensError, match="cache_below=False"):
         penalty(Step(model, batch, trainable.forward(batch), 0, trainable.forward, base=trainable.base_forward))
-    whole = HookTrainable(model, SteeringVector.zeros(32, [1]), cache_below=False)
+    whole = HookTrainable(model, Direction.zeros(32, [1]), cache_below=False)
     assert penalty(Step(model, batch, whole.forward(batch), 0, whole.forward, base=whole.base_forward)) == 0
 
 
@@ -170,10 +171,10 @@ def test_starts_that_leave_nothing_out_are_refused():
             FrozenLower(model, start)
     with pytest.raises(LensError, match="budget_gb -1"):
         FrozenLower(model, 1, budget_gb=-1.0)
-    assert HookTrainable(model, SteeringVector.zeros(32, [0])).below is None
+    assert HookTrainable(model, Direction.zeros(32, [0])).below is None
     other = model_of("llama-gqa", "hooked")
     assert is_hooked_model(other)
-    assert HookTrainable(other, SteeringVector.zeros(32, [1])).below is None
+    assert HookTrainable(other, Direction.zeros(32, [1])).below is None
 
 
 # ---------------------------------------------------------------- the base's predictions
@@ -208,7 +209,7 @@ def test_a_model_that_caps_its_logits_is_run_anew():
     model = model_of("gemma3")
     model.config.final_logit_softcapping = 0.1
     batch = make_batch(EXAMPLES)
-    trainable = HookTrainable(model, SteeringVector.zeros(32, [1]))
+    trainable = HookTrainable(model, Direction.zeros(32, [1]))
     kept, step = KeptBase(), Step(model, batch, trainable.forward(batch), 0, base=trainable.base_forward)
     expected = trainable.base_forward(batch).logits
     for _ in range(2):
@@ -218,7 +219,7 @@ def test_a_model_that_caps_its_logits_is_run_anew():
 
 def test_rows_of_examples_seen_in_other_batches_are_put_together():
     model = model_of("llama-gqa")
-    trainable, kept = HookTrainable(model, SteeringVector.zeros(32, [1])), KeptBase()
+    trainable, kept = HookTrainable(model, Direction.zeros(32, [1])), KeptBase()
 
     def logits(rows):
         batch = make_batch([EXAMPLES[row] for row in rows])
@@ -239,7 +240,7 @@ def test_what_was_kept_of_one_base_is_not_used_for_another():
     penalty, batch = KLOnRetain(RetainData(RETAIN, batch_size=6)), make_batch(EXAMPLES)
     for seed in (0, 1, 0):
         model = build("llama-gqa", seed, vocab=tiny_chat.VOCAB)
-        trainable = HookTrainable(model, SteeringVector.zeros(32, [1]))
+        trainable = HookTrainable(model, Direction.zeros(32, [1]))
         step = Step(model, batch, trainable.forward(batch), 0, trainable.forward, base=trainable.base_forward)
         # The vector is zero, so the tuned model is its own base.
         assert float(penalty(step).detach()) == pytest.approx(0, abs=1e-6)
@@ -250,7 +251,7 @@ def test_a_killed_run_resumes_to_identical_numbers_whatever_batches_come_first(t
     examples = tiny_chat.tiny_examples(15, longest=60)
     settings = TrainSettings(steps=14, batch_size=4, learning_rate=1e-2, checkpoint_every=6)
     model = wide().get_base_model()  # wide enough that the last bits of a row depend on the rows beside it
-    start = SteeringVector({2: torch.zeros(192)})
+    start = Direction.of({2: torch.zeros(192)})
 
     def kill(row):
         if row["step"] == 7:

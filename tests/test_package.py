@@ -49,7 +49,7 @@ def test_the_public_surface_is_this_list():
         "Interventions", "KLOnRetain", "KLOnTrain", "LatentAttribution", "Latents", "LensError", "LoRAAdapter",
         "LoRASettings", "Method", "ModelPair", "Monitor", "PatchResult", "Penalised", "PerturbResult", "PrefixCache",
         "PreventiveSteering", "Record", "RenderedPrompt", "RetainData", "Sampling", "ScoredAnswers", "SnapshotKeeper",
-        "SteeringVector", "StressResult", "Sweep", "TReFT", "TReFTSettings", "TReFTTrainer", "Task", "TokenScores",
+        "StressResult", "Sweep", "TReFT", "TReFTSettings", "TReFTTrainer", "Task", "TokenScores",
         "TrainResult", "TrainSettings", "Weighted", "ablate", "ablate_latent", "ablate_sweep", "ablation_cost",
         "adapter_scalars", "add", "add_lora", "applied", "attach_adapter", "attached", "attribute_latents",
         "attribution_map", "audit", "batch_prompts", "cache", "carrier_map", "clamp", "compare_methods",

@@ -26,8 +26,9 @@ from piggyback_lens.models.network import forward, keeping_last_hidden
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.partial import ended_at
 from piggyback_lens.models.plain_views import network_of, plain_view, settled
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
+from piggyback_lens.vectors.direction import Direction
 
 TOKENIZER = tiny_chat.tiny_tokenizer()
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
@@ -84,7 +85,7 @@ def deep_torch_hook(bridge):
 
 @contextmanager
 def steering(bridge):
-    with attached(bridge, SteeringVector({LAYER: vector()})):
+    with attached(bridge, Direction.of({LAYER: vector()})):
         yield
 
 
@@ -196,7 +197,7 @@ def test_hooks_of_an_intervention_act_in_generation_on_a_model_with_a_plain_view
     steer = add(vector(40.0), layers=LAYER)
     plain = [a.ids for a in generate(bridge, prompts, max_new_tokens=6)]
     steered = [a.ids for a in generate(bridge, prompts, interventions=steer, max_new_tokens=6)]
-    with attached(bridge, SteeringVector({LAYER: vector(40.0)})):
+    with attached(bridge, Direction.of({LAYER: vector(40.0)})):
         beneath = [a.ids for a in generate(bridge, prompts, max_new_tokens=6)]
     del plain_views._PLAIN[bridge]
     assert [a.ids for a in generate(bridge, prompts, max_new_tokens=6)] == plain

@@ -25,7 +25,7 @@ from piggyback_lens.measuring.scoring import nll
 from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
 
@@ -60,9 +60,9 @@ def model(request):
 
 
 def variants():
-    vectors = [SteeringVector({1: normal(32, seed=i)}, strength=0.5 * i) for i in range(4)]
-    above = [SteeringVector({2: normal(32, seed=i)}, "resid_pre") for i in range(2)]
-    below = [SteeringVector({0: normal(32, seed=7), 2: normal(32, seed=8)}, "resid_pre")] * 2
+    vectors = [Direction.of({1: normal(32, seed=i)}).scaled(0.5 * i) for i in range(4)]
+    above = [Direction.of({2: normal(32, seed=i)}, "resid_pre") for i in range(2)]
+    below = [Direction.of({0: normal(32, seed=7), 2: normal(32, seed=8)}, "resid_pre")] * 2
     return [*vectors, *above, None, *below, lora(1), lora(2).scaled(0.3), zero("z", layers=1), direction().ablation()]
 
 
@@ -71,7 +71,7 @@ def test_many_variants_at_once_score_as_each_by_itself(model, rows_per_pass):
     """Oracle: the library's scoring of one text at a time, with the variant attached the ordinary way."""
     found = variant_nll(model, response_texts(EXAMPLES), variants(), rows_per_pass=rows_per_pass)
     for row, variant in enumerate(variants()):
-        adapters = [variant] if isinstance(variant, SteeringVector | LoRAAdapter) else []
+        adapters = [variant] if isinstance(variant, Direction | LoRAAdapter) else []
         parts = None if adapters else variant
         with attached(model, *adapters):
             expected = [float(nll(model, [prompt], interventions=parts)[0]) for prompt in EXAMPLES]
@@ -82,7 +82,7 @@ def test_many_variants_at_once_score_as_each_by_itself(model, rows_per_pass):
 def test_rows_that_fork_at_a_layer_are_right_with_sliding_windows_too(name):
     for backend in tiny_hooked.BACKENDS:
         model = hooked(name, backend)
-        vectors = [SteeringVector({2: normal(32, seed=i)}, strength=1.0 + i) for i in range(3)]
+        vectors = [Direction.of({2: normal(32, seed=i)}).scaled(1.0 + i) for i in range(3)]
         found = variant_nll(model, response_texts(EXAMPLES), vectors)
         for row, vector in enumerate(vectors):
             with attached(model, vector):
@@ -97,7 +97,7 @@ def test_blocks_below_the_vector_run_once_for_all_variants():
         block.register_forward_hook(lambda _m, a, _o, i=i: rows.setdefault(i, []).append(len(a[0])))
         for i, block in enumerate(model.blocks)
     ]
-    vectors = [SteeringVector({1: normal(32, seed=i)}) for i in range(6)]
+    vectors = [Direction.of({1: normal(32, seed=i)}) for i in range(6)]
     variant_nll(model, response_texts(EXAMPLES), vectors, rows_per_pass=30)
     for handle in handles:
         handle.remove()
@@ -105,7 +105,7 @@ def test_blocks_below_the_vector_run_once_for_all_variants():
 
 
 def test_kl_is_that_of_the_two_distributions_token_by_token(model):
-    vector = SteeringVector({1: normal(32)}, strength=1.5)
+    vector = Direction.of({1: normal(32)}).scaled(1.5)
     found = variant_kl(model, response_texts(EXAMPLES), [vector, None, direction().ablation()])
     for number, prompt in enumerate(EXAMPLES):
         ids = torch.tensor([prompt.ids])
@@ -128,7 +128,7 @@ def test_plain_texts_are_scored_from_their_second_token_on(model):
             logs = forward(model, ids, torch.ones_like(ids))[0].log_softmax(-1)
             wanted = [float(-logs[i - 1, text.ids[i]]) for i in range(text.start, len(text.ids))]
             assert float(found[0, number]) == pytest.approx(np.mean(wanted), rel=1e-4)
-    with attached(model, SteeringVector.of(direction(), 2.0)):
+    with attached(model, direction().scaled(2.0)):
         again = variant_nll(model, texts, [None])
     assert_close(found[1], again[0], atol=1e-4, rtol=1e-4)
 
@@ -295,7 +295,12 @@ def test_a_sweep_that_makes_no_sense_is_refused(settings, message):
 def test_a_zero_direction_cannot_be_swept():
     with pytest.raises(LensError, match="zero at layer 1"):
         steer(
-            hooked("llama-gqa", "bridge"), direction().times(0.0), prompts(), behaviour=LENGTH, strengths=[1.0], **SMALL
+            hooked("llama-gqa", "bridge"),
+            direction().scaled(0.0),
+            prompts(),
+            behaviour=LENGTH,
+            strengths=[1.0],
+            **SMALL,
         )
 
 
@@ -305,7 +310,7 @@ def test_a_zero_direction_cannot_be_swept():
 @pytest.mark.parametrize("budget", [0.002, 0.05, 0.4])
 def test_the_strength_found_spends_the_budget(model, budget):
     found = strength_for_kl(model, direction(), EXAMPLES, budget, tolerance=0.02)
-    values = variant_kl(model, response_texts(EXAMPLES), [SteeringVector.of(direction(), found.strength)])[0]
+    values = variant_kl(model, response_texts(EXAMPLES), [direction().scaled(found.strength)])[0]
     kl = float(torch.cat(values).mean())  # over all tokens
     assert kl == pytest.approx(budget, rel=0.021)
     assert found.kl == pytest.approx(kl, rel=1e-3)

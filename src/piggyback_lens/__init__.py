@@ -126,7 +126,6 @@ if TYPE_CHECKING:
     from piggyback_lens.vectors.adapter_files import save_peft as save_peft
     from piggyback_lens.vectors.adapter_files import save_with_bias as save_with_bias
     from piggyback_lens.vectors.adapters import LoRAAdapter as LoRAAdapter
-    from piggyback_lens.vectors.adapters import SteeringVector as SteeringVector
     from piggyback_lens.vectors.adapting import attached as attached
     from piggyback_lens.vectors.direction import Direction as Direction
 
@@ -141,7 +140,7 @@ _HOMES = {
         "save_peft",
         "save_with_bias",
     ),
-    "vectors.adapters": ("LoRAAdapter", "SteeringVector"),
+    "vectors.adapters": ("LoRAAdapter",),
     "vectors.adapting": ("attached",),
     "measuring.answers": ("AnswerContrast", "GeneratedBehaviour"),
     "experiments.attribution": ("AttributionResult", "attribution_map"),

@@ -17,10 +17,9 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
 from piggyback_lens.models.backends import HookedModel
-from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter, NoiseOn, NormOver, SteeringVector
-from piggyback_lens.vectors.direction import Direction
+from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
+from piggyback_lens.vectors.direction import Direction, NoiseOn, NormOver
 
-Solution = Adapter | Direction
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 EPSILONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Draft = tuple[CurvePoint, Adapter | None]
@@ -28,7 +27,7 @@ Draft = tuple[CurvePoint, Adapter | None]
 
 def efficiency(
     model: HookedModel,
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
     *,
     fractions: Sequence[float] = FRACTIONS,
@@ -57,7 +56,8 @@ def efficiency(
     Raises:
         LensError: no solutions, a solution of norm 0, or prompts without responses.
     """
-    chosen, texts = _adapters(solutions), response_texts(prompts)
+    _check_solutions(solutions)
+    chosen, texts = solutions, response_texts(prompts)
     grid = _norm_grid(chosen, fractions, norms, norm_over)
     drafts = [
         draft
@@ -73,7 +73,7 @@ def efficiency(
 
 def stability(
     model: HookedModel,
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
     *,
     epsilons: Sequence[float] = EPSILONS,
@@ -101,7 +101,8 @@ def stability(
     Raises:
         LensError: as `efficiency`, an epsilon outside 0..1, or n_noise below 1.
     """
-    chosen, texts = _adapters(solutions), response_texts(prompts)
+    _check_solutions(solutions)
+    chosen, texts = solutions, response_texts(prompts)
     if n_noise < 1 or not epsilons or not all(0 <= epsilon <= 1 for epsilon in epsilons):
         raise LensError(f"n_noise {n_noise}, epsilons {list(epsilons)}: at least one draw, shares of noise in 0..1")
     if any("," in name for name in chosen):
@@ -131,7 +132,7 @@ def stability(
 
 def significance(
     model: HookedModel,
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Adapter],
     texts: Sequence[Text],
     *,
     fractions: Sequence[float] = FRACTIONS,
@@ -161,7 +162,8 @@ def significance(
     Raises:
         LensError: no solutions, a solution of norm 0, or no texts.
     """
-    chosen = _adapters(solutions)
+    _check_solutions(solutions)
+    chosen = solutions
     grid = _norm_grid(chosen, fractions, norms, norm_over)
     drafts = [
         draft
@@ -225,15 +227,12 @@ def ablation_cost(
 # ---------------------------------------------------------------- points
 
 
-def _adapters(solutions: Mapping[str, Solution]) -> dict[str, Adapter]:
+def _check_solutions(solutions: Mapping[str, Adapter]) -> None:
     if not solutions:
         raise LensError("no solutions: give at least one by name, {'narrow': vector}")
-    found: dict[str, Adapter] = {}
     for name, own in solutions.items():
-        found[name] = SteeringVector.of(own) if isinstance(own, Direction) else own
-        if found[name].norm() == 0:
+        if own.norm() == 0:
             raise LensError(f"solution {name!r} has norm 0: there is nothing to scale")
-    return found
 
 
 def _norm_grid(

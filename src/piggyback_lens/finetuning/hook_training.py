@@ -1,6 +1,6 @@
 """Train steering vectors and LoRA adapters through hooks, in the loop of `training`.
 
-    trainable = HookTrainable(model, SteeringVector.zeros(576, [15]))
+    trainable = HookTrainable(model, Direction.zeros(576, [15]))
     train(trainable, examples, settings)
     learned = trainable.result()
 
@@ -23,9 +23,9 @@ from piggyback_lens.finetuning.trainables import Trainable
 from piggyback_lens.models.backends import core_of, device_of
 from piggyback_lens.models.partial import can_begin_late
 from piggyback_lens.models.views import frozen
-from piggyback_lens.vectors.adapters import Adapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter
 from piggyback_lens.vectors.adapting import attached
-from piggyback_lens.vectors.direction import Provenance
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 
 class HookTrainable(Trainable):
@@ -106,7 +106,7 @@ class HookTrainable(Trainable):
         from piggyback_lens.vectors.adapter_files import save_peft
 
         done = self.result()
-        if isinstance(done, SteeringVector):
-            done.direction().save(folder / "direction.safetensors")
+        if isinstance(done, Direction):
+            done.save(folder / "direction.safetensors")
         else:
             save_peft(done, folder)

@@ -18,7 +18,8 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.maths import mean_interval
-from piggyback_lens.vectors.adapters import Adapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter
+from piggyback_lens.vectors.direction import Direction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,10 +61,10 @@ def flattened(solution: Adapter, part: Part = "all") -> Float[Tensor, " n"]:
     Raises:
         LensError: part A or B of a steering vector.
     """
-    if isinstance(solution, SteeringVector):
+    if isinstance(solution, Direction):
         if part != "all":
             raise LensError(f"a steering vector has no part {part}: choose 'all'")
-        return torch.cat([v.detach().float() * solution.strength for v in solution.tensors().values()])
+        return solution.vectors.detach().float().flatten()
     if part not in ("all", "A", "B"):
         raise LensError(f"part {part!r} is not known: choose 'all', 'A' or 'B'")
     chosen = {k: v for k, v in solution.tensors().items() if part == "all" or k.endswith(f".{part}")}

@@ -8,7 +8,7 @@ from typing import Any
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.curve_points import Curve, Kind
-from piggyback_lens.directions.curves import Solution, ablation_cost, efficiency, significance, stability
+from piggyback_lens.directions.curves import ablation_cost, efficiency, significance, stability
 from piggyback_lens.directions.steering import steer
 from piggyback_lens.directions.sweeps import Sweep
 from piggyback_lens.experiments.resuming import ids_hash
@@ -34,7 +34,7 @@ from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
 from piggyback_lens.models.pair import Identity, identify
 from piggyback_lens.progress import say
-from piggyback_lens.vectors.adapters import LoRAAdapter
+from piggyback_lens.vectors.adapters import Adapter
 from piggyback_lens.vectors.direction import Direction
 
 __all__ = ["TrainedDirection", "curves_job", "steer_job", "train_direction_job"]
@@ -45,7 +45,7 @@ __all__ = ["TrainedDirection", "curves_job", "steer_job", "train_direction_job"]
 
 def curves_job(
     model: HookedModel,
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
     texts: Sequence[Text],
     settings: CurveSettings,
@@ -75,8 +75,8 @@ def curves_job(
     """
     out, own = Path(out), identify(model, name)
     for solution in solutions.values():
-        if not isinstance(solution, LoRAAdapter):
-            (solution if isinstance(solution, Direction) else solution.direction()).check(model)
+        if isinstance(solution, Direction):
+            solution.check(model)
     files = {kind: out / f"{kind}.json" for kind in settings.kinds}
     runs = {kind: _curve_run(kind, model, own, solutions, prompts, texts, settings) for kind in settings.kinds}
     found = {kind: finished(files[kind], runs[kind], Curve.load) for kind in settings.kinds}
@@ -105,7 +105,7 @@ def curves_job(
 
 def _curve_makers(
     model: HookedModel,
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
     texts: Sequence[Text],
     settings: CurveSettings,
@@ -130,7 +130,7 @@ def _curve_run(
     kind: Kind,
     model: HookedModel,
     own: Identity,
-    solutions: Mapping[str, Solution],
+    solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
     texts: Sequence[Text],
     settings: CurveSettings,
@@ -145,7 +145,7 @@ def _curve_run(
     }
 
 
-def _curve_notes(solutions: Mapping[str, Solution], own: Identity) -> list[str]:
+def _curve_notes(solutions: Mapping[str, Adapter], own: Identity) -> list[str]:
     """Solutions that say that they were made with another model."""
     notes = []
     for name, solution in solutions.items():

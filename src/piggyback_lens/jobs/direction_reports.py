@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.curve_points import Curve, Kind
-from piggyback_lens.directions.curves import Solution
 from piggyback_lens.directions.sweeps import RANDOM, Sweep
 from piggyback_lens.figures.direction_plots import curve_figure
 from piggyback_lens.figures.plot_style import interval_text, plot_text
 from piggyback_lens.finetuning.training import TrainResult
 from piggyback_lens.jobs.report import write_report
-from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
+from piggyback_lens.vectors.direction import Direction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,7 @@ def train_verdict(
 def _described(solution: Adapter) -> str:
     layers = list(solution.layers)
     where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
-    if isinstance(solution, SteeringVector):
+    if isinstance(solution, Direction):
         return f"steering vector at {solution.site} of {where}"
     return f"rank-{solution.rank} adapter on {', '.join(solution.modules)} of {where}"
 
@@ -91,7 +91,7 @@ def train_report(
 # ---------------------------------------------------------------- curves
 
 
-def at_equal_norms(curves: Mapping[Kind, Curve], solutions: Mapping[str, Solution]) -> dict[Kind, "pd.DataFrame"]:
+def at_equal_norms(curves: Mapping[Kind, Curve], solutions: Mapping[str, Adapter]) -> dict[Kind, "pd.DataFrame"]:
     """First minus second solution at equal norms, where there are exactly two of one kind."""
     kinds = {isinstance(solution, LoRAAdapter) for solution in solutions.values()}
     if len(solutions) != 2 or len(kinds) > 1:

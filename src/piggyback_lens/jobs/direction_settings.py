@@ -11,7 +11,7 @@ from piggyback_lens.finetuning.trainables import check_field
 from piggyback_lens.finetuning.training import TrainSettings
 from piggyback_lens.models.attachment import MODULES, Module
 from piggyback_lens.models.backends import SITES, Site
-from piggyback_lens.vectors.adapters import NoiseOn
+from piggyback_lens.vectors.direction import NoiseOn
 
 SolutionKind = Literal["vector", "lora"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

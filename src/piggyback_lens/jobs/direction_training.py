@@ -34,9 +34,9 @@ from piggyback_lens.models.backends import HookedModel, check_layers, device_of,
 from piggyback_lens.models.pair import identify
 from piggyback_lens.progress import say
 from piggyback_lens.vectors.adapter_files import save_peft
-from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
-from piggyback_lens.vectors.direction import Provenance
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +119,7 @@ def _start(model: HookedModel, settings: TrainDirectionSettings) -> Adapter:
         chosen: dict[str, Any] = {"rank": settings.rank, "modules": settings.modules, "layers": settings.layers}
         return LoRAAdapter.fresh(model, **chosen, seed=settings.training.seed)
     layers = (shape.n_layers // 2,) if settings.layers is None else check_layers(settings.layers, shape.n_layers)
-    return SteeringVector.zeros(shape.d_model, layers, settings.site)
+    return Direction.zeros(shape.d_model, layers, settings.site)
 
 
 def _objective(settings: TrainDirectionSettings, retain: Sequence[RenderedPrompt]) -> Objective:
@@ -171,9 +171,8 @@ def _signed(
 
 
 def _save_solution(solution: Adapter, out: Path, name: str) -> Path:
-    if isinstance(solution, SteeringVector):
-        trained = replace(solution.direction(), sign="positive: towards the training data")
-        return trained.save(out / DIRECTION_FILE)
+    if isinstance(solution, Direction):
+        return replace(solution, sign="positive: towards the training data").save(out / DIRECTION_FILE)
     return save_peft(solution, out / ADAPTER_FOLDER, base_model=name or None)
 
 

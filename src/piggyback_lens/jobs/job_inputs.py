@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from piggyback_lens.directions.curves import Solution
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.places import is_adapter_folder
 from piggyback_lens.tasks import TASKS, load_conversations, load_prompts, load_task
 from piggyback_lens.vectors.adapter_files import load_gguf, load_npy, load_peft, load_pt
-from piggyback_lens.vectors.adapters import LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.direction import Direction
 
 DIRECTION_FILE = "direction.safetensors"
@@ -24,8 +23,8 @@ _EXPECTED = "expected a direction (.safetensors), a PEFT adapter folder, or a ve
 # ---------------------------------------------------------------- solutions
 
 
-def read_solution(source: str | Path) -> Solution:
-    """A direction, steering vector or LoRA adapter from a file or folder.
+def read_solution(source: str | Path) -> Adapter:
+    """A direction or LoRA adapter from a file or folder.
 
     Args:
         source: a direction file, the folder of `train_direction_job`, a PEFT adapter folder, a GGUF control
@@ -44,7 +43,7 @@ def read_solution(source: str | Path) -> Solution:
             return found
         if isinstance(found, LoRAAdapter):
             raise LensError(f"{path} is an adapter of layers {list(found.layers)}: leave out @{layer}")
-        return (found if isinstance(found, Direction) else found.direction()).at(layer)
+        return found.at(layer)
     except LensError as error:
         raise error if str(path) in str(error) else LensError(f"{path}: {error}") from error
 
@@ -56,7 +55,7 @@ def _path_and_layer(source: str) -> tuple[Path, int | None]:
     return Path(found[1]), int(found[2])
 
 
-def _read(path: Path, layer: int | None) -> Solution:
+def _read(path: Path, layer: int | None) -> Adapter:
     if path.is_dir():
         if (path / DIRECTION_FILE).is_file():
             return Direction.load(path / DIRECTION_FILE)
@@ -78,7 +77,7 @@ def _read(path: Path, layer: int | None) -> Solution:
     raise LensError(f"{path} is no format of a solution: {_EXPECTED}")
 
 
-def as_direction(solution: Solution) -> Direction:
+def as_direction(solution: Adapter) -> Direction:
     """What a solution adds, as a direction: a vector itself, the B vectors of a rank-1 adapter on down or o.
 
     Raises:
@@ -86,8 +85,6 @@ def as_direction(solution: Solution) -> Direction:
     """
     if isinstance(solution, Direction):
         return solution
-    if isinstance(solution, SteeringVector):
-        return solution.direction()
     return solution.direction("down" if "down" in solution.modules else "o")
 
 
@@ -100,13 +97,13 @@ def moved_to(direction: Direction, layer: int) -> Direction:
     return replace(direction, layers=(layer,)) if len(direction.layers) == 1 else direction.at(layer)
 
 
-def named_solutions(words: Sequence[str]) -> dict[str, Solution]:
+def named_solutions(words: Sequence[str]) -> dict[str, Adapter]:
     """Solutions from NAME=PATH words.
 
     Raises:
         LensError: a word without a name, a name that figures cannot tell apart, or what `read_solution` raises.
     """
-    found: dict[str, Solution] = {}
+    found: dict[str, Adapter] = {}
     for word in words:
         name, equals, path = (part.strip() for part in word.partition("="))
         if not (name and equals and path):

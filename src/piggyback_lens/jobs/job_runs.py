@@ -8,12 +8,10 @@ from typing import Any
 
 from piggyback_lens.card import machine, peak_memory_gb, versions
 from piggyback_lens.conversations.chat import RenderedPrompt
-from piggyback_lens.directions.curves import Solution
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel, facts_of
 from piggyback_lens.models.pair import Identity
-from piggyback_lens.vectors.adapters import SteeringVector
-from piggyback_lens.vectors.direction import Direction
+from piggyback_lens.vectors.adapters import Adapter
 
 
 def finished(file: Path, asked: Mapping[str, Any], load: Callable[[Path], Any]) -> Any:
@@ -42,11 +40,10 @@ def model_facts(model: HookedModel, own: Identity) -> dict[str, Any]:
     return {"model": own.to_dict(), **facts_of(model)}
 
 
-def solution_hash(solution: Solution) -> str:
+def solution_hash(solution: Adapter) -> str:
     """16 hex digits of what a solution does: places, settings and numbers."""
-    adapter = SteeringVector.of(solution) if isinstance(solution, Direction) else solution
-    digest = hashlib.sha256(json.dumps(adapter.settings(), sort_keys=True).encode())
-    for name, value in adapter.tensors().items():
+    digest = hashlib.sha256(json.dumps(solution.settings(), sort_keys=True).encode())
+    for name, value in solution.tensors().items():
         digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

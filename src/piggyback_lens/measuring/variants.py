@@ -23,8 +23,9 @@ from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.forking import Lineage, forking
 from piggyback_lens.models.network import forward
-from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.adapting import attached_rows
+from piggyback_lens.vectors.direction import Direction
 
 Variant = Adapter | Intervention | Interventions
 
@@ -158,7 +159,7 @@ def _passes(
 
 def _kind(variant: Variant | None) -> tuple[object, ...]:
     """Variants of one kind can be rows of one pass; an empty kind cannot."""
-    if isinstance(variant, SteeringVector):
+    if isinstance(variant, Direction):
         return ("vector", variant.site, *variant.layers)
     if isinstance(variant, LoRAAdapter):
         return ("lora", variant.rank, *variant.tensors())
@@ -166,11 +167,11 @@ def _kind(variant: Variant | None) -> tuple[object, ...]:
 
 
 def _runner(variants: Sequence[Variant | None]) -> Callable[[HookedModel, _Batch], Tensor]:
-    adapters = [variant for variant in variants if isinstance(variant, SteeringVector | LoRAAdapter)]
+    adapters = [variant for variant in variants if isinstance(variant, Direction | LoRAAdapter)]
     if adapters:
         return lambda model, batch: _adapter_logits(model, batch, adapters)
     only = variants[0]
-    assert not isinstance(only, SteeringVector | LoRAAdapter)
+    assert not isinstance(only, Direction | LoRAAdapter)
 
     def run(model: HookedModel, batch: _Batch) -> Tensor:
         with applied(model, batch.placement(), only):

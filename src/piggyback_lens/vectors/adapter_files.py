@@ -18,8 +18,8 @@ from piggyback_lens.files import atomic_write_bytes, write_json
 from piggyback_lens.models.attachment import MODULES
 from piggyback_lens.models.peft_adapters import adapter_config, plain_key
 from piggyback_lens.models.views import is_booted
-from piggyback_lens.vectors.adapters import LoRAAdapter, Place, SteeringVector
-from piggyback_lens.vectors.direction import Provenance
+from piggyback_lens.vectors.adapters import LoRAAdapter, Place
+from piggyback_lens.vectors.direction import Direction, Provenance
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.weight$")
@@ -135,8 +135,8 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- steering vectors
 
 
-def save_gguf(vector: SteeringVector, path: str | Path, *, model_hint: str, n_layers: int) -> Path:
-    """Write a GGUF control vector for llama.cpp's --control-vector: strength included.
+def save_gguf(vector: Direction, path: str | Path, *, model_hint: str, n_layers: int) -> Path:
+    """Write a GGUF control vector for llama.cpp's --control-vector.
 
     llama.cpp adds `direction.l` to the output of block l, counted from 0 (resid_post of layer l), and
     refuses l = 0.
@@ -164,7 +164,7 @@ def save_gguf(vector: SteeringVector, path: str | Path, *, model_hint: str, n_la
     writer.add_string("controlvector.model_hint", model_hint)
     writer.add_uint32("controlvector.layer_count", n_layers - 1)
     for layer in vector.layers:
-        writer.add_tensor(f"direction.{layer}", (_plain(vector.vectors[layer]).float() * vector.strength).numpy())
+        writer.add_tensor(f"direction.{layer}", _plain(vector[layer]).float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -172,7 +172,7 @@ def save_gguf(vector: SteeringVector, path: str | Path, *, model_hint: str, n_la
     return temporary.replace(path)
 
 
-def load_gguf(path: str | Path) -> SteeringVector:
+def load_gguf(path: str | Path) -> Direction:
     """Read a GGUF control vector (llama.cpp's, repeng's).
 
     Raises:
@@ -194,10 +194,10 @@ def load_gguf(path: str | Path) -> SteeringVector:
         vectors[int(number)] = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
     if not vectors:
         raise LensError(f"{path} holds no directions: expected tensors direction.1, direction.2, ...")
-    return SteeringVector(vectors, "resid_post", 1.0, Provenance(f"GGUF control vector {Path(path).name}"))
+    return Direction.of(vectors, provenance=Provenance(f"GGUF control vector {Path(path).name}"))
 
 
-def load_npy(path: str | Path, *, layers: int | list[int] | None = None, site: Any = "resid_post") -> SteeringVector:
+def load_npy(path: str | Path, *, layers: int | list[int] | None = None, site: Any = "resid_post") -> Direction:
     """Read a NumPy file: one vector [d] for `layers` (a layer), or [layer, d] (row i is layer i by default).
 
     Raises:
@@ -216,10 +216,11 @@ def load_npy(path: str | Path, *, layers: int | list[int] | None = None, site: A
     chosen = [layers] if isinstance(layers, int) else list(range(len(table))) if layers is None else list(layers)
     if len(chosen) != len(table) or len(set(chosen)) != len(chosen):
         raise LensError(f"{path} holds {len(table)} vectors, layers= names {len(chosen)}: give one layer for each")
-    return SteeringVector(dict(zip(chosen, table, strict=True)), site, 1.0, Provenance(f"NumPy file {Path(path).name}"))
+    source = Provenance(f"NumPy file {Path(path).name}")
+    return Direction.of(dict(zip(chosen, table, strict=True)), site, provenance=source)
 
 
-def load_pt(path: str | Path, *, site: Any = "resid_post") -> SteeringVector:
+def load_pt(path: str | Path, *, site: Any = "resid_post") -> Direction:
     """Read the layout of the narrow-misalignment code: {"steering_vector", "layer_idx", "alpha"} in a .pt file.
 
     Only tensors and plain values are unpickled (`weights_only`). That code adds alpha·v to the output of
@@ -243,12 +244,11 @@ def load_pt(path: str | Path, *, site: Any = "resid_post") -> SteeringVector:
         raise LensError(f"{path}: steering_vector is {shape}, expected one floating-point vector")
     if type(layer) is not int or layer < 0 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise LensError(f"{path}: layer_idx {layer!r} and alpha {alpha!r}: expected a layer number and a number")
-    return SteeringVector(
-        {layer: vector.detach().float()}, site, float(alpha), Provenance(f".pt file {Path(path).name}")
-    )
+    source = Provenance(f".pt file {Path(path).name}")
+    return Direction.of({layer: vector.detach().float() * float(alpha)}, site, provenance=source)
 
 
-def save_with_bias(vector: SteeringVector, hf_model: Any, folder: str | Path) -> Path:
+def save_with_bias(vector: Direction, hf_model: Any, folder: str | Path) -> Path:
     """Write the whole model as a plain transformers Llama whose down_proj biases hold the steering vector.
 
     The folder loads with transformers alone, steered for good. The model in memory is not changed.
@@ -287,7 +287,7 @@ def save_with_bias(vector: SteeringVector, hf_model: Any, folder: str | Path) ->
             if name in missing:
                 parameter.zero_()
         for layer in vector.layers:
-            copy.model.layers[layer].mlp.down_proj.bias.copy_(vector.vectors[layer] * vector.strength)
+            copy.model.layers[layer].mlp.down_proj.bias.copy_(vector[layer])
     copy.generation_config = hf_model.generation_config
     copy.save_pretrained(folder)
     return Path(folder)

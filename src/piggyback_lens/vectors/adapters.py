@@ -1,4 +1,4 @@
-"""Steering vectors and LoRA adapters as values: scaled, made noisy, compared and merged; each gives a new one.
+"""LoRA adapters as values: scaled, made noisy, compared and merged; each gives a new one, as a `Direction` does.
 
 `adapting` lets them act on a model through hooks, `hook_training` trains them, `adapter_files` reads and
 writes them.
@@ -7,111 +7,19 @@ writes them.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.hooks import Interventions
-from piggyback_lens.interventions.kinds import add
-from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.maths import norm_matched_random, orthogonal_noise
 from piggyback_lens.models.attachment import MODULES, Module, changed_weight, module_sizes
-from piggyback_lens.models.backends import HEAD_SITES, SITES, Site, check_layers, n_layers_of
-from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.models.backends import Site, check_layers, n_layers_of
+from piggyback_lens.vectors.direction import Direction, NoiseOn, NormOver, Provenance, total_norm
 
-NormOver = Literal["sum", "mean"]
-NoiseOn = Literal["both", "A", "B"]
 Place = tuple[int, Module]
-
-
-@dataclass(frozen=True, eq=False)
-class SteeringVector:
-    """a ← a + strength·v at one site of some layers, for every token.
-
-    Attributes:
-        vectors: layer to v [d], in the units of the activation.
-        site: where; "resid_post" is the output of a block.
-        strength: multiplies every vector.
-        provenance: where it came from, if known.
-    """
-
-    vectors: Mapping[int, Float[Tensor, " d"]]
-    site: Site = "resid_post"
-    strength: float = 1.0
-    provenance: Provenance | None = None
-
-    def __post_init__(self) -> None:
-        if self.site not in SITES or self.site in HEAD_SITES:
-            raise LensError(f"site {self.site!r} cannot be steered by one vector: choose a residual-width site")
-        shapes = {tuple(v.shape) for v in self.vectors.values()}
-        if not self.vectors or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
-            raise LensError(f"vectors of shapes {sorted(shapes)}: expected one vector [d] per layer, of one length")
-
-    @classmethod
-    def of(cls, direction: Direction, strength: float = 1.0) -> "SteeringVector":
-        """The steering vector that a direction is when it is added."""
-        vectors = dict(zip(direction.layers, direction.vectors, strict=True))
-        return cls(vectors, direction.site, strength, direction.provenance)
-
-    @classmethod
-    def zeros(cls, d_model: int, layers: Sequence[int], site: Site = "resid_post") -> "SteeringVector":
-        """A vector that does nothing yet, to be trained."""
-        return cls({layer: torch.zeros(d_model) for layer in layers}, site, 1.0, Provenance("zeros"))
-
-    def __repr__(self) -> str:
-        return f"SteeringVector({self.site}, layers {list(self.layers)}, norm {self.norm():.3g})"
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers it acts at, ascending."""
-        return tuple(sorted(self.vectors))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The vectors by a stable name."""
-        return {f"layers.{layer}.vector": self.vectors[layer] for layer in self.layers}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "SteeringVector":
-        """The same with other vectors, named as in `tensors`."""
-        return replace(self, vectors={layer: tensors[f"layers.{layer}.vector"] for layer in self.layers})
-
-    def settings(self) -> dict[str, object]:
-        """What was chosen about it, JSON-able."""
-        return {"kind": "steering vector", "site": self.site, "layers": list(self.layers), "strength": self.strength}
-
-    def norm(self, over: NormOver = "sum") -> float:
-        """‖strength·v‖, summed or averaged over the layers."""
-        lengths = [float(v.detach().float().norm()) * abs(self.strength) for v in self.vectors.values()]
-        return _total(lengths, over)
-
-    def scaled(self, factor: float) -> "SteeringVector":
-        """Strength times a factor."""
-        return replace(self, strength=self.strength * factor)
-
-    def random_like(self, generator: torch.Generator) -> "SteeringVector":
-        """The control: a random vector of the same length at every layer."""
-        drawn = {layer: norm_matched_random(self.vectors[layer], generator) for layer in self.layers}
-        return replace(self, vectors=drawn, provenance=Provenance("random, norm-matched"))
-
-    def noisy(self, epsilon: float, generator: torch.Generator, on: NoiseOn = "both") -> "SteeringVector":
-        """√(1−ε²)·v + ε·y, y ⟂ v and ‖y‖ = ‖v‖, at every layer; `on` is for adapters."""
-        moved = {layer: orthogonal_noise(self.vectors[layer], epsilon, generator) for layer in self.layers}
-        return replace(self, vectors=moved)
-
-    def direction(self) -> Direction:
-        """The same as a direction, strength included."""
-        vectors = torch.stack([self.vectors[layer].detach() * self.strength for layer in self.layers])
-        source = self.provenance or Provenance("a steering vector of unknown origin")
-        sign = "positive: as the steering vector acts"
-        return Direction(vectors, self.layers, self.site, sign, source)
-
-    def interventions(self, *, span: str = "all", phase: Phase = "both") -> Interventions:
-        """The same as ordinary interventions, which may be limited to a span or a phase."""
-        where: dict[str, Any] = {"site": self.site, "span": span, "phase": phase}
-        parts = [add(self.vectors[layer], layers=layer, strength=self.strength, **where) for layer in self.layers]
-        return Interventions(tuple(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +146,7 @@ class LoRAAdapter:
             wide, tall = a.detach().double(), self.b[place].detach().double()
             squared = ((tall.T @ tall) * (wide @ wide.T)).sum()  # ‖BA‖² = tr(BᵀB AAᵀ), without the product
             lengths.append(abs(self.scale) * float(squared.clamp(min=0).sqrt()))
-        return _total(lengths, over)
+        return total_norm(lengths, over)
 
     def scaled(self, factor: float) -> "LoRAAdapter":
         """s times a factor (through alpha)."""
@@ -303,10 +211,5 @@ class LoRAAdapter:
             yield
 
 
-Adapter = SteeringVector | LoRAAdapter
-
-
-def _total(lengths: Sequence[float], over: NormOver) -> float:
-    if over not in ("sum", "mean"):
-        raise LensError(f"norm over {over!r} is not known: choose 'sum' or 'mean'")
-    return sum(lengths) / (len(lengths) if over == "mean" else 1)
+Adapter = Direction | LoRAAdapter
+"""What can be added to a model, trained and scaled: both have `tensors`, `scaled`, `noisy`, `random_like`, `norm`."""

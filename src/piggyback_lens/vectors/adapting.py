@@ -16,7 +16,8 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.attachment import edited_modules, edited_sites
-from piggyback_lens.vectors.adapters import Adapter, SteeringVector
+from piggyback_lens.vectors.adapters import Adapter
+from piggyback_lens.vectors.direction import Direction
 
 
 @contextmanager
@@ -52,11 +53,11 @@ def attached_rows(model: Any, adapters: Sequence[Adapter], owner: Int[Tensor, " 
     for other in adapters[1:]:
         if type(other) is not type(first) or other.tensors().keys() != first.tensors().keys():
             raise LensError(f"{first!r} and {other!r} act at different places: run them apart")
-    if isinstance(first, SteeringVector):
+    if isinstance(first, Direction):
         vectors: list[Any] = list(adapters)
         if len({adapter.site for adapter in vectors}) > 1:
-            raise LensError("steering vectors of different sites: run them apart")
-        sites = {(i, first.site): _adding([x.vectors[i] * x.strength for x in vectors], owner) for i in first.layers}
+            raise LensError("directions of different sites: run them apart")
+        sites = {(i, first.site): _adding([x[i] for x in vectors], owner) for i in first.layers}
         with edited_sites(model, sites):
             yield
         return

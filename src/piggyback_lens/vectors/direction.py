@@ -20,12 +20,14 @@ from piggyback_lens.files import atomic_write_bytes
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.interventions.kinds import ALL_RESIDUAL_SITES, ablate, add
 from piggyback_lens.interventions.placement import Phase
-from piggyback_lens.maths import norm_matched_random
+from piggyback_lens.maths import norm_matched_random, orthogonal_noise
 from piggyback_lens.models.backends import HEAD_SITES, SITES, HookedModel, Site, check_layers, shape_of
 from piggyback_lens.models.pair import Identity, identify
 
 Scale = Literal["raw", "unit", "rescaled"]
-"""What the length of a vector means: as it was measured or trained, 1, or set by `rescaled`/`times`."""
+"""What the length of a vector means: as it was measured or trained, 1, or set by `rescaled` and `scaled`."""
+NormOver = Literal["sum", "mean"]
+NoiseOn = Literal["both", "A", "B"]
 
 FORMAT = "piggyback_lens.direction.1"
 
@@ -51,10 +53,12 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One vector per layer.
+    """One vector per layer: what steering adds, ablation removes, and training may descend on.
+
+    `attached(model, direction)` adds it in every pass, `direction.steer()` under an intervention's span and phase.
 
     Attributes:
-        vectors: [layer, d] in float32, in the units of the activation.
+        vectors: [layer, d] in float32, in the units of the activation; `direction[layer]` is that of one layer.
         layers: the layer of each vector, ascending.
         site: where the activation lives.
         sign: what the positive side means, in words.
@@ -65,8 +69,8 @@ class Direction:
     vectors: Float[Tensor, "layer d"]
     layers: tuple[int, ...]
     site: Site
-    sign: str
-    provenance: Provenance
+    sign: str = "positive: as it is added"
+    provenance: Provenance = Provenance("given")
     scale: Scale = "raw"
 
     def __post_init__(self) -> None:
@@ -80,9 +84,36 @@ class Direction:
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.layers):
             shape = tuple(self.vectors.shape)
             raise LensError(f"vectors of shape {shape} for {len(self.layers)} layers: expected [layer, d]")
+        if self.vectors.requires_grad:
+            return  # made of parameters that are being trained (see `with_tensors`): they are left where they are
         if not bool(torch.isfinite(self.vectors).all()):
             raise LensError("a direction needs finite numbers, this one has NaN or infinity")
-        object.__setattr__(self, "vectors", self.vectors.detach().to("cpu", torch.float32, copy=True))
+        object.__setattr__(self, "vectors", self.vectors.to("cpu", torch.float32, copy=True))
+
+    @classmethod
+    def of(
+        cls,
+        vectors: Mapping[int, Float[Tensor, " d"]],
+        site: Site = "resid_post",
+        *,
+        sign: str = "positive: as it is added",
+        provenance: Provenance | None = None,
+    ) -> "Direction":
+        """A direction from one vector per layer.
+
+        Raises:
+            LensError: no vectors, or of different lengths.
+        """
+        layers, shapes = tuple(sorted(vectors)), {tuple(v.shape) for v in vectors.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+            raise LensError(f"vectors of shapes {sorted(shapes)}: expected one vector [d] per layer, of one length")
+        table = torch.stack([vectors[layer] for layer in layers])
+        return cls(table, layers, site, sign, provenance or Provenance("given"))
+
+    @classmethod
+    def zeros(cls, d_model: int, layers: Sequence[int], site: Site = "resid_post") -> "Direction":
+        """A direction that does nothing yet, to be trained."""
+        return cls(torch.zeros(len(layers), d_model), tuple(sorted(layers)), site, provenance=Provenance("zeros"))
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{norm:.3g}" for norm in list(self.norms.values())[:4])
@@ -104,6 +135,33 @@ class Direction:
             raise LensError(f"this direction has {len(self.layers)} layers: choose one with .at(layer)")
         return self.vectors[0].clone()
 
+    def __getitem__(self, layer: int) -> Float[Tensor, " d"]:
+        """The vector of a layer.
+
+        Raises:
+            LensError: it has none at this layer.
+        """
+        if layer not in self.layers:
+            raise LensError(f"this direction has no layer {layer}, it has {list(self.layers)}")
+        return self.vectors[self.layers.index(layer)]
+
+    def norm(self, over: NormOver = "sum") -> float:
+        """Euclidean length, summed or averaged over the layers, in the units of the activation."""
+        return total_norm(self.vectors.detach().float().norm(dim=1).tolist(), over)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The vectors by a stable name."""
+        return {f"layers.{layer}.vector": vector for layer, vector in zip(self.layers, self.vectors, strict=True)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Direction":
+        """The same with other vectors, named as in `tensors`; where they require a gradient, it flows to them."""
+        return replace(self, vectors=torch.stack([tensors[f"layers.{layer}.vector"] for layer in self.layers]))
+
+    def settings(self) -> dict[str, object]:
+        """What was chosen about it, JSON-able."""
+        # Strength is 1 since a direction holds what is added; runs of 0.1.0 have it in their identity.
+        return {"kind": "steering vector", "site": self.site, "layers": list(self.layers), "strength": 1.0}
+
     @property
     def norms(self) -> dict[int, float]:
         """Euclidean length per layer, in the units of the activation."""
@@ -115,10 +173,7 @@ class Direction:
         Raises:
             LensError: it has none at this layer.
         """
-        if layer not in self.layers:
-            raise LensError(f"this direction has no layer {layer}, it has {list(self.layers)}")
-        row = self.layers.index(layer)
-        return replace(self, vectors=self.vectors[row : row + 1], layers=(layer,))
+        return replace(self, vectors=self[layer][None], layers=(layer,))
 
     def is_of(self, model: HookedModel) -> bool:
         """Whether it was measured on this very function (by probe logits); False if that is unknown."""
@@ -153,7 +208,7 @@ class Direction:
             raise LensError(f"the direction is zero at layers {zero}: it has no orientation to rescale")
         return self._changed(self.vectors / lengths * norm, what, scale)
 
-    def times(self, factor: float) -> "Direction":
+    def scaled(self, factor: float) -> "Direction":
         """factor · v; the positive side keeps its meaning where the factor is positive."""
         sign = self.sign if factor >= 0 else f"opposite of: {self.sign}"
         return replace(self._changed(self.vectors * factor, f"times {factor:g}", "rescaled"), sign=sign)
@@ -174,12 +229,19 @@ class Direction:
         part = self.vectors - (self.vectors * unit).sum(1, keepdim=True) * unit
         return self._changed(part, f"without its part along ({other.provenance.how})", self.scale)
 
-    def random_like(self, seed: int) -> "Direction":
+    def random_like(self, seed: int | torch.Generator) -> "Direction":
         """The control: a random direction with the same length at every layer, ‖random‖ = ‖v‖."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
         vectors = torch.stack([norm_matched_random(vector, generator) for vector in self.vectors])
-        how = f"random, norm-matched to ({self.provenance.how})"
-        return replace(self, vectors=vectors, sign="none: random", provenance=Provenance(how, seed=seed))
+        source = Provenance(
+            f"random, norm-matched to ({self.provenance.how})", seed=seed if isinstance(seed, int) else None
+        )
+        return replace(self, vectors=vectors, sign="none: random", provenance=source)
+
+    def noisy(self, epsilon: float, generator: torch.Generator, on: NoiseOn = "both") -> "Direction":
+        """√(1−ε²)·v + ε·y, y ⟂ v and ‖y‖ = ‖v‖, at every layer; `on` is for adapters."""
+        moved = torch.stack([orthogonal_noise(vector, epsilon, generator) for vector in self.vectors])
+        return self._changed(moved, f"with orthogonal noise {epsilon:g}", self.scale)
 
     def _changed(self, vectors: Tensor, what: str, scale: Scale) -> "Direction":
         source = replace(self.provenance, how=f"{self.provenance.how}; {what}")
@@ -264,6 +326,17 @@ class Direction:
             return cls(vectors, tuple(about["layers"]), about["site"], about["sign"], provenance, scale=about["scale"])
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise LensError(f"{path} is a broken direction file ({error}): save it again") from error
+
+
+def total_norm(lengths: Sequence[float], over: NormOver) -> float:
+    """Lengths of the parts of a solution, summed or averaged.
+
+    Raises:
+        LensError: neither was asked.
+    """
+    if over not in ("sum", "mean"):
+        raise LensError(f"norm over {over!r} is not known: choose 'sum' or 'mean'")
+    return sum(lengths) / (len(lengths) if over == "mean" else 1)
 
 
 def _safetensors_path(path: str | Path) -> Path:
