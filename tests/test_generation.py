@@ -8,7 +8,7 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
-from tiny_hooked import FEW, QUERIES, chat, hooked, prompts
+from tiny_hooked import FEW, QUERIES, chat, hooked, needs_hooked, prompts
 
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
@@ -22,6 +22,8 @@ from piggyback_lens.measuring.sampling import Sampling
 from piggyback_lens.models.backends import generation_config_of
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import hook_model
+from piggyback_lens.models.states import new_state
+from piggyback_lens.models.static import StaticDecoding
 
 MANY = [*QUERIES, "four", "five is a bit longer", "six", "seven?"]
 
@@ -290,6 +292,66 @@ def test_stop_tokens_and_sampling_come_from_the_generation_config_too(monkeypatc
     config.do_sample, config.temperature, config.top_k, config.min_p = True, 0.6, 20, 0.1
     config.repetition_penalty, config.top_p = 1.1, None
     assert Sampling.of_model(model, seed=4) == Sampling(0.6, 1.0, 20, 4, 0.1, 1.1)
+
+
+# ---------------------------------------------------------------- tensors of fixed size
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mha", "qwen3", "gpt2"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_static_cache_gives_the_same_answers(name, implementation):
+    owner = tiny_models.build(name, 0, vocab=tiny_chat.VOCAB)
+    owner.set_attn_implementation(implementation)
+    model, some = hook_model(owner, chat().tokenizer), prompts(MANY)
+    repair = PrefixCache.compile(model, some[0], zero("v", span="prefix", layers=[1]))
+    steer = add(torch.linspace(-9, 9, 32), layers=1, span="query")
+    stop = collections.Counter(t for a in generate(model, some, max_new_tokens=8, stop_ids=[]) for t in a.ids[1:])
+    stops = [stop.most_common(1)[0][0]]
+    for how in (
+        {}, {"prefix_cache": repair}, {"interventions": steer}, {"sampling": Sampling(1.5), "n": 3},
+        {"stop_ids": stops}, {"sampling": Sampling(repetition_penalty=1.5)},
+    ):  # fmt: skip
+        expected = generate(model, some, max_new_tokens=8, **how)
+        assert ids(generate(model, some, max_new_tokens=8, static_cache=True, **how)) == ids(expected)
+
+
+def test_every_step_in_a_static_cache_works_in_the_same_tensors():
+    model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
+    batch = batch_prompts(some, side="right")
+    state = new_state(model, len(some))
+    forward(model, batch.ids, batch.attention_mask, state=state)
+    state.right_align()
+    fixed = StaticDecoding(model, state, 4)
+    held = [fixed._seen, fixed._positions, fixed._column, *(x.keys for x in fixed._cache.layers)]
+    places = [x.data_ptr() for x in held]
+    ids_ = torch.tensor([7, 8, 9])
+    for _ in range(4):
+        expected = forward(model, ids_[:, None], torch.ones(3, 1, dtype=torch.long), state=state)[:, 0]
+        torch.testing.assert_close(fixed.step(ids_), expected, atol=1e-5, rtol=1e-5)
+    held = [fixed._seen, fixed._positions, fixed._column, *(x.keys for x in fixed._cache.layers)]
+    assert [x.data_ptr() for x in held] == places
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "how", "message"),
+    [
+        ("llama-gqa", "bridge", {"interventions": add(torch.ones(32), layers=1)}, "acts on the answer, and a static"),
+        ("gemma3", "bridge", {}, r"look back \d+ tokens and the rows have up to"),
+        pytest.param("llama-gqa", "hooked", {}, "HookedTransformer has no static cache", marks=needs_hooked),
+    ],
+)
+def test_what_a_static_cache_cannot_do_is_refused(name, backend, how, message):
+    model = hook_model(tiny_models.build(name, 0, vocab=tiny_chat.VOCAB), chat().tokenizer, backend=backend)
+    with pytest.raises(LensError, match=message):
+        generate(model, prompts(), max_new_tokens=4, static_cache=True, **how)
+
+
+def test_hooks_of_the_users_own_are_not_passed_by_with_a_static_cache():
+    model = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
+    acting = [("blocks.1.hook_resid_post", lambda x, hook: x * 0)]
+    refused = pytest.raises(LensError, match="hooks act on the model, and a static cache is decoded without any")
+    with model.hooks(fwd_hooks=acting), refused:
+        generate(model, prompts(), max_new_tokens=4, static_cache=True)
 
 
 # ---------------------------------------------------------------- the end of an answer

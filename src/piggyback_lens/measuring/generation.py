@@ -30,6 +30,7 @@ from piggyback_lens.models.backends import HookedModel, end_ids_of, facts_of, n_
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.plain_views import settled
 from piggyback_lens.models.states import KVState, new_state
+from piggyback_lens.models.static import StaticDecoding
 from piggyback_lens.progress import track
 
 
@@ -74,6 +75,7 @@ def generate(
     progress: bool | str = False,
     on_batch: Callable[[list[int], list[Generation]], None] | None = None,
     share_prefix: bool = True,
+    static_cache: bool = False,
 ) -> list[Generation]:
     """Answer every prompt, once or several times.
 
@@ -94,6 +96,8 @@ def generate(
         on_batch: called with the places in the returned list and the answers of each finished batch, e.g. to write
             them out.
         share_prefix: compute the common prefix once; False runs whole prompts (slower, same numbers).
+        static_cache: decode in tensors of fixed size (same numbers): finished rows stay in the batch, and no hook may
+            act on the answer. Only on the bridge.
 
     Returns:
         One `Generation` per prompt, in order; with `n`, those of the first prompt first, by number.
@@ -116,7 +120,7 @@ def generate(
         raise LensError("activations are kept per prompt, and n samples would overwrite each other: use n=1")
     stops = None if stop_ids is None else check_ids(stop_ids, "stop_ids", shape_of(model).d_vocab)
     asked = [prompt for prompt in prompts for _ in range(n or 1)]
-    run = _Run(model, parts, record, settings, max_new_tokens, stops, len(prompts))
+    run = _Run(model, parts, record, settings, max_new_tokens, stops, len(prompts), static_cache)
     answers: list[Generation | None] = [None] * len(asked)
     batches = list(similar_batches(asked, batch_size))
     for rows in track(batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]):
@@ -171,6 +175,7 @@ class _Run:
     max_new_tokens: int
     stop_ids: Sequence[int] | None
     total: int
+    static_cache: bool = False
 
     @torch.no_grad()
     def batch(
@@ -223,16 +228,21 @@ class _Run:
         stops = [frozenset(p.answer.stop_ids) | more if self.stop_ids is None else self.stop_ids for p in prompts]
         choose = Chooser([prompt.ids for prompt in prompts], numbers, self.settings, self.max_new_tokens)
         tokens: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))
+        rows, ended = list(range(len(prompts))), set[int]()
         with self._hooked(prompts, placement, state):
-            while True:
-                step = len(tokens[rows[0]])
+            fixed = StaticDecoding(model, state, self.max_new_tokens) if self.static_cache else None
+            for step in range(self.max_new_tokens):
                 chosen = choose(logits, rows, step)
                 for row, token in zip(rows, chosen.tolist(), strict=True):
-                    tokens[row].append(token)
-                kept = [i for i, row in enumerate(rows) if tokens[row][-1] not in stops[row]]
-                if step + 1 >= self.max_new_tokens or not kept:
+                    if row not in ended:
+                        tokens[row].append(token)
+                ended.update(row for row in rows if tokens[row][-1] in stops[row])
+                if step + 1 == self.max_new_tokens or len(ended) == len(prompts):
                     break
+                if fixed is not None:
+                    logits = fixed.step(chosen)
+                    continue
+                kept = [i for i, row in enumerate(rows) if row not in ended]
                 if len(kept) < len(rows):
                     rows = [rows[i] for i in kept]
                     state.select_rows(torch.tensor(kept, device=device))
@@ -253,6 +263,10 @@ class _Run:
         if state.rotated:  # else keys before the rotary embedding are in the cache, and some hooks act after it
             rows = [Row.of(prompt) for prompt in prompts]
             parts = [part for part in parts if any(row.reaches_generation(part.span, part.phase) for row in rows)]
+        if self.static_cache and parts:
+            raise LensError(
+                f"{parts[0]} acts on the answer, and a static cache is decoded without hooks: leave one out"
+            )
         with applied(self.model, placement, parts, record=self.record, must_touch=False), settled(self.model):
             yield
 

@@ -76,7 +76,7 @@ def forward(
                 positions = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past.shape[1] :]
             logits = network(
                 input_ids=ids,
-                attention_mask=full_mask if seen is None else _as_read(network, seen),
+                attention_mask=full_mask if seen is None else as_read(network, seen),
                 position_ids=positions,
                 **cache_argument(network, None if state is None else state.cache),
             ).logits
@@ -147,7 +147,7 @@ def _hooked_keeping(
     return logits, found[0], found[1]
 
 
-def _as_read(network: Any, seen: Bool[Tensor, "1 1 pos total"]) -> Tensor:
+def as_read(network: Any, seen: Bool[Tensor, "_ 1 pos total"]) -> Tensor:
     """A mask as this model's attention wants it: boolean for sdpa, added to the scores for eager."""
     if config_of(network)._attn_implementation == "sdpa":
         return seen

@@ -114,6 +114,12 @@ def packing_of(model: Any, batch: Batch, n_prefix: int) -> Packing | None:
     return Packing.place(batch.attention_mask, n_prefix, _rounds_coarsely(model, batch.ids.device))
 
 
+def shortest_window(config: Any) -> int | None:
+    """How far back a model's attention looks where that is limited; None where it never is."""
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    return min((window for window in windows if isinstance(window, int)), default=None)
+
+
 def _rounds_coarsely(model: Any, device: torch.device) -> bool:
     """Whether it may: an accelerator may turn to TF32 or autocast behind float32 weights."""
     half = torch.finfo(floating_dtype(model)).bits < 32
@@ -124,12 +130,11 @@ def _takes_masks(model: Any, width: int) -> bool:
     text = config_of(model)
     if not has_modules(model) or getattr(text, "_attn_implementation", None) not in LONGEST:
         return False
-    windows = [getattr(text, name, None) for name in WINDOWS]
     types = getattr(text, "layer_types", None) or getattr(text, "block_types", None) or ()
     if getattr(text, "alibi", False) or not ATTENTION_TYPES.issuperset(types):
         return False
     if getattr(text, "window_size", None) is not None:  # GPT-Neo's windows count places in the packed row
         return False
-    if any(isinstance(window, int) and window < width for window in windows):
+    if (window := shortest_window(text)) is not None and window < width:
         return False
     return "position_ids" in inspect.signature(inner_model(core_of(model)).forward).parameters
