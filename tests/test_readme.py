@@ -108,12 +108,27 @@ def test_rooms_import_only_from_the_rooms_above_them():
     wrong = []
     for name in order[1:]:
         for path in (PACKAGE / name).glob("*.py"):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("piggyback_lens."):
                     other = node.module.split(".")[1]
                     if (other in order and order.index(other) > order.index(name)) or other == "cli":
                         wrong.append(f"{path.name} imports {node.module}")
     assert not wrong
+
+
+def test_no_modules_import_each_other():
+    names = {
+        ".".join(("piggyback_lens", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in PACKAGE.rglob("*.py")
+    }
+    imports = {}
+    for name, path in names.items():
+        nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+        imports[name] = {node.module for node in nodes if node.module in names} - {name}
+    left = dict(imports)
+    while leaves := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"in a circle, or above one: {sorted(left)}"
 
 
 def test_only_the_models_room_calls_the_network_or_asks_for_its_library():

@@ -16,8 +16,16 @@ from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.cells import Parts, require_one_prefix
 from piggyback_lens.experiments.experiment import Planned, run_plan
-from piggyback_lens.experiments.results import IDENTITY, OTHERS, RANDOM, PatchResult
-from piggyback_lens.interventions.donors import Direction, Donors, PostfixDonor, Series, check_direction, of_tokens
+from piggyback_lens.experiments.results import OTHERS, RANDOM, PatchResult
+from piggyback_lens.interventions.donors import (
+    IDENTITY,
+    Direction,
+    Donors,
+    PostfixDonor,
+    Series,
+    check_direction,
+    of_tokens,
+)
 from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.measuring.answers import Measure
 from piggyback_lens.models.backends import HEAD_SITES, SITES, Site, check_layers

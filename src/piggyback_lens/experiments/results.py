@@ -10,14 +10,13 @@ import numpy as np
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
-from piggyback_lens.interventions.donors import DONOR, RECIPIENT, Direction
+from piggyback_lens.interventions.donors import DONOR, IDENTITY, RECIPIENT, Direction
 from piggyback_lens.maths import Estimate, recovery
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-IDENTITY: Final = "identity control"
 RANDOM: Final = "random control"
 OTHERS: Final = "other tokens control"
 

@@ -1,21 +1,47 @@
 """The picture of each kind of patching experiment."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.results import IDENTITY, PatchResult
-from piggyback_lens.interventions.donors import DONOR, RECIPIENT
+from piggyback_lens.interventions.donors import DONOR, IDENTITY, RECIPIENT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-def draw(result: PatchResult) -> "go.Figure":
+class Drawn(Protocol):
+    """What a figure needs of a patching result."""
+
+    @property
+    def kind(self) -> str:
+        """Of experiment."""
+
+    @property
+    def cells(self) -> Any:
+        """The labels of each cell."""
+
+    @property
+    def measure(self) -> Any:
+        """Name, label and unit of what was measured."""
+
+    @property
+    def settings(self) -> Any:
+        """Of the run, the models' names among them."""
+
+    @property
+    def noise_floor(self) -> Any:
+        """Recovery that the controls reach."""
+
+    def to_frame(self) -> Any:
+        """One row per cell."""
+
+
+def draw(result: Drawn) -> "go.Figure":
     """The figure of a result; `PatchResult.figure` calls it."""
-    drawings: dict[str, Callable[[PatchResult], go.Figure]] = {
+    drawings: dict[str, Callable[[Drawn], go.Figure]] = {
         "span": _span,
         "layer_curve": _layer_curve,
         "layer_position": _layer_position,
@@ -27,7 +53,7 @@ def draw(result: PatchResult) -> "go.Figure":
     return drawings[result.kind](result)
 
 
-def carrier_plane(result: PatchResult) -> "go.Figure":
+def carrier_plane(result: Drawn) -> "go.Figure":
     """Necessity (repair) against sufficiency (infect) of every cell of a carrier map."""
     from piggyback_lens.figures.carrier_plots import carrier_plane_figure
 
@@ -36,12 +62,12 @@ def carrier_plane(result: PatchResult) -> "go.Figure":
     )
 
 
-def _title(what: str, result: PatchResult) -> str:
+def _title(what: str, result: Drawn) -> str:
     names = result.settings.get("names", {})
     return f"{what}: {names.get('finetuned', 'finetuned')} and {names.get('base', 'base')}, {result.measure['name']}"
 
 
-def _what(result: PatchResult) -> str:
+def _what(result: Drawn) -> str:
     """Direction, span and sites of the patched cells."""
     labels = [cell for cell in result.cells if cell["series"] == "patched" and cell.get("mode") != "all layers"]
     direction, span, sites = (
@@ -50,11 +76,11 @@ def _what(result: PatchResult) -> str:
     return f"{direction}, {span} {sites}"
 
 
-def _floor(result: PatchResult) -> float | None:
+def _floor(result: Drawn) -> float | None:
     return None if np.isnan(result.noise_floor) else float(result.noise_floor)
 
 
-def _span(result: PatchResult) -> "go.Figure":
+def _span(result: Drawn) -> "go.Figure":
     from piggyback_lens.figures.map_plots import recovery_map_figure
 
     frame = result.to_frame().assign(row=_what(result)).rename(columns={"series": "column"}).assign(series="patched")
@@ -63,7 +89,7 @@ def _span(result: PatchResult) -> "go.Figure":
     )
 
 
-def _layer_curve(result: PatchResult) -> "go.Figure":
+def _layer_curve(result: Drawn) -> "go.Figure":
     from piggyback_lens.figures.plots import layer_curve_figure
 
     frame, direction = result.to_frame(), result.cells[0]["direction"]
@@ -83,7 +109,7 @@ def _layer_curve(result: PatchResult) -> "go.Figure":
     )
 
 
-def _layer_position(result: PatchResult) -> "go.Figure":
+def _layer_position(result: Drawn) -> "go.Figure":
     from piggyback_lens.figures.map_plots import recovery_map_figure
 
     frame = result.to_frame()
@@ -100,7 +126,7 @@ def _layer_position(result: PatchResult) -> "go.Figure":
     )
 
 
-def _layer_head(result: PatchResult) -> "go.Figure":
+def _layer_head(result: Drawn) -> "go.Figure":
     from piggyback_lens.figures.map_plots import head_map_figure
 
     labels = {cell["head"]: cell["label"] for cell in result.cells}
@@ -113,7 +139,7 @@ def _layer_head(result: PatchResult) -> "go.Figure":
     )
 
 
-def _carrier(result: PatchResult) -> "go.Figure":
+def _carrier(result: Drawn) -> "go.Figure":
     from piggyback_lens.figures.carrier_plots import carrier_map_figure
 
     return carrier_map_figure(result.to_frame(), title=_title("Where it rides", result), noise_floor=_floor(result))

@@ -5,7 +5,7 @@ The direction of a patch is always donor to recipient: *repair* is base to finet
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ Direction = Literal["repair", "infect"]
 DONOR: dict[Direction, Side] = {"repair": "base", "infect": "finetuned"}
 RECIPIENT: dict[Direction, Side] = {"repair": "finetuned", "infect": "base"}
 Series = Literal["patched", "identity control", "random control"]
+IDENTITY: Final = "identity control"
 PostfixDonor = Literal["own_prompt", "empty_query"]
 
 
