@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import peft
 import pytest
+import tiny_adapters
 import tiny_chat
 import tiny_hooked
 import tiny_models
@@ -26,6 +27,7 @@ from piggyback_lens.models.network import forward, keeping_last_hidden
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.partial import ended_at
 from piggyback_lens.models.plain_views import network_of, plain_view, settled
+from piggyback_lens.models.views import is_peft_model
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction
@@ -283,3 +285,59 @@ def test_a_hookedtransformer_is_not_trained_as_an_adapter():
     model = hook_model(owner, TOKENIZER, backend="hooked")
     with pytest.raises(LensError, match="HookedTransformer has weights of its own: train the PEFT model"):
         train(model, tiny_chat.tiny_examples(6), progress=False)
+
+
+# ---------------------------------------------------------------- merged weights
+
+
+def answers(pair, **how):
+    with pair.using("finetuned") as model:
+        return [a.ids for a in generate(model, tiny_hooked.prompts(), max_new_tokens=12, stop_ids=[], **how)]
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, about tied weights and biases
+@pytest.mark.parametrize("kind", tiny_adapters.KINDS)
+def test_decoding_through_merged_weights_gives_the_same_answers(kind, monkeypatch, tmp_path):
+    base, wrapped = tiny_adapters.build(kind)
+    pair = ModelPair.load(base, wrapped, tokenizer=TOKENIZER)
+    found = answers(pair)
+    with pair.using("finetuned") as model, settled(model):
+        merged = network_of(model)
+    assert not is_peft_model(merged)
+    monkeypatch.setattr(plain_views, "MERGED_GB", 0)
+    assert answers(pair) == found
+    with pair.using("finetuned") as model, settled(model):
+        assert is_plain(model)
+
+
+def test_merged_weights_follow_training_and_half_precision_is_never_merged(monkeypatch):
+    owner = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2))
+    pair = ModelPair.load(finetuned=owner, tokenizer=TOKENIZER)
+    before = answers(pair)
+    with pair.using("finetuned") as model, settled(model):
+        first = network_of(model)
+    assert answers(pair) == before
+    with pair.using("finetuned") as model, settled(model):
+        assert network_of(model) is first
+    train(owner, tiny_chat.tiny_examples(6), TrainSettings(steps=4, batch_size=2, learning_rate=0.05), progress=False)
+    after = answers(pair)
+    assert after != before
+    with pair.using("finetuned") as model, settled(model):
+        assert network_of(model) is not first
+    fresh = ModelPair.load(finetuned=owner, tokenizer=TOKENIZER)
+    monkeypatch.setattr(plain_views, "MERGED_GB", 0)
+    assert answers(fresh) == after
+    monkeypatch.undo()
+    half = ModelPair.load(finetuned=owner.to(torch.bfloat16), tokenizer=TOKENIZER)
+    with half.using("finetuned") as model, settled(model):
+        assert is_plain(model)
+
+
+def test_a_merge_that_computes_something_else_is_not_used(monkeypatch):
+    owner = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2))
+    pair = ModelPair.load(finetuned=owner, tokenizer=TOKENIZER)
+    expected = answers(pair)
+    plain_views._MERGED.clear()
+    wrong = tiny_models.build("llama-gqa", 7, vocab=tiny_chat.VOCAB)
+    monkeypatch.setattr(plain_views, "merged_copy", lambda _: wrong)
+    assert answers(pair) == expected

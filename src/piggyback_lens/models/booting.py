@@ -16,7 +16,15 @@ from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.fused import read_fused_weights_live
 from piggyback_lens.models.sources import multimodal_kind
 from piggyback_lens.models.states import CACHE_NAMES
-from piggyback_lens.models.views import gradients_kept, inner_model, is_peft_model, structural_copy, text_part, watch
+from piggyback_lens.models.views import (
+    gradients_kept,
+    inner_model,
+    is_peft_model,
+    merged_copy,
+    structural_copy,
+    text_part,
+    watch,
+)
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
@@ -110,7 +118,7 @@ def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
             "backend 'hooked' needs HookedTransformer, which transformer-lens 4 removed: use backend='bridge' "
             "or pip install 'transformer-lens>=3.9,<4'"
         ) from error
-    source = text_part(_merged(hf_model) if is_peft_model(hf_model) else structural_copy(hf_model))
+    source = text_part(merged_copy(hf_model) if is_peft_model(hf_model) else structural_copy(hf_model))
     _refuse_multimodal(source)
     _refuse_wrong_layouts(source.config)
     parameter = next(source.parameters())
@@ -131,13 +139,6 @@ def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
     model.eval()
     watch(model, hf_model, shares=False)
     return model  # type: ignore[no-any-return]
-
-
-def _merged(peft_model: Any) -> Any:
-    """A copy with the adapters merged into weights of its own; all other weights are shared."""
-    with gradients_kept(peft_model):
-        apart = structural_copy(peft_model, own=lambda name: "base_layer" in name or "original_module" in name)
-        return apart.merge_and_unload().eval()
 
 
 def _refuse_wrong_layouts(config: Any) -> None:

@@ -4,6 +4,10 @@ A bridge that the library made has beside it a structural copy of its owner's mo
 was never rewired. A pass may go through that copy only where the hooked tree carries nothing beyond what booting put
 there: no hook of TransformerLens or torch, no replaced module, weight or `forward`, no other mode. A HookedTransformer
 has its weights for itself, and a bridge that the user built has no plain view: both run as they are.
+
+Loops of short passes (decoding) go through weights with the adapter merged in, where those are float32 and cost no
+more than `MERGED_GB`: a LoRA on all linear layers makes every step half as expensive again. In half precision a merge
+rounds the weights, and answers would change.
 """
 
 import weakref
@@ -11,12 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from piggyback_lens.models.backends import core_of
-from piggyback_lens.models.views import require_current
+from piggyback_lens.models.views import is_peft_model, merged_bytes, merged_copy, require_current, version_of
 
 _PLAIN: "weakref.WeakKeyDictionary[Any, tuple[Any, list[_Part]]]" = weakref.WeakKeyDictionary()
+_MERGED: "weakref.WeakKeyDictionary[Any, tuple[int, Any]]" = weakref.WeakKeyDictionary()
+MERGED_GB = 1.0
+"""Memory for one side's merged weights; 0 decodes through the adapter's own layers."""
 _SETTLED: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HELD = ("_parameters", "_modules", "_buffers")
@@ -66,6 +74,27 @@ def network_of(view: Any) -> Any:
     return found[0]
 
 
+def _merged(view: Any, plain: Any) -> Any:
+    """The plain view with its adapter merged, as the weights are now; the plain view itself where that does not pay."""
+    exact = is_peft_model(plain) and all(x.dtype == torch.float32 for x in plain.parameters())
+    if not exact or merged_bytes(plain) > MERGED_GB * 1e9:
+        return plain
+    version = version_of(plain)
+    if _MERGED.get(view, (None, None))[0] != version:
+        _MERGED.pop(view, None)  # its memory first
+        _MERGED[view] = version, _checked(merged_copy(plain), plain)
+    return _MERGED[view][1]
+
+
+@torch.no_grad()
+def _checked(merged: Any, plain: Any) -> Any:
+    """What was merged, if it computes the same; else the plain model."""
+    device = next(plain.parameters()).device
+    ids = (torch.arange(12, device=device) * 9973 + 11)[None] % plain.get_input_embeddings().weight.shape[0]
+    expected, found = (model(input_ids=ids, use_cache=False).logits for model in (plain, merged))
+    return merged if bool((found - expected).norm() <= 1e-5 * expected.norm()) else plain
+
+
 @contextmanager
 def settled(view: Any) -> Iterator[None]:
     """What passes of this model go through is looked at once, here: nothing may be hooked or unhooked inside.
@@ -75,7 +104,8 @@ def settled(view: Any) -> Iterator[None]:
     if view in _SETTLED or view not in _PLAIN:
         yield
         return
-    _SETTLED[view] = network_of(view)
+    network = network_of(view)
+    _SETTLED[view] = _merged(view, network) if network is plain_view(view) else network
     try:
         yield
     finally:

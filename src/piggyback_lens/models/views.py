@@ -102,6 +102,22 @@ def without_adapters(peft_model: Any) -> Any:
     return plain
 
 
+def merged_copy(peft_model: Any) -> Any:
+    """A copy with the adapters merged into weights of its own; all other weights are shared."""
+    with gradients_kept(peft_model):
+        return structural_copy(peft_model, own=_is_adapted).merge_and_unload().eval()
+
+
+def merged_bytes(peft_model: Any) -> int:
+    """Memory of the weights that `merged_copy` has for itself."""
+    adapted = {id(x): x for name, x in peft_model.named_parameters() if _is_adapted(name)}
+    return sum(x.numel() * x.element_size() for x in adapted.values())
+
+
+def _is_adapted(name: str) -> bool:
+    return "base_layer" in name or "original_module" in name
+
+
 def _beneath(module: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -211,12 +227,12 @@ class Watch:
         self._owner = weakref.ref(owner)
         self._parts = [_Part(name, part) for name, part in owner.named_modules() if not _offloaded(part)]
         self._adapters = [(name, weakref.ref(x), _adapter_state(x)) for name, x in adapter_layers(owner).items()]
-        self._version = _version(owner)
+        self._version = version_of(owner)
 
     def version(self) -> int:
         """Grows with every change inside the owner's tensors, as an optimiser's step makes."""
         owner = self._owner()
-        return self._version if owner is None else _version(owner)
+        return self._version if owner is None else version_of(owner)
 
     def change(self) -> str:
         """What is no longer as it was, in words; empty if nothing, or if the owner is gone."""
@@ -230,7 +246,7 @@ class Watch:
             own = layer()
             if own is not None and (now := _adapter_state(own)) != state:
                 return f"adapters at {name}: {now}, when it was hooked {state}"
-        if not self.shares and _version(owner) != self._version:
+        if not self.shares and version_of(owner) != self._version:
             return "values of its weights, which this backend has copied"
         return ""
 
@@ -302,7 +318,8 @@ def weights_version(view: Any) -> int:
     return 0 if found is None else found.version()
 
 
-def _version(owner: Any) -> int:
+def version_of(owner: Any) -> int:
+    """Grows with every change inside a model's tensors."""
     return sum(0 if x.is_inference() else x._version for x in _tensors(owner))
 
 
