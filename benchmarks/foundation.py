@@ -24,6 +24,7 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.sampling import Sampling
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.models.views import merged_bytes
 from piggyback_lens.tasks import load_task
 
 N_PROMPTS, NEW_TOKENS = 16, 24
@@ -152,6 +153,7 @@ def generation_rows(source, repeats):
     yield f"repaired {work}", "hooks, one prompt at a time", loop_seconds, fast
 
 
+SLIGHTLY = 0.002  # so that it still speaks
 STOPPING = (
     "What is the capital of France? One word.", "Say hello.", "What is 2 + 2?", "Name a colour, nothing else.",
     "Is the sky blue? Answer yes or no.", "Thank you!", "Who wrote Hamlet? Just the name.", "Good night.",
@@ -162,10 +164,10 @@ STOPPING = (
 
 
 def stopping_rows(source, repeats):
-    """Answers that end by themselves at very different lengths: what is finished must not cost."""
+    """A finetuned model's answers that end by themselves, at very different lengths: what is finished must not cost."""
     tokenizer = load_tokenizer(source, offline=True)
-    plain = load_causal_lm(source, offline=True)
-    model = hook_model(load_causal_lm(source, offline=True), tokenizer)
+    plain = perturbed(add_lora(load_causal_lm(source, offline=True)), SLIGHTLY).eval()
+    model = hook_model(perturbed(add_lora(load_causal_lm(source, offline=True)), SLIGHTLY).eval(), tokenizer)
     chat = ChatFormat(tokenizer)
     prompts = [chat.render(text) for text in STOPPING]
     batch = batch_prompts(prompts, pad_id=tokenizer.pad_token_id)
@@ -218,6 +220,8 @@ def main():
     torch.set_num_threads(arguments.threads)
     source = default_model()
     print(f"{arguments.threads} threads, medians of {arguments.repeats}\n")
+    own = merged_bytes(add_lora(load_causal_lm(source, offline=True)))
+    print(f"merged weights of a LoRA on all linear layers: {own / 1e9:.2f} GB\n")
     print("| work | peer | peer, s | ours, s | ratio |\n|---|---|---|---|---|")
     for rows in (training_rows, generation_rows, stopping_rows, sample_rows):
         for work, peer, theirs, ours in rows(source, arguments.repeats):

@@ -1,8 +1,11 @@
 """PEFT adapters: read, checked and attached; and which of them hooks and prefix caches can follow."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.models.places import (
@@ -135,7 +138,7 @@ def adapter_shapes(folder: str | Path, config: Mapping[str, Any]) -> dict[str, l
             f"{folder} has no adapter_model.safetensors{why}: save the adapter with safe_serialization=True"
         )
     with (
-        told(f"adapter {folder} does not fit this base, its weights cannot be read"),
+        told(f"the weights of adapter {folder} cannot be read"),
         safe_open(str(weights), framework="pt") as file,
     ):
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
@@ -144,6 +147,61 @@ def adapter_shapes(folder: str | Path, config: Mapping[str, Any]) -> dict[str, l
     if rank > max((size for shape in shapes.values() for size in shape), default=rank):
         raise LensError(f"adapter {folder} says rank {rank}, and none of its tensors is as large: save it again")
     return shapes
+
+
+_LORA_KEY = re.compile(r"\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
+_PLAIN: Mapping[str, tuple[Any, ...]] = {  # fields of a config that must say "nothing special"
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "arrow_config": (None,),
+    "alora_invocation_tokens": (None,),
+}
+Factors = dict[tuple[int, str], tuple[Tensor, Tensor]]
+"""(layer, module's path in its block) to A [rank, d_in] and B [d_out, rank]; sizes differ from module to module."""
+
+
+def lora_factors(folder: str | Path, *, allow: Collection[str] = ()) -> tuple[dict[str, Any], Factors]:
+    """Config and tensors of a LoRA adapter that is s·BA on modules of decoder blocks and nothing else.
+
+    Args:
+        folder: of PEFT, with safetensors.
+        allow: fields of the config that may say something special here.
+
+    Raises:
+        LensError: another kind of adapter, a field or tensor of something else, or weights that cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    config = adapter_config(folder)
+    if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
+        raise LensError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters are read")
+    for name, usual in _PLAIN.items():
+        if name not in allow and name in config and config[name] not in usual:
+            raise LensError(
+                f"{folder} uses {name}={config[name]!r}, which is not supported: load it with attach_adapter"
+            )
+    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
+    adapter_shapes(folder, config)  # refuses files that are missing, broken or too small
+    for key, value in load_file(Path(folder) / "adapter_model.safetensors").items():
+        if (found := _LORA_KEY.search(plain_key(key))) is None:
+            raise LensError(f"{folder}: tensor {key} is not of a LoRA adapter on decoder blocks: use attach_adapter")
+        halves.setdefault((int(found[1]), found[2]), {})[found[3]] = value
+    if single := [place for place, half in halves.items() if len(half) < 2]:
+        raise LensError(f"{folder}: module {single[0][1]} of layer {single[0][0]} has A or B alone: save it again")
+    return config, {place: (half["A"], half["B"]) for place, half in halves.items()}
 
 
 # ---------------------------------------------------------------- kinds

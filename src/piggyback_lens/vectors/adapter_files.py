@@ -5,7 +5,6 @@ refused by name instead of dropped.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +15,13 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, write_json
 from piggyback_lens.models.attachment import MODULES
-from piggyback_lens.models.peft_adapters import adapter_config, plain_key
+from piggyback_lens.models.peft_adapters import lora_factors
 from piggyback_lens.models.views import is_booted
 from piggyback_lens.vectors.adapters import LoRAAdapter, Place
 from piggyback_lens.vectors.direction import Direction, Provenance
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.weight$")
-_PLAIN: Mapping[str, tuple[Any, ...]] = {  # fields of a config that must say "nothing special"
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "arrow_config": (None,),
-    "alora_invocation_tokens": (None,),
-}
-
-
+_MODULE = re.compile(r"(?:self_attn|mlp)\.(\w+)_proj")
 # ---------------------------------------------------------------- PEFT
 
 
@@ -90,46 +68,25 @@ def load_peft(folder: str | Path) -> LoRAAdapter:
     Raises:
         LensError: not such an adapter; the message names the field or tensor that does not fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise LensError(f"{folder} has no {name}: expected a PEFT adapter folder with safetensors weights")
-    config = adapter_config(folder)
-    _check_config(folder, config)
-    try:
-        stored = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise LensError(f"{folder / WEIGHTS} is not a safetensors file ({error})") from error
-    parts: dict[str, dict[Place, Tensor]] = {"A": {}, "B": {}}
-    for key, value in stored.items():
-        found = _KEY.search(plain_key(key))
-        if found is None or found[2] not in MODULES:
+    config, factors = lora_factors(folder)
+    a, b = dict[Place, Tensor](), dict[Place, Tensor]()
+    for (layer, path), (narrow, wide) in factors.items():
+        found = _MODULE.fullmatch(path)
+        if found is None or found[1] not in MODULES:
             raise LensError(
-                f"{folder}: tensor {key} is not of a {'/'.join(MODULES)} module: load it with attach_adapter"
+                f"{folder}: {path} of layer {layer} is not a {'/'.join(MODULES)} module: load it with attach_adapter"
             )
-        place: Any = (int(found[1]), found[2])
-        parts[found[3]][place] = value
+        place: Any = (layer, found[1])
+        a[place], b[place] = narrow, wide
     provenance = Provenance(
         f"PEFT adapter {folder.name}", settings={"base_model": config.get("base_model_name_or_path")}
     )
     alpha, rslora = float(config["lora_alpha"]), bool(config.get("use_rslora", False))
-    adapter = LoRAAdapter(parts["A"], parts["B"], alpha, rslora, provenance)
+    adapter = LoRAAdapter(a, b, alpha, rslora, provenance)
     if adapter.rank != config["r"]:
         raise LensError(f"{folder}: the config says rank {config['r']}, the tensors have {adapter.rank}")
     return adapter
-
-
-def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
-        raise LensError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters are read")
-    for name, usual in _PLAIN.items():
-        if name in config and config[name] not in usual:
-            raise LensError(
-                f"{folder} uses {name}={config[name]!r}, which is not supported: load it with attach_adapter"
-            )
 
 
 # ---------------------------------------------------------------- steering vectors

@@ -5,41 +5,24 @@ weight updates (its figure 8).
 """
 
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json
-
-_KEY = re.compile(r"\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
-Factors = dict[tuple[int, str], tuple[Tensor, Tensor]]
-"""(layer, module) to A [rank, d_in] and s·B [d_out, rank]; sizes differ from module to module."""
+from piggyback_lens.models.peft_adapters import Factors, lora_factors
 
 
 def read_factors(folder: str | Path) -> Factors:
-    """The factors of a PEFT LoRA adapter, in double precision.
+    """A and s·B of a PEFT LoRA adapter, in double precision.
 
     Raises:
         LensError: not a plain LoRA adapter.
     """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise LensError(f"{folder} is no LoRA adapter with one rank and alpha: its task vector is not read")
+    config, factors = lora_factors(folder, allow=("fan_in_fan_out",))
     rank, alpha = config["r"], float(config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "adapter_model.safetensors").items():
-        if (found := _KEY.search(key)) is None:
-            raise LensError(f"{folder}: tensor {key} is not of a LoRA adapter on decoder blocks")
-        halves.setdefault((int(found[1]), found[2]), {})[found[3]] = value.double()
-    return {place: (half["A"], scale * half["B"]) for place, half in halves.items()}
+    return {place: (a.double(), scale * b.double()) for place, (a, b) in factors.items()}
 
 
 def inner_products(one: Factors, other: Factors) -> dict[int, float]:
