@@ -512,7 +512,10 @@ def break_config(folder, **changes):
         (lambda f: break_config(f, rank_pattern={"down_proj": 4}), "rank_pattern"),
         (lambda f: break_config(f, peft_type="IA3"), "is a IA3 adapter"),
         (lambda f: break_config(f, r=9), "config says rank 9, the tensors have 2"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle"), "the weights of adapter .* cannot be read"),
+        (
+            lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle"),
+            "the weights of adapter .* cannot be read",
+        ),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     ],
 )

@@ -1,7 +1,7 @@
 """The picture of each kind of patching experiment."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+@runtime_checkable
 class Drawn(Protocol):
     """What a figure needs of a patching result."""
 
