@@ -14,7 +14,7 @@ from tiny_hooked import hooked, logits_of, needs_hooked, no_hook_left, prompts, 
 from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
-from piggyback_lens.directions.lens_tokens import logit_lens, unembedded
+from piggyback_lens.directions.lens_tokens import logit_lens, token_scores
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.models.pair import identify
@@ -226,7 +226,7 @@ def test_the_logit_lens_is_gain_times_unembedding(name, backend):
         gain = weights["model.norm.weight"] + (1 if name == "gemma3" else 0)
         normed = vectors / vectors.pow(2).mean(1, keepdim=True).sqrt() * gain
     expected = normed @ weights["lm_head.weight"].T
-    assert_close(unembedded(model, vectors), expected, atol=1e-3, rtol=1e-3)
+    assert_close(token_scores(model, vectors), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_top_tokens_of_both_sides_are_the_largest_and_smallest_scores():
@@ -234,7 +234,7 @@ def test_top_tokens_of_both_sides_are_the_largest_and_smallest_scores():
     tokenizer = tiny_chat.tiny_tokenizer()
     rows = logit_lens(model, direction, tokenizer, top=3)
     assert len(rows) == 2 * 2 * 3
-    scores = unembedded(model, direction.at(2).vectors)[0]
+    scores = token_scores(model, direction.at(2).vectors)[0]
     positive = [row for row in rows if row.layer == 2 and row.side == "positive"]
     negative = [row for row in rows if row.layer == 2 and row.side == "negative"]
     order = scores.argsort().tolist()

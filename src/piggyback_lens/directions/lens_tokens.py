@@ -9,6 +9,7 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel, device_of, dtype_of
+from piggyback_lens.models.network import final_norm, unembedded
 from piggyback_lens.vectors.direction import Direction
 
 
@@ -24,17 +25,16 @@ class LensToken:
     score: float
 
 
-def unembedded(model: HookedModel, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
+def token_scores(model: HookedModel, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
     """W_U · (norm(v) − norm(0)): the logit lens (nostalgebraist 2020) without the biases.
 
     The final norm is the model's own, so its gain (and its centring, for a LayerNorm) counts; it also sets
     the length, so only the orientation of v matters.
     """
-    any_model: Any = model
     inputs = vectors.to(device_of(model), dtype_of(model))[None]
     with torch.no_grad():
-        hidden = any_model.ln_final(inputs) - any_model.ln_final(torch.zeros_like(inputs))
-        scores: Tensor = any_model.unembed(hidden) - any_model.unembed(torch.zeros_like(hidden))
+        hidden = final_norm(model, inputs) - final_norm(model, torch.zeros_like(inputs))
+        scores = unembedded(model, hidden) - unembedded(model, torch.zeros_like(hidden))
     return scores[0].float().cpu()
 
 
@@ -53,7 +53,7 @@ def logit_lens(model: HookedModel, direction: Direction, tokenizer: Any, *, top:
     direction.check(model)
     if direction.site == "mlp_post" or top < 1:
         raise LensError(f"site {direction.site}, top {top}: the logit lens reads residual-width sites, top from 1")
-    scores = unembedded(model, direction.vectors)
+    scores = token_scores(model, direction.vectors)
     found: list[LensToken] = []
     for layer, row in zip(direction.layers, scores, strict=True):
         for side, sign in (("positive", 1), ("negative", -1)):

@@ -182,9 +182,7 @@ class _Chunk:
         """The measure of some prompts under every cell: once through the prompts, then through each answer."""
         past, rows = len(self.root), _Rows.of(len(group), self.firsts)
         batch = batch_prompts([self.prompts[group[i]] for i in rows.members], side="right")
-        placement = Placement.of(batch, [group[i] for i in rows.members], len(self.prompts))
-        placement.ready = past
-        placement.move(batch.positions[:, past:], batch.positions)
+        placement = Placement.of(batch, [group[i] for i in rows.members], len(self.prompts), ready=past)
         beyond = [tuple(part for part in parts if _range(part, self.prompts[0])[1] > past) for parts in self.cells]
         state = prefix.state([0 if cell is None else prefix.place[cell] for cell in rows.cells], rows.lineage)
         last = batch.attention_mask.sum(1, keepdim=True) - past - 1
@@ -240,9 +238,8 @@ class _Chunk:
         whole = torch.cat([aligned, real], dim=1)
         positions = (whole.cumsum(1) - 1).masked_fill(whole == 0, -1)
         rows = tuple(Row.of(self.prompts[origin]) for origin in origins)
-        placement = Placement(rows, positions[:, mask.shape[1] :], positions, tuple(origins), len(self.prompts))
-        placement.ready = len(self.root)
-        return placement
+        new, ready = positions[:, mask.shape[1] :], len(self.root)
+        return Placement(rows, new, positions, tuple(origins), len(self.prompts), ready)
 
     def _forward(
         self,
@@ -341,8 +338,7 @@ class _Prefix:
         count = len(order)
         positions = torch.arange(length).repeat(count, 1)
         row = Row.of_prefix(prompt, length)
-        placement = Placement((row,) * count, positions, positions, (0,) * count, n, ready=first)
-        placement.move(positions[:, first:], positions)
+        placement = Placement((row,) * count, positions[:, first:], positions, (0,) * count, n, first)
         variants = [(placement.only([place[cell]]), own[cell], chunk.records[cell]) for cell in touching]
         ids = torch.tensor(prompt.ids[first:length], device=device).repeat(lineage.alive(0), 1)
         started = [

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt
@@ -31,7 +30,7 @@ from piggyback_lens.experiments.resuming import Job, Row, RowLog, answer_jobs, r
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.maths import Array, Estimate, mean_interval, recovery
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
-from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.models.backends import HookedModel, embeddings_of
 from piggyback_lens.models.pair import SIDES, ModelPair, Side
 from piggyback_lens.progress import say
 
@@ -327,7 +326,7 @@ def _choices(
     model: HookedModel, tokenizer: Any, prompts: Sequence[RenderedPrompt], settings: Mapping[str, Any]
 ) -> dict[str, Choices]:
     """What tokens are replaced by, for each kind of perturbation."""
-    embeddings: Tensor = model.W_E  # type: ignore[attr-defined]  # both backends have it
+    embeddings = embeddings_of(model)
     candidates = candidate_ids(tokenizer, len(embeddings), settings["special_candidates"])
     spans = [(prompt, prompt.span(name)) for prompt in prompts for name in settings["spans"]]
     needed = sorted({token for prompt, span in spans for token in prompt.ids[span.start : span.stop]})

@@ -8,7 +8,6 @@ a model does more to its logits after that (soft-capping, scaling) nothing is ke
 
 import weakref
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.finetuning.batches import TrainBatch, make_batch
 from piggyback_lens.finetuning.references import base_forward
 from piggyback_lens.finetuning.steps import Step, StepOutput
-from piggyback_lens.models.network import keeping_last_hidden, output_embeddings
+from piggyback_lens.models.network import keeping_last_hidden, output_embeddings, unembedded
 from piggyback_lens.models.views import adapter_off
 
 Key = tuple[int, tuple[int, ...]]
@@ -56,15 +55,15 @@ class KeptBase:
         if self._owner is None or self._owner() is not model:  # a penalty that is used again, for another model
             self._hidden.clear()
             self._owner, self.keeps = weakref.ref(model), True
-        head = output_embeddings(model)
+        has_head = output_embeddings(model) is not None
         keys = [(example.n_prompt, example.ids) for example in batch.examples]
         for key, example in zip(keys, batch.examples, strict=True):
-            if head is not None and self.keeps and key not in self._hidden:
-                self._keep(key, example, step, batch, base, head)
-        if head is None or not self.keeps:
+            if has_head and self.keeps and key not in self._hidden:
+                self._keep(key, example, step, batch, base)
+        if not has_head or not self.keeps:
             return self._run(step, batch, base).logits
         with adapter_off(model):
-            return cast(Tensor, head(torch.cat([self._hidden[key] for key in keys])))
+            return unembedded(model, torch.cat([self._hidden[key] for key in keys]))
 
     def _keep(
         self,
@@ -73,14 +72,14 @@ class KeptBase:
         step: Step,
         batch: TrainBatch,
         base: nn.Module | None,
-        head: nn.Module,
     ) -> None:
         alone = make_batch([example], share_prefix=False, device=batch.ids.device)
-        with keeping_last_hidden(step.model if base is None else base) as read:
+        model = step.model if base is None else base
+        with keeping_last_hidden(model) as read:
             output = self._run(step, alone, base)
         hidden = read[-1][0]
-        with adapter_off(step.model if base is None else base):
-            again = head(hidden)
+        with adapter_off(model):
+            again = unembedded(model, hidden)
         if torch.allclose(again.float(), output.logits.float(), atol=1e-3, rtol=1e-3):
             self._hidden[key] = hidden
         else:

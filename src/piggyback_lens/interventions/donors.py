@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import torch
 
+from piggyback_lens.conversations.batch import padded
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.activations import Activations
@@ -38,12 +39,11 @@ def prefix_activations(
 ) -> Activations:
     """Activations of the prefix on one side, one row; they hold for every query of the same settings."""
     length = len(prompt.span("prefix"))
-    ids = torch.tensor([prompt.ids[:length]])
-    positions = torch.arange(length)[None]
-    placement = Placement((Row.of_prefix(prompt, length),), positions, positions)
+    batch = padded([prompt.ids[:length]])
+    placement = Placement.in_rows([Row.of_prefix(prompt, length)], batch)
     keep = cache(sites, span="prefix", layers=layers, device=None)
     with torch.no_grad(), pair.using(side) as model, applied(model, placement, keep) as record:
-        forward(model, ids, torch.ones_like(ids), read=NOTHING)
+        forward(model, batch.ids, batch.attention_mask, read=NOTHING)
     return record.activations_of("prefix")
 
 

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from piggyback_lens.conversations.chat import PromptBatch, RenderedPrompt
+from piggyback_lens.conversations.batch import Batch, PromptBatch
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 
 Phase = Literal["prompt", "generation", "both"]
@@ -95,13 +96,22 @@ class Placement:
             self.origins, self.total = tuple(range(len(self.rows))), len(self.rows)
 
     @classmethod
-    def of(cls, batch: "PromptBatch | Placement", origins: Sequence[int] = (), total: int = 0) -> "Placement":
-        """The placement of a padded batch that goes through the model in one pass."""
+    def of(
+        cls, batch: "PromptBatch | Placement", origins: Sequence[int] = (), total: int = 0, *, ready: int = 0
+    ) -> "Placement":
+        """The placement of a padded batch that goes through the model in one pass, from its column `ready` on."""
         if isinstance(batch, Placement):
             return batch
-        positions = batch.positions.cpu()
         rows = tuple(Row.of(prompt) for prompt in batch.prompts)
-        return cls(rows, positions, positions, tuple(origins), total)
+        return cls.in_rows(rows, batch, tuple(origins), total, ready)
+
+    @classmethod
+    def in_rows(
+        cls, rows: Sequence[Row], batch: Batch, origins: tuple[int, ...] = (), total: int = 0, ready: int = 0
+    ) -> "Placement":
+        """The placement of a padded batch whose rows have these spans; the first `ready` columns come as a cache."""
+        positions = batch.positions.cpu()
+        return cls(tuple(rows), positions[:, ready:], positions, origins, total, ready)
 
     def move(self, positions: Int[Tensor, "batch pos"], key_positions: Int[Tensor, "batch keys"]) -> None:
         """Tell where the next pass is."""

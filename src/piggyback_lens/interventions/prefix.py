@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.card import versions
+from piggyback_lens.conversations.batch import padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
@@ -396,16 +397,15 @@ def _compile(
     must_touch: bool = True,
 ) -> list[PrefixCache]:
     """Caches of the first `length` tokens under each set of interventions, one row of a batch for each."""
-    count, device = len(each), device_of(model)
-    ids = torch.tensor(prompt.ids[:length], device=device).repeat(count, 1)
-    positions = torch.arange(length).repeat(count, 1)
-    placement = Placement(tuple(Row.of_prefix(prompt, length) for _ in each), positions, positions)
+    count = len(each)
+    batch = padded([prompt.ids[:length]] * count)
+    placement = Placement.in_rows([Row.of_prefix(prompt, length)] * count, batch)
     parts: list[Intervention] = []
     for row, own in enumerate(each):
         # With one row the parts stay themselves, so that receipts continue in the passes that follow.
         parts += own if count == 1 else [dataclasses.replace(part, rows=(row,)) for part in own]
     with torch.no_grad(), applied(model, placement, parts, record=record, must_touch=must_touch):
-        keys, values = map(torch.stack, forward_keeping(model, ids, read=NOTHING)[1:])
+        keys, values = map(torch.stack, forward_keeping(model, batch.ids, read=NOTHING)[1:])
     descriptions = [" + ".join(map(repr, own)) or "no intervention" for own in each]
     return [
         PrefixCache(prompt.ids[:length], keys[:, row], values[:, row], descriptions[row], prompt.fingerprint)

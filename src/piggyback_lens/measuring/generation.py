@@ -199,9 +199,7 @@ class _Run:
         state = new_state(model, len(prompts)) if start is None else start.state(model, len(prompts))
         past = state.length
         batch = batch_prompts(prompts, side="right")
-        placement = Placement.of(batch, origins, self.total)
-        placement.ready = past
-        placement.move(batch.positions[:, past:], batch.positions)
+        placement = Placement.of(batch, origins, self.total, ready=past)
         mask = batch.attention_mask[:, past:]
         with applied(model, placement, self.parts, record=self.record, must_touch=False):
             last = mask.sum(dim=1, keepdim=True) - 1

@@ -184,9 +184,7 @@ def _batch_logits(
 ) -> list[tuple[int, Float[Tensor, "token vocab"]]]:
     past, device = state.length, device_of(model)
     batch = batch_prompts(prompts, side="right")
-    placement = Placement.of(batch, rows, total)
-    placement.ready = past
-    placement.move(batch.positions[:, past:], batch.positions)
+    placement = Placement.of(batch, rows, total, ready=past)
     read, counts = predicting_columns(prompts, past)
     ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)
     with applied(model, placement, parts, record=record, must_touch=False):

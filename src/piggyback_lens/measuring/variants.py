@@ -130,7 +130,7 @@ class _Batch(Batch):
     def placement(self) -> Placement:
         """Where interventions act: spans of the conversation, or `all` of a plain text."""
         rows = tuple(Row.of(t.prompt) if t.prompt else Row({"all": (0, OPEN)}, t.start) for t in self.texts)
-        return Placement(rows, self.positions, self.positions)
+        return Placement.in_rows(rows, self)
 
 
 def _passes(

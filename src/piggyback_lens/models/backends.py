@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
@@ -181,6 +182,12 @@ def shape_of(model: HookedModel) -> Shape:
     n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     rotary = str(cfg.positional_embedding_type) == "rotary"
     return Shape(cfg.n_layers, cfg.d_model, cfg.n_heads, n_kv, cfg.d_head, cfg.d_vocab, rotary)
+
+
+def embeddings_of(model: HookedModel) -> Float[Tensor, "vocab d_model"]:
+    """The input embeddings."""
+    found: Tensor = model.W_E  # type: ignore[attr-defined]  # both backends have it
+    return found
 
 
 def device_of(model: Any) -> torch.device:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import config_of, core_of, device_of, floating_dtype, kind_of, shape_of
+from piggyback_lens.models.backends import HookedModel, config_of, core_of, device_of, floating_dtype, kind_of, shape_of
 from piggyback_lens.models.plain_views import network_of
 from piggyback_lens.models.states import KVState, cache_argument, new_state, state_from_keys_values
 
@@ -198,6 +198,18 @@ def output_embeddings(model: Any) -> Any:
         return model.unembed
     network = core_of(model)
     return network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+
+
+def unembedded(model: Any, hidden: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
+    """Logits of hidden states as the output embeddings read them, after the final norm."""
+    logits: Tensor = output_embeddings(model)(hidden)
+    return logits
+
+
+def final_norm(model: HookedModel, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+    """The final norm of a hooked model."""
+    normed: Tensor = model.ln_final(residual)  # type: ignore[attr-defined]
+    return normed
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from piggyback_lens.models.plain_views import remember_plain
 from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import (
+    adapter_off,
     gradients_kept,
     inner_model,
     is_peft_model,
@@ -272,7 +273,7 @@ class ModelPair:
         refuse_adapters_beyond_weights(peft_model)
         refuse_lost_base(peft_model)
         plain = structural_copy(peft_model).eval()
-        with gradients_kept(peft_model), plain.disable_adapter():
+        with adapter_off(plain):
             expected = Expected.of(plain, names[0])
         base = _hooked(without_adapters(peft_model), tokenizer, backend, replace(expected, called={}))
         watch(base, peft_model, shares=backend == "bridge")

@@ -65,7 +65,7 @@ def site_activations(
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
         batch = padded([own for own, _ in chosen])
-        placement = Placement(tuple(row for _, row in chosen), batch.positions, batch.positions)
+        placement = Placement.in_rows([row for _, row in chosen], batch)
         with torch.no_grad(), applied(model, placement, keep) as record, ended_at(model, layer + 1):
             forward(model, batch.ids, batch.attention_mask, read=NOTHING)
         kept = record.activations_of(span)
