@@ -18,7 +18,7 @@ from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring import generation
 from piggyback_lens.measuring.generation import generate, to_frame
-from piggyback_lens.measuring.sampling import Sampling
+from piggyback_lens.measuring.sampling import Chooser, Sampling
 from piggyback_lens.models.backends import generation_config_of
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import hook_model
@@ -472,3 +472,11 @@ def test_input_that_cannot_be_used_is_refused(unchecked):
         generate(torch.nn.Linear(2, 2), prompts())
     with pytest.raises(LensError, match="span 'think' is not in row"):
         generate(model, prompts(), interventions=zero("v", span="think"))
+
+
+def test_a_token_without_probability_is_never_drawn_even_at_the_ends():
+    logits = torch.tensor([[0.0, 5.0, 1.0, 0.0]])
+    for number, expected in ((0.0, 1), (0.5, 1), (1 - 2**-53, 2)):
+        choose = Chooser([(1, 2)], [0], Sampling(temperature=1.0, top_k=2), 1)
+        choose._numbers[:] = number
+        assert choose(logits, [0], 0).tolist() == [expected]
