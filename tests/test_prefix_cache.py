@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.references import kv_reference
 from piggyback_lens.interventions.hooks import Record
 from piggyback_lens.interventions.kinds import ablate, add, cache, patch, resample, zero
 from piggyback_lens.interventions.prefix import PrefixCache
@@ -342,3 +343,10 @@ def test_the_shape_of_a_cache_is_that_of_the_model():
         shape = shape_of(hooked(name, "bridge"))
         cached = PrefixCache.compile(hooked(name, "bridge"), prompts()[0])
         assert cached.keys.shape == (shape.n_layers, shape.n_kv_heads, 13, shape.d_head)
+
+
+def test_keys_and_values_of_a_postfix_cannot_be_run_from():
+    model = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB)
+    kept = kv_reference(model, prompts()[0], "postfix")
+    with pytest.raises(LensError, match=r"these are keys and values of a postfix \(rotated: False\)"):
+        generate(hooked("llama-gqa", "bridge"), prompts(), prefix_cache=kept, max_new_tokens=2)
