@@ -135,7 +135,7 @@ def test_what_cannot_be_scored_is_refused():
     model = hooked("llama-gqa", "bridge")
     with pytest.raises(LensError, match="every prompt needs a response"):
         nll(model, prompts())
-    with pytest.raises(LensError, match="every prompt needs a response"):
+    with pytest.raises(LensError, match="got no prompts"):
         nll(model, [])
     cached = PrefixCache.compile(model, prompts()[0])
     with pytest.raises(LensError, match="2 prefix caches for 3 prompts"):
@@ -149,3 +149,20 @@ def test_what_cannot_be_scored_is_refused():
         nll(model, answered(["a", "b", "c"]), interventions=zero("v", span="response", tokens=[3]))
     with pytest.raises(LensError, match="batch_size 0"):
         nll(model, answered(), batch_size=0)
+
+
+def test_what_is_no_prompt_or_does_not_fit_the_model_is_refused(unchecked):
+    model, some = hooked("llama-gqa", "bridge"), prompts()
+    scored = [prompt.with_response("yes") for prompt in some]
+    for given, message in (
+        ("yes", "got str where a list of rendered prompts belongs"),
+        (scored[0], "got RenderedPrompt where a list"),
+        ([], "got no prompts"),
+        ([some[0].with_response([5, 2**31], end=False)], "prompt 0 holds token 2147483648 and the model knows 0 to 37"),
+        ([some[0].with_response([5] * 5000, end=False)], "tokens, and the model takes"),
+    ):
+        with pytest.raises(LensError, match=message):
+            nll(model, given)
+    for ids in ([1.7], [True], [-1]):
+        with pytest.raises(LensError, match="the response's ids hold"):
+            some[0].with_response(ids)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import check_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts
@@ -17,7 +18,7 @@ from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.maths import kl_per_token, token_log_probs
-from piggyback_lens.models.backends import HookedModel, device_of, dtype_of
+from piggyback_lens.models.backends import HookedModel, device_of, dtype_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair, Side
 from piggyback_lens.models.states import KVState, new_state, state_from_keys_values
@@ -135,7 +136,8 @@ def _response_logits(
     progress: str | None = None,
 ) -> list[tuple[int, Float[Tensor, "token vocab"]]]:
     """Per prompt (with its index) the logits that predict its response tokens."""
-    if not prompts or any("response" not in prompt.spans for prompt in prompts):
+    prompts = check_prompts(prompts, shape_of(model).d_vocab, n_positions_of(model))
+    if any("response" not in prompt.spans for prompt in prompts):
         raise LensError("every prompt needs a response to be scored: use prompt.with_response(...)")
     if batch_size < 1:
         raise LensError(f"batch_size {batch_size}: it must be at least 1")
