@@ -236,6 +236,10 @@ def test_equal_prompts_are_numbered_in_order_and_this_is_said():
     assert [a.sample for a in answers] == [0, 0, 1, 2]
     assert ids(answers[:1] + answers[2:]) == ids(generate(model, [prompt], n=3, max_new_tokens=6, sampling=sampling))
     assert len(set(ids(answers))) == 4
+    with pytest.warns(UserWarning, match="2 prompts of which 1 differ"):
+        doubled = generate(model, [prompt, prompt], n=2, max_new_tokens=6, sampling=sampling)
+    assert [a.sample for a in doubled] == [0, 1, 2, 3]
+    assert ids(doubled) == ids(generate(model, [prompt], n=4, max_new_tokens=6, sampling=sampling))
     greedy = generate(model, [prompt, prompt], max_new_tokens=6)
     assert greedy[0].ids == greedy[1].ids
 

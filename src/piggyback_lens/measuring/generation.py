@@ -84,7 +84,7 @@ def generate(
         prompts: rendered, without a response.
         n: samples of each prompt, numbered from 0; the prompt itself is computed once for all of them.
         samples: instead of `n`, the number of each prompt's one sample, so that any of them can be drawn again alone.
-            Without either, a prompt that is given k times is numbered 0 to k-1 in order, and a warning says so.
+            Without it, a prompt that is given again goes on with the next numbers, and a warning says so.
         interventions: act on prompt and generated tokens as their span and phase say.
         prefix_cache: keys and values to use for the prefix, instead of computing it.
         max_new_tokens: per answer.
@@ -148,17 +148,18 @@ def _numbered(
         return list(samples)
     if settings.temperature == 0 and (n or 1) > 1:
         raise LensError(f"n {n} at temperature 0 would be one answer {n} times: give sampling=Sampling(temperature=1)")
-    if n is not None or settings.temperature == 0:
-        return list(range(n or 1)) * len(prompts)
+    if settings.temperature == 0:
+        return [0] * len(prompts)
     met: Counter[tuple[int, ...]] = Counter()
-    numbers = []
+    numbers: list[int] = []
     for prompt in prompts:
-        numbers.append(met[prompt.ids])
+        start = met[prompt.ids] * (n or 1)
+        numbers += range(start, start + (n or 1))
         met[prompt.ids] += 1
     if len(met) < len(prompts):
         warnings.warn(
             f"{len(prompts)} prompts of which {len(met)} differ: equal ones are samples 0, 1, ... in order; "
-            "n= or samples= says so",
+            "samples= numbers them otherwise",
             stacklevel=3,
         )
     return numbers
