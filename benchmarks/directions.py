@@ -1,19 +1,17 @@
 """Training and evaluating directions against the same work as users of PEFT and of plain hooks write it.
 
-    python benchmarks/directions.py [--repeats 3] [--threads 2] [--rows 8] [--clock cpu]
+    python benchmarks/directions.py [--rows 8] [--clock cpu] [--shape 8b --device cuda]
 
-On the real demo model, at half depth. Each comparison first asserts that both sides give the same losses and
+At half depth. Each comparison first asserts that both sides give the same losses and
 gradients. Prints a Markdown table: seconds are medians, measured in turns so that a busy machine slows both
 sides, and the ratio is the median of the turns' ratios; only the ratios are meant to travel. Ours is measured
 after the first epoch: before that every example costs one pass through the lower half, counted as a row.
 """
 
-import argparse
 import math
-import sys
-from pathlib import Path
 
 import torch
+from setting import Setting, arguments_of
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.finetuning.batches import make_batch
@@ -25,15 +23,11 @@ from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.measuring.variants import response_texts, variant_nll
 from piggyback_lens.models.pair import hook_model
-from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.tasks import load_task
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.direction import Direction
 
-sys.path.insert(0, str(Path(__file__).parent))
-from training import CLOCKS, in_turns
-
-LAYER, WEIGHT = 15, 2.0
+WEIGHT = 2.0
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 DRAWS = 8
 
@@ -41,29 +35,32 @@ DRAWS = 8
 class Bench:
     """One rank-1 adapter on down_proj at half depth, in PEFT and as ours; one steering vector."""
 
-    def __init__(self, source, rows):
-        tokenizer = load_tokenizer(source, offline=True)
+    def __init__(self, setting, rows):
+        self.setting, tokenizer = setting, setting.tokenizer()
         chat = ChatFormat(tokenizer)
         conversations = {
             name: [chat.render([dict(m) for m in e["messages"]]) for e in load_task(name).train[:rows]]
             for name in ("terse", "tool")
         }
         self.examples, self.retain = conversations["terse"], RetainData(conversations["tool"], batch_size=rows)
-        settings = LoRASettings(rank=1, alpha=16.0, modules=("down_proj",), layers=(LAYER,))
-        self.peft = add_lora(load_causal_lm(source, offline=True), settings)
+        self.hf = setting.model()
+        self.layer = layer = self.hf.config.num_hidden_layers // 2
+        settings = LoRASettings(rank=1, alpha=16.0, modules=("down_proj",), layers=(layer,))
+        self.peft = add_lora(setting.model(), settings)
         named = {n.split(".lora_")[1][0]: p for n, p in self.peft.named_parameters() if p.requires_grad}
-        named["B"].data = torch.randn(named["B"].shape, generator=torch.Generator().manual_seed(0)) * 0.05
+        drawn = torch.randn(named["B"].shape, generator=torch.Generator().manual_seed(0)) * 0.05
+        named["B"].data = drawn.to(named["B"])
         self.weights = named
-        self.hf = load_causal_lm(source, offline=True)
-        start = LoRAAdapter({(LAYER, "down"): named["A"].detach()}, {(LAYER, "down"): named["B"].detach()}, 16.0)
+        start = LoRAAdapter({(layer, "down"): named["A"].detach()}, {(layer, "down"): named["B"].detach()}, 16.0)
         self.adapter, self.trainable = start, HookTrainable(self.hf, start)
         self.narrow = Penalised((Weighted(KLOnRetain(self.retain), WEIGHT),))
-        self.batch = make_batch(self.examples)
-        self.whole = make_batch(self.examples, share_prefix=False)
-        self.other = make_batch(conversations["tool"], share_prefix=False)
-        self.bridge = hook_model(load_causal_lm(source, offline=True), tokenizer)
+        self.batch = make_batch(self.examples, device=setting.device)
+        self.whole, self.other = (
+            make_batch(conversations[name], share_prefix=False, device=setting.device) for name in ("terse", "tool")
+        )
+        self.bridge = hook_model(setting.model(), tokenizer)
         direction = torch.randn(self.hf.config.hidden_size, generator=torch.Generator().manual_seed(1))
-        self.vector = Direction.of({LAYER: 40 * direction / direction.norm()})
+        self.vector = Direction.of({layer: 40 * direction / direction.norm()})
 
     # ---- steps
 
@@ -93,7 +90,7 @@ class Bench:
         step = Step(self.trainable.model, self.batch, output, 0, self.trainable.forward, base=base)
         loss = (self.narrow if narrow else sft)(step).total
         loss.backward()
-        return float(loss.detach()), [parameters[f"layers.{LAYER}.down.{name}"].grad.clone() for name in "AB"]
+        return float(loss.detach()), [parameters[f"layers.{self.layer}.down.{name}"].grad.clone() for name in "AB"]
 
     def first_epoch(self):
         """Our step on examples that it has not seen."""
@@ -106,10 +103,11 @@ class Bench:
         """One plain forward hook and one forward pass per variant, of whole rows: curves by hand."""
         rows, columns = self.whole.supervised.nonzero(as_tuple=True)
         targets, counts = self.whole.ids[rows, columns], self.whole.supervised.sum(1)
-        layer = self.hf.model.layers[LAYER]
+        layer = self.hf.model.layers[self.layer]
         found = []
         for adapter in adapters:
-            handle = (layer if place == "block" else layer.mlp.down_proj).register_forward_hook(edit_of(adapter))
+            module = layer if place == "block" else layer.mlp.down_proj
+            handle = module.register_forward_hook(edit_of(adapter, self.layer, self.setting))
             try:
                 with torch.no_grad():
                     mask = self.whole.attention_mask
@@ -117,21 +115,21 @@ class Bench:
             finally:
                 handle.remove()
             nll = -logits[rows, columns - 1].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-            found.append(torch.zeros(len(counts)).index_add(0, rows, nll) / counts)
+            found.append((torch.zeros(len(counts), device=nll.device).index_add(0, rows, nll) / counts).cpu())
         return torch.stack(found).double()
 
     def our_losses(self, adapters):
         """All variants as rows of one pass that fork where the solution acts."""
         return variant_nll(self.bridge, response_texts(self.examples), adapters, rows_per_pass=64)
 
-    def rows(self, repeats, clock):
-        """Work, peer, seconds of the peer, seconds of ours, ratio, target."""
+    def compare(self):
+        """The rows of the table."""
+        in_turns, add = self.setting.in_turns, self.setting.add
         for narrow, what in ((False, "SFT step"), (True, "SFT + KL-on-retain step")):
-            assert_same(self.theirs(narrow), self.ours(narrow))
+            self.assert_same(self.theirs(narrow), self.ours(narrow))
             pair = (lambda narrow=narrow: self.theirs(narrow), lambda narrow=narrow: self.ours(narrow))
-            yield what, "PEFT, whole rows", *in_turns(*pair, repeats, clock), ">= 1.5"
-        first = in_turns(lambda: self.theirs(False), self.first_epoch, repeats, clock)
-        yield "SFT step, first epoch", "PEFT, whole rows", *first, ""
+            add(what, "PEFT, whole rows", *in_turns(*pair), target=">= 1.5")
+        add("SFT step, first epoch", "PEFT, whole rows", *in_turns(lambda: self.theirs(False), self.first_epoch))
         strengths = [self.vector.scaled(fraction) for fraction in FRACTIONS]
         noise = [self.adapter.noisy(0.5, torch.Generator().manual_seed(seed)) for seed in range(DRAWS)]
         for what, adapters, place in (
@@ -139,46 +137,40 @@ class Bench:
             (f"noise curve, {len(noise)} draws, rank-1 adapter", noise, "module"),
         ):
             theirs, ours = self.hooked_losses(adapters, place), self.our_losses(adapters)
-            assert torch.allclose(theirs, ours, atol=1e-3, rtol=1e-3), (theirs - ours).abs().max()
+            self.setting.assert_close(ours, theirs, what)
             assert float((theirs[0] - theirs[-1]).abs().max()) > 1e-2, "the points do not differ"
             pair = (
                 lambda adapters=adapters, place=place: self.hooked_losses(adapters, place),
                 lambda adapters=adapters: self.our_losses(adapters),
             )
-            yield what, "one hooked forward per point", *in_turns(*pair, repeats, clock), ">= 2"
+            add(what, "one hooked forward per point", *in_turns(*pair), target=">= 2")
+
+    def assert_same(self, theirs, ours):
+        """Equal loss, and gradients whose difference is a small part of their length."""
+        tolerance = 10 * self.setting.tolerance
+        assert math.isclose(theirs[0], ours[0], rel_tol=tolerance), (theirs[0], ours[0])
+        for a, b in zip(theirs[1], ours[1], strict=True):
+            assert float((a - b).norm()) <= tolerance * float(a.norm()), float((a - b).norm() / a.norm())
 
 
-def edit_of(adapter):
+def edit_of(adapter, layer, setting):
     """A forward hook by hand."""
     if isinstance(adapter, Direction):
-        change = adapter.vectors[LAYER] * adapter.strength
+        change = (adapter.vectors[layer] * adapter.strength).to(setting.device, setting.dtype)
         return lambda _m, _a, output: output + change
-    a, b = adapter.a[LAYER, "down"], adapter.b[LAYER, "down"]
+    a, b = (x[layer, "down"].to(setting.device, setting.dtype) for x in (adapter.a, adapter.b))
     return lambda _m, args, output: output + adapter.scale * (args[0] @ a.T) @ b.T
 
 
-def assert_same(theirs, ours, tolerance=1e-3):
-    """Equal loss, and gradients whose difference is a small part of their length."""
-    assert math.isclose(theirs[0], ours[0], rel_tol=tolerance), (theirs[0], ours[0])
-    for a, b in zip(theirs[1], ours[1], strict=True):
-        assert float((a - b).norm()) <= tolerance * float(a.norm()), float((a - b).norm() / a.norm())
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser = arguments_of(__doc__)
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    bench = Bench(default_model(), arguments.rows)
-    width = bench.whole.ids.shape[1]
-    print(f"{arguments.threads} threads, {arguments.rows} rows of up to {width} tokens, layer {LAYER} of 30")
-    print(f"medians of {arguments.repeats} turns, {arguments.clock} time\n")
-    print("| work | peer | peer, s | ours, s | ratio | target |\n|---|---|---|---|---|---|")
-    for work, peer, theirs, ours, ratio, target in bench.rows(arguments.repeats, CLOCKS[arguments.clock]):
-        print(f"| {work} | {peer} | {theirs:.2f} | {ours:.2f} | {ratio:.2f} | {target} |", flush=True)
+    setting = Setting.of(arguments)
+    bench = Bench(setting, arguments.rows)
+    setting.begin("directions", f"{arguments.rows} rows of up to {bench.whole.ids.shape[1]} tokens")
+    bench.compare()
+    setting.end()
 
 
 if __name__ == "__main__":

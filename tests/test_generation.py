@@ -1,6 +1,7 @@
 """Generation: greedy and sampled answers, where they stop, and that batches are only a matter of speed."""
 
 import collections
+import copy
 
 import jaxtyping
 import numpy as np
@@ -323,17 +324,24 @@ def test_every_step_in_a_static_cache_works_in_the_same_tensors():
     model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
     batch = batch_prompts(some, side="right")
     state = new_state(model, len(some))
-    forward(model, batch.ids, batch.attention_mask, state=state)
+    with torch.no_grad():
+        forward(model, batch.ids, batch.attention_mask, state=state)
     state.right_align()
-    fixed = StaticDecoding(model, state, 4)
-    held = [fixed._seen, fixed._positions, fixed._column, *(x.keys for x in fixed._cache.layers)]
-    places = [x.data_ptr() for x in held]
-    ids_ = torch.tensor([7, 8, 9])
-    for _ in range(4):
-        expected = forward(model, ids_[:, None], torch.ones(3, 1, dtype=torch.long), state=state)[:, 0]
-        torch.testing.assert_close(fixed.step(ids_), expected, atol=1e-5, rtol=1e-5)
-    held = [fixed._seen, fixed._positions, fixed._column, *(x.keys for x in fixed._cache.layers)]
-    assert [x.data_ptr() for x in held] == places
+    fixed = StaticDecoding(model, 5, state.length + 4)
+    start = copy.deepcopy(state.cache.layers), state.mask
+    places = None
+    for rows in ([0, 1, 2], [2, 0]):  # two batches, the second with fewer rows
+        state.cache.layers, state.mask = copy.deepcopy(start[0]), start[1]
+        state.select_rows(torch.tensor(rows))
+        fixed.start(state)
+        ids_ = torch.tensor([7, 8, 9])[: len(rows)]
+        for _ in range(4):
+            with torch.no_grad():
+                expected = forward(model, ids_[:, None], torch.ones(len(rows), 1, dtype=torch.long), state=state)[:, 0]
+            torch.testing.assert_close(fixed.step(ids_), expected, atol=1e-5, rtol=1e-5)
+        held = [fixed._ids, fixed._seen, fixed._positions, fixed._column, *(x.keys for x in fixed._cache.layers)]
+        places = places or [x.data_ptr() for x in held]
+        assert [x.data_ptr() for x in held] == places
 
 
 @pytest.mark.parametrize(

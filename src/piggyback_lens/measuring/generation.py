@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,11 +26,11 @@ from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.sampling import Chooser, Sampling
-from piggyback_lens.models.backends import HookedModel, end_ids_of, facts_of, n_positions_of, shape_of
+from piggyback_lens.models.backends import HookedModel, device_of, end_ids_of, facts_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
-from piggyback_lens.models.plain_views import settled
+from piggyback_lens.models.plain_views import network_of, settled
 from piggyback_lens.models.states import KVState, new_state
-from piggyback_lens.models.static import StaticDecoding
+from piggyback_lens.models.static import StaticDecoding, static_refusal
 from piggyback_lens.progress import track
 
 
@@ -75,7 +75,7 @@ def generate(
     progress: bool | str = False,
     on_batch: Callable[[list[int], list[Generation]], None] | None = None,
     share_prefix: bool = True,
-    static_cache: bool = False,
+    static_cache: bool | None = None,
 ) -> list[Generation]:
     """Answer every prompt, once or several times.
 
@@ -96,8 +96,9 @@ def generate(
         on_batch: called with the places in the returned list and the answers of each finished batch, e.g. to write
             them out.
         share_prefix: compute the common prefix once; False runs whole prompts (slower, same numbers).
-        static_cache: decode in tensors of fixed size (same numbers): finished rows stay in the batch, and no hook may
-            act on the answer. Only on the bridge.
+        static_cache: decode in tensors of fixed size (same numbers), which a GPU replays as a captured graph: finished
+            rows stay in the batch. None: on a GPU, where it can be done; True: always, or an error that says why not
+            (a HookedTransformer, hooks that act on the answer, short attention windows).
 
     Returns:
         One `Generation` per prompt, in order; with `n`, those of the first prompt first, by number.
@@ -120,7 +121,9 @@ def generate(
         raise LensError("activations are kept per prompt, and n samples would overwrite each other: use n=1")
     stops = None if stop_ids is None else check_ids(stop_ids, "stop_ids", shape_of(model).d_vocab)
     asked = [prompt for prompt in prompts for _ in range(n or 1)]
-    run = _Run(model, parts, record, settings, max_new_tokens, stops, len(prompts), static_cache)
+    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    most = (min(batch_size, len(asked)), longest)
+    run = _Run(model, parts, record, settings, max_new_tokens, stops, len(prompts), most, static_cache)
     answers: list[Generation | None] = [None] * len(asked)
     batches = list(similar_batches(asked, batch_size))
     for rows in track(batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]):
@@ -176,7 +179,9 @@ class _Run:
     max_new_tokens: int
     stop_ids: Sequence[int] | None
     total: int
-    static_cache: bool = False
+    most: tuple[int, int]  # rows of a batch, and tokens of a row with its answer
+    static_cache: bool | None = None
+    fixed: list[StaticDecoding] = field(default_factory=list)
 
     @torch.no_grad()
     def batch(
@@ -228,8 +233,8 @@ class _Run:
         choose = Chooser([prompt.ids for prompt in prompts], numbers, self.settings, self.max_new_tokens)
         tokens: list[list[int]] = [[] for _ in prompts]
         rows, ended = list(range(len(prompts))), set[int]()
-        with self._hooked(prompts, placement, state):
-            fixed = StaticDecoding(model, state, self.max_new_tokens) if self.static_cache else None
+        with self._hooked(prompts, placement, state) as hooks_act:
+            fixed = self._static(state, hooks_act)
             for step in range(self.max_new_tokens):
                 chosen = choose(logits, rows, step)
                 for row, token in zip(rows, chosen.tolist(), strict=True):
@@ -256,8 +261,8 @@ class _Run:
         ]
 
     @contextmanager
-    def _hooked(self, prompts: Sequence[RenderedPrompt], placement: Placement, state: KVState) -> Iterator[None]:
-        """The hooks that the rest of the passes needs."""
+    def _hooked(self, prompts: Sequence[RenderedPrompt], placement: Placement, state: KVState) -> Iterator[bool]:
+        """The hooks that the rest of the passes needs; whether there are any."""
         parts = self.parts
         if state.rotated:  # else keys before the rotary embedding are in the cache, and some hooks act after it
             rows = [Row.of(prompt) for prompt in prompts]
@@ -267,7 +272,21 @@ class _Run:
                 f"{parts[0]} acts on the answer, and a static cache is decoded without hooks: leave one out"
             )
         with applied(self.model, placement, parts, record=self.record, must_touch=False), settled(self.model):
-            yield
+            yield bool(parts)
+
+    def _static(self, state: KVState, hooks_act: bool) -> StaticDecoding | None:
+        """Tensors of fixed size with the state in them, where decoding goes through such."""
+        model = self.model
+        if self.static_cache is None:
+            on_gpu = device_of(model).type == "cuda"
+            if hooks_act or not on_gpu or static_refusal(model, self.most[1]) is not None:
+                return None
+        if self.static_cache is False:
+            return None
+        if not self.fixed or self.fixed[0].network is not network_of(model):
+            self.fixed[:] = [StaticDecoding(model, *self.most)]
+        self.fixed[0].start(state)
+        return self.fixed[0]
 
 
 def _advance(placement: Placement, state: KVState) -> None:
