@@ -12,6 +12,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models import proof, states
 from piggyback_lens.models.booting import boot_bridge, build_hooked
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.views import structural_copy
@@ -43,6 +44,21 @@ def expected(model):
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "gpt2"])
 def test_a_right_model_of_32_layers_in_bfloat16_is_accepted(name, backend, attention):
     assert hook_model(deep(name, attention=attention), None, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_sides_of_a_peft_model_in_half_precision_are_accepted(backend, dtype):
+    wrapped = tiny_adapters.put_on(deep(dtype=dtype, layers=8), peft.LoraConfig(**LORA))
+    tiny_adapters.move(wrapped)
+    pair = ModelPair.load(finetuned=wrapped, tokenizer=tiny_chat.tiny_tokenizer(), backend=backend)
+    ids = torch.arange(3, 15)[None]
+    plain = structural_copy(wrapped).eval()
+    with torch.no_grad(), plain.disable_adapter():
+        base = plain(input_ids=ids).logits
+    with pair.using("base") as own, pair.using("finetuned") as other, torch.no_grad():
+        assert proof.relative(forward(own, ids, torch.ones_like(ids))[0], base[0]) < 0.1
+        assert proof.relative(forward(other, ids, torch.ones_like(ids))[0], base[0]) > 0.2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,7 @@ holds the two sides of an experiment, with one copy of the weights where an adap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,6 @@ from piggyback_lens.models.plain_views import remember_plain
 from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import (
-    adapter_off,
     gradients_kept,
     inner_model,
     is_peft_model,
@@ -272,10 +271,8 @@ class ModelPair:
         """Both sides of a PEFT model."""
         refuse_adapters_beyond_weights(peft_model)
         refuse_lost_base(peft_model)
-        plain = structural_copy(peft_model).eval()
-        with adapter_off(plain):
-            expected = Expected.of(plain, names[0])
-        base = _hooked(without_adapters(peft_model), tokenizer, backend, replace(expected, called={}))
+        expected = Expected.of(structural_copy(peft_model).eval(), names[0], adapter=False)
+        base = _hooked(without_adapters(peft_model), tokenizer, backend, expected)
         watch(base, peft_model, shares=backend == "bridge")
         return cls._with_finetuned(base, peft_model, tokenizer, backend, names)
 

@@ -7,8 +7,8 @@ near zero today would not be missed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel, backend_of, device_of
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.states import new_state, recurrent_layers
-from piggyback_lens.models.views import adapter_layers, inner_model, structural_copy
+from piggyback_lens.models.views import adapter_layers, adapter_off, inner_model, structural_copy
 
 EXACT = 2e-4
 """A difference of the logits of a token, relative to their length, that needs no excuse."""
@@ -42,6 +42,7 @@ class Expected:
         rows: token ids.
         logits: per row, of the row alone.
         called: adapter layers that acted: the parameters in them, which all views share, and a name.
+        adapter: False for what the model computes without its adapter.
     """
 
     plain: Any
@@ -49,14 +50,16 @@ class Expected:
     rows: tuple[Int[Tensor, " _"], ...]
     logits: tuple[Float[Tensor, "_ vocab"], ...]
     called: Mapping[tuple[int, ...], str]
+    adapter: bool = True
 
     @classmethod
-    def of(cls, plain: Any, name: str) -> "Expected":
+    def of(cls, plain: Any, name: str, *, adapter: bool = True) -> "Expected":
         """Run an owner's model on the probe rows.
 
         Args:
             plain: a transformers or PEFT model in evaluation mode that nobody else uses (see `structural_copy`).
             name: for messages.
+            adapter: False to run it without its adapter.
 
         Raises:
             LensError: its own logits are not finite, or some of its weights are not in memory.
@@ -68,8 +71,9 @@ class Expected:
                 "the disk or offloaded them): load it with a device_map that keeps all of them on devices"
             )
         rows = _probe_rows(int(inner_model(plain).get_input_embeddings().weight.shape[0]))
-        with _counting_calls(plain) as called, torch.no_grad():
-            logits = tuple(plain(input_ids=row[None].to(_device(plain))).logits[0] for row in rows)
+        with _counting_calls(plain) as called:
+            found = cls(plain, name, rows, (), {}, adapter)
+            logits = tuple(found.now(plain))
         spoilt = sum(int((~x.isfinite()).any(dim=-1).sum()) for x in logits)
         if spoilt:
             bad = [key for key, x in plain.named_parameters() if x.is_floating_point() and not bool(x.isfinite().all())]
@@ -79,33 +83,38 @@ class Expected:
             raise LensError(
                 f"transformers' own logits of {name} are not finite on {spoilt} of {sum(LENGTHS)} probe tokens: {where}"
             )
-        return cls(plain, name, rows, logits, called)
+        return replace(found, logits=logits, called=called if adapter else {})
 
     @cached_property
     def noise(self) -> float:
         """What rounding makes in the owner's own pass: under padding, and with another attention kernel."""
-        alone, found = self._now(self.plain), [0.0]
+        alone, found = self.now(self.plain), [0.0]
         for side in ("left", "right"):
             ids, mask = self.padded(side)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            with torch.no_grad():
+            with torch.no_grad(), self._as_expected(self.plain):
                 logits = self.plain(input_ids=ids, attention_mask=mask, position_ids=positions).logits
             found.append(_difference(logits, mask, alone))
         other = structural_copy(self.plain)
         inner = inner_model(other)
         with suppress(Exception):  # an architecture with one kernel only
             inner.set_attn_implementation("sdpa" if inner.config._attn_implementation == "eager" else "eager")
-            found += map(relative, self._now(other), alone)
+            found += map(relative, self.now(other), alone)
         return max(found)
 
     @property
     def drift(self) -> float:
         """How far the owner's own pass has moved since it was expected: weights that were written to meanwhile."""
-        return max(map(relative, self._now(self.plain), self.logits))
+        return max(map(relative, self.now(self.plain), self.logits))
 
     @torch.no_grad()
-    def _now(self, plain: Any) -> list[Float[Tensor, "_ vocab"]]:
-        return [plain(input_ids=row[None].to(_device(plain))).logits[0] for row in self.rows]
+    def now(self, plain: Any) -> list[Float[Tensor, "_ vocab"]]:
+        """What the model, or a copy of it, computes on the probe rows at this moment."""
+        with self._as_expected(plain):
+            return [plain(input_ids=row[None].to(_device(plain))).logits[0] for row in self.rows]
+
+    def _as_expected(self, plain: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self.adapter else adapter_off(plain)
 
     def padded(self, side: PadSide) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
         """All rows as ids and mask."""
