@@ -11,11 +11,12 @@ from test_steps import assert_same_step, nll, tuned
 from tiny_chat import VOCAB, tiny_examples
 from tiny_models import NAMES, WINDOW, build
 
+from piggyback_lens.conversations.batch import Batch
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.frozen_lower import FrozenLower
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import kv_reference, prefix_drift
-from piggyback_lens.finetuning.steps import Step, forward_step, packing_for
+from piggyback_lens.finetuning.steps import Step, forward_step, plan_for
 from piggyback_lens.models import packing
 from piggyback_lens.models.packing import Packing
 
@@ -38,7 +39,7 @@ def packs_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_packed_step_has_the_loss_and_gradients_of_rows_run_alone(name: str, impl: str) -> None:
     model, examples = widened(tuned(name, impl)), tiny_examples(5)
-    assert packing_for(model, make_batch(examples)) is not None
+    assert plan_for(model, make_batch(examples)).packing is not None
     assert_same_step(model, examples)
 
 
@@ -64,10 +65,12 @@ def test_penalties_on_keys_and_values_are_those_of_whole_rows(span: Any, monkeyp
     model, examples = tuned("llama-gqa"), tiny_examples(4)
     objective = Penalised((Weighted(TReFT.on(model, examples[0], span, reference="own"), 3.0),))
     found = []
-    for cost in (0.0, float("inf")):
-        monkeypatch.setattr(packing, "ATTENTION_COST", cost)
+    monkeypatch.setattr(packing, "ATTENTION_COST", 0.0)
+    for packs in (True, False):
+        if not packs:
+            monkeypatch.setattr(packing, "LONGEST", dict.fromkeys(packing.LONGEST, 0))
         batch = make_batch(examples)
-        assert (packing_for(model, batch) is None) == bool(cost)
+        assert (plan_for(model, batch).packing is not None) == packs
         loss = objective(Step(model, batch, forward_step(model, batch), 0)).total
         parameters = [value for value in model.parameters() if value.requires_grad]
         found.append([loss, *torch.autograd.grad(loss, parameters)])
@@ -79,7 +82,7 @@ def test_penalties_on_keys_and_values_are_those_of_whole_rows(span: Any, monkeyp
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "gpt2"])
 def test_stored_activations_of_lower_layers_are_packed_alike(name: str) -> None:
     model, batch = build(name, vocab=VOCAB), make_batch(tiny_examples(4))
-    assert packing_for(model, batch) is not None
+    assert plan_for(model, batch).packing is not None
     whole = forward_step(model, batch).logits
     with FrozenLower(model, 2).standing_in(batch):
         torch.testing.assert_close(forward_step(model, batch).logits, whole, rtol=1e-5, atol=1e-5)
@@ -89,14 +92,14 @@ def test_rows_beyond_a_window_keys_before_rotation_and_flash_attention_are_not_p
     examples = tiny_examples(3)
     batch = make_batch(examples)
     assert batch.ids.shape[1] > WINDOW
-    assert packing_for(build("mistral", vocab=VOCAB), batch) is None
-    assert packing_for(build("gemma3", vocab=VOCAB), batch) is None
+    assert plan_for(build("mistral", vocab=VOCAB), batch).packing is None
+    assert plan_for(build("gemma3", vocab=VOCAB), batch).packing is None
     llama = build("llama-gqa", vocab=VOCAB)
-    assert packing_for(llama, batch) is not None
-    assert packing_for(llama, make_batch(examples, share_prefix=False)) is None
-    assert packing_for(llama, make_batch(examples, plain_keys=True)) is None
+    assert plan_for(llama, batch).packing is not None
+    assert plan_for(llama, make_batch(examples, share_prefix=False)).packing is None
+    assert plan_for(llama, make_batch(examples, plain_keys=True)).packing is None
     llama.config._attn_implementation = "flash_attention_2"
-    assert packing_for(llama, batch) is None
+    assert plan_for(llama, batch).packing is None
 
 
 def test_models_without_positions_or_with_other_layers_than_attention_are_not_packed(packs_always: None) -> None:
@@ -106,14 +109,14 @@ def test_models_without_positions_or_with_other_layers_than_attention_are_not_pa
     bloom = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
     )
-    assert packing_for(bloom, batch) is None
+    assert plan_for(bloom, batch).packing is None
     gpt_neo = transformers.GPTNeoConfig(
         vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     )
-    assert packing_for(transformers.GPTNeoForCausalLM(gpt_neo), batch) is None
+    assert plan_for(transformers.GPTNeoForCausalLM(gpt_neo), batch).packing is None
     convolving = another("Lfm2", layer_types=["conv", "full_attention"])
     assert isinstance(convolving.config, transformers.Lfm2Config)
-    assert packing_for(convolving, batch) is None
+    assert plan_for(convolving, batch).packing is None
 
 
 def another(name: str, **settings: Any) -> Any:
@@ -140,7 +143,7 @@ def another(name: str, **settings: Any) -> Any:
 )
 def test_other_architectures_are_packed_too(name: str) -> None:
     model, examples = another(name), tiny_examples(4)
-    assert packing_for(model, make_batch(examples)) is not None
+    assert plan_for(model, make_batch(examples)).packing is not None
     steps = (forward_step(model, make_batch(examples, share_prefix=share)) for share in (True, False))
     packed, ordinary = (step.logits.detach() for step in steps)
     assert float((packed - ordinary).norm() / ordinary.norm()) < 1e-5
@@ -150,9 +153,29 @@ def test_other_architectures_are_packed_too(name: str) -> None:
 def test_it_is_packed_where_it_pays() -> None:
     model = build("llama-gqa", vocab=VOCAB)  # 32 wide: attention costs as much as the linear layers
     model.config.hidden_size = 4096
-    assert packing_for(model, make_batch(tiny_examples(6))) is not None
+    assert plan_for(model, make_batch(tiny_examples(6))).packing is not None
     model.config.hidden_size = 1
-    assert packing_for(model, make_batch(tiny_examples(6))) is None
+    assert plan_for(model, make_batch(tiny_examples(6))).packing is None
+
+
+def test_a_second_pass_is_run_only_where_it_costs_less_than_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama-gqa", vocab=VOCAB, attn_implementation="sdpa")
+    model.config.hidden_size = 4096
+    floor = packing.fewest_tokens(torch.device("cuda"), 4096)
+    assert 1500 < floor < 2500  # an H200: 80 ms to launch a pass of 8B, 47 us a token
+    assert packing.fewest_tokens(torch.device("cpu"), 4096) == 0
+
+    def chosen(rows: int, width: int, n_prefix: int, packs: bool = True) -> str:
+        ids = torch.ones((rows, width), dtype=torch.long)
+        real = torch.arange(width) < width - torch.arange(rows)[:, None] % 8
+        plan = packing.plan_of(model, Batch(ids, real.long()), n_prefix, packs=packs)
+        return "packed" if plan.packing is not None else f"{plan.alone} alone" if plan.alone else "whole"
+
+    sizes = [(16, 48, 24), (16, 455, 24), (32, 400, 200), (1, 48, 24), (16, 48, 0)]
+    assert [chosen(*size) for size in sizes] == ["packed", "24 alone", "200 alone", "whole", "packed"]
+    monkeypatch.setattr(packing, "fewest_tokens", lambda _device, _width: floor)
+    assert [chosen(*size) for size in sizes] == ["packed", "whole", "200 alone", "whole", "packed"]
+    assert chosen(16, 48, 24, packs=False) == "whole"
 
 
 @pytest.mark.parametrize(("impl", "limit"), packing.LONGEST.items())
@@ -161,8 +184,8 @@ def test_long_rows_are_not_packed(impl: str, limit: int, packs_always: None) -> 
     few = tiny_examples(4, longest=60)
     n_prefix, tokens = few[0].span("prefix").stop, [len(example.ids) for example in few]
     times = (limit - n_prefix) // (sum(tokens) - 4 * n_prefix)
-    assert packing_for(model, make_batch(few * times)) is not None
-    assert packing_for(model, make_batch(few * (times + 1))) is None
+    assert plan_for(model, make_batch(few * times)).packing is not None
+    assert plan_for(model, make_batch(few * (times + 1))).packing is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -179,11 +202,37 @@ def test_half_precision_stays_near(impl: str, dtype: torch.dtype, packs_always: 
 def test_the_prefix_has_not_drifted_before_training(dtype: torch.dtype, packs_always: None) -> None:
     model, examples = build("llama-gqa", vocab=VOCAB, attn_implementation="sdpa").to(dtype), tiny_examples(6)
     batch = make_batch(examples)
-    own = packing_for(model, batch)
+    own = plan_for(model, batch).packing
     assert own is not None
-    assert own.prefix_alone == (dtype == torch.bfloat16)
+    assert len(own.rows) % 64 == 0 or dtype == torch.float32
     drift = prefix_drift(forward_step(model, batch), kv_reference(model, examples[0])).detach()
-    assert float(drift.max()) <= (1e-10 if dtype == torch.float32 else 0.0)
+    assert float(drift.max()) <= (1e-10 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_treft_is_zero_before_training_in_half_precision_whatever_runs_beside_the_prefix(
+    dtype: torch.dtype, share: bool, packs_always: None
+) -> None:
+    model, examples = tuned("llama-gqa").to(dtype), tiny_examples(24)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            value.data.zero_()
+    keep, passes = TReFT.on(model, examples[0]), []
+    for start in range(0, 24, 4):
+        batch = make_batch(examples[start : start + 4], share_prefix=share, multiple=16)
+        output = forward_step(model, batch)
+        passes.append(output.prefix_pass)
+        assert float(keep(Step(model, batch, output, 0)).detach()) == 0.0
+    assert len(keep.alike) == len(set(passes)) < len(passes)  # one base pass for each shape
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(generator=torch.Generator().manual_seed(0))
+    batch = make_batch(examples[:4], share_prefix=share, multiple=16)
+    moved = float(keep(Step(model, batch, forward_step(model, batch), 0)).detach())
+    exact = TReFT.on(model.float(), examples[0])
+    expected = float(exact(Step(model, batch, forward_step(model, batch), 0)).detach())
+    assert moved == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -194,7 +243,7 @@ def test_a_given_prefix_is_packed_alike(dtype: torch.dtype, packs_always: None) 
     given_own = forward_step(model, batch, (plain.prefix_keys, plain.prefix_values))
     assert isinstance(given_own.keys, packing.UnpackedLayers)
     apart = (plain.logits - given_own.logits).detach().abs().max()
-    assert float(apart) <= (1e-5 if dtype == torch.float32 else 0.0)  # identity control
+    assert float(apart) <= (1e-5 if dtype == torch.float32 else 0.05)  # identity control
     doubled = tuple(2 * value for value in plain.prefix_values)
     changed = forward_step(model, batch, (plain.prefix_keys, doubled)).logits
     unshared = forward_step(model, replace(batch, share_prefix=False), (plain.prefix_keys, doubled)).logits
@@ -219,7 +268,11 @@ def test_every_token_has_one_place(lengths: list[int], n_prefix: int) -> None:
     ids[:, :n_prefix] = torch.arange(n_prefix)
     attention = (torch.arange(width) < n_prefix + torch.tensor(lengths)[:, None]).long()
     own = Packing.place(attention, n_prefix)
-    alone = Packing.place(attention, n_prefix, prefix_alone=True)
+    alone = replace(own, prefix_alone=n_prefix > 0)
+    filled = Packing.place(attention, n_prefix, multiple=8)
+    assert filled.pack(ids)[0].shape[1] % 8 == 0
+    assert torch.equal(filled.mask()[0, 0, : len(own.rows), : len(own.rows)], own.mask()[0, 0])
+    assert not filled.mask()[0, 0, : len(own.rows), len(own.rows) :].any()
     (packed,) = own.pack(ids)
     assert torch.equal(torch.cat(alone.pack(ids), dim=1), packed)
     assert packed.shape[1] == n_prefix + sum(lengths)

@@ -653,11 +653,11 @@ def test_the_check_meets_a_packed_batch_even_if_the_first_is_none(monkeypatch: p
     asked: list[int] = []
     checked: list[Any] = []
 
-    def packs_the_third(_model: Any, batch: Any) -> object | None:
+    def packs_the_third(_model: Any, batch: Any) -> Any:
         asked.append(len(batch.examples))
-        return object() if len(asked) == 3 else None
+        return SimpleNamespace(packing=object() if len(asked) == 3 else None)
 
-    monkeypatch.setattr(training_module, "packing_for", packs_the_third)
+    monkeypatch.setattr(training_module, "plan_for", packs_the_third)
     monkeypatch.setattr(training_module, "check_sharing", lambda _forward, batch: checked.append(batch.ids))
     train(fresh(), EXAMPLES, SETTINGS)
     assert (len(asked), len(checked)) == (3, 2)

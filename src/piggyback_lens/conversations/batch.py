@@ -120,9 +120,9 @@ def check_prompts(
     return checked
 
 
-def padded(rows: Sequence[Sequence[int]], side: Side = "right", pad_id: int = 0) -> Batch:
-    """Rows of token ids, padded to a common length."""
-    width = max(map(len, rows))
+def padded(rows: Sequence[Sequence[int]], side: Side = "right", pad_id: int = 0, multiple: int = 1) -> Batch:
+    """Rows of token ids, padded to a common length, which is a multiple of a number."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(rows):

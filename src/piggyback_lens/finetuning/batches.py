@@ -38,8 +38,9 @@ def make_batch(
     pad_id: int = 0,
     device: torch.device | str = "cpu",
     plain_keys: bool = False,
+    multiple: int = 1,
 ) -> TrainBatch:
-    """Right-pad examples into one batch.
+    """Right-pad examples into one batch, to a width that is a multiple of a number.
 
     Raises:
         LensError: no examples, or an example without response tokens.
@@ -48,7 +49,7 @@ def make_batch(
         raise LensError("got an empty batch; pass at least one example with a response")
     for row, example in enumerate(examples):
         check_supervised(example, row)
-    rows = padded([example.ids for example in examples], pad_id=pad_id)
+    rows = padded([example.ids for example in examples], pad_id=pad_id, multiple=multiple)
     after = rows.positions >= torch.tensor([[example.n_prompt] for example in examples])
     return TrainBatch(
         examples=tuple(examples),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
-from piggyback_lens.finetuning.steps import packing_for
+from piggyback_lens.finetuning.steps import plan_for
 from piggyback_lens.models.backends import n_layers_of
 from piggyback_lens.models.partial import begun_at, residual_at
 
@@ -84,11 +84,10 @@ class FrozenLower:
             LensError: the pass does not ask for as many tokens as are stored.
         """
         whole = self.of(batch)
-        shared = batch.prefix_length if batch.share_prefix else 0
-        packing = packing_for(self.model, batch)
-        waiting = [whole[:1, :shared], whole[:, shared:]] if shared else [whole]
-        if packing is not None:
-            waiting = packing.pack(whole)
+        plan = plan_for(self.model, batch)
+        waiting = [whole[:1, : plan.alone], whole[:, plan.alone :]] if plan.alone else [whole]
+        if plan.packing is not None:
+            waiting = plan.packing.pack(whole)
         with begun_at(self.model, self.start, waiting, in_tuple=self._in_tuple):
             yield
 

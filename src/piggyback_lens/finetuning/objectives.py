@@ -44,6 +44,8 @@ from piggyback_lens.finetuning.steps import Loss, Objective, Step, sft
 from piggyback_lens.finetuning.trainables import check_field
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.maths import kl_per_token
+from piggyback_lens.models.packing import rounds_coarsely
+from piggyback_lens.models.views import has_adapter
 
 ReferenceName = Literal["template", "own"]
 """Where a span's base keys and values come from: one example of the template, or each example's own base run."""
@@ -91,8 +93,11 @@ class TReFT:
     postfix against the template's is compared before it, since there the positions differ.
 
     With the template's prefix as reference it is read from the pass that gives the loss, costs no further
-    pass, and is zero before training (in float32 up to rounding, 1e-12). So is any span with reference
-    "own", up to the rounding of the model's precision; it takes one base pass of the prompts per step. The
+    pass, and is zero before training (in float32 up to rounding, 1e-12). Where rounding is coarse (half precision,
+    a GPU) it depends on the shape of a pass, so the reference is computed once for each shape that is met, which
+    takes the base: an adapter that can be switched off, or `base`; without one rounding stays, 2e-3 in bfloat16
+    at 8B. Any span with reference "own" is zero before training up to the rounding of the model's precision; it takes
+    one base pass of the prompts per step. The
     template's postfix is not zero before training: a row's postfix depends on its query, and this penalty
     holds it to that of one example.
 
@@ -105,6 +110,7 @@ class TReFT:
     span: SpanName = "prefix"
     reference: PrefixCache | None = None
     base: nn.Module | None = None
+    alike: dict[tuple[int, ...], PrefixCache] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_field(self, "span", self.span in SPANS, f"one of {', '.join(SPANS)}")
@@ -182,7 +188,7 @@ class TReFT:
                 _check_prefix(example, number, self.reference.ids)
             if step.batch.prefix_length < 1:
                 raise LensError("the rows of this batch share no prefix token; use reference='own'")
-            return prefix_drift(step.plain, self.reference.to(step.batch.ids.device)).mean()
+            return prefix_drift(step.plain, self._rounded_alike(step, self.reference)).mean()
         spans = [span_range(example, self.span) for example in examples]
         if self.reference is None:
             prompts = _prompts_only(step.batch)
@@ -192,6 +198,21 @@ class TReFT:
         for number, (example, span) in enumerate(zip(examples, spans, strict=True)):
             _check_ids(example.ids[span.start : span.stop], number, self.reference)
         return span_drift(step.plain, spans, self.reference.to(step.batch.ids.device)).mean()
+
+    def _rounded_alike(self, step: Step, reference: PrefixCache) -> PrefixCache:
+        """The reference as a pass of this step's shape computes it."""
+        device, shape = step.batch.ids.device, step.plain.prefix_pass
+        own = step.base if self.base is None else None
+        has_base = self.base is not None or own is not None or has_adapter(step.model)
+        if shape in (None, (1, len(reference.ids))) or not has_base or not rounds_coarsely(step.model, device):
+            return reference.to(device)
+        key = (*shape, step.batch.prefix_length)
+        if key not in self.alike:
+            batch = replace(step.batch, plain_keys=False)
+            base = base_forward(step.model, batch, self.base) if own is None else own(batch)
+            keys, values = (torch.stack([x.clone() for x in side]) for side in (base.prefix_keys, base.prefix_values))
+            self.alike[key] = replace(reference, ids=reference.ids[: keys.shape[2]], keys=keys, values=values)
+        return self.alike[key]
 
 
 def _named_base(base: nn.Module | None) -> dict[str, object]:

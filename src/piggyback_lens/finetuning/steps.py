@@ -1,8 +1,8 @@
 """One training step: the forward pass of a batch of conversations, and the loss of the response tokens.
 
 Attention is causal, so the prefix of a chat template (the same ids in every row) has the same keys and values
-in every row. `forward_step` computes them once, with gradient, and lets every row attend to them; the
-gradients of the rows sum there. Where it can, all of this is one pass without padding (see `packing`). This is
+in every row. Where it pays `forward_step` computes them once, with gradient, and lets every row attend to them; the
+gradients of the rows sum there. Mostly all of this is one pass without padding (see `packing`). This is
 exact, not an approximation: `check_sharing` compares it with the ordinary pass at the start of every run.
 """
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.models.network import NOTHING, Past, forward_keeping
-from piggyback_lens.models.packing import Packing, UnpackedLayers, packing_of
+from piggyback_lens.models.packing import Packing, Plan, UnpackedLayers, plan_of
 from piggyback_lens.models.plain_keys import keep_plain_keys
 
 LayerTensors = tuple[
@@ -46,6 +46,7 @@ class StepOutput:
     keys: Sequence[Float[Tensor, "row kv_head pos head_dim"]]  # per layer, all positions, padding included
     values: Sequence[Float[Tensor, "row kv_head pos head_dim"]]
     plain_keys: tuple[Float[Tensor, "row pos width"], ...] | None = None  # before the rotary embedding, if asked
+    prefix_pass: tuple[int, int] | None = None  # rows and tokens of the pass that computed the prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +90,19 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
 
     Args:
         model: a transformers causal LM, a PEFT model of one, or a hooked model.
-        batch: the rows; `batch.share_prefix` says whether their prefix is computed once.
+        batch: the rows; `batch.share_prefix` says whether their prefix may be computed once.
         prefix: keys and values to use for the first `batch.prefix_length` tokens instead of the model's own
             (at least as many), e.g. the base's.
 
     Raises:
         LensError: the model has no output embeddings, or does not compute its logits with them.
     """
-    if (packing := packing_for(model, batch)) is not None:
-        return _packed_step(model, batch, packing, prefix)
+    plan = plan_for(model, batch)
+    if plan.packing is not None:
+        return _packed_step(model, batch, plan.packing, prefix)
     n_rows, width = batch.ids.shape
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
-    start = batch.prefix_length if batch.share_prefix or prefix is not None else 0
+    start = plan.alone if prefix is None else batch.prefix_length
     with keep_plain_keys(model) if batch.plain_keys else nullcontext() as kept:
         if prefix is None and start:
             _, *once = forward_keeping(model, batch.ids[:1, :start], read=NOTHING)
@@ -120,14 +122,15 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
         keys=tuple(keys),
         values=tuple(values),
         plain_keys=kept.joined(keys) if kept else None,
+        prefix_pass=(1, start) if start else (n_rows, width),
     )
 
 
-def packing_for(model: Any, batch: TrainBatch) -> Packing | None:
-    """How `forward_step` packs this batch into one row; None where it does not."""
-    if not batch.share_prefix or batch.plain_keys:
-        return None
-    return packing_of(model, batch, batch.prefix_length)
+def plan_for(model: Any, batch: TrainBatch) -> Plan:
+    """The passes of `forward_step` on this batch."""
+    if not batch.share_prefix:
+        return Plan()
+    return plan_of(model, batch, batch.prefix_length, packs=not batch.plain_keys)
 
 
 def _in_rows(prefix: LayerTensors, length: int, n_rows: int) -> Past:
@@ -142,13 +145,8 @@ def _packed_step(model: Any, batch: TrainBatch, packing: Packing, prefix: LayerT
         packing = replace(packing, prefix_alone=batch.prefix_length > 0)
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
     *before, last = packing.pack(batch.ids)
-    past: Past | None = None
-    for ids in before:
-        if prefix is None:
-            past = forward_keeping(model, ids, read=NOTHING)[1:]
-        else:
-            past = _in_rows(prefix, ids.shape[1], n_rows=1)
     start = sum(ids.shape[1] for ids in before)
+    past = None if prefix is None or not start else _in_rows(prefix, start, n_rows=1)
     reads = packing.places[rows, targets_at - 1] - start
     logits, keys, values = forward_keeping(
         model,
@@ -166,6 +164,7 @@ def _packed_step(model: Any, batch: TrainBatch, packing: Packing, prefix: LayerT
         prefix_values=tuple(value[0, :, : batch.prefix_length] for value in values),
         keys=UnpackedLayers(packing, tuple(keys)),
         values=UnpackedLayers(packing, tuple(values)),
+        prefix_pass=(1, len(packing.rows)),
     )
 
 

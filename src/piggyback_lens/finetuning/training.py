@@ -34,15 +34,17 @@ from piggyback_lens.finetuning.checkpoints import (
     save_checkpoint,
     write_folder,
 )
-from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, packing_for, sft
+from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, plan_for, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
 from piggyback_lens.models.backends import n_positions_of
+from piggyback_lens.models.packing import rounds_coarsely
 from piggyback_lens.progress import track
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+WIDTHS = 16  # where rounding is coarse, so that few shapes of passes are met (see `TReFT`)
 RESERVED = {"step", "loss", "lr", "grad_norm", "tokens", "norm", "seconds"}  # history columns that are not loss terms
 
 
@@ -232,14 +234,19 @@ class _Run:
         chosen = batch_indices(self.lengths, self.settings.batch_size, self.settings.seed, index)
         device = next(iter(self.parameters.values())).device
         rows = [self.examples[number] for number in chosen]
-        plain_keys = bool(getattr(self.objective, "plain_keys", False))
-        return make_batch(rows, share_prefix=self.settings.share_prefix, device=device, plain_keys=plain_keys)
+        return make_batch(
+            rows,
+            share_prefix=self.settings.share_prefix,
+            device=device,
+            plain_keys=bool(getattr(self.objective, "plain_keys", False)),
+            multiple=WIDTHS if rounds_coarsely(self.model, device) else 1,
+        )
 
     def to_check(self, start: int) -> Iterator[TrainBatch]:
         """The batch of step `start`, and if that is not packed the next one that is."""
         for index in range(start, min(start + 50, self.settings.steps)):
             batch = self.batch(index)
-            packed = packing_for(self.model, batch) is not None
+            packed = plan_for(self.model, batch).packing is not None
             if packed or index == start:
                 yield batch
             if packed:

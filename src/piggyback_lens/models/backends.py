@@ -190,6 +190,11 @@ def embeddings_of(model: HookedModel) -> Float[Tensor, "vocab d_model"]:
     return found
 
 
+def width_of(model: Any) -> int:
+    """Numbers per token of the residual stream."""
+    return int(getattr(config_of(model), "hidden_size", None) or _first_parameter(model).shape[-1])
+
+
 def device_of(model: Any) -> torch.device:
     """Device of the input embeddings, where token ids go."""
     return _first_parameter(model).device

@@ -1,11 +1,12 @@
-"""One pass without padding: the prefix once, then the rest of every row, one behind the other.
+"""How a batch of rows that share a prefix goes through the model: packed into one row, prefix first, or as it is.
 
-A mask keeps the rows apart and lets each of them look at the prefix; positions count from the start of every
-row. Attention is causal, so the prefix sees no row, and the numbers are those of rows that are run alone.
+Packed: the prefix once, then the rest of every row, one behind the other, without padding. A mask keeps the rows apart
+and lets each of them look at the prefix; positions count from the start of every row. Attention is causal, so the
+prefix sees no row, and the numbers are those of rows that are run alone.
 
-Below float32, and on other devices than the CPU, the prefix has a pass of its own, as its reference has in
-`TReFT`: rounding depends on how many tokens run together, and in bfloat16 it would be a drift of 1e-4 in a model
-that is not trained yet (SmolLM2-135M).
+The way is chosen by what it costs. On a CPU that is arithmetic. On a GPU no pass is shorter than launching its kernels
+from Python, so a second pass costs more than the tokens that it saves. The costs are constants, not timed on the spot:
+the way decides the last bits, and a run that is resumed has to go on as it began.
 """
 
 import inspect
@@ -17,9 +18,10 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from piggyback_lens.conversations.batch import Batch
-from piggyback_lens.models.backends import config_of, core_of, floating_dtype, has_modules
+from piggyback_lens.models.backends import config_of, core_of, floating_dtype, has_modules, width_of
 from piggyback_lens.models.views import inner_model
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -28,6 +30,10 @@ ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that read other tokens by attention alone: convolutions and recurrences would mix the rows."""
 ATTENTION_COST = 1.2
 """What a multiplication of masked attention costs in those of a linear layer: measured 0.7 to 1.5 on two cores."""
+LAUNCH_S, FLOPS = 2.5e-3, 3e14
+"""On a GPU: seconds to launch one block with adapters, and operations per second: measured on an H200, 8B, bfloat16."""
+MULTIPLE = 64
+"""Where rounding is coarse a packed row is filled up to a multiple of this: passes of one shape round alike."""
 LONGEST = {"sdpa": 4096, "eager": 512}
 """Tokens of a packed row, by kind of attention: the mask, and with eager the scores, grow with their square."""
 
@@ -36,27 +42,31 @@ LONGEST = {"sdpa": 4096, "eager": 512}
 class Packing:
     """Which token of which row lies where in the packed row: `n_prefix` of row 0, then those of every row."""
 
-    rows: Int[Tensor, " token"]
+    rows: Int[Tensor, " token"]  # -1 where nothing is
     columns: Int[Tensor, " token"]
     places: Int[Tensor, "row pos"]  # of every token in the packed row; the prefix is everybody's, padding is at 0
     n_prefix: int
-    prefix_alone: bool = False  # in a pass before that of the rest
+    prefix_alone: bool = False  # its keys and values are given
 
     @classmethod
-    def place(cls, attention_mask: Int[Tensor, "row pos"], n_prefix: int, prefix_alone: bool = False) -> "Packing":
-        """The packing of right-padded rows whose first `n_prefix` tokens are the same."""
+    def place(cls, attention_mask: Int[Tensor, "row pos"], n_prefix: int, multiple: int = 1) -> "Packing":
+        """The packing of right-padded rows whose first `n_prefix` tokens are the same.
+
+        What fills up to a multiple is in no row (-1): nobody looks at it.
+        """
         once = attention_mask != 0
         once[1:, :n_prefix] = False
         rows, columns = once.nonzero(as_tuple=True)
         places = torch.zeros_like(attention_mask)
         places[rows, columns] = torch.arange(len(rows), device=rows.device)
         places[:, :n_prefix] = places[0, :n_prefix].clone()
-        return cls(rows, columns, places, n_prefix, prefix_alone and n_prefix > 0)
+        fill = -len(rows) % multiple
+        return cls(functional.pad(rows, (0, fill), value=-1), functional.pad(columns, (0, fill)), places, n_prefix)
 
     def mask(self) -> Bool[Tensor, "1 1 token token"]:
         """True where a token (third axis) looks at another."""
         same = self.rows[:, None] == self.rows
-        seen = same | (self.columns < self.n_prefix)
+        seen = same | ((self.columns < self.n_prefix) & (self.rows == 0))
         return (seen & (self.columns <= self.columns[:, None]))[None, None]
 
     def pack(self, values: Tensor) -> list[Tensor]:
@@ -94,24 +104,52 @@ class UnpackedLayers(Sequence[Tensor]):
         return self.packing.unpack(self.layers[index])
 
 
-def packing_of(model: Any, batch: Batch, n_prefix: int) -> Packing | None:
-    """How right-padded rows that share `n_prefix` tokens are packed; None where they cannot be, or would be slower.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The passes of a batch: `packing` of all rows in one, or `alone` tokens once and then the rest of the rows.
 
-    It needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), rows within
-    every attention window, and no more tokens than `LONGEST`. It pays where padding and shared tokens cost more than
-    attention across rows.
+    Neither: one pass of the rows as they are.
     """
-    if not _takes_masks(model, batch.ids.shape[1]):
-        return None
+
+    packing: Packing | None = None
+    alone: int = 0
+
+
+def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True) -> Plan:
+    """The cheapest way for right-padded rows that share `n_prefix` tokens.
+
+    Packing needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), rows
+    within every attention window, and no more tokens than `LONGEST`.
+
+    Args:
+        model: hooked, transformers or PEFT.
+        batch: the rows.
+        n_prefix: tokens that all of them share.
+        packs: False where something needs the rows apart.
+    """
     n_rows, width = batch.ids.shape
-    rest = width - n_prefix
-    tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * n_prefix
-    d_model = int(config_of(model).hidden_size)
-    packed = tokens + ATTENTION_COST * tokens**2 / (6 * d_model)  # a block: 12 d² weights, 2 d per pair of tokens
-    padded = n_prefix + n_rows * rest * (1 + ATTENTION_COST * width / (6 * d_model))
-    if packed >= padded or tokens > LONGEST[config_of(model)._attn_implementation]:
-        return None
-    return Packing.place(batch.attention_mask, n_prefix, _rounds_coarsely(model, batch.ids.device))
+    rest, d_model = width - n_prefix, width_of(model)
+    floor = fewest_tokens(batch.ids.device, d_model)
+
+    def cost(tokens: int, seen: int) -> float:  # a block: 12 d² weights, 2 d per pair of tokens
+        return max(floor, tokens * (1 + ATTENTION_COST * seen / (6 * d_model)))
+
+    ways = [(cost(n_rows * width, width), n_rows * width, Plan())]
+    if n_prefix and n_rows > 1:
+        both = cost(n_prefix, n_prefix) + cost(n_rows * rest, width)
+        ways.append((both, n_prefix + n_rows * rest, Plan(alone=n_prefix)))
+    if packs and _takes_masks(model, width):
+        tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * n_prefix
+        if tokens <= LONGEST[config_of(model)._attn_implementation]:
+            multiple = MULTIPLE if rounds_coarsely(model, batch.ids.device) else 1
+            packing = Packing.place(batch.attention_mask, n_prefix, multiple)
+            ways.append((cost(tokens, tokens), tokens, Plan(packing)))
+    return min(ways, key=lambda way: way[:2])[2]
+
+
+def fewest_tokens(device: torch.device, d_model: int) -> float:
+    """Tokens that are computed while a pass is launched: fewer take as long."""
+    return 0.0 if device.type == "cpu" else LAUNCH_S * FLOPS / (24 * d_model**2)
 
 
 def shortest_window(config: Any) -> int | None:
@@ -120,8 +158,8 @@ def shortest_window(config: Any) -> int | None:
     return min((window for window in windows if isinstance(window, int)), default=None)
 
 
-def _rounds_coarsely(model: Any, device: torch.device) -> bool:
-    """Whether it may: an accelerator may turn to TF32 or autocast behind float32 weights."""
+def rounds_coarsely(model: Any, device: torch.device) -> bool:
+    """Whether passes of another shape may differ visibly: accelerators may take TF32 or autocast in float32 too."""
     half = torch.finfo(floating_dtype(model)).bits < 32
     return half or device.type != "cpu" or torch.is_autocast_enabled(device.type)
 

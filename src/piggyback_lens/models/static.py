@@ -136,7 +136,7 @@ class StaticDecoding:
 
     def _capture(self) -> None:
         """Record one step. What the passes here write is overwritten when a batch begins."""
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # libraries choose their kernels and take their memory now
