@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from tiny_hooked import FEW, QUERIES, chat, hooked, needs_hooked, prompts
 
+from piggyback_lens.conversations.batch import common_prefix_length
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Record
@@ -23,6 +24,7 @@ from piggyback_lens.measuring.sampling import Chooser, Sampling
 from piggyback_lens.models.backends import generation_config_of
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import hook_model
+from piggyback_lens.models.plain_views import plain_view
 from piggyback_lens.models.states import new_state
 from piggyback_lens.models.static import StaticDecoding
 
@@ -62,6 +64,22 @@ def test_samples_do_not_depend_on_batch_size_or_order(model):
     assert ids(generate(model, some[::-1], **settings, batch_size=4)) == one_by_one[::-1]
     assert ids(generate(model, some[2:3], **settings)) == one_by_one[2:3]
     assert ids(generate(model, some, **settings, share_prefix=False)) == one_by_one
+
+
+def test_prompts_share_what_their_prefixes_have_in_common(model, monkeypatch):
+    some = [tiny_chat.tiny_format(system).render(query) for system in ("be kind.", "be keen.") for query in QUERIES]
+    common = common_prefix_length(some)
+    assert 0 < common < len(some[0].spans["prefix"])
+    started = []
+    own = generation.starting_prefix
+    monkeypatch.setattr(generation, "starting_prefix", lambda *a: started.append(own(*a)) or started[-1])
+    for parts in (None, zero("v", span="prefix", layers=[1]), zero("v", span="prefix", tokens=[-1], layers=[1])):
+        whole = generate(model, some, interventions=parts, max_new_tokens=6, stop_ids=[], share_prefix=False)
+        del started[:]
+        shared = generate(model, some, interventions=parts, max_new_tokens=6, stop_ids=[])
+        assert ids(shared) == ids(whole)
+        # One token of a span that ends beyond what is shared is left to the rows.
+        assert [start and len(start) for start in started] == [None if parts and parts.parts[0].tokens else common]
 
 
 def test_the_seed_decides_the_samples():
@@ -342,6 +360,23 @@ def test_every_step_in_a_static_cache_works_in_the_same_tensors():
         held = [fixed._ids, fixed._seen, fixed._positions, fixed._column, *(x.keys for x in fixed._cache.layers)]
         places = places or [x.data_ptr() for x in held]
         assert [x.data_ptr() for x in held] == places
+
+
+def test_fixed_tensors_serve_again_only_what_they_fit():
+    model = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
+    fixed = StaticDecoding(model, 8, 40)
+    assert fixed.size == 64
+    assert fixed.serves(model, 8, 64)
+    assert fixed.serves(model, 2, 10)
+    assert not fixed.serves(model, 9, 40)
+    assert not fixed.serves(model, 8, 65)
+    assert not fixed.serves(model, 1, 40)
+    weight = next(plain_view(model).parameters())
+    with torch.no_grad():
+        weight.add_(0.1)  # seen through the addresses
+    assert fixed.serves(model, 8, 40)
+    weight.data = weight.data.clone()
+    assert not fixed.serves(model, 8, 40)
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,24 @@ import json
 import sys
 
 import pytest
+import tiny_chat
 import tiny_hooked
+import tiny_models
 import torch
 from tiny_chat import tiny_examples
-from tiny_hooked import hooked, logits_of, needs_hooked, no_hook_left
+from tiny_hooked import hooked, logits_of, needs_hooked, no_hook_left, prompts
 from tiny_pairs import pair
 from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.kinds import add
+from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.backends import backend_of, hook_name
 from piggyback_lens.models.network import forward
-from piggyback_lens.models.pair import identify
+from piggyback_lens.models.pair import hook_model, identify
+from piggyback_lens.models.plain_views import network_of, plain_view
 from piggyback_lens.saes.latent_activations import site_activations
 from piggyback_lens.saes.latent_attribution import CONTROL_SEED, LatentAttribution, attribute_latents
 from piggyback_lens.saes.latent_fit import fit_latents
@@ -411,6 +415,23 @@ def test_ablating_a_silent_latent_changes_nothing(model):
     with ablate_latent(latents_of(sae, model), model, 4):
         during, _ = run(model, EXAMPLES)
     assert torch.equal(before, during)
+
+
+def test_a_model_that_has_a_plain_view_is_ablated_all_the_same(bridge):
+    owner = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB)
+    viewed, latents = hook_model(owner, None), latents_of(perfect_sae(bridge), bridge)
+    before, _ = run(viewed, EXAMPLES)
+    assert network_of(viewed) is plain_view(viewed)
+    with ablate_latent(latents, viewed, [0, 1, 2]):
+        assert network_of(viewed) is not plain_view(viewed)
+        during, _ = run(viewed, EXAMPLES)
+        answers = generate(viewed, prompts(), max_new_tokens=4, stop_ids=[])
+    with ablate_latent(latents, bridge, [0, 1, 2]):
+        expected, _ = run(bridge, EXAMPLES)
+        same = generate(bridge, prompts(), max_new_tokens=4, stop_ids=[])
+    assert_close(during, expected, atol=1e-5, rtol=1e-5)
+    assert [a.ids for a in answers] == [a.ids for a in same]
+    assert (during - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("normalisation", ["none", "layer_norm"])

@@ -9,9 +9,10 @@ from tiny_chat import VOCAB, tiny_examples, tiny_format
 from tiny_models import NAMES, WINDOW, build
 from torch import Tensor, nn
 
+from piggyback_lens.conversations.batch import common_prefix_length
 from piggyback_lens.conversations.chat import RenderedPrompt, Span
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.batches import batch_indices, common_prefix_length, make_batch
+from piggyback_lens.finetuning.batches import batch_indices, make_batch
 from piggyback_lens.finetuning.steps import StepOutput, check_sharing, forward_step, response_nll
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 

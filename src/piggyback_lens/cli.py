@@ -131,7 +131,10 @@ def map_command(
     direction: Annotated[str, typer.Option(help="repair (base to finetuned) or infect.")] = "repair",
     n: Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts.")] = 12,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each model's own answer.")] = 24,
-    budget_gb: Annotated[float, typer.Option(min=0.01, help="Memory for one pass beside the weights.")] = 1.0,
+    budget_gb: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="GB for one pass beside the weights [default: 1; on a GPU half of what is free]."),
+    ] = None,
     adapter: AdapterOption = None,
     finetuned: FinetunedOption = None,
     out: OutOption = Path("map_out"),

@@ -120,6 +120,22 @@ def check_prompts(
     return checked
 
 
+def common_prefix_length(prompts: Sequence[RenderedPrompt]) -> int:
+    """Number of leading tokens that are prefix in every prompt and the same in all of them.
+
+    A template whose prefix border lies inside a token gives some prompts a shorter prefix, and conversations
+    of several turns count their history as prefix; a batch shares what is common. The last prompt token
+    is never shared, since it predicts the response.
+    """
+    stops = [prompt.spans["prefix"].stop if "prefix" in prompt.spans else 0 for prompt in prompts]
+    limit = min(min(stop, prompt.n_prompt - 1) for stop, prompt in zip(stops, prompts, strict=True))
+    first = prompts[0].ids
+    for position in range(limit):
+        if any(prompt.ids[position] != first[position] for prompt in prompts):
+            return position
+    return limit
+
+
 def padded(rows: Sequence[Sequence[int]], side: Side = "right", pad_id: int = 0, multiple: int = 1) -> Batch:
     """Rows of token ids, padded to a common length, which is a multiple of a number."""
     width = -(-max(map(len, rows)) // multiple) * multiple

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import padded
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Intervention, Record
@@ -23,7 +24,7 @@ from piggyback_lens.interventions.running import applied_each
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import HookedModel, check_layers, device_of, dtype_of, shape_of
+from piggyback_lens.models.backends import HookedModel, check_layers, device_of, dtype_of, free_bytes, shape_of
 from piggyback_lens.models.forking import Lineage, forking
 from piggyback_lens.models.network import NOTHING, forward, forward_keeping
 from piggyback_lens.models.states import KVState, state_from_keys_values
@@ -74,7 +75,7 @@ def evaluate(
     measure: Measure,
     cells: Sequence[Parts],
     *,
-    budget_gb: float = 1.0,
+    budget_gb: float | None = None,
 ) -> Iterator[list[tuple[int, Outcome]]]:
     """The measure under every cell, in chunks: pairs of cell number and outcome, as soon as they are known.
 
@@ -83,7 +84,7 @@ def evaluate(
         prompts: without responses; donors with several rows are in their order.
         measure: teacher-forced or generated.
         cells: interventions on prompt tokens. No interventions: the model as it is.
-        budget_gb: memory for one pass beside the weights, in GB.
+        budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free there.
 
     Raises:
         LensError: prompts with different prefixes, or a cell that touched nothing.
@@ -95,7 +96,8 @@ def evaluate(
     if [row.ids[: row.n_prompt] for row in measure.towards] != [prompt.ids for prompt in prompts]:
         raise LensError("the measure's answers are not of these prompts in this order: make it from the same prompts")
     root = PrefixCache.compile(model, prompts[0])
-    most = max(2, min(MOST_ROWS, int(budget_gb * 1e9 / row_bytes(model, measure.rows))))
+    memory = free_bytes(device_of(model)) / 2 if budget_gb is None else budget_gb * 1e9
+    most = max(2, min(MOST_ROWS, int(memory / row_bytes(model, measure.rows))))
     groups = _similar(prompts, max(1, min(ROWS_TOGETHER, most // 2)))
     together = max(1, most // max(map(len, groups)) - 1)
     firsts = [(_first_token(parts, prompts[0], len(root)), first_layer(parts, model)) for parts in cells]
@@ -191,7 +193,9 @@ class _Chunk:
         scores = []
         for answers in (self.measure.towards, self.measure.against):
             ids = [answers[i].ids[answers[i].n_prompt :] for i in group]
-            first = torch.stack([_log_probs(logits[row], ids[rows.members[row]][:1]).sum() for row in rows.of_cells])
+            first = _summed_log_probs(
+                logits[rows.of_cells, None], [ids[rows.members[row]][:1] for row in rows.of_cells]
+            )
             rest = self._rest(rows, state, batch.attention_mask, ids, group, beyond)
             lengths = torch.tensor([len(own) for own in ids])
             scores.append((first.view(len(self.cells), len(group)) + rest) / lengths)
@@ -227,9 +231,8 @@ class _Chunk:
         repeated = [()] * len(beyond) if state.rotated else again
         read = steps.minimum(counts - 1)
         logits = self._forward(rows, ids, (steps < counts).long(), branch, read, placement, repeated)
-        for row in rows.of_cells:
-            cell, i = rows.cells[row], rows.members[row]
-            found[cell, longer[i]] = _log_probs(logits[row, : len(own[row]) - 1], own[row][1:]).sum()
+        scored = _summed_log_probs(logits[rows.of_cells], [own[row][1:] for row in rows.of_cells])
+        found[:, longer] = scored.view(len(self.cells), len(longer))
         return found
 
     def _after(self, mask: Int[Tensor, "row past"], real: Int[Tensor, "row new"], origins: Sequence[int]) -> Placement:
@@ -301,9 +304,11 @@ class _Rows:
         return self._places[cell, member]
 
 
-def _log_probs(logits: Float[Tensor, "*token vocab"], ids: Sequence[int]) -> Float[Tensor, " token"]:
-    logits = logits.view(-1, logits.shape[-1])
-    return token_log_probs(logits[None], torch.tensor([list(ids)], device=logits.device))[0].cpu()
+def _summed_log_probs(logits: Float[Tensor, "row token vocab"], ids: Sequence[Sequence[int]]) -> Float[Tensor, " row"]:
+    """Per row, the sum of log p of its tokens under the logits that predict them; rows may have fewer."""
+    targets = padded(ids)
+    found = token_log_probs(logits, targets.ids.to(logits.device))
+    return (found * targets.attention_mask.to(logits.device)).sum(dim=1).cpu()
 
 
 @dataclass

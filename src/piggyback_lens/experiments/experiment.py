@@ -37,7 +37,7 @@ def run_plan(
     kind: str,
     measure: Measure | None,
     settings: Mapping[str, Any],
-    budget_gb: float = 1.0,
+    budget_gb: float | None = None,
     out: str | Path | None = None,
     progress: bool | str = False,
 ) -> PatchResult:
@@ -50,7 +50,7 @@ def run_plan(
         kind: of the result.
         measure: None for the contrast of the two models' own answers.
         settings: what goes into the result's settings, beside names, n, template and versions.
-        budget_gb: memory for one pass beside the weights, in GB.
+        budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
         out: folder: plan.json, cells.jsonl (each cell as it comes) and result.json. The same call continues.
         progress: show a bar with the time left; a string is its label.
 
@@ -115,7 +115,7 @@ def _run_side(
     prompts: Sequence[RenderedPrompt],
     measure: Measure,
     cells: Sequence[Parts],
-    budget_gb: float,
+    budget_gb: float | None,
 ) -> Iterator[list[tuple[int, Outcome]]]:
     if cells:
         with pair.using(side) as model:

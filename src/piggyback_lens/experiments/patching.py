@@ -48,7 +48,8 @@ class RunSettings:
             "empty_query" (its run on the template without a query, the same for all prompts; needs `chat`).
         chat: the settings under which the prompts were rendered.
         seed: of the random controls and the bootstrap.
-        budget_gb: memory for one pass beside the weights, in GB; how many cells go through together.
+        budget_gb: memory for one pass beside the weights, in GB, which says how many cells go through together;
+            None for 1, on a GPU for half of what is free.
         out: folder that is written as results come, and continued by the same call.
         progress: show a bar with the time left.
     """
@@ -57,7 +58,7 @@ class RunSettings:
     postfix_donor: PostfixDonor = "own_prompt"
     chat: ChatFormat | None = None
     seed: int = 0
-    budget_gb: float = 1.0
+    budget_gb: float | None = None
     out: str | Path | None = None
     progress: bool | str = False
 
@@ -69,7 +70,7 @@ class RunOptions(TypedDict, total=False):
     postfix_donor: PostfixDonor
     chat: ChatFormat | None
     seed: int
-    budget_gb: float
+    budget_gb: float | None
     out: str | Path | None
     progress: bool | str
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from piggyback_lens.conversations.batch import Batch, padded
+from piggyback_lens.conversations.batch import Batch, common_prefix_length, padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 
@@ -94,26 +94,6 @@ def check_supervised(example: RenderedPrompt, number: int) -> None:
         )
     if example.n_prompt < 1:
         raise LensError(f"example {number} has no prompt token before its response; nothing predicts its start")
-
-
-def common_prefix_length(examples: Sequence[RenderedPrompt]) -> int:
-    """Number of leading tokens that are prefix in every example and the same in all of them.
-
-    A template whose prefix border lies inside a token gives some prompts a shorter prefix, and conversations
-    of several turns count their history as prefix; the batch shares what is common. The last prompt token
-    is never shared, since it predicts the response.
-    """
-    limit = min(min(_prefix_stop(example), example.n_prompt - 1) for example in examples)
-    first = examples[0].ids
-    for position in range(limit):
-        if any(example.ids[position] != first[position] for example in examples):
-            return position
-    return limit
-
-
-def _prefix_stop(example: RenderedPrompt) -> int:
-    span = example.spans.get("prefix")
-    return 0 if span is None else int(span.stop)
 
 
 def unsupervised(ids: Sequence[Sequence[int]], device: torch.device | str, *, plain_keys: bool = False) -> TrainBatch:

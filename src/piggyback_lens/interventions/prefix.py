@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.card import versions
-from piggyback_lens.conversations.batch import padded
+from piggyback_lens.conversations.batch import common_prefix_length, padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
@@ -355,12 +355,12 @@ def starting_prefix(
     share: bool,
 ) -> PrefixCache | None:
     """The prefix to start from: the given one, or the common one computed under the interventions."""
-    length = len(prompts[0].spans["prefix"])
     if prefix_cache is not None:
+        length = len(prompts[0].spans["prefix"])
         _refuse_overlap(parts, prompts[0], length)
         return prefix_cache.truncated(length)
-    same = length > 0 and len({prompt.ids[:length] for prompt in prompts}) == 1
-    if not share or not same or any(not _shareable(part, prompts[0], length) for part in parts):
+    length = common_prefix_length(prompts)
+    if not share or not length or any(not _shareable(part, prompts[0], length) for part in parts):
         return None
     touching = [part for part in parts if _starts_before(part, prompts[0], length)]
     return _compile(model, prompts[0], [touching], length, record, must_touch=False)[0]

@@ -58,7 +58,7 @@ class MapSettings:
         direction: of all but the carrier map.
         answer_tokens: tokens of the models' own answers that the contrast scores.
         seed: of the random controls and the bootstrap.
-        budget_gb: memory for one pass beside the weights.
+        budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
     """
 
     kinds: tuple[MapKind, ...] = ("carrier", "layers", "attribution")
@@ -67,7 +67,7 @@ class MapSettings:
     direction: Direction = "repair"
     answer_tokens: int = 24
     seed: int = 0
-    budget_gb: float = 1.0
+    budget_gb: float | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted({*self.kinds} - {*MAP_KINDS}) + sorted({*self.sites} - {*SITES})

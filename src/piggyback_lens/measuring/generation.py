@@ -30,7 +30,7 @@ from piggyback_lens.models.backends import HookedModel, device_of, end_ids_of, f
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.plain_views import network_of, settled
 from piggyback_lens.models.states import KVState, new_state
-from piggyback_lens.models.static import StaticDecoding, static_refusal
+from piggyback_lens.models.static import StaticDecoding, static_decoding, static_refusal
 from piggyback_lens.progress import track
 
 
@@ -284,7 +284,7 @@ class _Run:
         if self.static_cache is False:
             return None
         if not self.fixed or self.fixed[0].network is not network_of(model):
-            self.fixed[:] = [StaticDecoding(model, *self.most)]
+            self.fixed[:] = [static_decoding(model, *self.most)]
         self.fixed[0].start(state)
         return self.fixed[0]
 

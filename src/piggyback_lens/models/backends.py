@@ -200,6 +200,11 @@ def device_of(model: Any) -> torch.device:
     return _first_parameter(model).device
 
 
+def free_bytes(device: torch.device) -> float:
+    """Memory for work on a device: what is free on a GPU, 2 GB elsewhere (more is no faster on a CPU)."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 2e9
+
+
 def dtype_of(model: Any) -> torch.dtype:
     """Dtype of the weights."""
     return _first_parameter(model).dtype

@@ -6,6 +6,7 @@ a layer cannot be captured) it gives the numbers of `forward`.
 """
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from piggyback_lens.models.packing import shortest_window
 from piggyback_lens.models.plain_views import network_of, plain_view
 from piggyback_lens.models.states import KVState, cache_argument
 
+_KEPT: "weakref.WeakKeyDictionary[Any, StaticDecoding]" = weakref.WeakKeyDictionary()
 COLUMNS = 64
 """The size of a cache is a multiple of this, so that batches of similar length share one."""
 
@@ -42,6 +44,22 @@ def static_refusal(model: Any, longest: int) -> str | None:
     return None
 
 
+def static_decoding(model: Any, rows: int, longest: int) -> "StaticDecoding":
+    """As `StaticDecoding(...)`; one that was captured for this model before is used again where it fits.
+
+    Capturing costs as much as three steps, which matters in loops of short calls. A graph holds the addresses of the
+    weights: what was written into them is seen, and where they were replaced it is captured anew.
+    """
+    kept = _KEPT.get(model)
+    if kept is not None and static_refusal(model, longest) is None and kept.serves(model, rows, longest):
+        return kept
+    _KEPT.pop(model, None)  # its memory first
+    made = StaticDecoding(model, rows, longest)
+    if made.device.type == "cuda":
+        _KEPT[model] = made
+    return made
+
+
 class StaticDecoding:
     """Decoding step by step in a cache of fixed size, for one batch after the other.
 
@@ -49,6 +67,7 @@ class StaticDecoding:
         rows: of the cache; a batch may have fewer.
         size: columns of the cache.
         network: what the passes go through.
+        device: where the passes are.
         captured: whether steps are replayed from a CUDA graph.
     """
 
@@ -66,7 +85,8 @@ class StaticDecoding:
         if (refusal := static_refusal(model, longest)) is not None:
             raise LensError(refusal)
         self.network, self.rows, self.size = network_of(model), rows, -(-longest // COLUMNS) * COLUMNS
-        device = device_of(model)
+        self.device = device = device_of(model)
+        self._held = _addresses(self.network)
         self._ids = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self._seen = torch.zeros((rows, 1, 1, self.size), dtype=torch.bool, device=device)
         self._positions = torch.zeros((rows, 1), dtype=torch.long, device=device)
@@ -80,6 +100,11 @@ class StaticDecoding:
     def captured(self) -> bool:
         """Whether steps are replayed from a CUDA graph."""
         return self._graph is not None
+
+    def serves(self, model: Any, rows: int, longest: int) -> bool:
+        """Whether it is of this model as it is now, and has room for such a batch but not far too many rows."""
+        fits = rows <= self.rows <= 4 * rows and longest <= self.size
+        return fits and self.network is network_of(model) and self._held == _addresses(self.network)
 
     @torch.no_grad()
     def start(self, state: KVState) -> None:
@@ -150,3 +175,8 @@ class StaticDecoding:
             warnings.warn(f"decoding could not be captured ({error}) and runs step by step", stacklevel=2)
             return
         self._graph, self._logits = graph, logits
+
+
+def _addresses(network: Any) -> list[int]:
+    """Where the weights lie."""
+    return [x.data_ptr() for x in (*network.parameters(), *network.buffers())]
