@@ -137,7 +137,7 @@ def sample_rows(setting, new_tokens, model=None):
         return [generate(model, [prompt], samples=[number], **limits)[0] for number in range(16)]
 
     setting.assert_answers([answer.ids for answer in together()], [answer.ids for answer in apart()])
-    setting.add("16 samples of a prompt", "16 calls of one", *setting.in_turns(apart, together))
+    setting.add("16 samples of a prompt", "16 calls of one", *setting.in_turns(apart, together, 1))
 
 
 def main():

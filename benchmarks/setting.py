@@ -154,7 +154,8 @@ class Setting:
             "device": torch.cuda.get_device_name() if self.device != "cpu" else f"{self.threads} threads",
             **{package: version(package) for package in ("torch", "transformers", "peft", "transformer-lens")},
         }  # fmt: skip
-        print(", ".join(map(str, (*self.facts.values(), f"medians of {self.repeats}", *more))) + "\n")
+        facts = [f"{name} {value}" for name, value in self.facts.items()]
+        print(", ".join([*facts, f"medians of {self.repeats}", *more]) + "\n")
         print(HEAD, flush=True)
 
     def end(self):
