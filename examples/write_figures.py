@@ -62,7 +62,7 @@ def command(card: dict) -> str:
 
 def duration(card: dict) -> str:
     """Training and audit in minutes."""
-    parts = {"training": card["training_seconds"], "audit": card["seconds"]["audit"]}
+    parts = {"training": card["training_seconds"], "audit": card["seconds"]}
     return ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in parts.items())
 
 

@@ -12,7 +12,7 @@ from tiny_hooked import BACKENDS
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.donors import kv_patch
 from piggyback_lens.jobs.auditing import CONDITIONS, AuditResult, AuditSettings, audit, check_identity
-from piggyback_lens.jobs.summary import report, table
+from piggyback_lens.jobs.summary import table
 from piggyback_lens.maths import recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
@@ -84,10 +84,10 @@ class Killed(Exception):
 
 
 def test_a_killed_audit_resumes_to_the_same_result_without_doing_anything_twice(pair, chat, tmp_path, monkeypatch):
-    import piggyback_lens.jobs.auditing as auditing
+    import piggyback_lens.results.run as run_module
 
     whole = run(pair, chat, tmp_path / "whole")
-    real, calls = auditing.append_jsonl, []
+    real, calls = run_module.append_jsonl, []
 
     def dying(path, rows):
         calls.append(len(list(rows)))
@@ -95,12 +95,12 @@ def test_a_killed_audit_resumes_to_the_same_result_without_doing_anything_twice(
             raise Killed
         return real(path, rows)
 
-    monkeypatch.setattr(auditing, "append_jsonl", dying)
+    monkeypatch.setattr(run_module, "append_jsonl", dying)
     with pytest.raises(Killed):
         run(pair, chat, tmp_path / "cut")
     done = len((tmp_path / "cut" / "rows.jsonl").read_text().splitlines())
     assert 0 < done < len(whole.rows)
-    monkeypatch.setattr(auditing, "append_jsonl", real)
+    monkeypatch.setattr(run_module, "append_jsonl", real)
     resumed = run(pair, chat, tmp_path / "cut")
     assert resumed.rows == whole.rows
     assert len((tmp_path / "cut" / "rows.jsonl").read_text().splitlines()) == len(whole.rows)
@@ -111,7 +111,7 @@ def test_a_killed_audit_resumes_to_the_same_result_without_doing_anything_twice(
 def test_a_folder_of_another_audit_is_refused_by_name_of_what_differs(pair, chat, tmp_path):
     run(pair, chat, tmp_path)
     other = AuditSettings(max_new_tokens=6, batch_size=3, curve_prompts=0)
-    with pytest.raises(LensError, match="holds an audit with settings"):
+    with pytest.raises(LensError, match=r"belongs to another run: settings\.max_new_tokens is 5 there, 6 here"):
         run(pair, chat, tmp_path, settings=other)
     with pytest.raises(LensError, match="another base model"):
         run(tiny_pair((2, 1), pair.backend), chat, tmp_path)
@@ -121,11 +121,11 @@ def test_files_are_complete_and_the_prefix_cache_is_the_repair(pair, chat, tmp_p
     from piggyback_lens.interventions.prefix import PrefixCache
 
     result = run(pair, chat, tmp_path)
-    path = report(result, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "audit.json", "rows.jsonl", "layer_curve.json", "results.json", "report.html", "prefix_cache",
+    path = tmp_path / "report.html"  # the audit's own
+    assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
+        "run.json", "rows.jsonl", "layer_curve", "result.json", "report.html", "prefix_cache",
     }  # fmt: skip
-    facts = json.loads((tmp_path / "results.json").read_text())
+    facts = json.loads((tmp_path / "result.json").read_text())
     assert facts["verdict"] == result.verdict
     assert len(facts["summary"]) == 14
     assert facts["card"]["template"]["fingerprint"] == chat.fingerprint
@@ -169,5 +169,5 @@ def test_the_verdict_follows_from_the_intervals():
 
 
 def test_too_few_prompts_are_refused(pair, chat):
-    with pytest.raises(LensError, match="2 on-topic prompts given, at least 3"):
+    with pytest.raises(LensError, match="2 on-topic prompts given, an interval needs at least 3"):
         audit(pair, QUERIES[:2], QUERIES, LETTERS, chat=chat, settings=SETTINGS)

@@ -61,7 +61,7 @@ def call(monkeypatch, words):
 def test_an_audit_of_an_adapter_writes_a_report_and_says_its_verdict(files, tmp_path, monkeypatch, capsys, backend):
     call(monkeypatch, command(files, "--out", tmp_path, "--backend", backend))
     printed = capsys.readouterr().out
-    facts = json.loads((tmp_path / "results.json").read_text())
+    facts = json.loads((tmp_path / "result.json").read_text())
     assert " ".join(facts["verdict"].split()) in " ".join(printed.split())
     assert (tmp_path / "report.html").stat().st_size > 100_000
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
@@ -79,14 +79,14 @@ def test_a_map_writes_its_experiments_and_a_report_and_continues(files, tmp_path
     words = laboratory(files, "map", "--prompts", files / "off.txt", "--out", tmp_path, "--answer-tokens", 3, *kinds)
     call(monkeypatch, words)
     printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "result.json").read_text())
     assert results["verdict"] in printed
     assert set(results["maps"]) == {"carrier", "layers", "positions", "attribution", "span"}
     assert (tmp_path / "report.html").stat().st_size > 100_000
-    before = {file: file.read_bytes() for file in tmp_path.glob("*/cells.jsonl")}
-    assert len(before) == 4
+    before = {file: file.read_bytes() for file in tmp_path.glob("**/rows.jsonl")}
+    assert len(before) == 5  # those of the cells that attribution was checked on too
     call(monkeypatch, words)
-    assert {file: file.read_bytes() for file in tmp_path.glob("*/cells.jsonl")} == before
+    assert {file: file.read_bytes() for file in tmp_path.glob("**/rows.jsonl")} == before
 
 
 def test_maps_of_other_prompts_do_not_go_into_the_same_folder(files, tmp_path, monkeypatch, capsys):
@@ -95,7 +95,7 @@ def test_maps_of_other_prompts_do_not_go_into_the_same_folder(files, tmp_path, m
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, laboratory(files, "map", "--prompts", files / "on.txt", *words))
     assert stopped.value.code == 2
-    assert "maps of other prompts" in capsys.readouterr().err
+    assert "belongs to another run: n is 5 there, 3 here" in capsys.readouterr().err
 
 
 MAP_FAULTS = {
@@ -122,17 +122,17 @@ def test_a_perturbation_writes_rows_and_a_report(files, tmp_path, monkeypatch, c
     topics = ["--on-topic", files / "on.txt", "--off-topic", files / "off.txt", "--behaviour", "words"]
     words = ["--trials", 2, "--n-tokens", 2, "--max-new-tokens", 3, "--out", tmp_path]
     call(monkeypatch, laboratory(files, "perturb", *topics, *words))
-    assert json.loads((tmp_path / "results.json").read_text())["verdict"] in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["verdict"] in capsys.readouterr().out
     assert (tmp_path / "report.html").stat().st_size > 100_000
-    assert len((tmp_path / "perturb.jsonl").read_text().splitlines()) == 8 * (2 + 3 * 2 * 2)
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 8 * (2 + 3 * 2 * 2)
 
 
 def test_a_stress_suite_writes_rows_and_a_report(files, tmp_path, monkeypatch, capsys):
     words = ["--prompts", files / "off.txt", "--behaviour", "words", "--max-new-tokens", 3, "--out", tmp_path]
     call(monkeypatch, laboratory(files, "stress", *words))
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "result.json").read_text())
     assert results["verdict"] in capsys.readouterr().out
-    assert {row["side"] for row in results["summary"]} == {"base", "finetuned"}
+    assert {row["side"] for row in results["rows"]} == {"base", "finetuned"}
     assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
@@ -191,12 +191,12 @@ def test_unknown_options_end_with_status_2(monkeypatch, capsys):
 def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch, capsys):
     import errno
 
-    import piggyback_lens.jobs.auditing as auditing
+    import piggyback_lens.results.run as run_module
 
     def full(path, rows):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(auditing, "append_jsonl", full)
+    monkeypatch.setattr(run_module, "append_jsonl", full)
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, command(files, "--out", tmp_path / "out"))
     assert stop.value.code == 2
@@ -204,9 +204,9 @@ def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(files, tmp_path, monkeypatch, capsys):
-    import piggyback_lens.jobs.auditing as auditing
+    import piggyback_lens.results.run as run_module
 
-    real, calls = auditing.append_jsonl, []
+    real, calls = run_module.append_jsonl, []
 
     def interrupted(path, rows):
         calls.append(1)
@@ -214,11 +214,11 @@ def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(files, tmp_path,
             raise KeyboardInterrupt
         return real(path, rows)
 
-    monkeypatch.setattr(auditing, "append_jsonl", interrupted)
+    monkeypatch.setattr(run_module, "append_jsonl", interrupted)
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, command(files, "--out", tmp_path / "out"))
     assert stop.value.code == 130
-    monkeypatch.setattr(auditing, "append_jsonl", real)
+    monkeypatch.setattr(run_module, "append_jsonl", real)
     call(monkeypatch, command(files, "--out", tmp_path / "out"))
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 56
 

@@ -317,12 +317,12 @@ def test_a_folder_is_extended_by_methods_and_seeds(model, tmp_path, trained):
     [
         ({"max_new_tokens": 6}, "max_new_tokens is 5 there, 6 here"),
         ({"split": "validation"}, "split is 'test' there, 'validation' here"),
-        ({"training": TrainSettings(steps=4, batch_size=4)}, "training is {.*'steps': 3.* there"),
-        ({"lora": LoRASettings(rank=1)}, "lora is .* there"),
+        ({"training": TrainSettings(steps=4, batch_size=4)}, r"training\.steps is 3 there, 4 here"),
+        ({"lora": LoRASettings(rank=1)}, r"lora\.rank is \d there, 1 here"),
     ],
 )
 def test_the_folder_of_another_comparison_is_refused_by_name(model, everything, change, said):
-    with pytest.raises(LensError, match=f"grid.json belongs to another comparison: {said}.*another folder"):
+    with pytest.raises(LensError, match=f"grid.json belongs to another run: .*{said}.*another folder"):
         compare(model, everything[1], **change)
 
 
@@ -330,7 +330,7 @@ def test_the_folder_of_another_model_is_refused(model, everything, tmp_path):
     tokenizer = tiny_chat.tiny_tokenizer()
     tiny_models.build("llama-gqa", 1, vocab=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(LensError, match=r"grid.json belongs to another comparison: model is .* there"):
+    with pytest.raises(LensError, match=r"grid.json belongs to another run: model is .* there"):
         compare(str(tmp_path), everything[1])
 
 
@@ -549,8 +549,9 @@ def test_the_verdict_names_the_method_that_is_nearest_to_the_base():
 
 
 def test_a_file_that_is_no_comparison_is_refused(tmp_path):
-    (tmp_path / "results.json").write_text('{"cells": [{}], "bases": {}, "card": {}}')
-    with pytest.raises(LensError, match="is no comparison of methods"):
+    fields = '"format": "piggyback_lens.comparison.1", "cells": [{}], "bases": {}, "card": {}'
+    (tmp_path / "result.json").write_text("{" + fields + "}")
+    with pytest.raises(LensError, match="is no whole Comparison"):
         Comparison.load(tmp_path)
 
 

@@ -224,9 +224,7 @@ def test_cells_that_fail_are_named_after_the_others_are_saved(model, tmp_path, m
 
     monkeypatch.setattr(cells_module, "train", train)
     executor = workers and ThreadPoolExecutor(workers)
-    said = (
-        r"^1 of 2 cells failed, the others are in .*results.json; the same call .*: sft_lr=1_seed0_\w+: made to fail$"
-    )
+    said = r"^1 of 2 cells failed, the others are in .*result.json; the same call .*: sft_lr=1_seed0_\w+: made to fail$"
     with pytest.raises(LensError, match=said) as caught:
         compare(model, tmp_path, ["sft:lr=1", "sft"], executor=executor)
     assert isinstance(caught.value.__cause__, LensError)
@@ -271,14 +269,14 @@ def test_a_cell_that_was_finished_before_the_lock_came_is_left_as_it_is(model, t
     compare(model, tmp_path)
     folder = cell_folder(tmp_path, Cell(Method(), 0))
     (folder / "cell.json").rename(tmp_path / "aside")
-    original = cells_module._lock
+    original = cells_module.locked
 
-    def late(where, timeout=-1.0):
+    def late(where, **how):
         if where == folder:
             (tmp_path / "aside").rename(folder / "cell.json")
-        return original(where, timeout)
+        return original(where, **how)
 
-    monkeypatch.setattr(cells_module, "_lock", late)
+    monkeypatch.setattr(cells_module, "locked", late)
     assert len(compare(model, tmp_path).cells) == 1
 
 

@@ -348,7 +348,7 @@ def test_every_curve_survives_its_file_and_draws_all_its_series(tmp_path, kind):
     assert {t.line.color for t in figure.data if t.name and "control" in t.name} == {"#666666"}
     assert "texts" in figure.layout.title.subtitle.text
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(LensError, match="not a curve"):
+    with pytest.raises(LensError, match=r"says no format.*no Curve"):
         Curve.load(tmp_path / "x.json")
 
 

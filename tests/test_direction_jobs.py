@@ -69,9 +69,9 @@ def lora(rank=1, modules=("down",)):
 
 
 def results(folder):
-    """What results.json says, without the machine's part."""
-    found = json.loads((folder / "results.json").read_text())
-    found.pop("card")
+    """What result.json says, without the machine's part."""
+    found = json.loads((folder / "result.json").read_text())
+    found.pop("card", None)
     return found
 
 
@@ -126,10 +126,10 @@ def test_retain_prompts_get_the_bases_own_answers_once(tmp_path, monkeypatch):
     settings = replace(TRAIN, kl=1.0, interleave=0.2)
     train_direction_job(model(), EXAMPLES, settings, retain=PROMPTS, out=tmp_path, progress=False)
     expected = [list(answer.ids) for answer in generate(model(), PROMPTS, max_new_tokens=4)]
-    assert json.loads((tmp_path / "retain_answers.json").read_text())["answers"] == expected
+    assert json.loads((tmp_path / "retain_answers.json").read_text()) == expected
     identity = json.loads((tmp_path / "training" / "result.json").read_text())["identity"]
     assert identity["examples"]["number"] == 10  # 8 and 2 of the retain data
-    with pytest.raises(LensError, match="other retain prompts"):
+    with pytest.raises(LensError, match=r"belongs to another run: data\.retain is"):
         train_direction_job(model(), EXAMPLES, settings, retain=PROMPTS[:2], out=tmp_path, progress=False)
 
 
@@ -195,7 +195,7 @@ def test_every_curve_is_written_and_two_solutions_are_compared_at_equal_norms(tm
     found = draw(tmp_path, settings=all_kinds())
     assert list(found) == ["efficiency", "stability", "significance", "ablation"]
     for kind, curve in found.items():
-        assert Curve.load(tmp_path / f"{kind}.json").points == curve.points
+        assert Curve.load(tmp_path / kind / "result.json").points == curve.points
     told = results(tmp_path)
     assert set(told["differences"]) == {"efficiency", "significance"}
     expected = found["efficiency"].difference("narrow", "general").to_dict("records")
@@ -211,7 +211,7 @@ def test_a_finished_curve_is_read_back_and_a_missing_one_is_drawn(tmp_path, monk
 
     draw(tmp_path)
     before = results(tmp_path)
-    (tmp_path / "stability.json").unlink()
+    (tmp_path / "stability" / "result.json").unlink()
     for name in ("efficiency", "significance"):
         monkeypatch.setattr(jobs, name, None)
     draw(tmp_path)
@@ -221,9 +221,9 @@ def test_a_finished_curve_is_read_back_and_a_missing_one_is_drawn(tmp_path, monk
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"settings": replace(CURVES, n_random=1)}, "efficiency.json is of a run with other settings"),
-        ({"solutions": {"narrow": direction(seed=1)}}, "other solutions"),
-        ({"chosen": EXAMPLES[:3]}, "other data"),
+        ({"settings": replace(CURVES, n_random=1)}, r"efficiency belongs to another run: settings\.n_random is"),
+        ({"solutions": {"narrow": direction(seed=1)}}, r"another run: solutions\.general is"),
+        ({"chosen": EXAMPLES[:3]}, "another run: data is"),
     ],
 )
 def test_a_folder_of_other_curves_is_refused(tmp_path, changed, what):
@@ -232,7 +232,7 @@ def test_a_folder_of_other_curves_is_refused(tmp_path, changed, what):
     changed["settings"] = replace(changed["settings"], kinds=("stability", "efficiency"))
     with pytest.raises(LensError, match=what):
         draw(tmp_path, **changed)
-    assert not (tmp_path / "stability.json").exists()  # refused before any work
+    assert not (tmp_path / "stability" / "result.json").exists()  # refused before any work
 
 
 def test_vectors_and_adapters_are_not_compared_by_norm(tmp_path):
@@ -261,17 +261,17 @@ def test_a_sweep_is_written_layer_by_layer_and_continues(tmp_path):
     assert {(p.series, p.layer, p.x) for p in whole.points} == {
         (series, layer, x) for series in ("steered", RANDOM) for layer in (1, 2) for x in (0.0, 1.0)
     }
-    told, kept = results(tmp_path), (tmp_path / "layers" / "layer_001.json").read_bytes()
+    told, kept = results(tmp_path), (tmp_path / "layer_001" / "result.json").read_bytes()
     assert "Steering moves the words per answer most" in told["verdict"]
-    (tmp_path / "layers" / "layer_002.json").unlink()
-    (tmp_path / "results.json").unlink()
+    (tmp_path / "layer_002" / "result.json").unlink()
+    (tmp_path / "result.json").unlink()
     steer_job(model(), direction(), PROMPTS, "words", settings, out=tmp_path, progress=False)
     assert results(tmp_path) == told
-    assert (tmp_path / "layers" / "layer_001.json").read_bytes() == kept
-    assert Sweep.load(tmp_path / "sweep.json").answers == whole.answers
-    with pytest.raises(LensError, match=r"layer_001.json is of a run with other behaviour"):
+    assert (tmp_path / "layer_001" / "result.json").read_bytes() == kept
+    assert Sweep.load(tmp_path / "result.json").answers == whole.answers
+    with pytest.raises(LensError, match="layer_001 belongs to another run: behaviour is 'words' there"):
         steer_job(model(), direction(), PROMPTS, "refusal", settings, out=tmp_path, progress=False)
-    with pytest.raises(LensError, match="other direction"):
+    with pytest.raises(LensError, match="another run: direction is"):
         steer_job(model(), direction(seed=4), PROMPTS, "words", settings, out=tmp_path, progress=False)
 
 

@@ -8,6 +8,7 @@ from tiny_hooked import BACKENDS, chat, needs_hooked, prompts
 from tiny_pairs import THREE, contrast, pair
 
 import piggyback_lens.experiments.experiment as experiment_module
+import piggyback_lens.results.run as run_module
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.experiment import Planned, run_plan
 from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
@@ -32,7 +33,7 @@ def numbers(folder):
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def evaluated(monkeypatch):
 
 def die_after(monkeypatch, chunks, error, half_a_line=False):
     """Let the process die when the next chunk is to be written."""
-    original, written = experiment_module.append_jsonl, []
+    original, written = run_module.append_jsonl, []
 
     def dying(path, lines):
         if len(written) == chunks:
@@ -62,22 +63,23 @@ def die_after(monkeypatch, chunks, error, half_a_line=False):
         written.append(lines)
         return original(path, lines)
 
-    monkeypatch.setattr(experiment_module, "append_jsonl", dying)
+    monkeypatch.setattr(run_module, "append_jsonl", dying)
 
 
 def test_the_folder_holds_the_plan_every_cell_and_the_result(tmp_path):
     folder = tmp_path / "new" / "curve"
     result = curve(folder)
-    assert sorted(file.name for file in folder.iterdir()) == ["cells.jsonl", "plan.json", "result.json"]
+    shown = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+    assert shown == ["result.json", "rows.jsonl", "run.json"]
     written = rows(folder)
     assert sorted(row["cell"] for row in written) == list(range(CELLS))
     by_cell = {row["cell"]: row for row in written}
     assert [by_cell[i]["values"] for i in range(9)] == result.values
     assert [by_cell[9]["values"], by_cell[10]["values"]] == [result.finetuned, result.base]
     assert set(written[0]) == {"cell", "values", "touched", "change_norm"}
-    plan = json.loads((folder / "plan.json").read_text())
+    plan = json.loads((folder / "run.json").read_text())
     assert plan["kind"] == "layer_curve"
-    assert [cell["layer"] for cell in plan["cells"][:3]] == [0, 1, 2]
+    assert [cell["layer"] for cell in plan["identity"]["cells"][:3]] == [0, 1, 2]
     assert set(plan["models"]) == {"base", "finetuned"}
     back = PatchResult.load(folder / "result.json")
     assert (back.values, back.base, back.cells) == (result.values, result.base, result.cells)
@@ -126,7 +128,7 @@ def test_a_run_whose_answers_are_generated_is_resumed_too(tmp_path, evaluated):
 @pytest.mark.parametrize("torn", ['{"cell": 3, "values": [0.1', "{", '{"cell": 10, "values": [1.0,\n'])
 def test_a_last_line_that_a_kill_cut_off_is_survived(tmp_path, evaluated, torn):
     whole = curve(tmp_path)
-    file = tmp_path / "cells.jsonl"
+    file = tmp_path / "rows.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + torn.rstrip("\n"))
     evaluated.clear()
@@ -137,42 +139,48 @@ def test_a_last_line_that_a_kill_cut_off_is_survived(tmp_path, evaluated, torn):
 
 def test_another_broken_line_is_named(tmp_path):
     curve(tmp_path)
-    file = tmp_path / "cells.jsonl"
+    file = tmp_path / "rows.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join([lines[0], "not json\n", *lines[2:]]))
-    with pytest.raises(LensError, match=r"line 2 of .*cells.jsonl is not a JSON object"):
+    with pytest.raises(LensError, match=r"line 2 of .*rows.jsonl is not a JSON object"):
         curve(tmp_path)
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(LensError, match=r"plan.json is not valid JSON"):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(LensError, match=r"run.json is not valid JSON"):
         curve(tmp_path)
 
 
 @needs_hooked
 def test_a_folder_with_another_experiment_is_refused(tmp_path):
     curve(tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def there():
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.name[0] != "."}
+
+    before = there()
     other_answers = AnswerContrast(contrast().against, contrast().towards)
     behaviour = GeneratedBehaviour(get_behaviour("words"), max_new_tokens=1)
     tries = [
-        (r"another settings \(seed '0', asked is '1'\)", {"seed": 1}),
-        (r"another measure \(ids", {"some": THREE[:2], "measure": contrast(prompts(THREE[:2]))}),
-        (r"another settings \(postfix_donor 'own_prompt'", {"postfix_donor": "empty_query", "chat": chat()}),
-        (r"another settings \(backend 'bridge', asked is 'hooked'\)", {"tiny": pair("llama-gqa", "hooked")}),
-        (r"another settings \(names", {"tiny": pair(step=0.02)}),
-        (r"another measure \(ids", {"measure": other_answers}),
-        (r"another measure \(name 'answer contrast', asked is 'words'\)", {"measure": behaviour}),
-        ("another cells", {"direction": "infect"}),
-        ("another cells", {"layers": [0, 1]}),
-        ("another cells", {"sites": "k"}),
-        ("another cells", {"control_layers": 2}),
+        (r"settings\.seed is 0 there, 1 here", {"seed": 1}),
+        (r"measure\.ids is", {"some": THREE[:2], "measure": contrast(prompts(THREE[:2]))}),
+        (r"settings\.postfix_donor is 'own_prompt' there", {"postfix_donor": "empty_query", "chat": chat()}),
+        (r"settings\.backend is 'bridge' there, 'hooked' here", {"tiny": pair("llama-gqa", "hooked")}),
+        (r"settings\.names\.finetuned is", {"tiny": pair(step=0.02)}),
+        (r"measure\.ids is", {"measure": other_answers}),
+        (r"measure\.name is 'answer contrast' there, 'words' here", {"measure": behaviour}),
+        ("cells is", {"direction": "infect"}),
+        ("cells is", {"layers": [0, 1]}),
+        ("cells is", {"sites": "k"}),
+        ("cells is", {"control_layers": 2}),
     ]
     for pattern, changes in tries:
-        with pytest.raises(LensError, match=rf"holds an experiment with {pattern}.*: choose another folder") as error:
+        with pytest.raises(LensError, match=rf"belongs to another run: .*{pattern}.*; choose another folder") as error:
             curve(tmp_path, **changes)
         assert "\n" not in str(error.value)
-    with pytest.raises(LensError, match="another kind"):
+        assert len(str(error.value)) < 900
+    with pytest.raises(LensError, match="holds a run of layer_curve, asked is layer_head: choose another folder"):
         layer_head_map(pair(), prompts(THREE), measure=contrast(), out=tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    kept = there()
+    assert {n: x for n, x in kept.items() if n != "run.json"} == {n: x for n, x in before.items() if n != "run.json"}
 
 
 def test_a_folder_of_other_models_is_refused(tmp_path):
@@ -180,7 +188,7 @@ def test_a_folder_of_other_models_is_refused(tmp_path):
     curve(tmp_path)
     other = pair(step=0.02)
     other.names = dict(pair().names)
-    with pytest.raises(LensError, match="holds an experiment on another finetuned model: choose another folder"):
+    with pytest.raises(LensError, match="belongs to a run with another finetuned model: choose another folder"):
         curve(tmp_path, other)
     assert len(rows(tmp_path)) == CELLS
 

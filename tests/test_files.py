@@ -140,8 +140,7 @@ def test_a_file_cut_at_any_byte_reads_as_its_whole_rows_and_can_be_continued(tmp
         path.write_bytes(data[:cut])
         whole = sum(cut >= end for end in ends)  # a row is whole without its line end, too
         assert files.read_jsonl(path) == rows[:whole]
-        assert path.read_bytes() == data[: ends[whole - 1] + 1 if whole else 0]
-        path.write_bytes(data[:cut])
+        assert path.read_bytes() == data[:cut]  # reading changes nothing: somebody may be writing
         files.append_jsonl(path, [{"i": 9}])
         assert files.read_jsonl(path) == [*rows[:whole], {"i": 9}]
 

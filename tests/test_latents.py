@@ -362,7 +362,7 @@ def test_an_attribution_survives_its_file_and_draws_itself(bridge, tmp_path):
         assert list(figure.data[1].y) == [f"latent {i}" for i in found.top(5)["latent"]]
         assert list(figure.data[1].x) == found.top(5)["cosine"].tolist()
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(LensError, match="not an attribution"):
+    with pytest.raises(LensError, match=r"says no format.*no LatentAttribution"):
         LatentAttribution.load(tmp_path / "a.json")
 
 

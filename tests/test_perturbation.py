@@ -19,12 +19,13 @@ from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_promp
 from piggyback_lens.conversations.rephrasing import load_rephrasings
 from piggyback_lens.conversations.replacements import candidate_ids, draw_replacements, nearest_neighbours
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments import resuming
+from piggyback_lens.experiments import answering
 from piggyback_lens.experiments.perturbation import PerturbResult, perturb
 from piggyback_lens.maths import mean_interval, recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens.results import run as run_module
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not"]
 LETTERS = Behaviour("letters", "letters per answer", "letters", "length", len)
@@ -382,13 +383,13 @@ def test_a_prefix_of_many_prompts_is_shared_and_the_others_fill_batches_together
     pair, monkeypatch, batch_size, calls_wanted
 ):
     calls = []
-    real = resuming.generate
+    real = answering.generate
 
     def counting(model, chosen, **kwargs):
         calls.append({p.ids[: p.span("prefix").stop] for p in chosen})
         return real(model, chosen, **kwargs)
 
-    monkeypatch.setattr(resuming, "generate", counting)
+    monkeypatch.setattr(answering, "generate", counting)
     run(pair, batch_size=batch_size)
     # Base; finetuned with the prefix as it is (references, query and postfix); two kinds x two trials, or all in one.
     assert len(calls) == calls_wanted
@@ -457,7 +458,7 @@ class Killed(Exception):
 
 def test_a_killed_run_resumes_to_identical_rows_without_doing_anything_twice(pair, tmp_path, monkeypatch):
     whole = run(pair, out=tmp_path / "whole")
-    real, calls = resuming.append_jsonl, []
+    real, calls = run_module.append_jsonl, []
 
     def dying(path, rows):
         calls.append(path)
@@ -465,11 +466,11 @@ def test_a_killed_run_resumes_to_identical_rows_without_doing_anything_twice(pai
             raise Killed
         return real(path, rows)
 
-    monkeypatch.setattr(resuming, "append_jsonl", dying)
+    monkeypatch.setattr(run_module, "append_jsonl", dying)
     with pytest.raises(Killed):
         run(pair, out=tmp_path / "cut")
-    monkeypatch.setattr(resuming, "append_jsonl", real)
-    file = tmp_path / "cut" / "perturb.jsonl"
+    monkeypatch.setattr(run_module, "append_jsonl", real)
+    file = tmp_path / "cut" / "rows.jsonl"
     before = file.read_text()
     assert 0 < len(before.splitlines()) < len(whole.rows)
     file.write_text(before + '{"topic": "prom')
@@ -477,23 +478,23 @@ def test_a_killed_run_resumes_to_identical_rows_without_doing_anything_twice(pai
     assert resumed.rows == whole.rows
     assert file.read_text().startswith(before)
     assert len(file.read_text().splitlines()) == len(whole.rows)
-    monkeypatch.setattr(resuming, "generate", lambda *args, **kwargs: pytest.fail("nothing is left to generate"))
+    monkeypatch.setattr(answering, "generate", lambda *args, **kwargs: pytest.fail("nothing is left to generate"))
     assert run(pair, out=tmp_path / "cut").rows == whole.rows
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"n_tokens": 3}, "settings"),
-        ({"seed": 1}, "settings"),
-        ({"keep_special": True}, "settings"),
-        ({"rephrasings": dict.fromkeys(QUERIES, "ah")}, "settings"),
+        ({"n_tokens": 3}, "n_tokens"),
+        ({"seed": 1}, "seed"),
+        ({"keep_special": True}, "keep_special"),
+        ({"rephrasings": dict.fromkeys(QUERIES, "ah")}, "rephrasings"),
         ({"prompts": prompts(["other", *QUERIES[1:]])}, "prompts"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused_by_name(pair, tmp_path, change, name):
     run(pair, out=tmp_path)
-    with pytest.raises(LensError, match=f"belongs to a run with {name} "):
+    with pytest.raises(LensError, match=rf"belongs to another run: {name}[\w. ]* is .* there, .* here"):
         run(pair, out=tmp_path, **change)
 
 
@@ -502,10 +503,10 @@ def test_a_folder_of_other_models_or_behaviours_is_refused(pair, tmp_path):
     swapped = ModelPair(pair._models["finetuned"], pair._models["base"], tokenizer=pair.tokenizer)
     with pytest.raises(LensError, match="another base model"):
         run(swapped, out=tmp_path)
-    with pytest.raises(LensError, match="run with behaviour"):
+    with pytest.raises(LensError, match=r"another run: behaviour\.name is 'letters' there, 'words' here"):
         perturb(pair, prompts(), "words", out=tmp_path, **SMALL)
-    (tmp_path / "perturb.json").unlink()
-    with pytest.raises(LensError, match=r"lies there without perturb\.json"):
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(LensError, match=r"holds rows\.jsonl and no run\.json"):
         run(pair, out=tmp_path)
 
 
@@ -642,7 +643,7 @@ def test_a_saved_result_is_read_back_whole(pair, tmp_path):
     assert len(again.generations()) == len(result.rows)
     assert result.settings["behaviour"] == {"name": "letters", "label": "letters per answer", "unit": "letters"}
     path.write_text("[]")
-    with pytest.raises(LensError, match="holds no perturbation result"):
+    with pytest.raises(LensError, match=r"says no format.*no PerturbResult"):
         PerturbResult.load(path)
 
 

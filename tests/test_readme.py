@@ -168,10 +168,10 @@ def demo_folder(tmp_path):
         "versions": {"torch": "1", "transformers": "2", "transformer-lens": "3"},
         "machine": {"gpu": None, "cores": 2},
         "training_seconds": 120.0,
-        "seconds": {"audit": 90.0},
+        "seconds": 90.0,
         "peak_memory_gb": 1.5,
     }
-    write_json(tmp_path / "results.json", {"card": card, "receipts": {"prefix": []}})
+    write_json(tmp_path / "result.json", {"format": "piggyback_lens.audit.1", "card": card, "receipts": {"prefix": []}})
     return tmp_path
 
 
@@ -185,10 +185,10 @@ def test_an_audit_is_read_back_from_its_folder(demo_folder):
     assert result.figure().data
 
 
-@pytest.mark.parametrize("content", [None, {}, {"card": None, "receipts": {}}, []])
+@pytest.mark.parametrize("content", [None, {}, {"format": "piggyback_lens.audit.1", "card": None, "receipts": {}}, []])
 def test_a_folder_without_a_finished_audit_is_refused(tmp_path, content):
     if content is not None:
-        write_json(tmp_path / "results.json", content)
+        write_json(tmp_path / "result.json", content)
     with pytest.raises(LensError, match=r"no finished audit|is not an audit's"):
         AuditResult.load(tmp_path)
 

@@ -161,6 +161,14 @@ BROKEN = {
     "cells without labels": {"cells": [{}] * 7},
     "cells that are numbers": {"cells": [1] * 7},
     "a measure without a name": {"measure": None},
+    "a flow that is none": {"cells": [cell() | {"direction": "up"}] * 7},
+    "layers that are no numbers": {"cells": [cell() | {"layers": [1.5]}] * 7},
+    "a list for a kind": {"kind": ["span"]},
+    "a true for a number": {"base": [True, *BASE[1:]]},
+    "a number that is written as text": {"base": ["1.5", *BASE[1:]]},
+    "another version": {"format": "piggyback_lens.patch.2"},
+    "another kind of result": {"format": "piggyback_lens.curve.1"},
+    "brackets without end": "[" * 100_000,
 }
 
 
@@ -171,11 +179,42 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, broken, unchecked):
         path.write_text(broken)
     else:
         path.write_text(json.dumps({**json.loads(path.read_text()), **broken}))
-    with pytest.raises(
-        LensError, match=r"bad.json is no (whole )?patching result.*: run the experiment again"
-    ) as error:
+    told = r"bad.json (is no (whole )?PatchResult|says no format|is of format|is not valid JSON)"
+    with pytest.raises(LensError, match=told) as error:
         PatchResult.load(path)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_a_result_is_shown_in_few_letters_and_its_texts_escaped():
+    evil = small(cells=tuple(c | {"span": "<script>\x1b[31m"} for c in small().cells))
+    assert len(repr(evil)) <= 300
+    assert "\x1b" not in repr(evil)
+    shown = evil._repr_html_()
+    assert "<script>" not in shown
+    assert "\x1b" not in shown
+    assert "recovery 1.00" in repr(small())
+    assert "recovery 1.00" in shown
+
+
+def test_the_reference_of_a_curve_and_controls_are_never_its_strongest_cell():
+    cells = [cell | {"mode": "single", "layer": i} for i, cell in enumerate(small().cells)]
+    cells[2] |= {"mode": "all layers", "layer": -1}
+    values = [*small().values[:2], BASE, *small().values[3:]]
+    result = small(cells=tuple(cells), values=values)
+    best = result.top(1).iloc[0]
+    assert (best["layer"], best["mode"], best["series"]) != (-1, "all layers", "patched")
+    assert f"layer {best['layer']}, recovery {best['value']:.2f}" in result.verdict
+    assert "np." not in result.verdict
+    few = small(cells=(cell(),), values=[FINETUNED[:2]], base=BASE[:2], finetuned=FINETUNED[:2])
+    assert few.verdict == "No recovery is defined here: only 2 complete prompts, recovery needs at least 3."
+
+
+def test_a_table_for_spreadsheets_holds_no_formula(tmp_path):
+    result = small(cells=tuple(c | {"span": "=HYPERLINK(1)"} for c in small().cells))
+    text = result.to_csv(tmp_path / "t.csv").read_text()
+    assert "'=HYPERLINK(1)" in text
+    assert ",=HYPERLINK" not in text
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

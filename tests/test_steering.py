@@ -273,7 +273,7 @@ def test_a_sweep_survives_its_file_and_draws_controls_in_grey(tmp_path):
         assert {trace.line.color for trace in lines if "control" in trace.name} == {"#666666"}
         assert len({trace.yaxis for trace in lines}) == 3
     (tmp_path / "x.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(LensError, match="not a sweep"):
+    with pytest.raises(LensError, match="is of format 'other', expected sweep"):
         Sweep.load(tmp_path / "x.json")
 
 

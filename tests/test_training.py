@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,11 @@ import piggyback_lens.finetuning.checkpoints as checkpoints_module
 import piggyback_lens.finetuning.training as training_module
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, batch_indices
-from piggyback_lens.finetuning.checkpoints import run_lock
 from piggyback_lens.finetuning.steps import Loss, Step, StepOutput, forward_step, response_nll, sft
 from piggyback_lens.finetuning.trainables import LoRASettings, Trainable, add_lora
 from piggyback_lens.finetuning.training import TrainResult, TrainSettings, learning_rate_at, train
 from piggyback_lens.maths import kl_per_token, relative_kv_drift
+from piggyback_lens.results.run import locked
 
 EXAMPLES = tiny_examples(10)
 SETTINGS = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, checkpoint_every=3)
@@ -503,7 +504,7 @@ def test_the_checkpoint_interval_may_change_between_runs(tmp_path: Path) -> None
 
 
 def test_a_folder_in_use_or_with_a_strange_adapter_is_refused(tmp_path: Path) -> None:
-    with run_lock(tmp_path), pytest.raises(LensError, match="in use by another training run"):
+    with locked(tmp_path), pytest.raises(LensError, match=r"is in use by process \d+ on"):
         train(fresh(), EXAMPLES, SETTINGS, out=tmp_path)
     (tmp_path / "adapter").mkdir()
     with pytest.raises(LensError, match="holds an adapter but no checkpoint"):

@@ -29,6 +29,7 @@ from piggyback_lens.commands.cli_options import (
     SystemOption,
     TrustOption,
     load_options,
+    tell,
 )
 from piggyback_lens.errors import LensError, visible
 
@@ -165,7 +166,7 @@ def map_command(
     pair = _load_pair(base, finetuned, adapter, backend, options)
     chat = pair.chat_format(system=system)
     found = run_maps(pair, [chat.render(prompt) for prompt in chosen], settings, out=out)
-    typer.echo(f"{map_verdict(found)}\nreport: {out / 'report.html'}")
+    tell(map_verdict(found), ("report", out / "report.html"))
 
 
 @app.command()
@@ -194,7 +195,7 @@ def perturb(
 ) -> None:
     """Perturb the tokens of each span, and see whether the behaviour survives."""
     from piggyback_lens.experiments.perturbation import perturb as run_perturb
-    from piggyback_lens.jobs.laboratory import generated_verdict, write_generated
+    from piggyback_lens.jobs.laboratory import write_generated
     from piggyback_lens.measuring.measures import get_behaviour
 
     measure = get_behaviour(behaviour)
@@ -215,7 +216,7 @@ def perturb(
         progress=True,
     )
     path = write_generated(result, prompts["off-topic"], pair, out)
-    typer.echo(f"{generated_verdict(result, result.to_frame())}\nreport: {path}")
+    tell(result.verdict, ("report", path))
 
 
 @app.command()
@@ -240,7 +241,7 @@ def stress(
 ) -> None:
     """Change the template around the query (case, spacing, system prompt, roles, date): does the spread survive?"""
     from piggyback_lens.experiments.stress_suite import stress as run_stress
-    from piggyback_lens.jobs.laboratory import generated_verdict, write_generated
+    from piggyback_lens.jobs.laboratory import write_generated
     from piggyback_lens.measuring.measures import get_behaviour
 
     measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
@@ -250,7 +251,7 @@ def stress(
     rendered = [chat.render(prompt) for prompt in chosen]
     result = run_stress(pair, rendered, measure, chat=chat, max_new_tokens=max_new_tokens, out=out, progress=True)
     path = write_generated(result, rendered, pair, out)
-    typer.echo(f"{generated_verdict(result, result.to_frame())}\nreport: {path}")
+    tell(result.verdict, ("report", path))
 
 
 app.command("train-direction")(train_direction)

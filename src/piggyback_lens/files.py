@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, JSON, and JSON lines that survive a kill."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from piggyback_lens.errors import LensError
 
@@ -41,6 +42,20 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> Path:
     return path
 
 
+def ensure_folder(folder: str | Path) -> Path:
+    """Make a folder, and prove that it can be written to.
+
+    Raises ``LensError`` that says why not: no space, a read-only disk, a file in its place, links in a circle.
+    """
+    folder = Path(folder)
+    with _told_as_lens_error(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+        probe.touch()
+        probe.unlink()
+    return folder
+
+
 def write_json(path: str | Path, obj: Any) -> Path:
     """Write ``obj`` as strict JSON, atomically.
 
@@ -61,33 +76,21 @@ def read_json(path: str | Path) -> Any:
         raise LensError(f"{path} is not valid JSON ({error}); restore it or make it again") from error
 
 
-def write_result(path: str | Path, result: Any, kind: str) -> Path:
-    """Write a result's data class as one JSON file that says which `kind` it is, as "piggyback_lens.curve.1"."""
-    return write_json(path, {"format": kind, **{f.name: getattr(result, f.name) for f in dataclasses.fields(result)}})
-
-
-def read_result(path: str | Path, kind: str, called: str) -> dict[str, Any]:
-    """The fields that `write_result` wrote; what is of another kind is refused as no `called`, "a curve"."""
-    data = read_json(path)
-    if not isinstance(data, dict) or data.pop("format", "") != kind:
-        raise LensError(f"{path} is not {called} saved by this library")
-    return data
-
-
 def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Append one line for each row and wait until the disk has them, for runs that may be killed.
 
-    A line which an earlier kill cut off is removed first, so that it cannot merge with the new ones. On a
-    full disk the file is cut back to its old length and ``LensError`` raised.
+    Several processes may write into one file: each append is whole, and none is lost. A line which an earlier kill
+    cut off is removed first, so that it cannot merge with the new ones. On a full disk the file is cut back to its
+    old length and ``LensError`` raised.
     """
+    from filelock import FileLock
+
     path = Path(path)
     data = "".join(_dumps(row, path) + "\n" for row in rows).encode("utf-8", errors="backslashreplace")
-    if path.exists():
-        _repair_last_line(path)
     with _told_as_lens_error(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:
-            start = file.seek(0, os.SEEK_END)
+        with FileLock(path.with_name(f".{path.name}.lock")), path.open("a+b", buffering=0) as file:
+            start = _mend(file)
             try:
                 view = memoryview(data)
                 while view:
@@ -99,14 +102,34 @@ def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a JSON lines file.
+def _mend(file: IO[bytes]) -> int:
+    """End the last line, or cut it off where a kill left a part of it; returns the length."""
+    size = file.seek(0, os.SEEK_END)
+    back, tail = min(size, 1 << 16), b""
+    while True:
+        file.seek(size - back)
+        tail = file.read(back)
+        if b"\n" in tail or back == size:
+            break
+        back = min(size, back * 4)
+    torn = tail.rpartition(b"\n")[2]
+    if not torn:
+        return size
+    # A kill may also take nothing but the line end: then the row is complete and stays.
+    if _row_or_none(torn) is not None:
+        file.write(b"\n")
+    else:
+        file.truncate(size - len(torn))
+    return file.seek(0, os.SEEK_END)
 
-    A last line without its end, left by a kill in the middle of a write, is dropped and the file rewritten
-    without it. Any other broken line raises ``LensError`` with file and line number.
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a JSON lines file, which is left as it is.
+
+    A last line without its end, left by a kill in the middle of a write (or being written), is left out. Any other
+    broken line raises ``LensError`` with file and line number.
     """
     path = Path(path)
-    _repair_last_line(path)
     with _told_as_lens_error(path, "read"):
         lines = path.read_bytes().split(b"\n")
     rows = []
@@ -114,21 +137,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         row = _row_or_none(line)
-        if row is None:
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
             raise LensError(f"line {number} of {path} is not a JSON object; remove the line or make the file again")
-        rows.append(row)
     return rows
-
-
-def _repair_last_line(path: Path) -> None:
-    with _told_as_lens_error(path, "read"):
-        data = path.read_bytes()
-    whole, newline, tail = data.rpartition(b"\n")
-    if not tail:
-        return
-    # A kill may also take nothing but the line end: then the row is complete and stays.
-    kept = data + b"\n" if _row_or_none(tail) is not None else whole + newline
-    atomic_write_bytes(path, kept)
 
 
 def _row_or_none(line: bytes) -> dict[str, Any] | None:
@@ -170,6 +183,20 @@ def _number(value: float) -> float | str | None:
     return None if math.isnan(value) else value
 
 
+_ADVICE = {
+    errno.ENOSPC: "free some disk space, then run it again",
+    errno.EDQUOT: "free some of your quota, then run it again",
+    errno.EROFS: "choose a folder on a disk that may be written to",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.ENOTDIR: "a file lies where a folder belongs, choose another folder",
+    errno.EEXIST: "a file lies where a folder belongs, choose another folder",
+    errno.EISDIR: "a folder lies where the file belongs, choose another folder",
+    errno.ELOOP: "its symbolic links lead in a circle, choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
 @contextmanager
 def _told_as_lens_error(path: Path, done: str) -> Iterator[None]:
     try:
@@ -178,5 +205,5 @@ def _told_as_lens_error(path: Path, done: str) -> Iterator[None]:
         why = error.strerror or str(error)
         if done == "read":
             raise LensError(f"{path} cannot be read: {why}; check the path") from error
-        advice = "free some disk space or choose a folder which you may write to, then run it again"
+        advice = _ADVICE.get(error.errno or 0, "choose another folder")
         raise LensError(f"{path} cannot be written: {why}; {advice}") from error

@@ -172,6 +172,16 @@ def _relative_square(
     return (x - x0).square().sum((-2, -1)) / x0.square().sum((-2, -1))
 
 
+def require_enough(n: int, what: str = "prompts") -> None:
+    """Refuse what no interval can be made of, before anything runs.
+
+    Raises:
+        LensError: fewer than three.
+    """
+    if n < MIN_PROMPTS:
+        raise LensError(f"{n} {what} given, an interval needs at least {MIN_PROMPTS}: give more")
+
+
 # --- estimates over prompts --------------------------------------------------------------------------
 
 
@@ -194,6 +204,16 @@ class Estimate:
         text = f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.n}"
         text += f", {self.n_missing} missing)" if self.n_missing else ")"
         return f"{text}: {self.reason}" if self.reason else text
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """``38.2 [35.1, 41.0]``, with as many digits as the largest of the three asks for."""
+    if not math.isfinite(value):
+        return "missing"
+    size = max(abs(number) for number in (value, low, high) if math.isfinite(number))
+    digits = 1 if size >= 2 else 2 if size >= 0.1 or size == 0 else 1 - math.floor(math.log10(size))
+    shown, low_shown, high_shown = (f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high))
+    return f"{shown} [{low_shown}, {high_shown}]" if math.isfinite(low) and math.isfinite(high) else shown
 
 
 def percent(value: float, low: float, high: float) -> str:

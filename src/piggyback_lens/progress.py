@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from piggyback_lens.errors import visible
+
 Item = TypeVar("Item")
 
 
@@ -19,7 +21,7 @@ def shown() -> bool:
 
 def say(text: str) -> None:
     """One line on standard error, for stages of a long run; in a log file too."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(text) + "\n")
     sys.stderr.flush()
 
 
@@ -56,7 +58,7 @@ def counting(total: int, label: str | None) -> Iterator[Callable[[int], None]]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from piggyback_lens.commands.cli_options import BaseArgument, DebugOption, OfflineOption, OutOption
+from piggyback_lens.commands.cli_options import BaseArgument, DebugOption, OfflineOption, OutOption, tell
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def compare(
             base, chosen, methods, out=out, **axes, **settings, minutes=minutes, executor=executor, offline=offline
         )
     path = write_comparison_report(found, out)
-    typer.echo(f"{comparison_verdict(found)}\nreport: {path}")
+    tell(comparison_verdict(found), ("report", path))
 
 
 def _executor(engine: EngineName, workers: int, gpus: float) -> Any:
@@ -119,8 +119,8 @@ def write_comparison_report(found: "Comparison", out: str | Path) -> Path:
     """`report.html` in `out`: verdict, table, figures, answers side by side, card."""
     import pandas as pd
 
-    from piggyback_lens.figures.plot_style import interval_text
     from piggyback_lens.jobs.report import write_report
+    from piggyback_lens.maths import interval_text
 
     table = found.table()
     shown = table[["method", *found.varied, "seeds", "n"]].copy()

@@ -22,6 +22,7 @@ from piggyback_lens.commands.cli_options import (
     SystemOption,
     TrustOption,
     load_options,
+    tell,
 )
 from piggyback_lens.errors import LensError
 
@@ -136,7 +137,7 @@ def train_direction(
     model = _model(source, chat, BackendName.bridge, options)
     into: dict[str, Any] = {"retain": retained, "validation": validation, "out": out, "name": _shown(source)}
     done = train_direction_job(model, examples, settings, **into)
-    typer.echo(f"{done.verdict}\nsolution: {done.path}\nreport: {out / 'report.html'}")
+    tell(done.verdict, ("solution", done.path), ("report", out / "report.html"))
 
 
 def curves(
@@ -212,7 +213,7 @@ def curves(
     model = _model(source, chat, backend, options)
     into: dict[str, Any] = {"out": out, "tokenizer": chat.tokenizer, "name": _shown(source)}
     found = curves_job(model, solutions, prompts, texts, settings, **into)
-    typer.echo(f"{curves_verdict(found, list(solutions))}\nreport: {out / 'report.html'}")
+    tell(curves_verdict(found, list(solutions)), ("report", out / "report.html"))
 
 
 def steer(
@@ -291,11 +292,10 @@ def steer(
     rendered = [rendering.render(prompt) for prompt in chosen]
 
     from piggyback_lens.jobs.direction_jobs import steer_job
-    from piggyback_lens.jobs.direction_reports import steer_verdict
 
     model = _model(source, rendering, backend, options)
     result = steer_job(model, vector, rendered, measure, settings, out=out, name=_shown(source))
-    typer.echo(f"{steer_verdict(result)}\nreport: {out / 'report.html'}")
+    tell(result.verdict, ("report", out / "report.html"))
 
 
 # ---------------------------------------------------------------- the base, and a chat

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piggyback_lens.errors import LensError
+from piggyback_lens.errors import LensError, visible
 
 if TYPE_CHECKING:
     from piggyback_lens.models.places import LoadOptions
@@ -85,3 +85,8 @@ def load_options(
         quantization=quantize.value if quantize is not None else None,
         trust_remote_code=trust,
     )
+
+
+def tell(verdict: str, *files: tuple[str, object]) -> None:
+    """The last lines of a command: what was found, and where it is. Texts of models and prompts steer no terminal."""
+    typer.echo(visible("\n".join([verdict, *(f"{name}: {path}" for name, path in files)])))

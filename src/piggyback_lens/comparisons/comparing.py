@@ -39,6 +39,7 @@ from piggyback_lens.finetuning.trainables import LoRASettings
 from piggyback_lens.finetuning.training import TrainSettings
 from piggyback_lens.models.sources import default_model
 from piggyback_lens.progress import counting, say
+from piggyback_lens.results.run import refuse_other
 from piggyback_lens.tasks import TASKS, Task, load_task
 from piggyback_lens.vectors.task_vectors import mean_by_layer, update_cosines
 
@@ -85,7 +86,7 @@ def compare_methods(
             module that returns (transformers model, tokenizer).
         task: a task or the name of a built-in one.
         methods: methods or their specs (`methods.parse_method`).
-        out: folder of the run: grid.json, base/, cells/ and results.json.
+        out: folder of the run: grid.json, base/, cells/ and result.json.
         seeds: of the adapter's initialisation, the order of the data, and which examples an axis draws.
         training: steps, batch size, learning rate, ...; the seed in it is not used.
         lora: the adapter.
@@ -192,21 +193,13 @@ def _open(folder: Path, plan: Plan, cells: Sequence[Cell]) -> None:
     file, asked = folder / GRID_FILE, plan.identity()
     if not file.exists():
         write_json(file, asked)
-    _refuse_other(file, read_json(file), asked)
+    saved = read_json(file)
+    asked = {name: value for name, value in asked.items() if name != "weights" or name in saved}  # older folders
+    refuse_other(file, saved, asked)
     for cell in cells:
         done = cell_folder(folder, cell) / CELL_FILE
         if done.exists():
-            _refuse_other(done, read_json(done)["identity"], {**asked, "cell": cell.settings()})
-
-
-def _refuse_other(file: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    unknown = {"weights"} - saved.keys()  # older folders do not say it; there the base's logits decide
-    for name in sorted((saved.keys() | asked.keys()) - unknown):
-        if saved.get(name) != asked.get(name):
-            raise LensError(
-                f"{file} belongs to another comparison: {name} is {saved.get(name)!r} there, {asked.get(name)!r} here; "
-                "choose another folder, or delete this one"
-            )
+            refuse_other(done, read_json(done)["identity"], {**asked, "cell": cell.settings()})
 
 
 def _run(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,10 @@ import numpy.typing as npt
 from piggyback_lens.comparisons.comparison_plan import system_name
 from piggyback_lens.comparisons.methods import Method, plain_finetuning
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
 from piggyback_lens.maths import Estimate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.results.result import Result
+from piggyback_lens.results.run import RESULT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,11 +25,10 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 AXES = ("system", "share", "size", "epochs")
 TOPICS = {"on": "on-topic", "off": "off-topic"}
-RESULTS = "results.json"
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Result):
     """Finished cells of a grid, and the base beside them.
 
     Attributes:
@@ -39,6 +39,7 @@ class Comparison:
         card: task, behaviour, settings, what was asked, versions.
     """
 
+    name: ClassVar = "comparison.1"
     cells: tuple[dict[str, Any], ...]
     bases: Mapping[str, Mapping[str, Any]]
     card: Mapping[str, Any]
@@ -251,27 +252,27 @@ class Comparison:
         return pd.DataFrame(rows, columns=["method", "layer", "value", "low", "high", "n"])
 
     def save(self, path: str | Path) -> Path:
-        """Write as one JSON file; a folder gets results.json."""
+        """Write as one JSON file; a folder gets result.json."""
         path = Path(path)
-        file = path / RESULTS if path.is_dir() else path
-        return write_json(file, {"cells": self.cells, "bases": self.bases, "card": self.card})
+        return super().save(path / RESULT if path.is_dir() else path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
-        """Read what `save` wrote: the file, or the folder with its results.json.
+        """Read what `save` wrote: the file, or the folder with its result.json.
 
         Raises:
             LensError: there is none, or it is not a comparison's.
         """
         path = Path(path)
-        data = read_json(path / RESULTS if path.is_dir() else path)
-        try:
-            found = cls(tuple(data["cells"]), data["bases"], data["card"])
-            _ = [(cell["label"], cell["cell"]["system"], cell["on"]["values"]) for cell in found.cells]
-            _ = found.card["behaviour"], found.card["task"]
-        except (KeyError, TypeError) as error:
-            raise LensError(f"{path} is no comparison of methods ({error}): run compare_methods again") from error
-        return found
+        return super().load(path / RESULT if path.is_dir() else path)
+
+    def _sizes(self) -> str:
+        return f"{len(self.cells)} cells of {self.card['task']}"
+
+    def check(self) -> None:
+        """Refuse cells and cards that the table cannot be made of."""
+        _ = [(cell["label"], cell["cell"]["system"], cell["on"]["values"]) for cell in self.cells]
+        _ = self.card["behaviour"], self.card["task"]
 
 
 def _method(cell: Mapping[str, Any]) -> Method:

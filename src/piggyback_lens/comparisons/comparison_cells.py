@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -48,6 +47,7 @@ from piggyback_lens.measuring.variants import Text, variant_nll
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import evaluating, structural_copy
+from piggyback_lens.results.run import InUse, locked
 from piggyback_lens.vectors.task_vectors import update_norms
 
 # torch's random state is one per process, so cells in threads would draw from each other's.
@@ -55,6 +55,10 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 # --- models ----------------------------------------------------------------------------------------------
+
+
+CELL_LOCK = ".cell.lock"
+"""`train` has a lock of its own in a cell's folder."""
 
 
 @lru_cache(maxsize=1)
@@ -102,7 +106,7 @@ def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
         LensError: the base's answers that are there come from another model, and there is a cell to train.
     """
     folder = base_folder(out, system)
-    with _lock(folder), _ONE_AT_A_TIME:
+    with locked(folder, name=CELL_LOCK, wait=True), _ONE_AT_A_TIME:
         missing = [name for name, done in _wanted(folder, plan, needs).items() if not done]
         if missing or needs.model:
             model, tokenizer = _loaded(plan.source, plan.offline)
@@ -118,12 +122,6 @@ def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
 def _refuse_other_model(base: Mapping[str, Any], own: Identity) -> None:
     if not Identity.from_dict(base["model"]).matches(own):
         raise LensError("the base's answers in this folder are of another model: compare in another folder")
-
-
-def _lock(folder: Path, timeout: float = -1.0) -> FileLock:
-    """Of one process; `train` takes a lock of its own in a cell's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".cell.lock", timeout=timeout)
 
 
 def _wanted(folder: Path, plan: Plan, needs: Needs) -> dict[str, bool]:
@@ -275,10 +273,10 @@ def run_cell(plan: Plan, cell: Cell, out: str) -> str | None:
     folder = cell_folder(out, cell)
     if not (folder / CELL_FILE).exists():
         try:
-            with _lock(folder, timeout=0.0), _ONE_AT_A_TIME:
+            with locked(folder, name=CELL_LOCK), _ONE_AT_A_TIME:
                 if not (folder / CELL_FILE).exists():  # another process may have finished it before the lock
                     _train_and_measure(plan, cell, Path(out), folder)
-        except Timeout:
+        except InUse:
             return None
     return str(folder)
 

@@ -1,5 +1,6 @@
 """Prompts of unequal length as padded tensors, with masks and positions made explicit."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +119,11 @@ def check_prompts(
             wanted = f"{len(prompt.ids)} tokens" + (f" and an answer of {more}" if more else "")
             raise LensError(f"prompt {number} has {wanted}, and the model takes {n_positions}: shorten one of them")
     return checked
+
+
+def ids_hash(prompts: Sequence[RenderedPrompt]) -> str:
+    """16 hex digits of the sha256 of the prompts' ids, in order."""
+    return hashlib.sha256(repr([prompt.ids for prompt in prompts]).encode()).hexdigest()[:16]
 
 
 def common_prefix_length(prompts: Sequence[RenderedPrompt]) -> int:

@@ -3,22 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_result, write_result
 from piggyback_lens.maths import Estimate, mean_interval, recovery
+from piggyback_lens.results.result import Number, Result
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 Kind = Literal["efficiency", "stability", "significance", "ablation"]
-FORMAT = "piggyback_lens.curve.1"
 Array = npt.NDArray[np.float64]
 
 
@@ -38,11 +36,11 @@ class CurvePoint:
     x: float
     fraction: float | None
     seed: int | None
-    values: tuple[float, ...]
+    values: tuple[Number, ...]
 
 
-@dataclass(frozen=True)
-class Curve:
+@dataclass(frozen=True, repr=False)
+class Curve(Result):
     """A curve over norm, noise or layers.
 
     Attributes:
@@ -57,13 +55,14 @@ class Curve:
         settings: everything that was chosen, with versions.
     """
 
+    name: ClassVar = "curve.1"
     kind: Kind
     x_label: str
     y_label: str
     points: tuple[CurvePoint, ...]
-    base: tuple[float, ...]
-    own: Mapping[str, tuple[float, ...]]
-    weights: tuple[float, ...]
+    base: tuple[Number, ...]
+    own: Mapping[str, tuple[Number, ...]]
+    weights: tuple[Number, ...]
     settings: Mapping[str, Any]
     maxima: tuple[Mapping[str, Any], ...] = field(default=())
 
@@ -134,22 +133,14 @@ class Curve:
         figure: go.Figure = curve_figure(self.to_frame(), self.kind, self.x_label, self.y_label)
         return figure
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything as one JSON file."""
-        return write_result(path, self, FORMAT)
+    def _sizes(self) -> str:
+        return f"{self.kind}, {len(self.points)} points of {', '.join(self.series)}"
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Curve":
-        """Read what `save` wrote.
-
-        Raises:
-            LensError: no file, or another kind of file.
-        """
-        data = read_result(path, FORMAT, "a curve")
-        points = tuple(CurvePoint(**{**point, "values": _floats(point["values"])}) for point in data["points"])
-        own = {name: _floats(values) for name, values in data["own"].items()}
-        plain = {name: _floats(data[name]) for name in ("base", "weights")}
-        return cls(**{**data, **plain, "points": points, "own": own, "maxima": tuple(data["maxima"])})
+    def check(self) -> None:
+        """Refuse points that are not of the same texts."""
+        sizes = {len(x) for x in (self.weights, *(point.values for point in self.points), *self.own.values())}
+        if len(sizes) > 1:
+            raise ValueError(f"points of {sorted(sizes)} texts")
 
 
 def weighted_interval(values: npt.ArrayLike, weights: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -160,7 +151,3 @@ def weighted_interval(values: npt.ArrayLike, weights: Sequence[float], *, seed: 
     v, w = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     mean = float((v * w).sum() / w.sum())
     return mean_interval(mean + w / w.mean() * (v - mean), seed=seed)
-
-
-def _floats(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(math.nan if value is None else float(value) for value in values)

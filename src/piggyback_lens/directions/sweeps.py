@@ -1,15 +1,14 @@
 """What sweeps over directions return: per point and prompt every measure, with tables, figures and files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from piggyback_lens.files import read_result, write_result
-from piggyback_lens.maths import mean_interval
+from piggyback_lens.maths import interval_text, mean_interval
+from piggyback_lens.results.result import Number, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,13 +38,13 @@ class SweepPoint:
     x: float
     fraction: float | None
     seed: int | None
-    behaviour: tuple[float, ...]
-    kl: tuple[float, ...]
-    own_nll: tuple[float, ...]
+    behaviour: tuple[Number, ...]
+    kl: tuple[Number, ...]
+    own_nll: tuple[Number, ...]
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Result):
     """A sweep of strengths or layers.
 
     Attributes:
@@ -56,6 +55,7 @@ class Sweep:
         answers: generated texts per point, in the order of `points`; empty if they were not kept.
     """
 
+    name: ClassVar = "sweep.1"
     kind: str
     measure: Mapping[str, str]
     points: tuple[SweepPoint, ...]
@@ -99,27 +99,50 @@ class Sweep:
         figure: go.Figure = sweep_figure(self.to_frame(), self.kind, self.measure)
         return figure
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything as one JSON file."""
-        return write_result(path, self, "piggyback_lens.sweep.1")
+    @property
+    def strongest_layer(self) -> int:
+        """Where the behaviour moves most."""
+        return int(self._strongest()[0]["layer"])
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Sweep":
-        """Read what `save` wrote.
+    @property
+    def verdict(self) -> str:
+        """The point that moves the behaviour most, with what it costs and what a random vector does there."""
+        best, table = self._strongest()
+        if self.kind != "steer":
+            label = self.measure["label"]
+            return f"{best['series']}: {label} {_text(best)} at layer {best['layer']} ({self.measure['unit']})."
+        at = (best["layer"], best["x"])
+        here = {metric: table[(*at, "steered", metric)] for metric in ("behaviour", "kl", "perplexity")}
+        before = {metric: table[(best["layer"], 0.0, "steered", metric)] for metric in ("behaviour", "perplexity")}
+        random = table.get((*at, RANDOM, "behaviour"))
+        parts = [
+            f"Steering moves the {self.measure['label']} most at layer {at[0]}, strength {at[1]:g}: "
+            f"{_text(before['behaviour'])} -> {_text(here['behaviour'])} ({self.measure['unit']})"
+        ]
+        parts += [f"a random vector of that length gives {_text(random)}"] if random else []
+        parts.append(f"KL {_text(here['kl'])} nats per token")
+        change = f"{before['perplexity']['value']:.3g} -> {here['perplexity']['value']:.3g}"
+        return "; ".join([*parts, f"perplexity of the answers {change}"]) + "."
 
-        Raises:
-            LensError: no file, or another kind of file.
-        """
-        data = read_result(path, "piggyback_lens.sweep.1", "a sweep")
-        points = tuple(SweepPoint(**_point_fields(point)) for point in data["points"])
-        answers = tuple(tuple(texts) for texts in data["answers"])
-        return cls(data["kind"], data["measure"], points, data["settings"], answers)
+    def _strongest(self) -> tuple[dict[Any, Any], dict[tuple[Any, ...], dict[Any, Any]]]:
+        """The row of the largest change of the behaviour, and all rows by place and metric."""
+        rows = self.to_frame().to_dict("records")
+        table = {(row["layer"], row["x"], row["series"], row["metric"]): row for row in rows}
+        own = [row for row in rows if RANDOM not in row["series"] and row["metric"] == "behaviour"]
+        still = next((row["value"] for row in own if row["x"] == 0), 0.0)
+        moved = [row for row in own if row["x"] != 0] or own
+        return max(moved, key=lambda row: abs(row["value"] - still)), table
+
+    def _sizes(self) -> str:
+        return f"{self.kind}, {len(self.points)} points, {self.measure['label']}"
+
+    def check(self) -> None:
+        """Refuse points that are not of the same prompts, and answers that are not of the points."""
+        sizes = {len(getattr(point, metric)) for point in self.points for metric in METRICS}
+        if not self.points or len(sizes) != 1 or len(self.answers) not in (0, len(self.points)):
+            raise ValueError(f"{len(self.points)} points of {sorted(sizes)} prompts, {len(self.answers)} answers")
+        _ = self.measure["name"], self.measure["label"], self.measure["unit"]
 
 
-def _point_fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A point's fields as its class wants them: lists as tuples, null among numbers as NaN."""
-    return {
-        name: tuple(math.nan if x is None else float(x) for x in value) if isinstance(value, Sequence | list)
-        and not isinstance(value, str) else value
-        for name, value in data.items()
-    }  # fmt: skip
+def _text(row: Mapping[Any, Any]) -> str:
+    return interval_text(row["value"], row["low"], row["high"])

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -12,20 +11,18 @@ from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.sweeps import RANDOM
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_result, write_result
 from piggyback_lens.interventions.hooks import AnyIntervention
 from piggyback_lens.maths import mean_interval, recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair, Side
 from piggyback_lens.progress import track
+from piggyback_lens.results.result import Number, Result
 from piggyback_lens.vectors.direction import Direction
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-FORMAT = "piggyback_lens.transfer.1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +49,12 @@ class TransferCell:
     mode: str  # "added" to the base, or "ablated" from the finetuned model
     direction: str
     organism: str
-    values: tuple[float, ...]
+    values: tuple[Number, ...]
     n_seeds: int = 1
 
 
-@dataclass(frozen=True)
-class TransferResult:
+@dataclass(frozen=True, repr=False)
+class TransferResult(Result):
     """Every direction on every organism.
 
     Attributes:
@@ -68,9 +65,10 @@ class TransferResult:
         settings: what was chosen.
     """
 
+    name: ClassVar = "transfer.1"
     cells: tuple[TransferCell, ...]
-    base: Mapping[str, tuple[float, ...]]
-    finetuned: Mapping[str, tuple[float, ...]]
+    base: Mapping[str, tuple[Number, ...]]
+    finetuned: Mapping[str, tuple[Number, ...]]
     units: Mapping[str, str]
     settings: Mapping[str, Any]
 
@@ -101,21 +99,14 @@ class TransferResult:
         figure: go.Figure = transfer_figure(self.to_frame())
         return figure
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything as one JSON file."""
-        return write_result(path, self, FORMAT)
+    def _sizes(self) -> str:
+        return f"{len(self.cells)} cells, {len(self.units)} organisms"
 
-    @classmethod
-    def load(cls, path: str | Path) -> "TransferResult":
-        """Read what `save` wrote.
-
-        Raises:
-            LensError: no file, or another kind of file.
-        """
-        data = read_result(path, FORMAT, "a transfer result")
-        cells = tuple(TransferCell(**{**cell, "values": _numbers(cell["values"])}) for cell in data["cells"])
-        sides = [{name: _numbers(values) for name, values in data[side].items()} for side in ("base", "finetuned")]
-        return cls(cells, sides[0], sides[1], data["units"], data["settings"])
+    def check(self) -> None:
+        """Refuse cells of organisms that are not there."""
+        unknown = {cell.organism for cell in self.cells} - (self.base.keys() & self.finetuned.keys())
+        if unknown or not self.cells:
+            raise ValueError(f"cells of {sorted(unknown)}, which have no base or finetuned")
 
 
 def transfer_matrix(

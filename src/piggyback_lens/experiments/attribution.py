@@ -8,18 +8,21 @@ cells: a sample is run exactly, and so are the cells that it puts on top.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.answering import measure_facts, own_contrast
 from piggyback_lens.experiments.cells import evaluate, require_one_prefix
+from piggyback_lens.experiments.experiment import prompt_facts
 from piggyback_lens.experiments.patching import (
     RunOptions,
     RunSettings,
@@ -29,7 +32,6 @@ from piggyback_lens.experiments.patching import (
     layer_position_map,
 )
 from piggyback_lens.experiments.results import PatchResult
-from piggyback_lens.files import read_json, write_json
 from piggyback_lens.interventions.donors import DONOR, RECIPIENT, Direction, Donors, check_direction
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.interventions.kinds import patch
@@ -41,6 +43,8 @@ from piggyback_lens.measuring.scoring import predicting_columns
 from piggyback_lens.models.backends import HEAD_SITES, HookedModel, Site, check_layers, device_of, hook_name
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.results.result import Result
+from piggyback_lens.results.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +53,8 @@ if TYPE_CHECKING:
 By = Literal["position", "head"]
 
 
-@dataclass(frozen=True)
-class AttributionResult:
+@dataclass(frozen=True, repr=False)
+class AttributionResult(Result):
     """An attribution map, and how far it can be trusted.
 
     Attributes:
@@ -60,6 +64,7 @@ class AttributionResult:
         steps: of integrated gradients; None for the plain gradient.
     """
 
+    name: ClassVar = "attribution.1"
     attributed: PatchResult
     exact: PatchResult | None
     sampled: tuple[int, ...]
@@ -90,26 +95,23 @@ class AttributionResult:
         """The attribution map."""
         return self.attributed.figure()
 
-    def save(self, path: str | Path) -> Path:
-        """Write as JSON."""
-        return write_json(path, asdict(self))
+    @property
+    def verdict(self) -> str:
+        """The strongest cell, and how well the gradient ranks cells."""
+        rho = self.rank_correlation
+        known = "no cell was run exactly" if np.isnan(rho) else f"rank correlation with exact patches {rho:.2f}"
+        return f"{self.attributed.verdict[:-1]}; {known}."
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AttributionResult":
-        """Read what `save` wrote.
+    def _sizes(self) -> str:
+        return f"{len(self.attributed.cells)} cells"
 
-        Raises:
-            LensError: the file is missing, or no attribution result.
-        """
-        data = read_json(path)
-        try:
-            parts = [None if data[n] is None else PatchResult.from_dict(data[n], path) for n in ("attributed", "exact")]
-            sampled, steps = tuple(data["sampled"]), data["steps"]
-        except (KeyError, TypeError) as error:
-            raise LensError(f"{path} is no attribution result ({error}): run attribution_map again") from error
-        if parts[0] is None:
-            raise LensError(f"{path} is no attribution result (its map is missing): run attribution_map again")
-        return cls(parts[0], parts[1], sampled, steps)
+    def check(self) -> None:
+        """Refuse a damaged map, and samples that are not of it."""
+        for part in (self.attributed, self.exact):
+            if part is not None:
+                part.check()
+        if any(not 0 <= number < len(self.attributed.cells) for number in self.sampled):
+            raise ValueError(f"sampled {list(self.sampled)[:5]}, the map has {len(self.attributed.cells)} cells")
 
     def check_figure(self) -> "go.Figure":
         """Attribution against the exact recovery, for the cells that were run."""
@@ -118,7 +120,8 @@ class AttributionResult:
         if self.exact is None:
             raise LensError("no cell was run exactly: give check_cells or top_cells")
         frame = self.to_frame().dropna(subset=["exact"]).rename(columns={"value": "attribution"})
-        return attribution_check_figure(frame, title="Attribution against exact patches")
+        title = "Attribution against exact patches"
+        return attribution_check_figure(frame, title=title, rank_correlation=self.rank_correlation)
 
 
 def attribution_map(
@@ -148,7 +151,8 @@ def attribution_map(
         steps: None for the gradient at the recipient; m for integrated gradients in m midpoint steps.
         check_cells: so many evenly spaced cells are run exactly, for the rank correlation; 0 for none.
         top_cells: so many of the largest are run exactly as well.
-        **run: as for the exact maps; the measure has to be an `AnswerContrast`. `out` gets attribution.json.
+        **run: as for the exact maps; the measure has to be an `AnswerContrast`. The cells that are run exactly
+            have a folder of their own in `out`.
 
     Raises:
         LensError: as the exact maps; a measure that is not differentiable; steps below 1; several sites other than
@@ -164,20 +168,69 @@ def attribution_map(
     check_direction(direction)
     require_one_prefix(prompts)
     wanted = check_sites(sites)
-    measure = settings.measure or AnswerContrast.of(pair, prompts)
     chosen = check_layers(layers, pair.shape.n_layers)
     labels = _labels(pair, prompts, by, span, wanted)
     if len(wanted) > 1 and not set(wanted) <= {"q", "k", "v"}:
         raise LensError(
             f"sites {list(wanted)} lie behind one another, and gradients would count twice: take one, or k, v"
         )
+    common = {"series": "patched", "direction": direction, "span": span, "sites": "+".join(wanted)}
+    cells = [{**common, "layers": [layer], "layer": layer, **label} for layer in chosen for label in labels]
+    facts = prompt_facts(pair, prompts) | {"seed": settings.seed, "postfix_donor": settings.postfix_donor}
+    facts |= {"steps": steps, "method": "attribution"}
+    checked = {"cells": cells, "check_cells": check_cells, "top_cells": top_cells}
+    identity = {**checked, "measure": measure_facts(settings.measure), "settings": facts}
+    with Run.open(settings.out, "attribution", identity, models=pair.identities()) as own:
+        if (done := own.result(AttributionResult.load)) is not None:
+            return done
+        measure = settings.measure or own_contrast(own, pair, prompts)
+        asked = _Asked(by, span, wanted, chosen, direction, steps)
+        here, there, moved = _attributed(pair, prompts, measure, asked, len(labels), settings)
+        values = [(here + moved[i, j]).tolist() for i in range(len(chosen)) for j in range(len(labels))]
+        sides = {RECIPIENT[direction]: here.tolist(), DONOR[direction]: there.tolist()}
+        about = {"name": measure.name, "unit": measure.unit}
+        facts |= {"versions": versions()}
+        found = PatchResult(f"layer_{by}", tuple(cells), values, sides["base"], sides["finetuned"], about, facts)
+        sampled = sorted({round(i) for i in np.linspace(0, len(cells) - 1, check_cells)}) if check_cells > 0 else []
+        size = np.abs(np.array(values).mean(1) - here.mean().item())
+        top = np.argsort(-size)[: max(0, top_cells)].tolist()
+        inside = None if settings.out is None else Path(settings.out) / "exact"
+        settings = replace(settings, measure=measure, out=inside)
+        exact = _exact(pair, prompts, cells, {*sampled, *top}, asked, settings)
+        return own.finish(AttributionResult(found, exact, tuple(sampled), steps))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is attributed."""
+
+    by: By
+    span: str
+    sites: tuple[Site, ...]
+    layers: tuple[int, ...]
+    direction: Direction
+    steps: int | None
+
+
+def _attributed(
+    pair: ModelPair,
+    prompts: Sequence[RenderedPrompt],
+    measure: AnswerContrast,
+    asked: _Asked,
+    n_labels: int,
+    settings: RunSettings,
+) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"], Float[Tensor, "layer cell prompt"]]:
+    """The measure of recipient and donor as they are, and what each cell would change of the recipient's."""
+    layers, direction, steps, sites = asked.layers, asked.direction, asked.steps, asked.sites
     donors = Donors(pair, list(prompts), settings.postfix_donor, settings.chat, settings.seed)
     with pair.using(DONOR[direction]) as model:
         there = _unpatched(model, prompts, measure)
-    total = torch.zeros((len(chosen), len(labels), len(prompts)))
-    groups = [chosen] if steps is None else [(layer,) for layer in chosen]
+    total = torch.zeros((len(layers), n_labels, len(prompts)))
+    groups = [layers] if steps is None else [(layer,) for layer in layers]
     # Donors of both sides come first: the sides of an adapter pair share one model.
-    ends = {site: [donors.of(s, direction, span, site) for s in ("identity control", "patched")] for site in wanted}
+    ends = {
+        site: [donors.of(s, direction, asked.span, site) for s in ("identity control", "patched")] for site in sites
+    }
     with pair.using(RECIPIENT[direction]) as model:
         here = _unpatched(model, prompts, measure)
         for group in groups:
@@ -185,40 +238,9 @@ def attribution_map(
                 fraction = None if steps is None else (step + 0.5) / steps
                 moved = _moved(ends, group, fraction)
                 for rows in similar_batches(measure.rows, 8):
-                    gradients = _gradients(model, prompts, measure, rows, wanted, group, span, moved)
-                    _add(total, gradients, ends, chosen, rows, len(prompts), by)
-    total /= steps or 1
-    values = [(here + total[i, j]).tolist() for i in range(len(chosen)) for j in range(len(labels))]
-    common = {"series": "patched", "direction": direction, "span": span, "sites": "+".join(wanted)}
-    cells = [{**common, "layers": [layer], "layer": layer, **label} for layer in chosen for label in labels]
-    sides = {RECIPIENT[direction]: here.tolist(), DONOR[direction]: there.tolist()}
-    facts = {
-        "names": dict(pair.names),
-        "n": len(prompts),
-        "seed": settings.seed,
-        "fingerprint": prompts[0].fingerprint,
-        "steps": steps,
-        "method": "attribution",
-    }
-    found = PatchResult(
-        f"layer_{by}",
-        tuple(cells),
-        values,
-        sides["base"],
-        sides["finetuned"],
-        {"name": measure.name, "unit": measure.unit},
-        facts,
-    )
-    sampled = sorted({round(i) for i in np.linspace(0, len(cells) - 1, check_cells)}) if check_cells > 0 else []
-    size = np.abs(np.array(values).mean(1) - here.mean().item())
-    top = np.argsort(-size)[: max(0, top_cells)].tolist()
-    exact = _exact(
-        pair, prompts, cells, {*sampled, *top}, by, span, wanted, direction, replace(settings, measure=measure)
-    )
-    result = AttributionResult(found, exact, tuple(sampled), steps)
-    if settings.out is not None:
-        result.save(Path(settings.out) / "attribution.json")
-    return result
+                    gradients = _gradients(model, prompts, measure, rows, sites, group, asked.span, moved)
+                    _add(total, gradients, ends, layers, rows, len(prompts), asked.by)
+    return here, there, total / (steps or 1)
 
 
 def _labels(
@@ -325,18 +347,14 @@ def _exact(
     prompts: Sequence[RenderedPrompt],
     cells: Sequence[dict[str, Any]],
     wanted: set[int],
-    by: By,
-    span: str,
-    sites: Sequence[Site],
-    direction: Direction,
+    asked: _Asked,
     settings: RunSettings,
 ) -> PatchResult | None:
     """Some cells of the map by patching."""
     if not wanted:
         return None
     run: RunOptions = {"measure": settings.measure, "seed": settings.seed, "budget_gb": settings.budget_gb}
-    run |= {"postfix_donor": settings.postfix_donor, "chat": settings.chat}
-    keys = [(cells[i]["layer"], cells[i]["position" if by == "position" else "head"]) for i in sorted(wanted)]
-    if by == "position":
-        return layer_position_map(pair, prompts, span=span, sites=sites, only=keys, direction=direction, **run)
-    return layer_head_map(pair, prompts, span=span, sites=sites, only=keys, direction=direction, **run)
+    run |= {"postfix_donor": settings.postfix_donor, "chat": settings.chat, "out": settings.out}
+    keys = [(cells[i]["layer"], cells[i]["position" if asked.by == "position" else "head"]) for i in sorted(wanted)]
+    make = layer_position_map if asked.by == "position" else layer_head_map
+    return make(pair, prompts, span=asked.span, sites=asked.sites, only=keys, direction=asked.direction, **run)

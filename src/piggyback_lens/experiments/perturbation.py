@@ -9,13 +9,12 @@ than one trial even where the perturbation does nothing at all. Read it beside t
 control (the same places, random tokens), and beside the average, which has no such bias.
 """
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +25,14 @@ from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_promp
 from piggyback_lens.conversations.rephrasing import load_rephrasings, rephrasings_of
 from piggyback_lens.conversations.replacements import Choices, candidate_ids, draw_replacements, nearest_neighbours
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.resuming import Job, Row, RowLog, answer_jobs, run_identity
-from piggyback_lens.files import read_json, write_json
+from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
 from piggyback_lens.maths import Array, Estimate, mean_interval, recovery
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.backends import HookedModel, embeddings_of
 from piggyback_lens.models.pair import SIDES, ModelPair, Side
 from piggyback_lens.progress import say
+from piggyback_lens.results.result import Result
+from piggyback_lens.results.run import Row, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,8 +53,8 @@ _SHOWN: dict[str, tuple[str, bool]] = {
 """Kinds of the summary: which rows, and whether the best trial of each prompt or the mean over its trials."""
 
 
-@dataclass(frozen=True)
-class PerturbResult:
+@dataclass(frozen=True, repr=False)
+class PerturbResult(Result):
     """Answers to perturbed prompts, and what they say.
 
     Attributes:
@@ -65,6 +65,7 @@ class PerturbResult:
         settings: of the experiment, with the behaviour's name, label and unit, and package versions.
     """
 
+    name: ClassVar = "perturb.1"
     rows: list[Row]
     settings: dict[str, Any]
 
@@ -156,21 +157,37 @@ class PerturbResult:
         title = f"{facts['label']} of {self.settings['names'][self.settings['side']]} when tokens are replaced"
         return perturbation_figure(self.to_frame(), label=facts["label"], unit=facts["unit"], title=title)
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything as one JSON file, atomically."""
-        return write_json(path, {"result": "perturb", "settings": self.settings, "rows": self.rows})
+    @property
+    def verdict(self) -> str:
+        """The span and kind that bring back most of the base's behaviour; controls do not count."""
+        frame = self.to_frame()
+        known = frame[~frame["kind"].str.contains("random")].dropna(subset=["recovery"])
+        return largest_recovery(known, ("topic", "span", "kind"))
 
-    @classmethod
-    def load(cls, path: str | Path) -> "PerturbResult":
-        """Read what `save` wrote.
+    def _sizes(self) -> str:
+        return f"{len(self.rows)} answers"
 
-        Raises:
-            LensError: the file is missing or holds something else.
-        """
-        saved = read_json(path)
-        if not isinstance(saved, dict) or saved.get("result") != "perturb":
-            raise LensError(f"{path} holds no perturbation result: pass a file that PerturbResult.save wrote")
-        return cls(saved["rows"], saved["settings"])
+    def check(self) -> None:
+        """Refuse rows and settings that the table cannot be made of."""
+        check_rows(self.rows, COLUMNS)
+        _ = self.settings["n"], self.settings["spans"], self.settings["seed"], self.settings["behaviour"]["label"]
+
+
+def largest_recovery(known: "pd.DataFrame", names: Sequence[str]) -> str:
+    """One sentence about the largest recovery of a table."""
+    if known.empty:
+        return "No recovery is defined here: base and finetuned do not differ beyond noise on these prompts."
+    row = known.sort_values("recovery").iloc[-1]
+    where = ", ".join(str(row[name]) for name in names)
+    interval = f"[{row['recovery_low']:.2f}, {row['recovery_high']:.2f}]"
+    return f"Largest recovery of the base's behaviour: {where}, {row['recovery']:.2f} {interval} (n = {row['n']})."
+
+
+def check_rows(rows: Sequence[Row], keys: Sequence[str]) -> None:
+    """Refuse, with a ValueError, answers without their columns."""
+    for row in rows:
+        if not {*keys, "value"} <= row.keys() or not isinstance(row["value"], int | float | None):
+            raise ValueError(f"a row with {sorted(row)}, expected {', '.join(keys)} and value"[:200])
 
 
 def _mean(table: npt.NDArray[np.float64], axis: int) -> Array:
@@ -248,7 +265,7 @@ def perturb(
         max_new_tokens: per answer.
         batch_size: rows per generation batch.
         seed: of the perturbations and the bootstrap.
-        out: folder for perturb.jsonl, written as answers come, and perturb.json; a rerun continues there.
+        out: folder of the run, written as answers come; the same call continues there.
         progress: show progress bars.
 
     Raises:
@@ -279,20 +296,18 @@ def perturb(
     with pair.using(side) as model:
         tables = _choices(model, pair.tokenizer, everything, settings)
     jobs = _jobs(topics, tables, settings, added_ids(pair.tokenizer) if keep_special else frozenset())
-    identity = {"settings": settings, **run_identity(pair, measure, everything)}
-    log = RowLog.open(COLUMNS, out, "perturb", identity)
-    for each in SIDES:
-        if progress:
-            say(f"{sum(job.key not in log.rows for job in jobs[each])} answers of {pair.names[each]}")
-        label = f"{pair.names[each]}" if progress else None
-        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        with pair.using(each) as model:
-            answer_jobs(model, jobs[each], log, measure, label=label, **sizes)
-    facts = settings | {
-        name: identity[name] for name in ("behaviour", "template", "names", "backend", "dtype", "models")
-    }
-    facts |= {"batch_size": batch_size, "versions": versions()}
-    return PerturbResult(_in_order(log, settings), json.loads(json.dumps(facts)))
+    facts = settings | behaviour_facts(pair, measure, everything)
+    with Run.open(out, "perturb", facts, models=pair.identities(), keys=COLUMNS) as run:
+        for each in SIDES:
+            if progress:
+                say(f"{sum(job.key not in run.rows for job in jobs[each])} answers of {pair.names[each]}")
+            label = f"{pair.names[each]}" if progress else None
+            sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            with pair.using(each) as model:
+                answer_jobs(model, jobs[each], run, measure, label=label, **sizes)
+        models = {side: model.to_dict() for side, model in run.models.items()}
+        more = {"models": models, "batch_size": batch_size, "versions": versions()}
+        return run.finish(PerturbResult(_in_order(run.rows.values(), settings), dict(run.identity) | more))
 
 
 def _topics(prompts: Prompts) -> dict[str, list[RenderedPrompt]]:
@@ -362,10 +377,10 @@ def _jobs(
     return jobs
 
 
-def _in_order(log: RowLog, settings: Mapping[str, Any]) -> list[Row]:
+def _in_order(rows: Iterable[Row], settings: Mapping[str, Any]) -> list[Row]:
     topics, spans = list(settings["n"]), ["", *settings["spans"]]
     return sorted(
-        log.rows.values(),
+        rows,
         key=lambda row: (
             topics.index(row["topic"]),
             spans.index(row["span"]),

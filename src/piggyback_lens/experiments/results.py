@@ -1,17 +1,14 @@
 """What a patching experiment found: one row per cell, with controls, intervals, a figure, and a file."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
-from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
 from piggyback_lens.interventions.donors import DONOR, IDENTITY, RECIPIENT, Direction
 from piggyback_lens.maths import Estimate, recovery
+from piggyback_lens.results.result import Number, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,8 +18,8 @@ RANDOM: Final = "random control"
 OTHERS: Final = "other tokens control"
 
 
-@dataclass(frozen=True)
-class PatchResult:
+@dataclass(frozen=True, repr=False)
+class PatchResult(Result):
     """A measure under many patches, beside both models as they are.
 
     Attributes:
@@ -35,11 +32,12 @@ class PatchResult:
         settings: names, n, seed, template fingerprint, versions.
     """
 
+    name: ClassVar = "patch.1"
     kind: str
     cells: tuple[dict[str, Any], ...]
-    values: list[list[float]]
-    base: list[float]
-    finetuned: list[float]
+    values: list[list[Number]]
+    base: list[Number]
+    finetuned: list[Number]
     measure: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -82,9 +80,11 @@ class PatchResult:
         return max(found, default=float("nan"))
 
     def top(self, n: int = 10) -> "pd.DataFrame":
-        """The patched cells with the largest |recovery|."""
+        """The patched cells with the largest |recovery|; a curve's "all layers" is its reference, no cell."""
         frame = self.to_frame()
         frame = frame[frame["series"] == "patched"]
+        if "mode" in frame:
+            frame = frame[frame["mode"] != "all layers"]
         return frame.loc[frame["value"].abs().sort_values(ascending=False).index[:n]]
 
     def figure(self) -> "go.Figure":
@@ -93,41 +93,32 @@ class PatchResult:
 
         return draw(self)
 
-    def save(self, path: str | Path) -> Path:
-        """Write as JSON."""
-        return write_json(path, asdict(self))
+    @property
+    def verdict(self) -> str:
+        """The strongest patched cell."""
+        best = self.top(1)
+        if best.empty or best["value"].isna().all():
+            reason = self.to_frame()["reason"].iloc[0] if len(self.cells) else "there are no cells"
+            return f"No recovery is defined here: {reason or 'the two models do not differ on these prompts'}."
+        row = best.iloc[0]
+        names = [name for name in ("layer", "layers", "token", "label", "band") if name in row]
+        where = [f"{name} {row[name]}" for name in names if not (name == "layers" and "layer" in row)]
+        found = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        place = ", ".join([f"{row['span']} {row['sites']}", *where])
+        return f"Strongest cell of {len(self.cells)}: {row['direction']} at {place}, recovery {found} (n = {row['n']})."
 
-    @classmethod
-    def load(cls, path: str | Path) -> "PatchResult":
-        """Read what `save` wrote.
+    def _sizes(self) -> str:
+        return f"{self.kind}, {len(self.cells)} cells, {len(self.base)} prompts"
 
-        Raises:
-            LensError: the file is missing, or no patching result.
-        """
-        return cls.from_dict(read_json(path), path)
-
-    @classmethod
-    def from_dict(cls, data: Any, path: str | Path) -> "PatchResult":
-        """What `dataclasses.asdict` gave, read from `path`.
-
-        Raises:
-            LensError: it is no whole patching result.
-        """
-        try:
-            numbers = {name: _numbers(data[name]) for name in ("base", "finetuned")}
-            found = cls(
-                **{**data, **numbers, "cells": tuple(data["cells"]), "values": [*map(_numbers, data["values"])]}
-            )
-            labelled = all({"series", "direction"} <= cell.keys() for cell in found.cells)
-            named = {"name", "unit"} <= found.measure.keys() and isinstance(found.settings, Mapping)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise LensError(f"{path} is no patching result ({error}): run the experiment again") from error
-        sizes = {len(row) for row in (*found.values, found.base, found.finetuned)}
-        if len(found.cells) != len(found.values) or len(sizes) != 1 or not labelled or not named:
-            raise LensError(f"{path} is no whole patching result: run the experiment again")
-        return found
-
-
-def _numbers(values: list[float | None]) -> list[float]:
-    """JSON has null for a missing number."""
-    return [float("nan") if value is None else float(value) for value in values]
+    def check(self) -> None:
+        """Refuse labels and sizes that do not belong together."""
+        sizes = {len(row) for row in (*self.values, self.base, self.finetuned)}
+        if not self.cells or len(self.cells) != len(self.values) or len(sizes) != 1:
+            raise ValueError(f"{len(self.cells)} cells, {len(self.values)} rows of values, lengths {sorted(sizes)}")
+        for cell in self.cells:
+            if not {"series", "direction"} <= cell.keys() or cell["direction"] not in RECIPIENT:
+                raise ValueError(f"a cell with the labels {cell}"[:200])
+            if not all(type(layer) is int for layer in cell.get("layers") or ()):
+                raise ValueError(f"layers {cell['layers']}, which are no whole numbers"[:200])
+        if not {"name", "unit"} <= self.measure.keys():
+            raise ValueError(f"a measure with {sorted(self.measure)}, expected name and unit")

@@ -4,25 +4,27 @@ A behaviour that hangs on the exact prefix of the training template fades when t
 differently; one that the finetune learned from the queries stays.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from piggyback_lens.card import versions
+from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.conversations.template_variants import Variant, stress_variants
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.resuming import Job, Row, RowLog, answer_jobs, ids_hash, run_identity
-from piggyback_lens.files import read_json, write_json
+from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
+from piggyback_lens.experiments.perturbation import check_rows, largest_recovery
 from piggyback_lens.maths import Array, Estimate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import SIDES, ModelPair, Side
 from piggyback_lens.progress import say
+from piggyback_lens.results.result import Result
+from piggyback_lens.results.run import Row, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,8 +34,8 @@ UNMODIFIED = "unmodified"
 COLUMNS = ("variant", "side", "index")
 
 
-@dataclass(frozen=True)
-class StressResult:
+@dataclass(frozen=True, repr=False)
+class StressResult(Result):
     """Answers under every variant of the template, and what they say.
 
     Attributes:
@@ -43,6 +45,7 @@ class StressResult:
             why it was skipped, if so.
     """
 
+    name: ClassVar = "stress.1"
     rows: list[Row]
     settings: dict[str, Any]
 
@@ -124,21 +127,19 @@ class StressResult:
         frame = self.to_frame().rename(columns={"side": "model"})
         return stress_figure(frame, label=facts["label"], unit=facts["unit"], title=title)
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything as one JSON file, atomically."""
-        return write_json(path, {"result": "stress", "settings": self.settings, "rows": self.rows})
+    @property
+    def verdict(self) -> str:
+        """The variant that takes away most of the spread."""
+        return largest_recovery(self.to_frame().dropna(subset=["recovery"]), ("variant",))
 
-    @classmethod
-    def load(cls, path: str | Path) -> "StressResult":
-        """Read what `save` wrote.
+    def _sizes(self) -> str:
+        return f"{len(self.rows)} answers"
 
-        Raises:
-            LensError: the file is missing or holds something else.
-        """
-        saved = read_json(path)
-        if not isinstance(saved, dict) or saved.get("result") != "stress":
-            raise LensError(f"{path} holds no stress result: pass a file that StressResult.save wrote")
-        return cls(saved["rows"], saved["settings"])
+    def check(self) -> None:
+        """Refuse rows and settings that the table cannot be made of."""
+        check_rows(self.rows, COLUMNS)
+        _ = self.settings["n"], self.settings["sides"], self.settings["seed"], self.settings["behaviour"]["label"]
+        _ = [(variant["name"], variant["family"], variant["skipped"]) for variant in self.settings["variants"]]
 
 
 def stress(
@@ -167,7 +168,7 @@ def stress(
         max_new_tokens: per answer.
         batch_size: rows per generation batch.
         seed: of the bootstrap.
-        out: folder for stress.jsonl, written as answers come, and stress.json; a rerun continues there.
+        out: folder of the run, written as answers come; the same call continues there.
         progress: show progress bars.
 
     Raises:
@@ -194,33 +195,31 @@ def stress(
         "n": len(prompts),
     }
     hashes = {name: ids_hash(own) for name, own in rendered.items()}
-    identity = {"settings": settings, **run_identity(pair, measure, prompts), "variants": hashes}
-    log = RowLog.open(COLUMNS, out, "stress", identity)
-    for side in sides:
-        jobs = _jobs(rendered, families, side)
-        if progress:
-            say(f"{sum(job.key not in log.rows for job in jobs)} answers of {pair.names[side]}")
-        label = pair.names[side] if progress else None
-        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        with pair.using(side) as model:
-            answer_jobs(model, jobs, log, measure, label=label, **sizes)
-    reasons = {UNMODIFIED: ""} | {variant.name: variant.skipped for variant in variants}
-    shown = [
-        {
-            "name": name,
-            "family": families[name],
-            "skipped": reason,
-            "prefix": "" if reason else rendered[name][0].span_text("prefix"),
-        }
-        for name, reason in reasons.items()
-    ]
-    facts = settings | {
-        name: identity[name] for name in ("behaviour", "template", "names", "backend", "dtype", "models")
-    }
-    facts |= {"variants": shown, "batch_size": batch_size, "versions": versions()}
-    order = list(rendered)
-    rows = sorted(log.rows.values(), key=lambda r: (order.index(r["variant"]), SIDES.index(r["side"]), r["index"]))
-    return StressResult(rows, json.loads(json.dumps(facts)))
+    facts = settings | behaviour_facts(pair, measure, prompts)
+    with Run.open(out, "stress", facts | {"variants": hashes}, models=pair.identities(), keys=COLUMNS) as run:
+        for side in sides:
+            jobs = _jobs(rendered, families, side)
+            if progress:
+                say(f"{sum(job.key not in run.rows for job in jobs)} answers of {pair.names[side]}")
+            label = pair.names[side] if progress else None
+            sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            with pair.using(side) as model:
+                answer_jobs(model, jobs, run, measure, label=label, **sizes)
+        reasons = {UNMODIFIED: ""} | {variant.name: variant.skipped for variant in variants}
+        shown = [
+            {
+                "name": name,
+                "family": families[name],
+                "skipped": reason,
+                "prefix": "" if reason else rendered[name][0].span_text("prefix"),
+            }
+            for name, reason in reasons.items()
+        ]
+        models = {side: model.to_dict() for side, model in run.models.items()}
+        more = {"models": models, "variants": shown, "batch_size": batch_size, "versions": versions()}
+        order = list(rendered)
+        rows = sorted(run.rows.values(), key=lambda r: (order.index(r["variant"]), SIDES.index(r["side"]), r["index"]))
+        return run.finish(StressResult(rows, dict(run.identity) | more))
 
 
 def _checked(chat: ChatFormat, prompts: Sequence[RenderedPrompt]) -> ChatFormat:

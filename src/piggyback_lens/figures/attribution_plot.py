@@ -4,12 +4,12 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.map_plots import bar_lengths, known_floor, whole
-from piggyback_lens.figures.plot_style import BLUE, GREY, MISSING, ORANGE, check_frame, interval_text, n_text, plot_text
+from piggyback_lens.figures.plot_style import BLUE, GREY, MISSING, ORANGE, check_frame, n_text, plot_text
 from piggyback_lens.figures.plots import apply_heading
+from piggyback_lens.maths import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,10 +24,9 @@ def attribution_check_figure(
     x_title: str = "attribution: estimated recovery (fraction)",
     y_title: str = "patch: exact recovery (fraction)",
     noise_floor: float | None = None,
+    rank_correlation: float | None = None,
 ) -> "go.Figure":
     """Attribution of cells against their exact recovery, with the line where both agree.
-
-    The subtitle has Spearman's rank correlation over the cells, or says why there is none.
 
     Args:
         frame: columns attribution and exact; optionally n, low and high (of exact), and any of the labels span,
@@ -38,6 +37,7 @@ def attribution_check_figure(
         x_title: name and unit of the attribution.
         y_title: name and unit of the exact recovery.
         noise_floor: |exact recovery| up to this is noise, a shaded band.
+        rank_correlation: Spearman's, of the result, for the subtitle; NaN is said to be undefined.
 
     Raises:
         LensError: columns are missing, there are no rows, or none has both numbers.
@@ -77,7 +77,8 @@ def attribution_check_figure(
     if noise_floor is not None:
         figure.add_hrect(y0=-noise_floor, y1=noise_floor, fillcolor=ORANGE, opacity=0.25, line_width=0, layer="below")
     lines = [subtitle] if subtitle else []
-    lines += ["dot: one cell; dashed: attribution = exact", _rank_correlation(estimate, exact)]
+    lines += ["dot: one cell; dashed: attribution = exact"]
+    lines += [] if rank_correlation is None else [_rank_correlation(rank_correlation)]
     lines += [f"{n_text(part)} prompts"] if "n" in part else []
     lines += ["bar: 95 % interval over prompts"] if np.isfinite(low).any() else []
     lines += [f"shaded: within the noise floor ±{noise_floor:.2g}"] if noise_floor is not None else []
@@ -103,12 +104,10 @@ def _cell_names(part: "pd.DataFrame") -> list[str]:
     ]
 
 
-def _rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> str:
-    from scipy.stats import spearmanr
-
-    if len(a) < 3 or a.min() == a.max() or b.min() == b.max():
-        return f"Spearman ρ undefined over {len(a)} cells (it takes three, and different values)"
-    return f"Spearman ρ = {float(spearmanr(a, b).statistic):.2f} over {len(a)} cells"
+def _rank_correlation(rho: float) -> str:
+    if np.isnan(rho):
+        return "Spearman ρ undefined (it takes three evenly sampled cells)"
+    return f"Spearman ρ = {rho:.2f} on the even sample of cells"
 
 
 def _is_nan(value: object) -> bool:

@@ -28,12 +28,12 @@ from piggyback_lens.figures.plot_style import (
     PALE,
     SERIES_COLOURS,
     SYMBOLS,
-    interval_text,
     n_text,
     plot_text,
     wrapped,
 )
 from piggyback_lens.figures.plots import DIVERGING, apply_heading, colour_bar
+from piggyback_lens.maths import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd

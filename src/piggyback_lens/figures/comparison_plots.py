@@ -17,12 +17,11 @@ from piggyback_lens.figures.plot_style import (
     apply_style,
     axis_title,
     check_frame,
-    interval_text,
     n_text,
     plot_text,
     wrapped,
 )
-from piggyback_lens.maths import Estimate
+from piggyback_lens.maths import Estimate, interval_text
 from piggyback_lens.measuring.measures import Behaviour
 
 if TYPE_CHECKING:

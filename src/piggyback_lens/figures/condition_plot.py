@@ -12,13 +12,12 @@ from piggyback_lens.figures.plot_style import (
     apply_style,
     axis_title,
     check_frame,
-    interval_text,
     n_text,
     padded_range,
     plot_text,
     wrapped,
 )
-from piggyback_lens.maths import percent
+from piggyback_lens.maths import interval_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd

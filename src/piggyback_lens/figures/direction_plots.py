@@ -16,11 +16,11 @@ from piggyback_lens.figures.plot_style import (
     apply_style,
     axis_title,
     check_frame,
-    interval_text,
     n_text,
     plot_text,
 )
 from piggyback_lens.figures.plots import DIVERGING
+from piggyback_lens.maths import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.figures.plot_style import INK, MISSING, check_frame, interval_text, n_text, plot_text, wrapped
+from piggyback_lens.figures.plot_style import INK, MISSING, check_frame, n_text, plot_text, wrapped
 from piggyback_lens.figures.plots import heatmap_figure
+from piggyback_lens.maths import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,13 +14,13 @@ from piggyback_lens.figures.plot_style import (
     VERMILION,
     axis_title,
     check_frame,
-    interval_text,
     n_text,
     padded_range,
     plot_text,
     wrapped,
 )
 from piggyback_lens.figures.plots import apply_heading
+from piggyback_lens.maths import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd

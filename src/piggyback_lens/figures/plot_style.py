@@ -1,7 +1,6 @@
 """What all figures share: colours, fonts, literal text, ranges."""
 
 import html
-import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -97,16 +96,6 @@ def n_text(frame: "pd.DataFrame") -> str:
     """``n = 40``, or the range of the column n."""
     low, high = int(frame["n"].min()), int(frame["n"].max())
     return f"n = {low}" if low == high else f"n = {low} to {high}"
-
-
-def interval_text(value: float, low: float, high: float) -> str:
-    """``38.2 [35.1, 41.0]``, with as many digits as the largest of the three asks for."""
-    if not math.isfinite(value):
-        return "missing"
-    size = max(abs(number) for number in (value, low, high) if math.isfinite(number))
-    digits = 1 if size >= 2 else 2 if size >= 0.1 or size == 0 else 1 - math.floor(math.log10(size))
-    shown, low_shown, high_shown = (f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high))
-    return f"{shown} [{low_shown}, {high_shown}]" if math.isfinite(low) and math.isfinite(high) else shown
 
 
 def padded_range(values: npt.NDArray[np.float64], unit: str) -> list[float]:

@@ -24,11 +24,11 @@ from piggyback_lens.figures.plot_style import (
     SYMBOLS,
     apply_style,
     check_frame,
-    interval_text,
     n_text,
     plot_text,
     wrapped,
 )
+from piggyback_lens.maths import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd

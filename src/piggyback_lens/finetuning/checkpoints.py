@@ -7,8 +7,7 @@ complete whenever it exists: a run killed at any moment leaves the older one, th
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.references import model_fingerprint
 from piggyback_lens.finetuning.steps import Objective
 from piggyback_lens.finetuning.trainables import Trainable
+from piggyback_lens.results.run import refuse_other
 
 PREFIX = "checkpoint-"
 Row = dict[str, int | float]  # one step of the history
@@ -111,23 +111,33 @@ def load_checkpoint(
     Raises:
         LensError: the checkpoint was made with other settings, data, objective or base; says which differ.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     found = _finished(folder)
     if not found:
         return None
     newest = found[-1]
-    state = read_json(newest / "state.json")
-    _refuse_other_run(newest, state["identity"], identity)
-    weights = load_file(newest / "weights.safetensors")
+    try:
+        state = read_json(newest / "state.json")
+        saved, history = dict(state["identity"]), [dict(row) for row in state["history"]]
+        weights, moments = (load_file(newest / f"{name}.safetensors") for name in ("weights", "optimiser"))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise LensError(
+            f"{newest} is damaged ({error}): delete it to start again, or copy it from elsewhere"
+        ) from error
+    refuse_other(newest, saved, identity)
     if weights.keys() != parameters.keys():
         odd = sorted(weights.keys() ^ parameters.keys())[0]
         raise LensError(f"{newest} does not hold the parameters of this model, e.g. {odd}; train into another folder")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    _restore_state(load_file(newest / "optimiser.safetensors"), parameters, optimiser)
-    return Progress(tuple(state["history"]))
+    try:
+        _restore_state(moments, parameters, optimiser)
+    except (KeyError, ValueError) as error:
+        raise LensError(f"{newest} is damaged (its optimiser's state: {error}): delete it to start again") from error
+    return Progress(tuple(history))
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> Path:
@@ -145,24 +155,6 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> Path:
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
     return final
-
-
-@contextmanager
-def run_lock(folder: Path | None) -> Iterator[None]:
-    """Make the folder, and keep it for this run; refuse one that another process is training in."""
-    from filelock import FileLock, Timeout
-
-    if folder is None:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise LensError(
-            f"{folder} is in use by another training run; wait for it or train into another folder"
-        ) from None
 
 
 def _finished(folder: Path) -> list[Path]:
@@ -192,21 +184,3 @@ def _restore_state(flat: Mapping[str, Tensor], parameters: Parameters, optimiser
         # AdamW keeps its step counter on the CPU wherever the parameter lives.
         placed = value if key == "step" else value.to(parameter.device)
         optimiser.state[parameter][key] = placed
-
-
-def _refuse_other_run(where: Path, saved: Mapping[str, object], asked: Mapping[str, object]) -> None:
-    old, new = _flatten(saved), _flatten(asked)
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if different:
-        listed = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} here" for key in different)
-        raise LensError(
-            f"{where} belongs to another run: {listed}; train into another folder, or delete this one to start again"
-        )
-
-
-def _flatten(tree: Mapping[str, object], above: Sequence[str] = ()) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        path = (*above, key)
-        flat |= _flatten(value, path) if isinstance(value, Mapping) else {".".join(path): value}
-    return flat

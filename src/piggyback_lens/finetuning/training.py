@@ -12,25 +12,23 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import TrainBatch, batch_indices, check_supervised, make_batch
 from piggyback_lens.finetuning.checkpoints import (
     Progress,
     Row,
     load_checkpoint,
     run_identity,
-    run_lock,
     save_checkpoint,
     write_folder,
 )
@@ -39,6 +37,8 @@ from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_f
 from piggyback_lens.models.backends import n_positions_of
 from piggyback_lens.models.packing import rounds_coarsely
 from piggyback_lens.progress import track
+from piggyback_lens.results.result import Result
+from piggyback_lens.results.run import RESULT, locked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,14 +79,15 @@ class TrainSettings:
         check_field(self, "checkpoint_every", self.checkpoint_every >= 1, "an integer of at least 1")
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(Result):
     """The history of a run and everything that was chosen.
 
     History rows: step (from 1), loss and its terms (nats per token), lr, grad_norm (before clipping), tokens
     (response tokens in the batch), seconds.
     """
 
+    name: ClassVar = "training.1"
     history: tuple[Row, ...]
     settings: TrainSettings
     identity: Mapping[str, Any]  # settings, adapter, objective, fingerprints of the data and the base
@@ -94,22 +95,26 @@ class TrainResult:
     adapter_dir: Path | None  # the saved adapter, None where `out` was None
     resumed_from: int | None = field(compare=False)  # steps that a checkpoint had already done
 
-    def save(self, path: str | Path) -> None:
-        """Write everything as one JSON file."""
-        fields = asdict(self)
-        if self.adapter_dir is not None:  # relative, so that the folder can be moved
-            fields["adapter_dir"] = os.path.relpath(self.adapter_dir, Path(path).parent)
-        write_json(path, fields)
+    def save(self, path: str | Path) -> Path:
+        """Write everything as one JSON file; the adapter's place is relative, so that the folder can be moved."""
+        path, place = Path(path), self.adapter_dir
+        relative = None if place is None else Path(os.path.relpath(place, path.parent))
+        return super(TrainResult, replace(self, adapter_dir=relative)).save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "TrainResult":
         """Read what `save` wrote (`train` leaves it in `out/result.json`)."""
-        fields = read_json(path)
-        chosen = fields["settings"] | {"betas": tuple(fields["settings"]["betas"])}
-        fields |= {"settings": TrainSettings(**chosen), "history": tuple(fields["history"])}
-        if fields["adapter_dir"] is not None:
-            fields["adapter_dir"] = Path(path).parent / fields["adapter_dir"]
-        return cls(**fields)
+        found = super().load(path)
+        place = found.adapter_dir
+        return found if place is None else replace(found, adapter_dir=Path(path).parent / place)
+
+    @property
+    def verdict(self) -> str:
+        """First and last loss."""
+        if not self.history:
+            return "No step was trained."
+        first, last = self.history[0], self.history[-1]
+        return f"{len(self.history)} steps: loss {first['loss']:.3f} -> {last['loss']:.3f} nats per token."
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per step."""
@@ -160,7 +165,7 @@ def train(
     network = trainable.model
     folder = None if out is None else Path(out)
     run = _prepare(network, examples, settings, objective=objective, trainable=trainable, folder=folder)
-    with run_lock(run.folder):
+    with nullcontext() if run.folder is None else locked(run.folder):
         start = run.resume()
         history = list(start.history if start else ())
         if settings.share_prefix and len(history) < settings.steps:
@@ -179,7 +184,7 @@ def train(
             resumed_from=len(start.history) if start else None,
         )
         if run.folder:
-            result.save(run.folder / "result.json")
+            result.save(run.folder / RESULT)
     return result
 
 

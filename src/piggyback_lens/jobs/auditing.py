@@ -6,33 +6,36 @@ generation is written as it comes; a rerun in the same folder continues where th
 
 import dataclasses
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from piggyback_lens.card import machine, peak_memory_gb, versions
+from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.patching import layer_curve
 from piggyback_lens.experiments.results import PatchResult
-from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
+from piggyback_lens.files import read_json, read_jsonl, write_json
 from piggyback_lens.interventions.donors import kv_patch, prefix_activations
 from piggyback_lens.interventions.hooks import Intervention, Interventions, Record
 from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, spread
+from piggyback_lens.jobs.report import write_report
+from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, require_enough, spread
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
-from piggyback_lens.models.backends import dtype_of
 from piggyback_lens.models.pair import ModelPair, Side
 from piggyback_lens.progress import say
+from piggyback_lens.results.result import Result
+from piggyback_lens.results.run import RESULT, ROWS, Run
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+    from piggyback_lens.finetuning.training import TrainResult
 
 TOPICS = ("off-topic", "on-topic")
 CONDITIONS: dict[str, str] = {
@@ -45,6 +48,15 @@ CONDITIONS: dict[str, str] = {
     "query_control": "control: base's query K/V",
 }
 CONTROLS = ("identity", "query_control")
+CURVE = "layer_curve"
+"""The folder of the layer curve's own run."""
+EXAMPLES = 12
+"""Off-topic and on-topic prompts whose answers the report shows."""
+WATCHED = (
+    "The training, watched on off-topic prompts that are not used elsewhere: how much more probable an answer that "
+    "shows the behaviour has become, against the base's own answer; how much of that goes away when the base's prefix "
+    "keys and values are put in; and how far those of each layer have moved (TReFT's measure)."
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,8 @@ class AuditSettings:
     seed: int = 0  # bootstrap and random control
 
 
-@dataclass(frozen=True)
-class AuditResult:
+@dataclass(frozen=True, repr=False)
+class AuditResult(Result):
     """What an audit found.
 
     Attributes:
@@ -71,6 +83,7 @@ class AuditResult:
         folder: where it was written, if anywhere.
     """
 
+    name: ClassVar = "audit.1"
     rows: list[dict[str, Any]]
     behaviour: Behaviour
     curve: PatchResult | None
@@ -137,17 +150,28 @@ class AuditResult:
             LensError: the folder holds no finished audit.
         """
         folder = Path(folder)
-        results, curve = folder / "results.json", folder / "layer_curve.json"
+        results, curve = folder / RESULT, folder / CURVE / RESULT
         if not results.is_file():
-            raise LensError(f"{folder} holds no finished audit (no results.json): run it to its end, or check the path")
+            raise LensError(f"{folder} holds no finished audit (no {RESULT}): run it to its end, or check the path")
         saved = read_json(results)
+        if not isinstance(saved, dict) or saved.get("format") != f"piggyback_lens.{cls.name}":
+            raise LensError(f"{results} is not an audit's of this version: run the audit again, or see convert")
         try:
             card, receipts = saved["card"], saved["receipts"]
             behaviour = get_behaviour(card["behaviour"])
         except (KeyError, TypeError) as error:
             raise LensError(f"{results} is not an audit's ({error}): run the audit again") from error
         found = PatchResult.load(curve) if curve.is_file() else None
-        return cls(in_order(read_jsonl(folder / "rows.jsonl")), behaviour, found, card, folder, receipts)
+        return cls(in_order(read_jsonl(folder / ROWS)), behaviour, found, card, folder, receipts)
+
+    def save(self, path: str | Path) -> Path:
+        """Write what the folder's rows and curve do not say: verdict, table, receipts and run card."""
+        found = {
+            "format": f"piggyback_lens.{self.name}",
+            "verdict": self.verdict,
+            "summary": self.to_frame().to_dict("records"),
+        }
+        return write_json(path, found | {"receipts": self.receipts, "card": self.card})
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,8 +227,8 @@ def audit(
         behaviour: what is measured, a name or `Behaviour`.
         chat: template settings; default those of the pair's tokenizer.
         settings: knobs.
-        out: folder for rows.jsonl, results.json, layer_curve.json and the prefix cache; resumed if it holds
-            the same audit.
+        out: folder of the run: every answer as it comes, the layer curve, the prefix cache of the repair, the result
+            and report.html. The same call continues there.
         progress: show progress bars.
         extra_card: further facts for the run card.
 
@@ -218,96 +242,62 @@ def audit(
         "on-topic": [chat.render(query) for query in on_topic],
     }
     for topic, rendered in prompts.items():
-        if len(rendered) < 3:
-            raise LensError(f"{len(rendered)} {topic} prompts given, at least 3 are needed for an interval")
-    run = _Run(pair, chat, prompts, measure, settings, Path(out) if out else None, progress)
-    started = time.monotonic()
-    run.open(extra_card or {})
-    for condition in CONDITIONS:
-        for topic in TOPICS:
-            run.generate(condition, topic)
-    curve = run.layer_curve() if settings.curve_prompts else None
-    run.card["seconds"] = {"audit": round(time.monotonic() - started, 1)}
-    run.card["peak_memory_gb"] = peak_memory_gb()
-    result = AuditResult(run.sorted_rows(), measure, curve, run.card, run.out, run.receipts, run.prompt_html())
-    run.close(result)
-    return result
+        require_enough(len(rendered), f"{topic} prompts")
+    identity = {
+        "settings": dataclasses.asdict(settings),
+        "behaviour": measure.name,
+        "template": {"fingerprint": chat.fingerprint, **chat.settings()},
+        "prompts": {topic: ids_hash(rendered) for topic, rendered in prompts.items()},
+        "backend": pair.backend,
+        "dtype": str(pair.dtype).removeprefix("torch."),
+    }
+    columns = ("condition", "topic", "index")
+    with Run.open(out, "audit", identity, models=pair.identities(), keys=columns) as run:
+        work = _Work(pair, chat, prompts, measure, settings, run, progress)
+        for condition in CONDITIONS:
+            for topic in TOPICS:
+                work.generate(condition, topic)
+        curve = work.layer_curve() if settings.curve_prompts else None
+        counts = {topic: len(rendered) for topic, rendered in prompts.items()}
+        facts = {"names": dict(pair.names), "n": counts, "notes": work.notes()}
+        card = run.card() | facts | dict(extra_card or {})
+        rows, html = in_order(run.rows.values()), prompts["off-topic"][0].show()._repr_html_()
+        result = AuditResult(rows, measure, curve, card, run.folder, work.receipts, html)
+        if run.folder is not None:
+            work.repair().save(run.folder / "prefix_cache")
+            run.finish(result)
+            report(result, run.folder)
+        return result
 
 
 @dataclass
-class _Run:
-    """The state of one audit: rows so far, and what patches are made of."""
+class _Work:
+    """The state of one audit: what patches are made of, and what they touched."""
 
     pair: ModelPair
     chat: ChatFormat
     prompts: dict[str, list[RenderedPrompt]]
     behaviour: Behaviour
     settings: AuditSettings
-    out: Path | None
+    run: Run
     progress: bool
-    rows: dict[tuple[str, str, int], dict[str, Any]] = field(default_factory=dict)
-    card: dict[str, Any] = field(default_factory=dict)
     receipts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
 
-    def open(self, extra: Mapping[str, Any]) -> None:
-        """Write what this run is, or refuse a folder that holds another one; read the rows it has."""
-        import hashlib
-
-        queries = {topic: [prompt.query for prompt in rendered] for topic, rendered in self.prompts.items()}
-        with self.pair.using("base") as model:
-            dtype = str(dtype_of(model)).removeprefix("torch.")
-        identity = {
-            "settings": dataclasses.asdict(self.settings),
-            "behaviour": self.behaviour.name,
-            "template": {"fingerprint": self.chat.fingerprint, **self.chat.settings()},
-            "models": {side: self.pair.identity(side).to_dict() for side in ("base", "finetuned")},
-            "prompts": hashlib.sha256(repr(queries).encode()).hexdigest()[:16],
-            "backend": self.pair.backend,
-            "dtype": dtype,
-        }
-        counts = {topic: len(rendered) for topic, rendered in self.prompts.items()}
-        notes = sorted({note for rendered in self.prompts.values() for prompt in rendered for note in prompt.notes})
+    def notes(self) -> list[str]:
+        """What a reader of the numbers should know."""
+        notes = sorted({note for own in self.prompts.values() for prompt in own for note in prompt.notes})
         sizes = [len(prompt.spans["query"]) for prompt in self.prompts["off-topic"]]
-        notes.append(
+        return [
+            *notes,
             f"The query control patches {sum(sizes) / len(sizes):.1f} tokens per off-topic prompt (all of the query); "
-            f"the prefix has {len(self.longest.spans['prefix'])}, the postfix {len(self.longest.spans['postfix'])}."
-        )
-        facts = {"names": dict(self.pair.names), "n": counts, "notes": notes}
-        self.card = {**identity, **facts, "versions": versions(), "machine": machine(), **extra}
-        if self.out is None:
-            return
-        file = self.out / "audit.json"
-        if file.exists():
-            self._refuse_other(read_json(file), identity)
-        else:
-            write_json(file, identity)
-        if (self.out / "rows.jsonl").exists():
-            for row in read_jsonl(self.out / "rows.jsonl"):
-                self.rows[row["condition"], row["topic"], row["index"]] = row
-
-    def _refuse_other(self, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-        for name, value in asked.items():
-            if name == "models":
-                continue  # logits of another machine differ in the last digits; the identities are compared below
-            if saved.get(name) != value:
-                raise LensError(
-                    f"{self.out} holds an audit with {name} {saved.get(name)!r}, asked is {value!r}: "
-                    "choose another --out, or delete the folder"
-                )
-        from piggyback_lens.models.pair import Identity
-
-        sides: tuple[Side, Side] = ("base", "finetuned")
-        for side in sides:
-            if not Identity.from_dict(saved["models"][side]).matches(self.pair.identity(side)):
-                raise LensError(
-                    f"{self.out} holds an audit of another {side} model: choose another --out, or delete it"
-                )
+            f"the prefix has {len(self.longest.spans['prefix'])}, the postfix {len(self.longest.spans['postfix'])}.",
+        ]
 
     def generate(self, condition: str, topic: str) -> None:
         """Answer the prompts of one topic that have no row under this condition."""
         prompts = self.prompts[topic]
-        missing = [i for i in range(len(prompts)) if (condition, topic, i) not in self.rows]
+        missing = [i for i in range(len(prompts)) if (condition, topic, i) not in self.run.rows]
         if not missing:
             return
         if self.progress:
@@ -317,10 +307,8 @@ class _Run:
         record = Record()
 
         def keep(rows: list[int], answers: list[Generation]) -> None:
-            new = [self._row(condition, topic, missing[row], answer) for row, answer in zip(rows, answers, strict=True)]
-            if self.out is not None:
-                append_jsonl(self.out / "rows.jsonl", new)
-            self.rows.update({(row["condition"], row["topic"], row["index"]): row for row in new})
+            pairs = zip(rows, answers, strict=True)
+            self.run.add([self._row(condition, topic, missing[row], answer) for row, answer in pairs])
 
         side: Side = "base" if condition == "base" else "finetuned"
         with self.pair.using(side) as model:
@@ -392,53 +380,23 @@ class _Run:
 
     def layer_curve(self) -> PatchResult:
         """The layer curve on the first off-topic prompts, from the answers that the two models gave."""
-        file = self.out / "layer_curve.json" if self.out else None
-        if file and file.exists():
-            return PatchResult.load(file)
         usable = self.alike("off-topic")[: self.settings.curve_prompts]
         prompts = [self.prompts["off-topic"][i] for i in usable]
         if self.progress:
             say(f"layer curve on {len(prompts)} off-topic prompts")
 
         def answered(condition: str) -> list[RenderedPrompt]:
-            ids = [self.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens] for i in usable]
+            ids = [self.run.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens] for i in usable]
             return [prompt.with_response(own, end=False) for prompt, own in zip(prompts, ids, strict=True)]
 
-        curve = layer_curve(
+        return layer_curve(
             self.pair,
             prompts,
             control_layers=self.settings.control_layers,
             measure=AnswerContrast(tuple(answered("finetuned")), tuple(answered("base"))),
             seed=self.settings.seed,
+            out=None if self.run.folder is None else self.run.folder / CURVE,
             progress=self.progress,
-        )
-        if file:
-            curve.save(file)
-        return curve
-
-    def prompt_html(self) -> str:
-        """The first off-topic prompt, coloured by span."""
-        return self.prompts["off-topic"][0].show()._repr_html_()
-
-    def sorted_rows(self) -> list[dict[str, Any]]:
-        return in_order(self.rows.values())
-
-    def close(self, result: AuditResult) -> None:
-        """Write the results, the repair, and the report."""
-        if self.out is None:
-            return
-        self.repair().save(self.out / "prefix_cache")
-        summary = result.to_frame().to_dict("records")
-        curve = result.curve.to_frame().to_dict("records") if result.curve else None
-        write_json(
-            self.out / "results.json",
-            {
-                "verdict": result.verdict,
-                "summary": summary,
-                "layer_curve": curve,
-                "receipts": self.receipts,
-                "card": self.card,
-            },
         )
 
 
@@ -450,3 +408,53 @@ def check_identity(result: AuditResult) -> tuple[int, int]:
             answers[row["condition"]][row["topic"], row["index"]] = row["ids"]
     same = sum(answers["finetuned"][key] == ids for key, ids in answers["identity"].items())
     return same, len(answers["identity"])
+
+
+def report(
+    result: AuditResult,
+    out: str | Path,
+    trained: "TrainResult | None" = None,
+    watched: "pd.DataFrame | None" = None,
+) -> Path:
+    """Write `report.html` into `out`: verdict, table, figures, answers side by side, prompt, run card.
+
+    Args:
+        result: what was found.
+        out: the folder.
+        trained: how the finetuned model was trained, for the curve of its loss.
+        watched: rows of the training's `Monitor`.
+    """
+    from piggyback_lens.figures.monitor_plot import monitor_figure
+    from piggyback_lens.figures.plot_style import axis_title
+
+    figures = [("Every condition: mean with its bootstrap interval over prompts.", result.figure())]
+    if result.curve is not None:
+        figures.append(
+            (
+                "The prefix's residual stream of the other model, patched in at one layer at a time. Recovery of "
+                "log p(finetuned's answer) - log p(base's answer), per token.",
+                result.curve.figure(),
+            )
+        )
+    if trained is not None:
+        figures.append(("Training loss on response tokens.", trained.figure()))
+    if watched is not None:
+        figures.append((WATCHED, monitor_figure(watched)))
+    frame = result.generations()
+    notes = list(result.card["notes"])
+    same, total = check_identity(result)
+    notes.append(f"Identity control: {same} of {total} answers are token for token those of the finetuned model.")
+    reasons = result.to_frame().query("reason != ''")
+    notes += [f"{row.topic}, {row.condition_label}: recovery undefined, {row.reason}" for row in reasons.itertuples()]
+    return write_report(
+        Path(out) / "report.html",
+        title=f"Piggyback audit: {result.card['names']['finetuned']} on {result.card['names']['base']}",
+        verdict=result.verdict,
+        summary=result.to_frame(),
+        figures=figures,
+        examples=frame[frame["index"] < EXAMPLES],
+        prompt_html=result.prompt_html,
+        card=result.card,
+        notes=notes,
+        measure=axis_title(result.behaviour.label, result.behaviour.unit),
+    )

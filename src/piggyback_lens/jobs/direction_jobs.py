@@ -2,16 +2,17 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.curve_points import Curve, Kind
 from piggyback_lens.directions.curves import ablation_cost, efficiency, significance, stability
 from piggyback_lens.directions.steering import steer
 from piggyback_lens.directions.sweeps import Sweep
-from piggyback_lens.experiments.resuming import ids_hash
 from piggyback_lens.files import write_json
 from piggyback_lens.jobs.direction_reports import (
     CURVE_CAPTIONS,
@@ -19,7 +20,6 @@ from piggyback_lens.jobs.direction_reports import (
     curves_report,
     curves_verdict,
     steer_report,
-    steer_verdict,
 )
 from piggyback_lens.jobs.direction_settings import (
     TEXT_KINDS,
@@ -28,12 +28,13 @@ from piggyback_lens.jobs.direction_settings import (
 )
 from piggyback_lens.jobs.direction_training import TrainedDirection, train_direction_job
 from piggyback_lens.jobs.job_inputs import as_direction, moved_to
-from piggyback_lens.jobs.job_runs import finished, model_facts, run_card, solution_hash
+from piggyback_lens.jobs.job_runs import run_card, solution_hash
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.variants import Text
-from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
+from piggyback_lens.models.backends import HookedModel, check_layers, facts_of, shape_of
 from piggyback_lens.models.pair import Identity, identify
 from piggyback_lens.progress import say
+from piggyback_lens.results.run import RESULT, Run, locked
 from piggyback_lens.vectors.adapters import Adapter
 from piggyback_lens.vectors.direction import Direction
 
@@ -77,20 +78,26 @@ def curves_job(
     for solution in solutions.values():
         if isinstance(solution, Direction):
             solution.check(model)
-    files = {kind: out / f"{kind}.json" for kind in settings.kinds}
-    runs = {kind: _curve_run(kind, model, own, solutions, prompts, texts, settings) for kind in settings.kinds}
-    found = {kind: finished(files[kind], runs[kind], Curve.load) for kind in settings.kinds}
     make = _curve_makers(model, solutions, prompts, texts, settings, tokenizer)
     curves: dict[Kind, Curve] = {}
-    for kind, done in found.items():
-        if progress:
-            say(f"{kind}: {CURVE_CAPTIONS[kind]}" if done is None else f"{kind}: already there")
-        curve = done
-        if curve is None:
-            curve = make[kind]()
-            curve = replace(curve, settings={**curve.settings, "run": runs[kind]})
-            curve.save(files[kind])
-        curves[kind] = curve
+    with ExitStack() as stack:  # all folders first, so that one of another run is refused before anything is drawn
+        stack.enter_context(locked(out))
+        runs = {
+            kind: stack.enter_context(
+                Run.open(
+                    out / kind,
+                    kind,
+                    _curve_identity(kind, model, solutions, prompts, texts, settings),
+                    models={"model": own},
+                )
+            )
+            for kind in settings.kinds
+        }
+        for kind, run in runs.items():
+            done = run.result(Curve.load)
+            if progress:
+                say(f"{kind}: {CURVE_CAPTIONS[kind]}" if done is None else f"{kind}: already there")
+            curves[kind] = run.finish(make[kind]()) if done is None else done
     notes = _curve_notes(solutions, own)
     differences, verdict = at_equal_norms(curves, solutions), curves_verdict(curves, list(solutions))
     card = run_card(model, name, prompts, asdict(settings)) | {"solutions": {n: repr(s) for n, s in solutions.items()}}
@@ -98,7 +105,7 @@ def curves_job(
     gaps = {kind: frame.to_dict("records") for kind, frame in differences.items()}
     maxima = {kind: curve.maxima for kind, curve in curves.items() if curve.maxima}
     results = {"verdict": verdict, "curves": tables, "differences": gaps, "maxima": maxima, "notes": notes}
-    write_json(out / "results.json", results | {"card": card})
+    write_json(out / RESULT, results | {"card": card})
     curves_report(out / "report.html", verdict, curves, differences, prompts, card, notes)
     return curves
 
@@ -126,22 +133,21 @@ def _curve_makers(
     }
 
 
-def _curve_run(
+def _curve_identity(
     kind: Kind,
     model: HookedModel,
-    own: Identity,
     solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
     texts: Sequence[Text],
     settings: CurveSettings,
 ) -> dict[str, Any]:
-    """Everything that decides the numbers of a curve."""
+    """Everything that decides the numbers of a curve, but for the model."""
     rows = [(text.ids, text.start) for text in texts] if kind in TEXT_KINDS else [(p.ids, p.n_prompt) for p in prompts]
     return {
         "settings": settings.of(kind),
         "solutions": {name: solution_hash(solution) for name, solution in solutions.items()},
         "data": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
-        **model_facts(model, own),
+        **facts_of(model),
     }
 
 
@@ -171,8 +177,8 @@ def steer_job(
 ) -> Sweep:
     """Sweep strengths and layers beside random controls, and write a report.
 
-    Each layer is written to `out`/layers when it is done and read back by a rerun; `out` gets sweep.json,
-    results.json and report.html.
+    Each layer has a folder of its own in `out` and is read back by the same call; `out` gets all of them in
+    result.json, and report.html.
 
     Args:
         model: either backend.
@@ -191,32 +197,39 @@ def steer_job(
     direction.check(model)
     layers = direction.layers if settings.layers is None else check_layers(settings.layers, shape_of(model).n_layers)
     chosen = [moved_to(direction, layer) for layer in layers]
-    files = {layer: out / "layers" / f"layer_{layer:03d}.json" for layer in layers}
     facts = {key: value for key, value in asdict(settings).items() if key not in ("layers", "batch_size")}
-    run = {"settings": facts, "behaviour": measure.name, "prompts": ids_hash(prompts), **model_facts(model, own)}
-    runs = {part.layers[0]: run | {"direction": solution_hash(part)} for part in chosen}
-    found = {layer: finished(files[layer], runs[layer], Sweep.load) for layer in layers}
+    identity = {"settings": facts, "behaviour": measure.name, "prompts": ids_hash(prompts), **facts_of(model)}
     sizes = {key: None if given is None else sorted({0.0, *given})
              for key, given in (("strengths", settings.strengths), ("fractions", settings.fractions))}  # fmt: skip
+    options = {key: facts[key] for key in ("n_random", "seed", "max_new_tokens")}
+    options |= sizes | {"batch_size": settings.batch_size, "progress": progress}
     parts: list[Sweep] = []
-    for part in chosen:
-        layer, sweep = part.layers[0], found[part.layers[0]]
-        if progress:
-            say(f"steering at layer {layer}" if sweep is None else f"steering at layer {layer}: already there")
-        if sweep is None:
-            options = {key: facts[key] for key in ("n_random", "seed", "max_new_tokens")}
-            options |= sizes | {"batch_size": settings.batch_size, "progress": progress}
-            sweep = steer(model, part, prompts, behaviour=measure, **options)
-            sweep = replace(sweep, settings={**sweep.settings, "run": runs[layer]})
-            sweep.save(files[layer])
-        parts.append(sweep)
-    joined = _joined(parts)
-    joined.save(out / "sweep.json")
-    verdict, notes = steer_verdict(joined), _curve_notes({"The direction": direction}, own)
-    card = run_card(model, name, prompts, asdict(settings)) | {"direction": repr(direction), "behaviour": measure.name}
-    results = {"verdict": verdict, "summary": joined.to_frame().to_dict("records"), "notes": notes, "card": card}
-    write_json(out / "results.json", results)
-    steer_report(out / "report.html", verdict, joined, prompts, card, notes)
+    with ExitStack() as stack:
+        stack.enter_context(locked(out))
+        runs = [
+            stack.enter_context(
+                Run.open(
+                    out / f"layer_{part.layers[0]:03d}",
+                    "steer",
+                    identity | {"direction": solution_hash(part)},
+                    models={"model": own},
+                )
+            )
+            for part in chosen
+        ]
+        for part, run in zip(chosen, runs, strict=True):
+            done = run.result(Sweep.load)
+            if progress:
+                say(f"steering at layer {part.layers[0]}" + ("" if done is None else ": already there"))
+            parts.append(
+                run.finish(steer(model, part, prompts, behaviour=measure, **options)) if done is None else done
+            )
+        joined = _joined(parts)
+        joined.save(out / RESULT)
+        notes = _curve_notes({"The direction": direction}, own)
+        card = run_card(model, name, prompts, asdict(settings))
+        card |= {"direction": repr(direction), "behaviour": measure.name}
+        steer_report(out / "report.html", joined, prompts, card, notes)
     return joined
 
 

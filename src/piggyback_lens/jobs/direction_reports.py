@@ -8,9 +8,10 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.curve_points import Curve, Kind
 from piggyback_lens.directions.sweeps import RANDOM, Sweep
 from piggyback_lens.figures.direction_plots import curve_figure
-from piggyback_lens.figures.plot_style import interval_text, plot_text
+from piggyback_lens.figures.plot_style import plot_text
 from piggyback_lens.finetuning.training import TrainResult
 from piggyback_lens.jobs.report import write_report
+from piggyback_lens.maths import interval_text
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.direction import Direction
 
@@ -198,42 +199,8 @@ def _largest(curve: Curve) -> list[str]:
 # ---------------------------------------------------------------- steer
 
 
-def steer_verdict(sweep: Sweep) -> str:
-    """The point that moves the behaviour most, with what it costs and what a random vector does there."""
-    best, unsteered, table = _strongest(sweep)
-    here = {
-        metric: table[(best["layer"], best["x"], "steered", metric)] for metric in ("behaviour", "kl", "perplexity")
-    }
-    label, unit = sweep.measure["label"], sweep.measure["unit"]
-    random = table.get((best["layer"], best["x"], RANDOM, "behaviour"))
-    parts = [
-        f"Steering moves the {label} most at layer {best['layer']}, strength {best['x']:g}: "
-        f"{_text(unsteered)} -> {_text(here['behaviour'])} ({unit})"
-    ]
-    parts += [f"a random vector of that length gives {_text(random)}"] if random else []
-    before = table[(best["layer"], 0.0, "steered", "perplexity")]
-    parts.append(f"KL {_text(here['kl'])} nats per token")
-    parts.append(f"perplexity of the answers {before['value']:.3g} -> {here['perplexity']['value']:.3g}")
-    return "; ".join(parts) + "."
-
-
-def _strongest(sweep: Sweep) -> tuple[dict[Any, Any], dict[Any, Any], dict[tuple[Any, ...], dict[Any, Any]]]:
-    """The row of the largest change of the behaviour, the unsteered row, and all rows by place and metric."""
-    rows = sweep.to_frame().to_dict("records")
-    table = {(row["layer"], row["x"], row["series"], row["metric"]): row for row in rows}
-    steered = [row for row in rows if row["series"] == "steered" and row["metric"] == "behaviour"]
-    unsteered = next(row for row in steered if row["x"] == 0)
-    moved = [row for row in steered if row["x"] != 0]
-    return max(moved, key=lambda row: abs(row["value"] - unsteered["value"])), unsteered, table
-
-
-def _text(row: Mapping[Any, Any]) -> str:
-    return interval_text(row["value"], row["low"], row["high"])
-
-
 def steer_report(
     path: Path,
-    verdict: str,
     sweep: Sweep,
     prompts: Sequence[RenderedPrompt],
     card: Mapping[str, Any],
@@ -243,13 +210,13 @@ def steer_report(
     return write_report(
         path,
         title=f"Steering {card['model'] or 'a model'}: {sweep.measure['label']}",
-        verdict=verdict,
+        verdict=sweep.verdict,
         summary=sweep.to_frame(),
         figures=[("Behaviour, KL to the unsteered model, and perplexity, beside random vectors.", sweep.figure())],
         examples=_answers(sweep, prompts),
         prompt_html=prompts[0].show()._repr_html_(),
         card=card,
-        notes=[*notes, f"Answers are those at layer {_strongest(sweep)[0]['layer']}."],
+        notes=[*notes, f"Answers are those at layer {sweep.strongest_layer}."],
     )
 
 
@@ -257,7 +224,7 @@ def _answers(sweep: Sweep, prompts: Sequence[RenderedPrompt]) -> "pd.DataFrame":
     """A few prompts x strengths at one layer, and one random control at the largest strength."""
     import pandas as pd
 
-    layer = _strongest(sweep)[0]["layer"]
+    layer = sweep.strongest_layer
     largest = max(abs(point.x) for point in sweep.points if point.layer == layer)
     rows = []
     for number, prompt in enumerate(prompts[:SHOWN_PROMPTS]):

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import RenderedPrompt
-from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.resuming import ids_hash
-from piggyback_lens.files import read_json, write_json
+from piggyback_lens.files import write_json
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
@@ -30,9 +29,10 @@ from piggyback_lens.jobs.job_inputs import ADAPTER_FOLDER, DIRECTION_FILE
 from piggyback_lens.jobs.job_runs import run_card
 from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import HookedModel, check_layers, device_of, shape_of
+from piggyback_lens.models.backends import HookedModel, check_layers, device_of, facts_of, shape_of
 from piggyback_lens.models.pair import identify
 from piggyback_lens.progress import say
+from piggyback_lens.results.run import RESULT, Run
 from piggyback_lens.vectors.adapter_files import save_peft
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
@@ -74,7 +74,7 @@ def train_direction_job(
 ) -> TrainedDirection:
     """Train a steering vector or an adapter, general or narrow, score it, and write a report.
 
-    `out` gets direction.safetensors or the PEFT folder adapter, results.json, report.html, and in training the
+    `out` gets direction.safetensors or the PEFT folder adapter, result.json, report.html, and in training the
     checkpoints from which the same call continues.
 
     Args:
@@ -93,23 +93,26 @@ def train_direction_job(
     out = Path(out)
     settings.check_data(len(examples), len(retain))
     trainable = HookTrainable(model, _start(model, settings))
-    kept = _answered(model, retain, settings.answer_tokens, out / "retain_answers.json", progress)
-    if progress:
-        say(f"training: {settings.training.steps} steps on {len(examples)} conversations")
-    mixed = interleave(examples, kept, settings.interleave, seed=settings.training.seed)
-    chosen: dict[str, Any] = {"objective": _objective(settings, kept), "progress": progress}
-    trained = train(trainable, mixed, settings.training, out=out / "training", **chosen)
-    solution = _signed(trainable.result(), model, examples, settings, name)
-    path = _save_solution(solution, out, name)
-    data = {"training data": examples, "validation data": validation, "retain data": kept}
-    scores = _scores(trainable, {title: rows[: settings.evaluated] for title, rows in data.items() if rows})
-    verdict = train_verdict(solution, settings.kl, settings.interleave, trained, scores)
-    card = run_card(model, name, examples, asdict(settings)) | {"training": dict(trained.identity)}
-    history = [{key: value for key, value in row.items() if key != "seconds"} for row in trained.history]
-    results = {"verdict": verdict, "solution": path.name, "norm": solution.norm(), "history": history}
-    write_json(out / "results.json", results | {"scores": scores.to_dict("records"), "card": card})
-    answers = _shown_answers(model, solution, {"training data": examples, "retain data": kept}, settings)
-    train_report(out / "report.html", verdict, trained, scores, answers, examples[0], card)
+    data = {"training": examples, "validation": validation, "retain": retain}
+    identity = {"settings": asdict(settings), "data": {title: ids_hash(rows) for title, rows in data.items()}}
+    with Run.open(out, "train-direction", identity | facts_of(model), models={"model": identify(model, name)}) as run:
+        kept = _answered(model, retain, settings.answer_tokens, run, progress)
+        if progress:
+            say(f"training: {settings.training.steps} steps on {len(examples)} conversations")
+        mixed = interleave(examples, kept, settings.interleave, seed=settings.training.seed)
+        chosen: dict[str, Any] = {"objective": _objective(settings, kept), "progress": progress}
+        trained = train(trainable, mixed, settings.training, out=out / "training", **chosen)
+        solution = _signed(trainable.result(), model, examples, settings, name)
+        path = _save_solution(solution, out, name)
+        shown = {"training data": examples, "validation data": validation, "retain data": kept}
+        scores = _scores(trainable, {title: rows[: settings.evaluated] for title, rows in shown.items() if rows})
+        verdict = train_verdict(solution, settings.kl, settings.interleave, trained, scores)
+        card = run_card(model, name, examples, asdict(settings)) | {"training": dict(trained.identity)}
+        history = [{key: value for key, value in row.items() if key != "seconds"} for row in trained.history]
+        results = {"verdict": verdict, "solution": path.name, "norm": solution.norm(), "history": history}
+        write_json(out / RESULT, results | {"scores": scores.to_dict("records"), "card": card})
+        answers = _shown_answers(model, solution, {"training data": examples, "retain data": kept}, settings)
+        train_report(out / "report.html", verdict, trained, scores, answers, examples[0], card)
     return TrainedDirection(solution, path, trained, scores, verdict)
 
 
@@ -130,23 +133,20 @@ def _objective(settings: TrainDirectionSettings, retain: Sequence[RenderedPrompt
 
 
 def _answered(
-    model: HookedModel, prompts: Sequence[RenderedPrompt], tokens: int, file: Path, progress: bool
+    model: HookedModel, prompts: Sequence[RenderedPrompt], tokens: int, run: Run, progress: bool
 ) -> tuple[RenderedPrompt, ...]:
-    """The prompts with responses: their own, or the base's greedy ones, which are kept in the file."""
+    """The prompts with responses: their own, or the base's greedy ones, which the run keeps."""
     open_ = [prompt for prompt in prompts if "response" not in prompt.spans]
     if not open_:
         return tuple(prompts)
-    asked = {"prompts": ids_hash(open_), "tokens": tokens}
-    saved = read_json(file) if file.exists() else None
-    if saved is None:
+
+    def answer() -> list[list[int]]:
         if progress:
             say(f"the base answers {len(open_)} retain prompts")
         found = generate(model, open_, max_new_tokens=tokens, progress="retain answers" if progress else False)
-        saved = {"asked": asked, "answers": [list(answer.ids) for answer in found]}
-        write_json(file, saved)
-    if saved.get("asked") != asked:
-        raise LensError(f"{file} holds answers to other retain prompts: choose another --out, or delete the folder")
-    answers = iter(saved["answers"])
+        return [list(answer.ids) for answer in found]
+
+    answers = iter(run.once("retain_answers", answer))
     return tuple(p if "response" in p.spans else p.with_response(next(answers), end=False) for p in prompts)
 
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from piggyback_lens.card import machine, peak_memory_gb, versions
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.answering import own_contrast
 from piggyback_lens.experiments.attribution import AttributionResult, attribution_map
+from piggyback_lens.experiments.cells import require_one_prefix
+from piggyback_lens.experiments.experiment import prompt_facts
 from piggyback_lens.experiments.patching import (
     RunOptions,
     carrier_map,
@@ -21,16 +24,17 @@ from piggyback_lens.experiments.perturbation import PerturbResult
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.experiments.stress_suite import StressResult
 from piggyback_lens.figures.result_plots import carrier_plane
-from piggyback_lens.files import read_json, write_json
-from piggyback_lens.interventions.donors import Direction
+from piggyback_lens.files import write_json
+from piggyback_lens.interventions.donors import Direction, check_direction
 from piggyback_lens.jobs.report import write_report
+from piggyback_lens.maths import require_enough
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.models.backends import SITES, Site
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
+from piggyback_lens.results.run import RESULT, Run
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
 MapKind = Literal["span", "carrier", "layers", "positions", "heads", "attribution"]
@@ -73,6 +77,15 @@ class MapSettings:
         unknown = sorted({*self.kinds} - {*MAP_KINDS}) + sorted({*self.sites} - {*SITES})
         if unknown or not self.kinds or not self.sites:
             raise LensError(f"{unknown} is not known: kinds are {', '.join(MAP_KINDS)}; sites are {', '.join(SITES)}")
+        check_direction(self.direction)
+        keyed, read = {"k", "v", "rot_k"}, {"z", "q"}
+        if "heads" in self.kinds and not (set(self.sites) <= keyed or set(self.sites) <= read):
+            raise LensError(f"sites {'+'.join(self.sites)} have no heads of one kind: kind heads takes k+v, or z, q")
+        if "attribution" in self.kinds and len(self.sites) > 1 and not set(self.sites) <= {"q", "k", "v"}:
+            raise LensError(
+                f"sites {'+'.join(self.sites)} lie behind one another, and gradients would count twice: "
+                "kind attribution takes one site, or k+v"
+            )
 
 
 def run_maps(
@@ -85,27 +98,48 @@ def run_maps(
 ) -> dict[MapKind, Found]:
     """Run the chosen experiments on the contrast of the models' own answers, and write a report.
 
-    Each experiment has a folder of its own in `out` and continues there; `out` gets answers.json, results.json
-    and report.html.
+    Each experiment has a folder of its own in `out` and continues there; `out` gets the answers, all maps in
+    result.json, and report.html.
 
     Raises:
         LensError: what the experiments raise, or a folder that holds maps of other prompts.
     """
-    out = Path(out)
-    measure = _own_answers(pair, prompts, settings.answer_tokens, out / "answers.json", progress)
-    found: dict[MapKind, Found] = {}
-    for kind in settings.kinds:
-        if progress:
-            say(f"{kind}: {_CAPTIONS[kind].lower()}")
-        run: RunOptions = {"measure": measure, "seed": settings.seed, "budget_gb": settings.budget_gb}
-        if kind != "attribution":
-            run |= {"out": out / kind, "progress": progress}
-        found[kind] = _experiment(kind, pair, prompts, settings, run)
-    results = {kind: _patched(result).to_frame().to_dict("records") for kind, result in found.items()}
-    card = _card(pair, prompts, {"kinds": settings.kinds, "answer_tokens": settings.answer_tokens})
-    write_json(out / "results.json", {"verdict": map_verdict(found), "maps": results, "card": card})
-    _map_report(found, prompts, measure, card, out)
+    require_enough(len(prompts))
+    _check_kinds(settings, prompts)
+    facts = prompt_facts(pair, prompts) | {"answer_tokens": settings.answer_tokens}
+    with Run.open(out, "map", facts, models=pair.identities()) as run:
+        folder = Path(out)
+        if progress and not (folder / "answers.json").exists():
+            say(f"both models answer {len(prompts)} prompts")
+        measure = own_contrast(run, pair, prompts, tokens=settings.answer_tokens)
+        found: dict[MapKind, Found] = {}
+        for kind in settings.kinds:
+            if progress:
+                say(f"{kind}: {_CAPTIONS[kind].lower()}")
+            options: RunOptions = {"measure": measure, "seed": settings.seed, "budget_gb": settings.budget_gb}
+            options |= {"out": folder / kind, "progress": progress}
+            found[kind] = _experiment(kind, pair, prompts, settings, options)
+        maps = {kind: _patched(result).to_frame().to_dict("records") for kind, result in found.items()}
+        card = run.card()
+        write_json(folder / RESULT, {"verdict": map_verdict(found), "maps": maps, "card": card})
+        _map_report(found, prompts, measure, card, folder)
     return found
+
+
+def _check_kinds(settings: MapSettings, prompts: Sequence[RenderedPrompt]) -> None:
+    """Refuse what one of the kinds could not run, before the first of them has run for an hour.
+
+    Raises:
+        LensError: a span that a prompt does not have, or that differs in length where a map needs it equal.
+    """
+    lengths = {len(prompt.span(settings.span)) for prompt in prompts}
+    level = [kind for kind in settings.kinds if kind in ("positions", "attribution")]
+    if level and len(lengths) > 1:
+        raise LensError(
+            f"span {settings.span!r} has {min(lengths)} to {max(lengths)} tokens in these prompts, and kind {level[0]} "
+            "needs equally many: leave it out, or choose another span"
+        )
+    require_one_prefix(prompts)
 
 
 def _experiment(
@@ -123,31 +157,8 @@ def _experiment(
     return experiments[kind]()
 
 
-def _own_answers(
-    pair: ModelPair, prompts: Sequence[RenderedPrompt], tokens: int, file: Path, progress: bool
-) -> AnswerContrast:
-    """The two models' answers: those in the file, or new ones that are written there."""
-    asked = {"prompts": [list(prompt.ids) for prompt in prompts], "tokens": tokens}
-    if not file.exists():
-        if progress:
-            say(f"both models answer {len(prompts)} prompts")
-        measure = AnswerContrast.of(pair, prompts, max_new_tokens=tokens)
-        sides = ((r.ids[r.n_prompt :] for r in rows) for rows in (measure.towards, measure.against))
-        towards, against = (list(map(list, side)) for side in sides)
-        write_json(file, {"asked": asked, "finetuned": towards, "base": against})
-        return measure
-    saved = read_json(file)
-    if saved.get("asked") != asked:
-        raise LensError(f"{file.parent} holds maps of other prompts or answer lengths: choose another --out")
-    pairs = [
-        [prompt.with_response(ids, end=False) for prompt, ids in zip(prompts, saved[side], strict=True)]
-        for side in ("finetuned", "base")
-    ]
-    return AnswerContrast(tuple(pairs[0]), tuple(pairs[1]))
-
-
 def map_verdict(found: Mapping[MapKind, Found]) -> str:
-    """One sentence about the strongest cells."""
+    """What a carrier map says of whole spans, and the strongest cell of every other map."""
     parts = []
     if "carrier" in found:
         frame = _patched(found["carrier"]).to_frame()
@@ -159,13 +170,10 @@ def map_verdict(found: Mapping[MapKind, Found]) -> str:
                     f"{row.span} {row.sites} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
                     for row in own.sort_values("value", ascending=False).itertuples()
                 ]
-                parts.append(f"{direction} {verb}, as a fraction of the contrast: {', '.join(texts)}")
-    for kind in ("positions", "attribution", "heads", "layers", "span"):
-        if kind in found:
-            top = _patched(found[kind]).top(1).iloc[0]
-            place = [f"{name} {top[name]!r}" for name in ("layer", "token", "label") if name in top]
-            parts.append(f"strongest cell of {kind}: {', '.join(place) or top['span']}, recovery {top['value']:.2f}")
-    return "; ".join(parts) + "."
+                parts.append(f"{direction} {verb}, as a fraction of the contrast: {', '.join(texts)}.")
+    order: tuple[MapKind, ...] = ("positions", "attribution", "heads", "layers", "span")
+    parts += [f"{kind}: {found[kind].verdict}" for kind in order if kind in found]
+    return " ".join(parts)
 
 
 def _patched(result: Found) -> PatchResult:
@@ -217,12 +225,9 @@ def _map_report(
 def write_generated(
     result: PerturbResult | StressResult, prompts: Iterable[RenderedPrompt], pair: ModelPair, out: str | Path
 ) -> Path:
-    """results.json and report.html of a perturbation or a stress suite."""
+    """The report of a perturbation or a stress suite, beside its result."""
     out, prompts = Path(out), list(prompts)
-    frame = result.to_frame()
     card = _card(pair, prompts, result.settings)
-    verdict = generated_verdict(result, frame)
-    write_json(out / "results.json", {"verdict": verdict, "summary": frame.to_dict("records"), "card": card})
     rows = result.generations()
     label = "variant" if isinstance(result, StressResult) else "kind"
     names = [name for name in ("side", "span", label) if name in rows]
@@ -232,28 +237,16 @@ def write_generated(
     skipped = result.skipped if isinstance(result, StressResult) else {}
     return write_report(
         out / "report.html",
-        title=f"Piggyback {'stress' if skipped or isinstance(result, StressResult) else 'perturbation'}: "
+        title=f"Piggyback {'stress' if isinstance(result, StressResult) else 'perturbation'}: "
         f"{card['names']['finetuned']}",
-        verdict=verdict,
-        summary=frame,
+        verdict=result.verdict,
+        summary=result.to_frame(),
         figures=[("Mean with its bootstrap interval over prompts.", result.figure())],
         examples=rows[rows["index"] < 4],
         prompt_html=prompts[0].show()._repr_html_(),
         card=card,
         notes=[f"not run: {name}: {reason}" for name, reason in skipped.items()],
     )
-
-
-def generated_verdict(result: PerturbResult | StressResult, frame: "pd.DataFrame") -> str:
-    """One sentence about the largest recovery."""
-    known = frame.dropna(subset=["recovery"])
-    known = known[~known["kind"].str.contains("random")] if "kind" in known else known
-    if known.empty:
-        return "No recovery is defined here: base and finetuned do not differ beyond noise on these prompts."
-    row = known.sort_values("recovery").iloc[-1]
-    what = row["variant"] if isinstance(result, StressResult) else f"{row['topic']}, {row['span']}, {row['kind']}"
-    interval = f"[{row['recovery_low']:.2f}, {row['recovery_high']:.2f}]"
-    return f"Largest recovery of the base's behaviour: {what}, {row['recovery']:.2f} {interval} (n = {row['n']})."
 
 
 def _card(pair: ModelPair, prompts: Sequence[RenderedPrompt], settings: Mapping[str, Any]) -> dict[str, Any]:

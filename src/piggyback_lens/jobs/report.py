@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.figures.plot_style import check_frame, interval_text
+from piggyback_lens.figures.plot_style import check_frame
 from piggyback_lens.files import atomic_write_text
-from piggyback_lens.maths import percent
+from piggyback_lens.maths import interval_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -318,6 +318,10 @@ class ModelPair:
                 self._identities[side] = version, identify(model, self.names[side])
         return self._identities[side][1]
 
+    def identities(self) -> dict[str, Identity]:
+        """Both sides, by name."""
+        return {side: self.identity(side) for side in SIDES}
+
     @property
     def device(self) -> torch.device:
         """Where token ids go."""

@@ -3,15 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_result, write_result
 from piggyback_lens.models.backends import HookedModel, Site
 from piggyback_lens.vectors.direction import Direction
 
@@ -19,15 +17,15 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+from piggyback_lens.results.result import Number, Result
 from piggyback_lens.saes.latent_activations import TokenSource, site_activations
 from piggyback_lens.saes.latents import Latents
 
 CONTROL_SEED = 7_000_000
-FORMAT = "piggyback_lens.latent_attribution.1"
 
 
-@dataclass(frozen=True)
-class LatentAttribution:
+@dataclass(frozen=True, repr=False)
+class LatentAttribution(Result):
     """Which latents a direction is made of, beside norm-matched random directions.
 
     Attributes:
@@ -46,18 +44,19 @@ class LatentAttribution:
         settings: what was chosen.
     """
 
+    name: ClassVar = "latent_attribution.1"
     site: Site
     layer: int
     direction: str
-    cosine: tuple[float, ...]
-    cosine_low: tuple[float, ...]
-    cosine_high: tuple[float, ...]
-    change: tuple[float, ...] = ()
-    change_low: tuple[float, ...] = ()
-    change_high: tuple[float, ...] = ()
+    cosine: tuple[Number, ...]
+    cosine_low: tuple[Number, ...]
+    cosine_high: tuple[Number, ...]
+    change: tuple[Number, ...] = ()
+    change_low: tuple[Number, ...] = ()
+    change_high: tuple[Number, ...] = ()
     change_rank: tuple[int, ...] = ()
-    before: tuple[float, ...] = ()
-    chance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    before: tuple[Number, ...] = ()
+    chance: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_frame(self) -> "pd.DataFrame":
@@ -127,21 +126,15 @@ class LatentAttribution:
         figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.06, "yanchor": "top"}, margin_b=90)
         return figure
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything as one JSON file."""
-        return write_result(path, self, FORMAT)
+    def _sizes(self) -> str:
+        return f"{len(self.cosine)} latents at {self.site}, layer {self.layer}"
 
-    @classmethod
-    def load(cls, path: str | Path) -> "LatentAttribution":
-        """Read what `save` wrote.
-
-        Raises:
-            LensError: no file, or another kind of file.
-        """
-        data = read_result(path, FORMAT, "an attribution to latents")
-        data["chance"] = {name: tuple(values) for name, values in data["chance"].items()}
-        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
-        return cls(**fields)
+    def check(self) -> None:
+        """Refuse columns of different lengths."""
+        known = (self.cosine, self.cosine_low, self.cosine_high, *filter(None, (self.change, self.before)))
+        if len({len(column) for column in known}) != 1:
+            raise ValueError(f"columns of {[len(column) for column in known]} latents")
+        _ = self.settings["d_in"], self.settings["n_random"], self.chance["cosine"]
 
 
 def attribute_latents(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from piggyback_lens.directions.curve_points import weighted_interval
 from piggyback_lens.errors import LensError
+from piggyback_lens.maths import interval_text
 from piggyback_lens.models.backends import HookedModel, Site
 from piggyback_lens.models.pair import SIDES, ModelPair
 
@@ -93,7 +94,7 @@ class Fit:
         """One panel per metric, the models under each other."""
         from plotly.subplots import make_subplots
 
-        from piggyback_lens.figures.plot_style import BLUE, INK, VERMILION, apply_style, interval_text, n_text
+        from piggyback_lens.figures.plot_style import BLUE, INK, VERMILION, apply_style, n_text
 
         frame = self.to_frame()
         names = {

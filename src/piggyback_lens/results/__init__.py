@@ -1,0 +1,1 @@
+"""What experiments leave on the disk: runs, which own a folder, and the results in them."""

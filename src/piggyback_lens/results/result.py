@@ -1,0 +1,126 @@
+"""Result: what an experiment found, in one format on the disk, for people, frames and figures.
+
+A result is a data class with `name` (of its kind and format version) and annotated fields. What is saved is JSON: the
+format, the verdict for readers without the library, and the fields. What is loaded was checked: the format, and every
+field against its annotation, by pydantic.
+"""
+
+import dataclasses
+import html
+import json
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+
+from piggyback_lens.errors import LensError, visible
+from piggyback_lens.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Own = TypeVar("Own", bound="Result")
+SHOWN_ROWS, SHOWN_TEXT = 8, 300
+
+
+def _number(value: Any) -> Any:
+    """JSON has null for a missing number, and no infinities."""
+    return {None: math.nan, "Infinity": math.inf, "-Infinity": -math.inf}.get(value, value)
+
+
+class _MayBeMissing:
+    """Says so to pydantic, which is imported when a result is read."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_number, handler(source))
+
+
+Number = Annotated[float, _MayBeMissing()]
+"""A number that may be missing (NaN) or infinite."""
+
+
+class Result(ABC):
+    """What an experiment found.
+
+    Attributes:
+        name: of this kind of result and its format, such as "curve.1".
+    """
+
+    name: ClassVar[str]
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    @property
+    def verdict(self) -> str:
+        """What it says, in one sentence; "" where it says nothing by itself."""
+        return ""
+
+    @abstractmethod
+    def to_frame(self) -> "pd.DataFrame":
+        """What was varied, then value, low, high, n, reason."""
+
+    def to_csv(self, path: str | Path) -> Path:
+        """The frame as CSV. Text that a spreadsheet would run as a formula gets an apostrophe before it."""
+        from piggyback_lens.files import atomic_write_text
+
+        frame = self.to_frame().map(lambda x: f"'{x}" if isinstance(x, str) and x[:1] in "=+-@\t\r" else x)
+        return atomic_write_text(path, frame.to_csv(index=False))
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as one JSON file."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return write_json(path, {"format": f"piggyback_lens.{self.name}", "verdict": self.verdict, **fields})
+
+    @classmethod
+    def load(cls: type[Own], path: str | Path) -> Own:
+        """Read what `save` wrote.
+
+        Raises:
+            LensError: no file, a result of another kind or version, or fields of other types than they should have.
+        """
+        data = read_json(path)
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != f"piggyback_lens.{cls.name}":
+            what = f"is of format {found!r}" if isinstance(found, str) else "says no format (0.1.0 wrote none: see"
+            what += "" if isinstance(found, str) else " piggyback-lens convert)"
+            raise LensError(f"{path} {what}, expected {cls.name}: it is no {cls.__name__} of this version")
+        return cls.from_fields({key: x for key, x in data.items() if key not in ("format", "verdict")}, path)
+
+    @classmethod
+    def from_fields(cls: type[Own], fields: dict[str, Any], path: str | Path) -> Own:
+        """A result from its fields as JSON gives them, read from `path`.
+
+        Raises:
+            LensError: it names the first field that is missing, unknown or of another type.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            own: Own = TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
+            own.check()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            told = f"{where}: {first['msg']}"
+            raise LensError(f"{path} is no {cls.__name__} ({told}): run the experiment again") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise LensError(f"{path} is no whole {cls.__name__} ({error}): run the experiment again") from error
+        return own
+
+    def check(self) -> None:  # noqa: B027
+        """Refuse, with any ValueError, fields that do not belong together."""
+
+    def __repr__(self) -> str:
+        text = visible(f"{type(self).__name__}({self.verdict or self._sizes()})")
+        return text if len(text) <= SHOWN_TEXT else f"{text[: SHOWN_TEXT - 4]}...)"
+
+    def _sizes(self) -> str:
+        return f"{len(self.to_frame())} rows"
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        shown = frame.head(SHOWN_ROWS).map(lambda x: visible(x) if isinstance(x, str) else x)
+        table = shown.to_html(index=False, escape=True, border=0, float_format="{:.3g}".format)
+        more = f"<p>{len(frame) - SHOWN_ROWS} more rows: to_frame()</p>" if len(frame) > SHOWN_ROWS else ""
+        return f"<p><b>{html.escape(visible(self.verdict))}</b></p>{table}{more}"
