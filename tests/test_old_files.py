@@ -3,18 +3,28 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from tiny_chat import VOCAB, tiny_examples, tiny_format
 
+from piggyback_lens.directions.curve_points import Curve
+from piggyback_lens.directions.sweeps import Sweep
+from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.attribution import AttributionResult
+from piggyback_lens.experiments.perturbation import PerturbResult
+from piggyback_lens.experiments.results import PatchResult
+from piggyback_lens.experiments.stress_suite import StressResult
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import kv_reference, prefix_batch, prefix_drift, reference_settings
 from piggyback_lens.finetuning.steps import forward_step
 from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
 from piggyback_lens.finetuning.training import TrainSettings, train
 from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.jobs.auditing import AuditResult
+from piggyback_lens.jobs.converting import convert
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.vectors.direction import Direction
@@ -66,3 +76,64 @@ def test_a_direction_of_0_1_0_loads():
     direction = Direction.load(OLD / "direction.safetensors")
     assert (direction.layers, direction.site, direction.sign) == ((0, 2), "resid_post", "positive: shows it")
     assert torch.equal(direction.vectors, torch.arange(64.0).view(2, 32) / 64)
+
+
+# ---------------------------------------------------------------- results
+
+RESULTS = OLD / "results"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_the_results_of_0_1_0_are_brought_over_with_their_numbers(tmp_path: Path) -> None:
+    written = convert(RESULTS, tmp_path / "new")
+    kinds = {
+        "attribution": AttributionResult, "layer_curve": PatchResult, "perturb.json": PerturbResult,
+        "stress.json": StressResult, "sweep.json": Sweep, "curve.json": Curve, "audit": AuditResult,
+    }  # fmt: skip
+    places = {name: tmp_path / "new" / name for name in kinds}
+    assert len(written) == len(kinds)
+    found: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        file = places[name] / "result.json" if places[name].is_dir() else places[name]
+        assert file in written
+        found[name] = kind.load(places[name] if kind is AuditResult else file)
+        assert len(found[name].to_frame())
+        assert found[name].figure().data
+    old = read(RESULTS / "layer_curve" / "result.json")
+    assert (found["layer_curve"].values, found["layer_curve"].base) == (old["values"], old["base"])
+    assert list(found["layer_curve"].cells) == old["cells"]
+    old = read(RESULTS / "attribution" / "attribution.json")
+    assert found["attribution"].attributed.values == old["attributed"]["values"]
+    assert found["attribution"].exact.values == old["exact"]["values"]
+    for name in ("perturb.json", "stress.json"):
+        assert found[name].rows == read(RESULTS / name)["rows"]
+    assert [list(p.behaviour) for p in found["sweep.json"].points] == [
+        p["behaviour"] for p in read(RESULTS / "sweep.json")["points"]
+    ]
+    audit, old = found["audit"], read(RESULTS / "audit" / "results.json")
+    for new, before in zip(audit.to_frame().to_dict("records"), old["summary"], strict=True):
+        assert (new["topic"], new["condition"], new["mean"]) == (before["topic"], before["condition"], before["mean"])
+    assert audit.curve is not None
+    assert audit.curve.values == read(RESULTS / "audit" / "layer_curve.json")["values"]
+    assert PrefixCache.load(tmp_path / "new" / "audit" / "prefix_cache").span == "prefix"
+
+
+def test_what_is_not_brought_over_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LensError, match="says no format"):
+        PatchResult.load(RESULTS / "layer_curve" / "result.json")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(LensError, match="is there already"):
+        convert(RESULTS, tmp_path / "there")
+    (tmp_path / "strange.json").write_text('{"a": 1}')
+    with pytest.raises(LensError, match=r"no result that 0\.1\.0 wrote"):
+        convert(tmp_path / "strange.json", tmp_path / "new.json")
+    with pytest.raises(LensError, match="no finished result"):
+        convert(tmp_path / "there", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    damaged = read(RESULTS / "layer_curve" / "result.json") | {"base": ["x"]}
+    (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+    with pytest.raises(LensError, match="is no PatchResult"):
+        convert(tmp_path / "damaged.json", tmp_path / "new.json")

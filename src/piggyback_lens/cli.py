@@ -1,4 +1,4 @@
-"""The command line: demo, audit, map, perturb, stress, train-direction, curves, steer, compare and doctor.
+"""The command line: demo, audit, map, perturb, stress, train-direction, curves, steer, compare, convert and doctor.
 
 Heavy libraries are imported inside the commands, so that `--help` is instant.
 """
@@ -258,6 +258,19 @@ app.command("train-direction")(train_direction)
 app.command()(curves)
 app.command()(steer)
 app.command()(compare)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A result's JSON file, or a folder with results, of 0.1.0.")],
+    out: Annotated[Path, typer.Option(help="The new file or folder.")],
+    debug: DebugOption = False,
+) -> None:
+    """Bring results of 0.1.0 into today's format; tensors (caches, directions, adapters, checkpoints) need none."""
+    from piggyback_lens.jobs.converting import convert as run
+
+    written = run(source, out)
+    tell(f"{len(written)} results brought over", *(("result", path) for path in written))
 
 
 @app.command()
