@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
 from piggyback_lens.commands.cli_compare import compare as compare_command
-from piggyback_lens.commands.cli_compare import comparison_verdict
 from piggyback_lens.comparisons import engines
 from piggyback_lens.comparisons.comparing import as_methods, compare_methods, default_retain, grid
 from piggyback_lens.comparisons.comparison import Comparison
@@ -542,10 +541,10 @@ def test_markers_are_moved_as_little_as_it_takes_to_tell_them_apart(pairs):
 def test_the_verdict_names_the_method_that_is_nearest_to_the_base():
     found = by_hand()
     beyond = made_up("kl_train:lambda=9", 0, (3.0, 3.0, 6.0), (90.0, 95.0, 99.0))  # goes past the base's 50 words
-    said = comparison_verdict(Comparison((*found.cells, beyond), found.bases, found.card))
+    said = Comparison((*found.cells, beyond), found.bases, found.card).verdict
     assert said.startswith("treft:lambda=3 recovers 50 % [")
     assert "keeps 96 %" in said
-    assert comparison_verdict(Comparison(by_hand().cells[:2], by_hand().bases, by_hand().card)).startswith("No method")
+    assert Comparison(by_hand().cells[:2], by_hand().bases, by_hand().card).verdict.startswith("No method")
 
 
 def test_a_file_that_is_no_comparison_is_refused(tmp_path):

@@ -56,7 +56,7 @@ def test_the_public_surface_is_this_list():
         "compare_templates", "contrast", "contrast_pairs", "default_model", "demo", "drift", "efficiency",
         "fit_latents", "generate", "get_behaviour", "hook_model", "interleave", "kl_to_base", "kv_patch",
         "layer_curve", "layer_head_map", "layer_position_map", "load_causal_lm", "load_conversations", "load_gguf",
-        "load_npy", "load_peft", "load_prompts", "load_pt", "load_sae", "load_task", "load_tokenizer",
+        "load_npy", "load_peft", "load_prompts", "load_pt", "load_result", "load_sae", "load_task", "load_tokenizer",
         "logistic_probe", "logit_lens", "mean_ablate", "mean_difference", "mean_norms", "model_difference", "nll",
         "patch", "patch_span", "perturb", "prefix_activations", "principal_component", "resample",
         "response_log_probs", "save_gguf", "save_peft", "save_with_bias", "significance", "span_activations",

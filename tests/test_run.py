@@ -1,24 +1,37 @@
 """A run owns its folder: one writer, rows that survive kills, the same call goes on, another one is refused."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
 import pytest
+from tiny_hooked import hooked, prompts
 from tiny_pairs import pair
 
+import piggyback_lens
+import piggyback_lens.results.run as run_module
+from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_jsonl
-from piggyback_lens.results.result import Number, Result
+from piggyback_lens.jobs.report import report_run
+from piggyback_lens.measuring.generation import generate
+from piggyback_lens.models.pair import identify
+from piggyback_lens.results.result import KINDS, Number, Result, load_result
 from piggyback_lens.results.run import InUse, Run, locked, refuse_other
 
 IDENTITY = {"settings": {"n": 3, "seed": 0}, "cells": [1, 2, 3]}
@@ -34,6 +47,10 @@ class Total(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per value."""
         return pd.DataFrame({"value": self.values})
+
+    def figure(self) -> go.Figure:
+        """Nothing."""
+        return go.Figure()
 
 
 def opened(folder: Any, identity: Any = IDENTITY, **how: Any) -> Any:
@@ -241,3 +258,68 @@ def test_refusing_is_as_a_file_gives_values_back() -> None:
     refuse_other(Path("x"), {"a": [1, 2], "b": None}, {"a": (1, 2), "b": None})
     with pytest.raises(LensError, match=r"a is \[1, 2\] there, \[1\] here"):
         refuse_other(Path("x"), {"a": [1, 2]}, {"a": (1,)})
+
+
+# ---------------------------------------------------------------- every kind of result
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_result_is_registered_where_it_is(name: str) -> None:
+    module, _, kind = KINDS[name].partition(":")
+    found = getattr(import_module(f"piggyback_lens.{module}"), kind)
+    assert issubclass(found, Result)
+    assert found.name.rpartition(".")[0] == name
+
+
+def test_no_kind_of_result_is_forgotten() -> None:
+    for module in pkgutil.walk_packages(piggyback_lens.__path__, "piggyback_lens."):
+        if importlib.util.find_spec("sae_lens") or ".saes" not in module.name:
+            import_module(module.name)
+    own = {kind.name for kind in Result.__subclasses__() if kind.__module__.startswith("piggyback_lens.")}
+    places = [place.partition(":") for place in KINDS.values()]
+    assert own == {getattr(import_module(f"piggyback_lens.{module}"), kind).name for module, _, kind in places}
+
+
+EXAMPLE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text().partition("<!-- experiment:start -->")[2]
+
+
+def test_the_experiment_in_contributing_runs_resumes_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("an_experiment")
+    monkeypatch.setitem(sys.modules, "an_experiment", module)
+    names = {"dataclass": dataclass, "ClassVar": ClassVar, "Result": Result, "Run": Run, "pd": pd, "px": px}
+    names |= {"ids_hash": ids_hash, "identify": identify, "generate": generate}
+    module.__dict__.update(names)
+    code = EXAMPLE.partition("<!-- experiment:end -->")[0].strip().removeprefix("```python").removesuffix("```")
+    exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+    monkeypatch.setitem(KINDS, "lengths", "an_experiment:Lengths")
+    model, asked = hooked("llama-gqa", "bridge"), prompts(["one", "two", "three words here", "four", "five"])
+    whole = module.lengths(model, asked, out=tmp_path / "whole")
+    calls: list[int] = []
+    own = run_module.append_jsonl
+
+    def dying(path: Path, rows: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(path, rows)
+
+    with monkeypatch.context() as context:
+        context.setattr(run_module, "append_jsonl", dying)
+        with pytest.raises(KeyboardInterrupt):
+            module.lengths(model, asked, out=tmp_path / "cut")
+    assert len(read_jsonl(tmp_path / "cut" / "rows.jsonl")) == 2
+    assert module.lengths(model, asked, out=tmp_path / "cut").tokens == whole.tokens
+    assert load_result(tmp_path / "cut").verdict == whole.verdict
+    page = report_run(tmp_path / "cut").read_text()
+    assert whole.verdict in page
+    assert page.count("<figure>") == 1
+    with pytest.raises(LensError, match="max_new_tokens is 8 there, 9 here"):
+        module.lengths(model, asked, max_new_tokens=9, out=tmp_path / "cut")
+
+
+def test_a_file_of_no_known_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"format": "piggyback_lens.strange.1"}')
+    with pytest.raises(LensError, match=r"is of format 'piggyback_lens\.strange\.1', known are"):
+        load_result(tmp_path / "x.json")

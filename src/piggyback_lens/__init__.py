@@ -106,6 +106,7 @@ if TYPE_CHECKING:
     from piggyback_lens.models.sources import default_model as default_model
     from piggyback_lens.models.sources import load_causal_lm as load_causal_lm
     from piggyback_lens.models.sources import load_tokenizer as load_tokenizer
+    from piggyback_lens.results.result import load_result as load_result
     from piggyback_lens.saes.latent_attribution import LatentAttribution as LatentAttribution
     from piggyback_lens.saes.latent_attribution import attribute_latents as attribute_latents
     from piggyback_lens.saes.latent_fit import fit_latents as fit_latents
@@ -176,6 +177,7 @@ _HOMES = {
     "interventions.prefix": ("PrefixCache",),
     "finetuning.preventive": ("PreventiveSteering",),
     "experiments.results": ("PatchResult",),
+    "results.result": ("load_result",),
     "finetuning.retain": ("RetainData", "interleave"),
     "interventions.running": ("applied", "mean_norms"),
     "directions.scalars": ("adapter_scalars", "logistic_probe"),

@@ -91,7 +91,7 @@ def compare(
             base, chosen, methods, out=out, **axes, **settings, minutes=minutes, executor=executor, offline=offline
         )
     path = write_comparison_report(found, out)
-    tell(comparison_verdict(found), ("report", path))
+    tell(found.verdict, ("report", path))
 
 
 def _executor(engine: EngineName, workers: int, gpus: float) -> Any:
@@ -144,7 +144,7 @@ def write_comparison_report(found: "Comparison", out: str | Path) -> Path:
     return write_report(
         Path(out) / "report.html",
         title=f"Finetuning methods on {found.card['task']}",
-        verdict=comparison_verdict(found),
+        verdict=found.verdict,
         summary=shown,
         figures=found.figures(),
         examples=pd.DataFrame(examples),
@@ -152,23 +152,4 @@ def write_comparison_report(found: "Comparison", out: str | Path) -> Path:
         card=found.card,
         notes=notes,
         measure=f"{label} ({unit})",
-    )
-
-
-def comparison_verdict(found: "Comparison") -> str:
-    """One sentence from the intervals: whose off-topic answers are nearest to the base's, and at what price."""
-    table = found.table()
-    base = next(iter(found.bases))
-    known = table[(table["family"] != "sft") & table["recovered"].notna() & table["kept"].notna()]
-    if known.empty:
-        reasons = [reason for reason in {*table["recovered_reason"], *table["kept_reason"]} if isinstance(reason, str)]
-        return f"No method can be compared with plain finetuning here: {'; '.join(sorted(reasons)) or 'only sft ran'}."
-    row = known.iloc[int(known["spread"].abs().to_numpy().argmin())]  # going past the base is leaving it
-    gained = f"{100 * row['recovered']:.0f} % [{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]"
-    kept = f"{100 * row['kept']:.0f} % [{100 * row['kept_low']:.0f}, {100 * row['kept_high']:.0f}]"
-    said = "recovers" if row["recovered_low"] > 0 else "recovers nothing that can be told from noise, at most"
-    where = "" if base == "default" and len(found.bases) == 1 else f" (system {row['system']})"
-    return (
-        f"{row['method']}{where} {said} {gained} of the off-topic behaviour that plain finetuning lost, and keeps "
-        f"{kept} of the on-topic behaviour (n = {row['n']} prompts each, {len(row['seeds'])} seeds)."
     )

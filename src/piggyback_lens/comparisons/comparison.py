@@ -170,6 +170,30 @@ class Comparison(Result):
         """Axes with more than one value."""
         return tuple(axis for axis in AXES if len({str(cell["cell"][axis]) for cell in self.cells}) > 1)
 
+    @property
+    def verdict(self) -> str:
+        """One sentence from the intervals: whose off-topic answers are nearest to the base's, and at what price."""
+        table = self.table()
+        base = next(iter(self.bases))
+        known = table[(table["family"] != "sft") & table["recovered"].notna() & table["kept"].notna()]
+        if known.empty:
+            told = {reason for name in ("recovered_reason", "kept_reason") for reason in table[name]}
+            reasons = sorted(reason for reason in told if isinstance(reason, str))
+            return f"No method can be compared with plain finetuning here: {'; '.join(reasons) or 'only sft ran'}."
+        row = known.iloc[int(known["spread"].abs().to_numpy().argmin())]  # going past the base is leaving it
+        gained = f"{100 * row['recovered']:.0f} % [{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]"
+        kept = f"{100 * row['kept']:.0f} % [{100 * row['kept_low']:.0f}, {100 * row['kept_high']:.0f}]"
+        said = "recovers" if row["recovered_low"] > 0 else "recovers nothing that can be told from noise, at most"
+        where = "" if base == "default" and len(self.bases) == 1 else f" (system {row['system']})"
+        return (
+            f"{row['method']}{where} {said} {gained} of the off-topic behaviour that plain finetuning lost, and keeps "
+            f"{kept} of the on-topic behaviour (n = {row['n']} prompts each, {len(row['seeds'])} seeds)."
+        )
+
+    def figure(self) -> "go.Figure":
+        """What is kept on-topic against what spreads."""
+        return self.pareto_figure()
+
     def pareto_figure(self) -> "go.Figure":
         """On-topic behaviour kept against off-topic spread, one marker per row of the table.
 

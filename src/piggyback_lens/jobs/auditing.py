@@ -84,6 +84,7 @@ class AuditResult(Result):
     """
 
     name: ClassVar = "audit.1"
+    in_folder: ClassVar = True
     rows: list[dict[str, Any]]
     behaviour: Behaviour
     curve: PatchResult | None

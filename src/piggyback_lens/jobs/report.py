@@ -7,14 +7,16 @@ tells anyone about it. Text of models and users is escaped; only ``prompt_html``
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.plot_style import check_frame
-from piggyback_lens.files import atomic_write_text
+from piggyback_lens.files import atomic_write_text, read_json
 from piggyback_lens.maths import interval_text, percent
+from piggyback_lens.results.result import load_result
+from piggyback_lens.results.run import FACTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,63 +24,6 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 420  # characters; longer texts are folded
 FOLDED = 240  # characters of a folded text that stay in sight
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
- style-src 'unsafe-inline'; img-src data: blob:; font-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-{script}
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p class="verdict">{verdict}</p>
-{sections}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light; }
-body { margin: 0; background: #fff; color: #222; font: 16px/1.5 Inter, Helvetica, Arial, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 28px; line-height: 1.25; margin: 0 0 16px; }
-h2 { font-size: 20px; margin: 40px 0 12px; padding-bottom: 4px; border-bottom: 1px solid #ddd; }
-.verdict { font-size: 18px; margin: 0; padding: 14px 18px; background: #eef5fa;
-  border-left: 5px solid #0072B2; white-space: pre-line; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 15px; }
-th, td { padding: 6px 14px 6px 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
-th { font-weight: 600; color: #444; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.control { color: #666; }
-th[scope="rowgroup"] { padding-top: 18px; color: #222; border-bottom: 2px solid #999; }
-figure { margin: 20px 0 32px; }
-figure > div { overflow-x: auto; }
-figure .plotly-graph-div { min-width: 760px; }
-figcaption { color: #555; font-size: 15px; }
-article { margin: 0 0 24px; padding: 12px 16px; border: 1px solid #ddd; border-radius: 6px; }
-article h3 { font-size: 16px; margin: 0 0 10px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.topic { font-weight: 400; color: #555; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 14px; }
-.answers h4 { font-size: 14px; margin: 0 0 4px; color: #0072B2; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 15px; }
-.missing { color: #8a4b00; font-style: italic; }
-summary { cursor: pointer; }
-details[open] .folded { display: none; }
-.more { color: #0072B2; font-size: 14px; }
-dl { display: grid; grid-template-columns: minmax(140px, max-content) 1fr; gap: 4px 18px;
-  font-size: 14px; margin: 0; }
-dt { color: #555; overflow-wrap: anywhere; }
-dd { margin: 0; font-family: ui-monospace, Consolas, monospace;
-  overflow-wrap: anywhere; white-space: pre-wrap; }
-"""
 
 
 def write_report(
@@ -107,64 +52,116 @@ def write_report(
     """
     if not verdict.strip():
         raise LensError("a report begins with its verdict, and this one is empty; say in one sentence what was found")
-    sections = [
-        ("Summary", _summary(summary, measure)),
-        ("Figures", _figures(figures)),
-        ("Generations side by side", _examples(examples)),
-        ("The prompt, by span", f'<div class="wide">{prompt_html}</div>' if prompt_html else ""),
-        ("Notes", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""),
-        ("Run card", _card(card)),
-    ]
-    page = _PAGE.format(
-        title=escape(title),
-        verdict=escape(verdict),
-        style=_STYLE,
-        script=_plotly_script() if figures else "",
-        sections="\n".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections if body),
+    heads, groups = _summary(summary, measure)
+    page = _template().render(
+        title=title,
+        verdict=verdict,
+        heads=heads,
+        groups=groups,
+        figures=_figures(figures),
+        plotly=_plotly_script() if figures else "",
+        examples=_examples(examples),
+        long=LONG_TEXT,
+        folded=FOLDED,
+        prompt=_trusted(prompt_html or ""),
+        notes=list(notes),
+        card=list(_flat(card)),
     )
     return atomic_write_text(path, page)
 
 
-def _plotly_script() -> str:
+def report_run(folder: str | Path) -> Path:
+    """`report.html` in the folder of a finished run of any kind: verdict, table, figure, run card.
+
+    Raises:
+        LensError: no finished run, or a result of a kind that this version does not know.
+    """
+    folder = Path(folder)
+    result, facts = load_result(folder), read_json(folder / FACTS)
+    card = {name: facts[name] for name in ("kind", "identity", "versions", "seconds") if name in facts}
+    return write_report(
+        folder / "report.html",
+        title=f"Piggyback lens: {card['kind']}",
+        verdict=result.verdict or repr(result),
+        summary=result.to_frame(),
+        figures=[(result.verdict or repr(result), result.figure())],
+        examples=_no_examples(),
+        prompt_html=None,
+        card=card,
+        notes=[],
+    )
+
+
+def _no_examples() -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame()
+
+
+@lru_cache
+def _template() -> Any:
+    """Everything that is filled in is escaped, but for what `_trusted` marks."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    room = PackageLoader("piggyback_lens", "jobs")
+    return Environment(loader=room, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
+
+
+def _trusted(markup: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(markup)
+
+
+def _plotly_script() -> Any:
     from plotly.offline import get_plotlyjs
 
-    return f"<script>{get_plotlyjs()}</script>"
+    return _trusted(get_plotlyjs())
 
 
-def _figures(figures: Sequence[tuple[str, "go.Figure"]]) -> str:
-    parts = []
-    for number, (caption, figure) in enumerate(figures, start=1):
-        drawn = figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            include_mathjax=False,
-            div_id=f"figure-{number}",
-            # plotly would offer a button that uploads the figure to its cloud.
-            config={"responsive": True, "displaylogo": False, "showSendToCloud": False},
+def _figures(figures: Sequence[tuple[str, "go.Figure"]]) -> list[tuple[str, Any]]:
+    """Captions, and figures as markup: plotly escapes what it draws."""
+    return [
+        (
+            caption,
+            _trusted(
+                figure.to_html(
+                    full_html=False,
+                    include_plotlyjs=False,
+                    include_mathjax=False,
+                    div_id=f"figure-{number}",
+                    # plotly would offer a button that uploads the figure to its cloud.
+                    config={"responsive": True, "displaylogo": False, "showSendToCloud": False},
+                )
+            ),
         )
-        parts.append(f"<figure>{drawn}<figcaption>Figure {number}. {escape(caption)}</figcaption></figure>")
-    return "\n".join(parts)
+        for number, (caption, figure) in enumerate(figures, start=1)
+    ]
 
 
 # --- summary -----------------------------------------------------------------------------------------
 
+Cell = tuple[str, str]
+"""Text, and what kind of cell it is in."""
 
-def _summary(summary: "pd.DataFrame", measure: str) -> str:
+
+def _summary(summary: "pd.DataFrame", measure: str) -> tuple[list[Cell], list[tuple[str, list[list[Cell]]]]]:
+    """Heads of the table, and its rows in groups."""
     if summary.empty:
-        return "<p>No condition was measured.</p>"
+        return [], []
     if not {"topic", "condition_label", "n", "mean", "low", "high"} <= set(summary.columns):
         rows = [[_cell(value) for value in row] for row in summary.itertuples(index=False)]
-        return _table([(str(name), "") for name in summary.columns], [("", rows)])
+        return [(str(name), "") for name in summary.columns], [("", rows)]
     mean = f"{measure}, mean [95 % interval]" if measure else "mean [95 % interval]"
     heads = [("condition", ""), ("n", "number"), (mean, "number"), ("recovery [95 % interval]", "number")]
     groups = []
     for topic in dict.fromkeys(summary["topic"]):
         part = summary[summary["topic"] == topic].to_dict("records")
         groups.append((str(topic), [_condition_row({str(k): v for k, v in row.items()}) for row in part]))
-    return _table([*heads, ("remark", "")], groups)
+    return [*heads, ("remark", "")], groups
 
 
-def _condition_row(record: Mapping[str, Any]) -> list[str]:
+def _condition_row(record: Mapping[str, Any]) -> list[Cell]:
     def number(name: str) -> float:
         value = record.get(name)
         return math.nan if value is None else float(value)
@@ -179,59 +176,29 @@ def _condition_row(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _cell(value: object, kind: str = "") -> str:
+def _cell(value: object, kind: str = "") -> Cell:
     if isinstance(value, float):
-        value, kind = ("–" if math.isnan(value) else f"{value:.4g}"), "number"
-    return f'<td class="{kind}">{escape(str(value))}</td>'
+        return "–" if math.isnan(value) else f"{value:.4g}", "number"
+    return str(value), kind
 
 
-def _table(heads: Sequence[tuple[str, str]], groups: Iterable[tuple[str, Iterable[Iterable[str]]]]) -> str:
-    head = "".join(f'<th class="{kind}">{escape(name)}</th>' for name, kind in heads)
-    bodies = ""
-    for name, rows in groups:
-        above = f'<tr><th colspan="{len(heads)}" scope="rowgroup">{escape(name)}</th></tr>' if name else ""
-        bodies += "<tbody>" + above + "".join(f"<tr>{''.join(row)}</tr>" for row in rows) + "</tbody>"
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>{bodies}</table></div>'
+# --- generations and run card ------------------------------------------------------------------------
 
 
-# --- generations -------------------------------------------------------------------------------------
-
-
-def _examples(examples: "pd.DataFrame") -> str:
+def _examples(examples: "pd.DataFrame") -> list[tuple[str | None, str, list[tuple[str, str | None]]]]:
+    """Topic, prompt, and condition and response of each answer to it."""
     if examples.empty:
-        return ""
+        return []
     check_frame(examples, ["prompt", "condition", "response"])
     keys = ["topic", "prompt"] if "topic" in examples else ["prompt"]
-    parts = []
+    found = []
     for key, part in examples.groupby(keys, sort=False, dropna=False):
-        topic = f' <span class="topic">({escape(str(key[0]))})</span>' if len(keys) == 2 else ""
-        answers = "".join(
-            f"<div><h4>{escape(str(condition))}</h4>{_foldable(response)}</div>"
+        answers = [
+            (str(condition), response if isinstance(response, str) else None)
             for condition, response in zip(part["condition"], part["response"], strict=True)
-        )
-        prompt = escape(str(key[-1]))
-        parts.append(f'<article><h3>{prompt}{topic}</h3><div class="answers">{answers}</div></article>')
-    return "\n".join(parts)
-
-
-def _foldable(text: object) -> str:
-    if not isinstance(text, str):
-        return '<div class="text missing">missing</div>'
-    if not text:
-        return '<div class="text missing">empty response</div>'
-    if len(text) <= LONG_TEXT:
-        return f'<div class="text">{escape(text)}</div>'
-    start = f'<span class="text folded">{escape(text[:FOLDED])}…</span>'
-    more = f'<span class="more">all {len(text)} characters</span>'
-    return f'<details><summary>{start} {more}</summary><div class="text">{escape(text)}</div></details>'
-
-
-# --- run card ----------------------------------------------------------------------------------------
-
-
-def _card(card: Mapping[str, Any]) -> str:
-    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _flat(card))
-    return f"<dl>{entries}</dl>" if entries else ""
+        ]
+        found.append((str(key[0]) if len(keys) == 2 else None, str(key[-1]), answers))
+    return found
 
 
 def _flat(card: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:

@@ -10,6 +10,7 @@ import html
 import json
 import math
 from abc import ABC, abstractmethod
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -18,8 +19,23 @@ from piggyback_lens.files import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 Own = TypeVar("Own", bound="Result")
+KINDS: dict[str, str] = {
+    "attribution": "experiments.attribution:AttributionResult",
+    "audit": "jobs.auditing:AuditResult",
+    "comparison": "comparisons.comparison:Comparison",
+    "curve": "directions.curve_points:Curve",
+    "latent_attribution": "saes.latent_attribution:LatentAttribution",
+    "patch": "experiments.results:PatchResult",
+    "perturb": "experiments.perturbation:PerturbResult",
+    "stress": "experiments.stress_suite:StressResult",
+    "sweep": "directions.sweeps:Sweep",
+    "training": "finetuning.training:TrainResult",
+    "transfer": "directions.transfer:TransferResult",
+}
+"""Every kind of result, and where its class is: a new one is registered here."""
 SHOWN_ROWS, SHOWN_TEXT = 8, 300
 
 
@@ -46,9 +62,11 @@ class Result(ABC):
 
     Attributes:
         name: of this kind of result and its format, such as "curve.1".
+        in_folder: whether it is loaded from the folder of its run, of which it is a part.
     """
 
     name: ClassVar[str]
+    in_folder: ClassVar[bool] = False
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     @property
@@ -59,6 +77,10 @@ class Result(ABC):
     @abstractmethod
     def to_frame(self) -> "pd.DataFrame":
         """What was varied, then value, low, high, n, reason."""
+
+    @abstractmethod
+    def figure(self) -> "go.Figure":
+        """The picture of this kind of result."""
 
     def to_csv(self, path: str | Path) -> Path:
         """The frame as CSV. Text that a spreadsheet would run as a formula gets an apostrophe before it."""
@@ -124,3 +146,21 @@ class Result(ABC):
         table = shown.to_html(index=False, escape=True, border=0, float_format="{:.3g}".format)
         more = f"<p>{len(frame) - SHOWN_ROWS} more rows: to_frame()</p>" if len(frame) > SHOWN_ROWS else ""
         return f"<p><b>{html.escape(visible(self.verdict))}</b></p>{table}{more}"
+
+
+def load_result(path: str | Path) -> Result:
+    """The result in a file, or in the folder of a run, whatever its kind.
+
+    Raises:
+        LensError: there is none, or none that this version knows.
+    """
+    path = Path(path)
+    file = path / "result.json" if path.is_dir() else path
+    data = read_json(file)
+    found = str(data.get("format", "")) if isinstance(data, dict) else ""
+    place = KINDS.get(found.removeprefix("piggyback_lens.").rpartition(".")[0])
+    if place is None:
+        raise LensError(f"{file} is of format {found!r}, known are the results {', '.join(KINDS)}")
+    module, _, name = place.partition(":")
+    kind: type[Result] = getattr(import_module(f"piggyback_lens.{module}" if "." in module else module), name)
+    return kind.load(path if kind.in_folder and path.is_dir() else file)
