@@ -48,7 +48,8 @@ class Bench:
         settings = LoRASettings(rank=1, alpha=16.0, modules=("down_proj",), layers=(layer,))
         self.peft = add_lora(setting.model(), settings)
         named = {n.split(".lora_")[1][0]: p for n, p in self.peft.named_parameters() if p.requires_grad}
-        drawn = torch.randn(named["B"].shape, generator=torch.Generator().manual_seed(0)) * (0.05 if setting.real else 1)
+        size = 0.05 if setting.real else 1.0
+        drawn = torch.randn(named["B"].shape, generator=torch.Generator().manual_seed(0)) * size
         named["B"].data = drawn.to(named["B"])
         self.weights = named
         start = LoRAAdapter({(layer, "down"): named["A"].detach()}, {(layer, "down"): named["B"].detach()}, 16.0)

@@ -322,7 +322,7 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
     parts = [f"## {task}: {load_task(task).description}"]
     tuned = folder / "validation"
     parts.append(f"`python examples/treft_vs_rivals.py treft_out docs {read_json(folder / 'asked.json')}`")
-    if (folder / "test" / "results.json").exists():
+    if (folder / "test" / "result.json").exists():
         found = Comparison.load(folder / "test")
         finished, asked = found.card["finished"], found.card["asked"]
         parts.append(f"Measured: {found.behaviour.label} ({found.behaviour.unit}). {finished} of {asked} cells.")
@@ -335,9 +335,9 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
         file = folder / f"carriers_{stage}.json"
         if file.exists():
             parts += [f"### Which tokens carry it, {system}", CARRIERS.format(system=system), markdown(read_json(file))]
-    for file in sorted(folder.glob("extra_*/results.json")):
+    for file in sorted(folder.glob("extra_*/result.json")):
         parts += extra_section(study, task, file, pictures)
-    if (tuned / "results.json").exists():
+    if (tuned / "result.json").exists():
         parts += ["### Validation prompts, from which the settings were chosen", results(Comparison.load(tuned))]
     return parts
 

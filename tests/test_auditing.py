@@ -123,7 +123,7 @@ def test_files_are_complete_and_the_prefix_cache_is_the_repair(pair, chat, tmp_p
     result = run(pair, chat, tmp_path)
     path = tmp_path / "report.html"  # the audit's own
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
-        "run.json", "rows.jsonl", "layer_curve", "result.json", "report.html", "prefix_cache",
+        "run.json", "rows.jsonl", "receipts.jsonl", "layer_curve", "result.json", "report.html", "prefix_cache",
     }  # fmt: skip
     facts = json.loads((tmp_path / "result.json").read_text())
     assert facts["verdict"] == result.verdict

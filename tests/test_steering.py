@@ -12,7 +12,11 @@ from tiny_chat import tiny_examples
 from tiny_hooked import hooked, logits_of, no_hook_left, prompts
 from torch.testing import assert_close
 
+import piggyback_lens.directions.curves as curves_module
+import piggyback_lens.directions.steering as steering_module
+import piggyback_lens.directions.transfer as transfer_module
 from piggyback_lens.conversations.chat import batch_prompts
+from piggyback_lens.directions.curves import ablation_cost, efficiency, significance, stability
 from piggyback_lens.directions.steering import ablate_sweep, steer, strength_for_kl
 from piggyback_lens.directions.sweeps import RANDOM, Sweep
 from piggyback_lens.directions.transfer import Organism, TransferResult, transfer_matrix
@@ -25,6 +29,7 @@ from piggyback_lens.measuring.scoring import nll
 from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.results.result import load_result
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
@@ -401,3 +406,59 @@ def test_organisms_that_do_not_fit_are_refused():
     given["A"] = Organism(given["A"].pair, wrong, LENGTH)
     with pytest.raises(LensError, match="width 16, this model has 32"):
         transfer_matrix(given, prompts())
+
+
+# ---------------------------------------------------------------- folders
+
+
+def kept_calls():
+    """Every experiment with directions that takes `out=`, and a change of its arguments that makes another run."""
+    model, texts = hooked("llama-gqa", "bridge"), [Text(tuple(range(6, 15))), Text(tuple(range(8, 20)))]
+    own, sizes = {"a": direction()}, {"n_random": 1}
+    steered = {"behaviour": "words", "max_new_tokens": 3, "n_random": 1, "layers": [1]}
+    return {
+        "steer": (
+            lambda **how: steer(model, direction(), prompts(), **{"strengths": [0.0, 1.0]} | steered | how),
+            {"strengths": [0.0, 2.0]}, r"strengths is \[0\.0, 1\.0\] there, \[0\.0, 2\.0\] here",
+        ),
+        "ablate_sweep": (
+            lambda **how: ablate_sweep(model, direction(), prompts(), **steered | how), {"seed": 1}, "seed is 0 there",
+        ),
+        "efficiency": (
+            lambda **how: efficiency(model, own, tiny_examples(3), **{"fractions": [0.0, 1.0]} | sizes | how),
+            {"fractions": [0.0]}, r"fractions is",
+        ),
+        "stability": (
+            lambda **how: stability(model, own, tiny_examples(3), **{"epsilons": [0.0, 0.5], "n_noise": 1} | how),
+            {"n_noise": 2}, "n_noise is 1 there, 2 here",
+        ),
+        "significance": (
+            lambda **how: significance(model, own, texts, **{"fractions": [0.0, 1.0]} | sizes | how),
+            {"n_random": 2}, "n_random is 1 there, 2 here",
+        ),
+        "ablation_cost": (
+            lambda **how: ablation_cost(model, own, texts, **sizes | how), {"seed": 3}, "seed is 0 there, 3 here",
+        ),
+        "transfer_matrix": (
+            lambda **how: transfer_matrix(organisms(), prompts(), **{"n_random": 1, "max_new_tokens": 3} | how),
+            {"max_new_tokens": 4}, "max_new_tokens is 3 there, 4 here",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", kept_calls())
+def test_an_experiment_with_directions_is_kept_in_its_folder(name, tmp_path, monkeypatch):
+    call, change, told = kept_calls()[name]
+    first = call(out=tmp_path / "run")
+    assert first.to_frame().equals(call().to_frame())
+    page = (tmp_path / "run" / "result.json").read_bytes()
+    with monkeypatch.context() as context:
+        for place in ("generate", "variant_nll", "variant_kl"):
+            for module in (steering_module, curves_module, transfer_module):
+                context.setattr(module, place, lambda *_, **__: pytest.fail("it was computed again"), raising=False)
+        again = call(out=tmp_path / "run")
+    assert again.to_frame().equals(first.to_frame())
+    with pytest.raises(LensError, match=f"belongs to another run: .*{told}"):
+        call(out=tmp_path / "run", **change)
+    assert (tmp_path / "run" / "result.json").read_bytes() == page
+    assert load_result(tmp_path / "run").to_frame().equals(first.to_frame())

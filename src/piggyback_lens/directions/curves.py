@@ -6,6 +6,7 @@ adapters, summed (or averaged) over layers and modules. A point of norm 0 is the
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.curve_points import Curve, CurvePoint
+from piggyback_lens.directions.kept import kept
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
@@ -25,6 +27,7 @@ EPSILONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Draft = tuple[CurvePoint, Adapter | None]
 
 
+@kept(Curve)
 def efficiency(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
@@ -36,6 +39,7 @@ def efficiency(
     seed: int = 0,
     norm_over: NormOver = "sum",
     rows_per_pass: int = 32,
+    out: str | Path | None = None,
 ) -> Curve:
     """Loss as a function of the parameter norm.
 
@@ -52,6 +56,7 @@ def efficiency(
         seed: of those.
         norm_over: sum or mean over layers and modules.
         rows_per_pass: bounds the memory.
+        out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
         LensError: no solutions, a solution of norm 0, or prompts without responses.
@@ -71,6 +76,7 @@ def efficiency(
     return Curve("efficiency", x_label, "loss (nats per token)", points, base, {}, weights, settings)
 
 
+@kept(Curve)
 def stability(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
@@ -81,6 +87,7 @@ def stability(
     seed: int = 0,
     noise_on: NoiseOn = "both",
     rows_per_pass: int = 32,
+    out: str | Path | None = None,
 ) -> Curve:
     """Relative loss increase under orthogonal noise: (L(x′) − L(x)) / (L_base − L(x)).
 
@@ -97,6 +104,7 @@ def stability(
         seed: of those.
         noise_on: "both", "A" or "B" of adapters.
         rows_per_pass: bounds the memory.
+        out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
         LensError: as `efficiency`, an epsilon outside 0..1, or n_noise below 1.
@@ -130,6 +138,7 @@ def stability(
     )
 
 
+@kept(Curve)
 def significance(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
@@ -143,6 +152,7 @@ def significance(
     top: int = 10,
     tokenizer: Any = None,
     rows_per_pass: int = 32,
+    out: str | Path | None = None,
 ) -> Curve:
     """KL(base || steered) per token on plain text, in nats, as a function of the norm.
 
@@ -158,6 +168,7 @@ def significance(
         top: tokens with the largest KL to keep per solution, at the norm nearest its own.
         tokenizer: shows those tokens as text.
         rows_per_pass: bounds the memory.
+        out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
         LensError: no solutions, a solution of norm 0, or no texts.
@@ -185,6 +196,7 @@ def significance(
     return Curve("significance", x_label, y_label, tuple(points), base, {}, weights, settings, tuple(maxima))
 
 
+@kept(Curve)
 def ablation_cost(
     model: HookedModel,
     directions: Mapping[str, Direction],
@@ -193,13 +205,14 @@ def ablation_cost(
     n_random: int = 5,
     seed: int = 0,
     rows_per_pass: int = 32,
+    out: str | Path | None = None,
 ) -> Curve:
     """Change of the loss on plain text when a direction is projected out of the whole residual stream.
 
     Each layer's vector in turn is taken out at every layer; beside it random directions. In nats per token,
     ablated minus unchanged: what the model itself uses the direction for.
 
-    Args and errors as `significance`.
+    Args and errors as `significance`. `out` as well.
     """
     if not directions:
         raise LensError("no directions: give at least one by name, {'narrow': direction}")

@@ -7,10 +7,12 @@ model, beside random directions of the same length.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
+from piggyback_lens.directions.kept import kept
 from piggyback_lens.directions.sweeps import RANDOM, Sweep, SweepPoint
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Interventions
@@ -77,6 +79,7 @@ class _Bench:
         return tuple(done), tuple(texts)
 
 
+@kept(Sweep)
 def steer(
     model: HookedModel,
     direction: Direction,
@@ -93,6 +96,7 @@ def steer(
     max_new_tokens: int = 60,
     batch_size: int = 16,
     progress: bool = False,
+    out: str | Path | None = None,
 ) -> Sweep:
     """Add a direction at several strengths, at one layer at a time, and measure what it does and costs.
 
@@ -112,6 +116,7 @@ def steer(
         max_new_tokens: per answer, greedy.
         batch_size: rows per pass.
         progress: show a progress bar.
+        out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
         LensError: strengths and fractions both given or neither, layers that do not fit, no prompts.
@@ -140,6 +145,7 @@ def steer(
     return Sweep("steer", _measure(bench.behaviour), points, settings | {"versions": versions()}, answers)
 
 
+@kept(Sweep)
 def ablate_sweep(
     model: HookedModel,
     direction: Direction,
@@ -154,13 +160,14 @@ def ablate_sweep(
     max_new_tokens: int = 60,
     batch_size: int = 16,
     progress: bool = False,
+    out: str | Path | None = None,
 ) -> Sweep:
     """Project a direction out at one layer at a time, and out of the whole residual stream.
 
     "At one layer" takes the vector out at its site in that layer only; "everywhere" at every residual site of
     every layer, and is shown at the layer that the vector comes from.
 
-    Args and errors as `steer`.
+    Args and errors as `steer`. `out` as well.
     """
     direction.check(model)
     chosen = _at_layers(direction, layers, shape_of(model).n_layers)

@@ -1,14 +1,15 @@
 """Do directions of one organism work in another? Added to every base, ablated from every finetune."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.directions.kept import kept
 from piggyback_lens.directions.sweeps import RANDOM
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import AnyIntervention
@@ -109,6 +110,7 @@ class TransferResult(Result):
             raise ValueError(f"cells of {sorted(unknown)}, which have no base or finetuned")
 
 
+@kept(TransferResult)
 def transfer_matrix(
     organisms: Mapping[str, Organism],
     prompts: Sequence[RenderedPrompt],
@@ -118,6 +120,7 @@ def transfer_matrix(
     max_new_tokens: int = 60,
     batch_size: int = 16,
     progress: bool = False,
+    out: str | Path | None = None,
 ) -> TransferResult:
     """Add every organism's direction to every base, ablate it from every finetuned model.
 
@@ -129,6 +132,7 @@ def transfer_matrix(
         max_new_tokens: per answer, greedy.
         batch_size: rows per pass.
         progress: show a progress bar.
+        out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
         LensError: no organisms, or directions that do not fit a model.
@@ -168,7 +172,3 @@ def transfer_matrix(
     chosen["strengths"] = {name: organism.strength for name, organism in organisms.items()}
     units = {name: get_behaviour(organism.behaviour).unit for name, organism in organisms.items()}
     return TransferResult(tuple(cells), base, finetuned, units, chosen)
-
-
-def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(math.nan if value is None else float(value) for value in values)

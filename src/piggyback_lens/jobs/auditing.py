@@ -48,6 +48,7 @@ CONDITIONS: dict[str, str] = {
     "query_control": "control: base's query K/V",
 }
 CONTROLS = ("identity", "query_control")
+RECEIPTS = "receipts"
 CURVE = "layer_curve"
 """The folder of the layer curve's own run."""
 EXAMPLES = 12
@@ -263,7 +264,7 @@ def audit(
         facts = {"names": dict(pair.names), "n": counts, "notes": work.notes()}
         card = run.card() | facts | dict(extra_card or {})
         rows, html = in_order(run.rows.values()), prompts["off-topic"][0].show()._repr_html_()
-        result = AuditResult(rows, measure, curve, card, run.folder, work.receipts, html)
+        result = AuditResult(rows, measure, curve, card, run.folder, work.receipts(), html)
         if run.folder is not None:
             work.repair().save(run.folder / "prefix_cache")
             run.finish(result)
@@ -282,7 +283,6 @@ class _Work:
     settings: AuditSettings
     run: Run
     progress: bool
-    receipts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
@@ -307,7 +307,23 @@ class _Work:
         interventions, prefix_cache = self._treatment(condition, chosen)
         record = Record()
 
+        before: list[tuple[int, float]] = []
+
         def keep(rows: list[int], answers: list[Generation]) -> None:
+            now = [(receipt.cells, receipt.change_norm**2) for receipt in record.receipts]
+            gone = zip(now, before or [(0, 0.0)] * len(now), record.receipts, strict=True)
+            touched = [
+                {
+                    "intervention": repr(own.part),
+                    "cells": a[0] - b[0],
+                    "layers": len(own.layers),
+                    "squared": a[1] - b[1],
+                }
+                for a, b, own in gone
+            ]
+            before[:] = now
+            where = {"condition": condition, "topic": topic, "indices": [missing[row] for row in rows]}
+            self.run.note(RECEIPTS, [where | {"touched": touched}])
             pairs = zip(rows, answers, strict=True)
             self.run.add([self._row(condition, topic, missing[row], answer) for row, answer in pairs])
 
@@ -324,7 +340,27 @@ class _Work:
                 progress=f"{topic}, {condition}" if self.progress else False,
                 on_batch=keep,
             )
-        self.receipts[f"{condition}, {topic}"] = [receipt.to_dict() for receipt in record.receipts]
+
+    def receipts(self) -> dict[str, list[dict[str, Any]]]:
+        """What each condition's interventions touched and changed, over all calls of the run."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for condition, topic in ((c, t) for c in CONDITIONS for t in TOPICS):
+            own: list[dict[str, Any]] = []
+            for row in self.run.noted(RECEIPTS):
+                if (row["condition"], row["topic"]) == (condition, topic):
+                    # Of a batch whose rows a kill took, the answers came again.
+                    own = [kept for kept in own if not {*kept["indices"]} & {*row["indices"]}] + [row]
+            parts = zip(*(row["touched"] for row in own), strict=True)
+            found[f"{condition}, {topic}"] = [
+                {
+                    "intervention": part[0]["intervention"],
+                    "cells": sum(piece["cells"] for piece in part),
+                    "layers": max(piece["layers"] for piece in part),
+                    "change_norm": float(f"{math.sqrt(sum(piece['squared'] for piece in part)):.4g}"),
+                }
+                for part in parts
+            ]
+        return found
 
     def _row(self, condition: str, topic: str, index: int, answer: Generation) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.curve_points import Curve, Kind
 from piggyback_lens.directions.curves import ablation_cost, efficiency, significance, stability
+from piggyback_lens.directions.kept import solution_hash
 from piggyback_lens.directions.steering import steer
 from piggyback_lens.directions.sweeps import Sweep
 from piggyback_lens.files import write_json
@@ -28,7 +29,7 @@ from piggyback_lens.jobs.direction_settings import (
 )
 from piggyback_lens.jobs.direction_training import TrainedDirection, train_direction_job
 from piggyback_lens.jobs.job_inputs import as_direction, moved_to
-from piggyback_lens.jobs.job_runs import run_card, solution_hash
+from piggyback_lens.jobs.job_runs import run_card
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.backends import HookedModel, check_layers, facts_of, shape_of

@@ -1,22 +1,11 @@
 """Runs of the jobs on directions: what identifies one, what an earlier one has left, and its card."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from piggyback_lens.card import machine, peak_memory_gb, versions
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.models.backends import HookedModel, facts_of
-from piggyback_lens.vectors.adapters import Adapter
-
-
-def solution_hash(solution: Adapter) -> str:
-    """16 hex digits of what a solution does: places, settings and numbers."""
-    digest = hashlib.sha256(json.dumps(solution.settings(), sort_keys=True).encode())
-    for name, value in solution.tensors().items():
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def run_card(

@@ -63,6 +63,7 @@ class Run:
     keys: tuple[str, ...] = ()
     folder: Path | None = None
     rows: dict[Key, Row] = field(default_factory=dict)
+    _notes: dict[str, list[Row]] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
     _before: float = 0.0
 
@@ -106,6 +107,20 @@ class Run:
         if self.folder is not None:
             append_jsonl(self.folder / ROWS, rows)
         self.rows.update((self._key(row), row) for row in rows)
+
+    def note(self, name: str, rows: Sequence[Row]) -> None:
+        """Append to `name`.jsonl: what comes beside the rows, in its own form."""
+        if self.folder is not None:
+            append_jsonl(self.folder / f"{name}.jsonl", rows)
+        else:
+            self.noted(name).extend(_plain(rows))
+
+    def noted(self, name: str) -> list[Row]:
+        """What was appended to `name`.jsonl, by earlier calls too."""
+        if self.folder is None:
+            return self._notes.setdefault(name, [])
+        file = self.folder / f"{name}.jsonl"
+        return read_jsonl(file) if file.exists() else []
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """A JSON-able part that is computed once and kept in `name`.json; what is read back is what JSON made of it."""
