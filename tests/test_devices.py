@@ -461,7 +461,7 @@ LEFT_OUT = {
     ),
     "text and files: no tensors": (
         "ScoredAnswers", "Task", "TokenScores", "compare_templates", "default_model",
-        "load_conversations", "load_prompts", "load_task", "load_tokenizer",
+        "load_conversations", "load_prompts", "load_result", "load_task", "load_tokenizer",
     ),
     "trains and audits the demo model; its parts (add_lora, train, Monitor, audit) are above": ("demo",),
 }  # fmt: skip
