@@ -228,3 +228,38 @@ def test_doctor_prints_versions_and_the_demo_model(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "transformer-lens" in printed
     assert "demo model" in printed
+
+
+@pytest.mark.parametrize("name", ["map", "perturb", "stress"])
+def test_too_few_prompts_are_refused_before_a_model_is_loaded(name, files, tmp_path, monkeypatch, capsys):
+    import piggyback_lens.cli as cli
+
+    monkeypatch.setattr(cli, "_load_pair", lambda *_: pytest.fail("a model was loaded"))
+    topics = ["--on-topic", files / "on.txt", "--off-topic", files / "off.txt", "--behaviour", "words"]
+    own = {
+        "map": ["--prompts", files / "off.txt"],
+        "perturb": topics,
+        "stress": ["--prompts", files / "off.txt", "--behaviour", "words"],
+    }[name]
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, laboratory(files, name, *own, "--n", 2, "--out", tmp_path / "out"))
+    assert stopped.value.code == 2
+    assert "an interval needs at least 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_that_cannot_run_is_refused_before_the_others_run(files, tmp_path, monkeypatch, capsys):
+    kinds = [word for kind in ("layers", "heads") for word in ("--kind", kind)]
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, laboratory(files, "map", "--prompts", files / "off.txt", *kinds, "--out", tmp_path / "out"))
+    assert stopped.value.code == 2
+    assert "have no heads of one kind" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_behaviour_with_markup_in_its_name_does_not_end_a_finished_run(files, tmp_path, monkeypatch, capsys):
+    words = ["--behaviour", "phrase:[/b]\x1b[31m", "--max-new-tokens", 2, "--out", tmp_path / "out"]
+    call(monkeypatch, command(files, *words))
+    printed = capsys.readouterr().out
+    assert "\x1b[31m" not in printed
+    assert "[/b]" in printed

@@ -106,11 +106,14 @@ def audit(
     from piggyback_lens.jobs.auditing import AuditSettings
     from piggyback_lens.jobs.auditing import audit as run_audit
     from piggyback_lens.jobs.summary import present
+    from piggyback_lens.maths import require_enough
     from piggyback_lens.measuring.measures import get_behaviour
     from piggyback_lens.tasks import load_prompts
 
     # Cheap checks first: a typo must not cost a model load.
     measure, prompts = get_behaviour(behaviour), (load_prompts(on_topic), load_prompts(off_topic))
+    for own, file in zip(prompts, (on_topic, off_topic), strict=True):
+        require_enough(len(own), f"prompts of {file}")  # before a model is loaded
     options = load_options(dtype, device, offline, attn, quantize, trust_remote_code)
     pair = _load_pair(base, finetuned, adapter, backend, options)
     settings = AuditSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -298,9 +301,13 @@ def _load_pair(
 
 
 def _first_prompts(path: Path, n: int) -> list[str]:
+    """Enough for an interval, which is said before a model is loaded."""
+    from piggyback_lens.maths import require_enough
     from piggyback_lens.tasks import load_prompts
 
-    return load_prompts(path)[:n]
+    chosen = load_prompts(path)[:n]
+    require_enough(len(chosen), f"prompts of {path}")
+    return chosen
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 
 from piggyback_lens.interventions.donors import DONOR, IDENTITY, RECIPIENT, Direction
+from piggyback_lens.interventions.hooks import layer_ranges
 from piggyback_lens.maths import Estimate, recovery
 from piggyback_lens.results.result import Number, Result
 
@@ -102,7 +103,8 @@ class PatchResult(Result):
             return f"No recovery is defined here: {reason or 'the two models do not differ on these prompts'}."
         row = best.iloc[0]
         names = [name for name in ("layer", "layers", "token", "label", "band") if name in row]
-        where = [f"{name} {row[name]}" for name in names if not (name == "layers" and "layer" in row)]
+        shown = {name: layer_ranges(row[name]) if name == "layers" else row[name] for name in names}
+        where = [f"{name} {text}" for name, text in shown.items() if not (name == "layers" and "layer" in row)]
         found = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         place = ", ".join([f"{row['span']} {row['sites']}", *where])
         return f"Strongest cell of {len(self.cells)}: {row['direction']} at {place}, recovery {found} (n = {row['n']})."
