@@ -1,4 +1,4 @@
-"""The laboratory's jobs: `map`, `perturb` and `stress`, each into one folder with results.json and report.html."""
+"""The laboratory's jobs: `map`, `perturb` and `stress`, each into one folder with result.json and report.html."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
