@@ -225,6 +225,10 @@ def test_treft_is_zero_before_training_in_half_precision_whatever_runs_beside_th
         passes.append(output.prefix_pass)
         assert float(keep(Step(model, batch, output, 0)).detach()) == 0.0
     assert len(keep.alike) == len(set(passes)) < len(passes)  # one base pass for each shape
+    for key, own in keep.alike.items():
+        keep.alike[key] = replace(own, keys=2 * own.keys)
+    assert float(keep(Step(model, batch, output, 0)).detach()) > 0.1  # and it is what the pass is held against
+    keep.alike.clear()
     for name, value in model.named_parameters():
         if "lora_B" in name:
             value.data.normal_(generator=torch.Generator().manual_seed(0))

@@ -200,7 +200,7 @@ def test_a_result_is_shown_in_few_letters_and_its_texts_escaped():
 def test_the_reference_of_a_curve_and_controls_are_never_its_strongest_cell():
     cells = [cell | {"mode": "single", "layer": i} for i, cell in enumerate(small().cells)]
     cells[2] |= {"mode": "all layers", "layer": -1}
-    values = [*small().values[:2], BASE, *small().values[3:]]
+    values = [*small().values[:2], moved(FINETUNED, BASE, 1.5), *small().values[3:]]
     result = small(cells=tuple(cells), values=values)
     best = result.top(1).iloc[0]
     assert (best["layer"], best["mode"], best["series"]) != (-1, "all layers", "patched")

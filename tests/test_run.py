@@ -8,6 +8,7 @@ import pkgutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 import pytest
+from filelock import FileLock
 from tiny_hooked import hooked, prompts
 from tiny_pairs import pair
 
@@ -179,6 +181,17 @@ def test_no_row_is_lost_between_two_writers_of_one_file(tmp_path: Path, count: i
     found = [(row["writer"], row["number"]) for row in read_jsonl(file)]
     assert sorted(found) == [(writer, number) for writer in range(2) for number in range(count)]
     assert [n for w, n in found if w == 0] == list(range(count))
+
+
+def test_an_append_waits_for_another_writers_end(tmp_path: Path) -> None:
+    file = append_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    writer = threading.Thread(target=append_jsonl, args=(file, [{"a": 2}]))
+    with FileLock(tmp_path / ".rows.jsonl.lock"):
+        writer.start()
+        time.sleep(0.3)
+        assert read_jsonl(file) == [{"a": 1}]
+    writer.join()
+    assert read_jsonl(file) == [{"a": 1}, {"a": 2}]
 
 
 # ---------------------------------------------------------------- kills
