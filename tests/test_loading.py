@@ -494,7 +494,7 @@ def test_on_the_command_line_it_is_one_line_and_status_2(folders, tmp_path, monk
     given |= {name: changed(folders / name, tmp_path / name, *change) for name, change in changes.items()}
     (tmp_path / "prompts.txt").write_text("hello there\nwhat is it\ntell me more")
     options = ["--adapter", given["adapter"], "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out"]
-    command = ["piggyback-lens", "map", given["base"], *options, "--kind", "span", "--n", "1", *words]
+    command = ["piggyback-lens", "map", given["base"], *options, "--kind", "span", "--n", "3", *words]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 1000))
     with pytest.raises(SystemExit) as stopped:
