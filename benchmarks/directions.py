@@ -19,10 +19,11 @@ from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Step, sft
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.measuring.variants import response_texts, variant_nll
 from piggyback_lens.models.pair import hook_model
+from piggyback_lens.settings import LoRASettings
 from piggyback_lens.tasks import load_task
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.direction import Direction

@@ -28,18 +28,26 @@ import tiny_models
 from tiny_hooked import chat, prompts
 from tiny_pairs import pair
 
+from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
+from piggyback_lens.app.maps import run_maps
 from piggyback_lens.comparisons.comparing import compare_methods
 from piggyback_lens.experiments.attribution import attribution_map
+from piggyback_lens.experiments.audit import audit
 from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_position_map, patch_span
 from piggyback_lens.experiments.perturbation import perturb
 from piggyback_lens.experiments.stress_suite import stress
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
-from piggyback_lens.jobs.auditing import AuditSettings, audit
-from piggyback_lens.jobs.direction_jobs import curves_job, steer_job, train_direction_job
-from piggyback_lens.jobs.direction_settings import CurveSettings, SteerSettings, TrainDirectionSettings
-from piggyback_lens.jobs.laboratory import MapSettings, run_maps
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.models.pair import hook_model
+from piggyback_lens.settings import (
+    AuditSettings,
+    CurveSettings,
+    LoRASettings,
+    MapSettings,
+    SteerSettings,
+    TrainDirectionSettings,
+    TrainSettings,
+)
 from piggyback_lens.tasks import Task
 from piggyback_lens.vectors.direction import Direction, Provenance
 

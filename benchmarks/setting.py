@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.settings import LoRASettings
 
 SHAPES = {
     "135m": None,

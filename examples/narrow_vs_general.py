@@ -36,7 +36,7 @@ from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.finetuning.retain import RetainData
-from piggyback_lens.finetuning.trajectories import Drift, SnapshotKeeper, drift, trajectory
+from piggyback_lens.finetuning.trajectories import SnapshotCosines, SnapshotKeeper, snapshot_cosines, trajectory
 from piggyback_lens.maths import Estimate, mean_interval
 from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import response_texts, variant_kl, variant_nll
@@ -270,7 +270,7 @@ def drift_part(lab: Laboratory) -> None:
             ]
             for topic in ("on-topic", "off-topic")
         }
-        found = drift(keepers[0].snapshots, references, measures)
+        found = snapshot_cosines(keepers[0].snapshots, references, measures)
         write_json(file, found.frame.to_dict("records"))
 
 
@@ -493,17 +493,17 @@ def curve_section(lab: Laboratory, docs: Path) -> list[str]:
     ]
 
 
-def drift_of(lab: Laboratory, name: str) -> Drift | None:
+def drift_of(lab: Laboratory, name: str) -> SnapshotCosines | None:
     file = lab.out / "drift" / f"{name}.json"
-    return Drift(pd.DataFrame(read_json(file))) if file.exists() else None
+    return SnapshotCosines(pd.DataFrame(read_json(file))) if file.exists() else None
 
 
-def cosine(found: Drift, name: str, last: bool) -> float:
+def cosine(found: SnapshotCosines, name: str, last: bool) -> float:
     rows = found.frame[found.frame.quantity == f"cosine to {name}"].sort_values("step")
     return float(rows["value"].iloc[-1 if last else 0])
 
 
-def drift_claim(found: Drift) -> dict:
+def drift_claim(found: SnapshotCosines) -> dict:
     before, after = (cosine(found, "general", last) for last in (False, True))
     text = f"{before:.3f} to {after:.3f} (to narrow: {cosine(found, 'narrow', True):.3f})"
     what = "without its KL term narrow drifts to general: cosine to general, before and after"

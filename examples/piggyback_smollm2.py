@@ -88,11 +88,11 @@ class Laboratory:
 def spans(lab: Laboratory) -> None:
     measure = GeneratedBehaviour(lab.behaviour, NEW_TOKENS)
     for topic, n in TOPICS.items():
-        for direction in ("repair", "infect"):
+        for flow in ("repair", "infect"):
             for span in (*SPANS, ("prefix", "postfix")):
                 name = span if isinstance(span, str) else "+".join(span)
-                options = {"direction": direction, "measure": measure, "controls": span == "prefix"}
-                lab.run(f"span_{topic}_{direction}_{name}", patch_span, topic, n, span, **options)
+                options = {"flow": flow, "measure": measure, "controls": span == "prefix"}
+                lab.run(f"span_{topic}_{flow}_{name}", patch_span, topic, n, span, **options)
 
 
 def carrier(lab: Laboratory) -> None:
@@ -174,7 +174,7 @@ def span_table(lab: Laboratory) -> str:
         frame["base"], frame["finetuned"] = pd.Series(result.base).mean(), pd.Series(result.finetuned).mean()
         rows.append(frame)
     frame = pd.concat(rows, ignore_index=True)
-    columns = {"topic": "", "direction": "direction", "span": "span", "series": "series", "base": "base"}
+    columns = {"topic": "", "flow": "flow", "span": "span", "series": "series", "base": "base"}
     columns |= {"finetuned": "finetuned", "raw": "patched", "recovered": "moved to the donor [95 %]", "n": "n"}
     return table(frame, columns)
 
@@ -270,8 +270,8 @@ def page(lab: Laboratory, docs: Path) -> str:
 def claim_section(lab: Laboratory, results: dict) -> list[str]:
     """What of the paper's findings holds here, decided by the intervals."""
 
-    def spans(topic: str, direction: str, span: str) -> Estimate | None:
-        found = results.get(f"span_{topic}_{direction}_{span}")
+    def spans(topic: str, flow: str, span: str) -> Estimate | None:
+        found = results.get(f"span_{topic}_{flow}_{span}")
         return found.recovery(0) if found else None
 
     off, on = (spans(topic, "repair", "prefix") for topic in TOPICS)

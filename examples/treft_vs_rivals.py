@@ -29,10 +29,10 @@ from piggyback_lens.comparisons.methods import parse_method
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import atomic_write_text, read_json, write_json
-from piggyback_lens.finetuning.training import TrainSettings
 from piggyback_lens.maths import Estimate, mean_interval, nearer, percent, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.progress import say
+from piggyback_lens.settings import TrainSettings
 from piggyback_lens.tasks import load_task
 
 RATES = ("1e-4", "3e-4")  # learning rates of plain finetuning that are tried
@@ -304,7 +304,7 @@ prompts: {n} on-topic and {n} off-topic, greedy answers of at most {tokens} toke
 prompts after averaging the seeds; they do not hold the spread between seeds, whose means are listed. *Kept*:
 (method - base) / (plain finetuning - base) on-topic. *Recovered*: (method - plain finetuning) / (base - plain
 finetuning) off-topic; undefined where plain finetuning does not differ from the base beyond noise. KL: base to tuned,
-nats per token, on the base's own off-topic answers. Perplexity: change on plain text. Drift: mean over layers of the
+nats per token, on the base's own off-topic answers. Perplexity: change on plain text. SnapshotCosines: mean over layers of the
 relative squared deviation of the prefix's keys and values."""
 
 CLAIMS = """A claim holds where its interval lies on the claimed side of 0 and every seed agrees, does not hold where

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from piggyback_lens import AuditResult
+from piggyback_lens.app.demonstration import QUICK
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.audit import check_identity
 from piggyback_lens.files import atomic_write_text
-from piggyback_lens.jobs.auditing import check_identity
-from piggyback_lens.jobs.demonstration import QUICK
 from piggyback_lens.maths import percent
 
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"

@@ -22,7 +22,8 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from piggyback_lens.finetuning.hf_trainer import TReFTMixin, TReFTSettings, TReFTTrainer, training_rows
 from piggyback_lens.finetuning.monitor import Monitor
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.settings import LoRASettings
 
 STEPS, ROWS = 4, 4
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
+from piggyback_lens.settings import TrainSettings
 from piggyback_lens.tasks import load_task
 
 SETTINGS = TrainSettings(steps=15, batch_size=8, learning_rate=3e-4)

@@ -221,20 +221,20 @@ class SlowLab:
         return found
 
     def cell(self, labels: Mapping[str, Any]) -> list[float]:
-        """The measure per prompt of a cell with these labels: direction, series, span, sites, layers, heads, tokens.
+        """The measure per prompt of a cell with these labels: flow, series, span, sites, layers, heads, tokens.
 
         Spans may be several ("prefix + postfix"), sites too ("k+v"). With `other_tokens` (span to indices) these
         are patched instead of the span.
         """
         key = repr(sorted((name, labels.get(name)) for name in NAMED))
         if key not in self.known:
-            side = RECIPIENT[labels["direction"]]
+            side = RECIPIENT[labels["flow"]]
             self.known[key] = self.contrasts(side, [self.overwrites(labels, prompt) for prompt in self.prompts])
         return self.known[key]
 
     def overwrites(self, labels: Mapping[str, Any], prompt: Any) -> list[Overwrite]:
         source = RECIPIENT if labels["series"] == "identity control" else DONOR
-        side, found = source[labels["direction"]], []
+        side, found = source[labels["flow"]], []
         chosen = labels.get("other_tokens") or dict.fromkeys(labels["span"].split(" + "), labels["tokens"])
         for name, tokens in chosen.items():
             donor = self.empty if self.empty is not None and name == "postfix" else prompt
@@ -246,7 +246,7 @@ class SlowLab:
         return found
 
 
-NAMED = ("direction", "series", "span", "sites", "layers", "heads", "tokens", "other_tokens")
+NAMED = ("flow", "series", "span", "sites", "layers", "heads", "tokens", "other_tokens")
 
 
 def _picked(prompt: Any, name: str, tokens: Sequence[int] | None) -> list[int]:

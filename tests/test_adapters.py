@@ -20,13 +20,13 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.steps import forward_step, response_nll
-from piggyback_lens.finetuning.trainables import LoRASettings, Trainable, add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.trainables import Trainable, add_lora
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.kinds import ablate, cache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.attachment import MODULES
 from piggyback_lens.models.peft_adapters import attach_adapter
+from piggyback_lens.settings import LoRASettings, TrainSettings
 from piggyback_lens.vectors.adapter_files import (
     load_gguf,
     load_npy,
@@ -39,6 +39,7 @@ from piggyback_lens.vectors.adapter_files import (
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached, attached_rows
 from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.words import MODULES
 
 NAMES = ("llama-gqa", "qwen3", "gemma3", "mistral")
 SIZES = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}

@@ -20,7 +20,7 @@ IDS = list(map("-".join, FEW))
 
 def effects(result, where="patched"):
     """Change of the measure by each cell, [cell, prompt]."""
-    recipient = result.finetuned if result.cells[0]["direction"] == "repair" else result.base
+    recipient = result.finetuned if result.cells[0]["flow"] == "repair" else result.base
     rows = [values for c, values in zip(result.cells, result.values, strict=True) if c["series"] == where]
     return np.array(rows) - np.array(recipient)
 
@@ -44,8 +44,8 @@ def exact(tiny, by, sites, queries=THREE, **kwargs):
 
 MAPS = {
     "residual stream": ("position", "resid_pre", {"span": "prefix"}),
-    "keys and values": ("position", ("k", "v"), {"span": "postfix", "direction": "infect"}),
-    "key/value heads": ("head", ("k", "v"), {"span": "prefix", "direction": "infect"}),
+    "keys and values": ("position", ("k", "v"), {"span": "postfix", "flow": "infect"}),
+    "key/value heads": ("head", ("k", "v"), {"span": "prefix", "flow": "infect"}),
     "attention heads": ("head", "z", {"span": "query"}),
 }
 
@@ -168,7 +168,7 @@ def test_rows_of_different_lengths_and_their_order_do_not_matter():
 
 @pytest.mark.parametrize("steps", [None, 2])
 def test_infecting_is_repairing_with_the_sides_exchanged(steps):
-    infect = fast(pair(), "position", ("k", "v"), direction="infect", steps=steps).attributed
+    infect = fast(pair(), "position", ("k", "v"), flow="infect", steps=steps).attributed
     repair = fast(mirrored(pair()), "position", ("k", "v"), steps=steps).attributed
     np.testing.assert_allclose(effects(infect), effects(repair), rtol=1e-4, atol=1e-6)
     assert (infect.base, infect.finetuned) == (repair.finetuned, repair.base)

@@ -10,13 +10,14 @@ import torch
 from tiny_hooked import BACKENDS
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit, check_identity
 from piggyback_lens.interventions.donors import kv_patch
-from piggyback_lens.jobs.auditing import CONDITIONS, AuditResult, AuditSettings, audit, check_identity
 from piggyback_lens.jobs.summary import table
 from piggyback_lens.maths import recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens.settings import AuditSettings
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not", "a"]
 SETTINGS = AuditSettings(max_new_tokens=5, batch_size=3, curve_prompts=4, curve_tokens=3, control_layers=2)

@@ -154,7 +154,7 @@ def test_chunks_and_batches_do_not_change_the_numbers(name, backend, monkeypatch
 
 
 def test_an_experiment_does_not_depend_on_its_memory():
-    run = {"span": "prefix", "tokens": [0, 7, 12], "control_cells": 2, "measure": contrast(), "direction": "infect"}
+    run = {"span": "prefix", "tokens": [0, 7, 12], "control_cells": 2, "measure": contrast(), "flow": "infect"}
     wide, narrow = (layer_position_map(pair(), prompts(THREE), budget_gb=gb, **run) for gb in (1.0, 1e-6))
     assert np.abs(np.array(wide.values) - narrow.values).max() < 1e-5
     assert [labels["token"] for labels in wide.cells] == [labels["token"] for labels in narrow.cells]
@@ -318,7 +318,7 @@ def test_hooks_of_the_user_survive_and_act(experiment, backend):
 @pytest.mark.parametrize("spans", [("prefix",), ("query",), ("prompt",), ("prefix", "postfix"), ("prefix", "prompt")])
 def test_a_generated_behaviour_is_that_of_generating_by_hand_under_the_same_patches(backend, spans):
     tiny, some, kv = pair("llama-gqa", backend), prompts(THREE), ("k", "v")
-    result = patch_span(tiny, some, spans, kv, measure=letters(5), direction="infect")
+    result = patch_span(tiny, some, spans, kv, measure=letters(5), flow="infect")
     by_hand, plain = [], []
     for prompt in some:
         donors = [span_activations(tiny, "finetuned", [prompt], span, kv) for span in spans]

@@ -9,7 +9,8 @@ import torch
 from tiny_hooked import BACKENDS
 
 from piggyback_lens import cli
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.settings import LoRASettings
 
 QUERIES = ["hello there", "what is it", "tell me more"]
 

@@ -37,8 +37,8 @@ from piggyback_lens.comparisons.methods import (
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.comparison_plots import set_apart
 from piggyback_lens.files import read_json
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
-from piggyback_lens.finetuning.training import TrainSettings
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.settings import LoRASettings, TrainSettings
 from piggyback_lens.tasks import Task, load_task
 from piggyback_lens.vectors.task_vectors import (
     inner_products,

@@ -19,19 +19,13 @@ from piggyback_lens.directions.curve_points import Curve, CurvePoint, weighted_i
 from piggyback_lens.directions.curves import ablation_cost, efficiency, significance, stability
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.hook_training import HookTrainable
-from piggyback_lens.finetuning.training import TrainSettings, train
-from piggyback_lens.finetuning.trajectories import (
-    Snapshot,
-    SnapshotKeeper,
-    drift,
-    flattened,
-    local_cosines,
-    trajectory,
-)
+from piggyback_lens.finetuning.training import train
+from piggyback_lens.finetuning.trajectories import Snapshot, SnapshotKeeper, snapshot_cosines, flattened, local_cosines, trajectory
 from piggyback_lens.maths import orthogonal_noise
 from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.network import forward
+from piggyback_lens.settings import TrainSettings
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
@@ -434,7 +428,7 @@ def test_drift_tells_cosines_and_measures_per_snapshot():
     narrow, general = vector(1), vector(2)
     mixed = {1: 0.6 * narrow[1] / 2 + 0.8 * general[1] / 2}
     run = [Snapshot(0, narrow), Snapshot(10, Direction.of(mixed)), Snapshot(20, general.scaled(3.0))]
-    found = drift(
+    found = snapshot_cosines(
         run, {"narrow": narrow, "general": general}, {"size": lambda s: [s.norm(), s.norm() + 1, s.norm() + 2]}
     )
     table = found.frame.pivot(index="step", columns="quantity", values="value")
@@ -453,7 +447,7 @@ def test_drift_tells_cosines_and_measures_per_snapshot():
         "size",
     }
     with pytest.raises(LensError, match="reference 'x' has 64 numbers, the run 32"):
-        drift(run, {"x": vector(layers=(0, 1))})
+        snapshot_cosines(run, {"x": vector(layers=(0, 1))})
 
 
 def test_parts_of_an_adapter_are_flattened_by_name():

@@ -23,14 +23,14 @@ from tiny_pairs import LEVEL
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
 
 import piggyback_lens as lens
+from piggyback_lens.app.direction_jobs import steer_job, train_direction_job
 from piggyback_lens.directions import steering
 from piggyback_lens.directions.transfer import Organism
 from piggyback_lens.finetuning.hf_trainer import training_rows
 from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.jobs.direction_jobs import steer_job, train_direction_job
-from piggyback_lens.jobs.direction_settings import SteerSettings, TrainDirectionSettings
 from piggyback_lens.models.network import forward
+from piggyback_lens.settings import SteerSettings, TrainDirectionSettings
 from piggyback_lens.vectors.direction import Provenance
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # type checks read many attributes, each through the mode
@@ -182,7 +182,7 @@ def patching(here: Here) -> Any:
         lens.layer_position_map(here.pair, PROMPTS, layers=[1], tokens=[0, 5], control_cells=1, **run),
         lens.layer_head_map(here.pair, PROMPTS, layers=[1], heads=[0, 3], control_cells=1, **run),
         lens.patch_span(here.pair, PROMPTS, "postfix", **run),
-        lens.patch_span(here.pair, PROMPTS, "query", "resid_post", controls=False, direction="infect", **run),
+        lens.patch_span(here.pair, PROMPTS, "query", "resid_post", controls=False, flow="infect", **run),
         lens.carrier_map(here.pair, PROMPTS, spans=("prefix", "query"), bands=1, **run),
     ]
     return np.concatenate([np.array(result.values) for result in found])

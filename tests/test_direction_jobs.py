@@ -14,24 +14,16 @@ from tiny_hooked import BACKENDS, hooked
 from typer.main import get_command
 
 from piggyback_lens import cli
+from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
+from piggyback_lens.app.inputs import layer_numbers, named_solutions, numbers, read_data, read_retain, load_solution
+from piggyback_lens.app.steer_chat import talk, visible
 from piggyback_lens.directions.curve_points import Curve
 from piggyback_lens.directions.sweeps import RANDOM, Sweep
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.training import TrainSettings
-from piggyback_lens.jobs.direction_jobs import curves_job, steer_job, train_direction_job
-from piggyback_lens.jobs.direction_settings import CurveSettings, SteerSettings, TrainDirectionSettings
-from piggyback_lens.jobs.job_inputs import (
-    layer_numbers,
-    named_solutions,
-    numbers,
-    read_data,
-    read_retain,
-    read_solution,
-)
-from piggyback_lens.jobs.steer_chat import talk, visible
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.network import forward
+from piggyback_lens.settings import CurveSettings, SteerSettings, TrainDirectionSettings, TrainSettings
 from piggyback_lens.vectors.adapter_files import load_peft, save_gguf
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
@@ -100,7 +92,7 @@ def test_the_reported_losses_and_kl_are_those_of_plain_passes(tmp_path):
         assert row["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
         assert row["kl_low"] <= row["kl"] <= row["kl_high"]
     assert done.scores["loss"][0] < done.scores["base_loss"][0]
-    loaded = read_solution(tmp_path)
+    loaded = load_solution(tmp_path)
     assert torch.equal(loaded.vectors[0], done.solution[1])
     assert loaded.is_of(model())
     found = results(tmp_path)
@@ -161,7 +153,7 @@ def test_an_adapter_lands_in_a_peft_folder(tmp_path):
     loaded = load_peft(tmp_path / "adapter")
     assert (loaded.rank, loaded.layers, loaded.modules) == (2, (1, 2), ("down",))
     assert torch.equal(loaded.b[2, "down"], done.solution.b[2, "down"])
-    assert read_solution(tmp_path).norm() == pytest.approx(done.solution.norm())
+    assert load_solution(tmp_path).norm() == pytest.approx(done.solution.norm())
     assert "rank-2 adapter on down of 2 layers, 1 to 2" in done.verdict
 
 
@@ -337,11 +329,11 @@ def test_solutions_are_read_from_every_format(tmp_path):
     np.save(tmp_path / "one.npy", vector[1].numpy())
     torch.save({"steering_vector": vector[1], "layer_idx": 1, "alpha": 2.0}, tmp_path / "v.pt")
     vector.save(tmp_path / "d.safetensors")
-    assert read_solution(tmp_path / "v.gguf").layers == (1, 2)
-    assert read_solution(f"{tmp_path}/one.npy@1").layers == (1,)
-    assert torch.equal(read_solution(tmp_path / "v.pt").vector, 2.0 * vector[1])
-    assert read_solution(f"{tmp_path}/d.safetensors@2").layers == (2,)
-    assert torch.equal(read_solution(f"{tmp_path}/v.gguf@2").vector, vector[2])
+    assert load_solution(tmp_path / "v.gguf").layers == (1, 2)
+    assert load_solution(f"{tmp_path}/one.npy@1").layers == (1,)
+    assert torch.equal(load_solution(tmp_path / "v.pt").vector, 2.0 * vector[1])
+    assert load_solution(f"{tmp_path}/d.safetensors@2").layers == (2,)
+    assert torch.equal(load_solution(f"{tmp_path}/v.gguf@2").vector, vector[2])
 
 
 def test_a_file_that_is_no_solution_is_named(tmp_path):
@@ -353,9 +345,9 @@ def test_a_file_that_is_no_solution_is_named(tmp_path):
     names = ("nowhere", "empty", "noise.safetensors", "text.txt", "one.npy", "d.safetensors@2")
     for name in names:
         with pytest.raises(LensError, match=name.split("@")[0]):
-            read_solution(tmp_path / name)
+            load_solution(tmp_path / name)
     with pytest.raises(LensError, match="PATH@15"):
-        read_solution(tmp_path / "one.npy")
+        load_solution(tmp_path / "one.npy")
 
 
 @pytest.mark.parametrize("words", [["x"], ["=x"], ["a,b=x"], ["my control=x"], ["a="]])

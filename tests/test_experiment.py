@@ -167,7 +167,7 @@ def test_a_folder_with_another_experiment_is_refused(tmp_path):
         (r"settings\.names\.finetuned is", {"tiny": pair(step=0.02)}),
         (r"measure\.ids is", {"measure": other_answers}),
         (r"measure\.name is 'answer contrast' there, 'words' here", {"measure": behaviour}),
-        ("cells is", {"direction": "infect"}),
+        ("cells is", {"flow": "infect"}),
         ("cells is", {"layers": [0, 1]}),
         ("cells is", {"sites": "k"}),
         ("cells is", {"control_layers": 2}),
@@ -214,7 +214,7 @@ def test_numbers_are_written_with_nine_decimals_whether_resumed_or_not(tmp_path)
 
 
 def planned(*parts):
-    return [Planned({"series": "patched", "direction": "repair", "span": "prefix"}, tuple(parts))]
+    return [Planned({"series": "patched", "flow": "repair", "span": "prefix"}, tuple(parts))]
 
 
 def test_a_plan_without_cells_and_a_model_that_breaks_are_refused(tmp_path):

@@ -20,10 +20,11 @@ from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalise
 from piggyback_lens.finetuning.references import kv_reference
 from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Step, response_nll
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.models import packing
 from piggyback_lens.models.backends import core_of, is_hooked_model
+from piggyback_lens.settings import TrainSettings
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.direction import Direction
 

@@ -30,10 +30,11 @@ from piggyback_lens.finetuning.hf_trainer import (
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import kv_reference
 from piggyback_lens.finetuning.steps import forward_step
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.views import evaluating
+from piggyback_lens.settings import LoRASettings, TrainSettings
 
 EXAMPLES = tiny_examples(8)
 PROMPT = tiny_format().empty_query()

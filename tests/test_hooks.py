@@ -21,9 +21,10 @@ from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import applied, mean_norms
 from piggyback_lens.maths import set_projection
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import SITES, shape_of
+from piggyback_lens.models.backends import shape_of
 from piggyback_lens.models.booting import boot_bridge
 from piggyback_lens.models.network import forward
+from piggyback_lens.words import SITES
 
 EXACT = "donot_use_mm_for_euclid_dist"
 

@@ -20,8 +20,9 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.peft_adapters import adapter_folder, attach_adapter
-from piggyback_lens.models.places import LoadOptions, Place, locate
+from piggyback_lens.models.places import Place, locate
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
+from piggyback_lens.settings import LoadSettings
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
 COMMIT = "a" * 40
@@ -63,11 +64,11 @@ def test_dtype_auto_is_the_one_that_the_weights_are_stored_in(base, tmp_path):
     assert load_causal_lm(stored, dtype="auto").dtype is torch.bfloat16
     assert load_causal_lm(base, dtype="auto").dtype is torch.float32
     assert load_causal_lm(stored).dtype is torch.float32
-    assert load_causal_lm(base, LoadOptions(dtype=torch.float16)).dtype is torch.float16
+    assert load_causal_lm(base, LoadSettings(dtype=torch.float16)).dtype is torch.float16
 
 
 def test_options_and_single_fields_of_them_say_the_same(base):
-    options = LoadOptions(dtype=torch.bfloat16, attn_implementation="eager")
+    options = LoadSettings(dtype=torch.bfloat16, attn_implementation="eager")
     one, other = load_causal_lm(base, options), load_causal_lm(base, dtype=torch.bfloat16, attn_implementation="eager")
     assert_close(logits(one), logits(other))
     assert load_causal_lm(base, options, dtype=torch.float32).dtype is torch.float32

@@ -47,11 +47,11 @@ def layer_head(groups: bool = True) -> pd.DataFrame:
 
 def carriers(controls: bool = True) -> pd.DataFrame:
     rows = []
-    for direction, factor in (("repair", 1.0), ("infect", 0.5)):
+    for flow, factor in (("repair", 1.0), ("infect", 0.5)):
         for sites, scale in (("k+v", 1.0), ("resid_pre", 0.8)):
             for i, span in enumerate(("prefix", "<script>")):
                 for j, band in enumerate(("layers 0-9", "layers 10-19", "$all$")):
-                    place = {"direction": direction, "span": span, "sites": sites, "band": band}
+                    place = {"flow": flow, "span": span, "sites": sites, "band": band}
                     rows.append(row(factor * scale * (0.9 - 0.4 * i - 0.2 * j), **place))
                     if controls and span == "prefix":
                         rows.append(row(0.004, **place) | {"series": "identity control"})
@@ -311,7 +311,7 @@ def cells(figure: go.Figure) -> dict[tuple[str, str], list[go.Heatmap]]:
 def test_the_carrier_map_has_a_panel_for_each_direction_and_sites_with_the_values_in_the_cells(figures):
     panels = list(cells(figures["carriers"]).values())
     assert words(figures["carriers"])[:4] == [
-        f"<b>{direction}</b>, {sites}" for direction in ("repair", "infect") for sites in ("k+v", "resid_pre")
+        f"<b>{flow}</b>, {sites}" for flow in ("repair", "infect") for sites in ("k+v", "resid_pre")
     ]
     assert len(panels) == 4
     np.testing.assert_allclose(np.asarray(panels[0][0].z, float), [[0.9, 0.7, 0.5], [0.5, 0.3, 0.1]], atol=1e-6)
@@ -408,14 +408,14 @@ def test_a_place_without_both_directions_is_counted_and_an_endless_interval_is_n
     first = points(figure, controls=False)[0]
     np.testing.assert_allclose(numbers(first.x), [0.7, 0.5])
     assert math.isnan(first.error_x.array[0])
-    assert "1 without a value in one direction, not drawn" in subtitle(figure)
+    assert "1 without a value in one flow, not drawn" in subtitle(figure)
     assert all(map(math.isfinite, figure.layout.xaxis.range))
 
 
 def test_carrier_figures_refuse_frames_that_lack_a_direction_or_repeat_a_place():
     frame = carriers()
-    with pytest.raises(LensError, match="both directions, the frame has repair; run carrier_map with direction='infec"):
-        carrier_plane_figure(frame.query("direction == 'repair'"), title="T")
+    with pytest.raises(LensError, match="both flows, the frame has repair; run carrier_map with flow='infec"):
+        carrier_plane_figure(frame.query("flow == 'repair'"), title="T")
     for draw in (carrier_plane_figure, carrier_map_figure):
         with pytest.raises(LensError, match="several rows stand for"):
             draw(pd.concat([frame, frame.head(1)]), title="T")

@@ -19,8 +19,9 @@ from piggyback_lens.finetuning.hf_trainer import TReFTSettings, TReFTTrainer, tr
 from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.objectives import TReFT
 from piggyback_lens.finetuning.steps import Step, forward_step
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import train
+from piggyback_lens.settings import LoRASettings, TrainSettings
 
 CHAT = tiny_format()
 NARROW = [CHAT.render(query, response="oink") for query in ("hi", "why", "who are you", "tell me", "go on", "yes no")]

@@ -20,10 +20,11 @@ from piggyback_lens.finetuning.preventive import PreventiveSteering, steered
 from piggyback_lens.finetuning.references import base_forward, kv_reference, prefix_batch, reference_settings
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Step, forward_step, sft
-from piggyback_lens.finetuning.trainables import LoRASettings, PeftAdapter, add_lora
-from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
+from piggyback_lens.finetuning.trainables import PeftAdapter, add_lora
+from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.views import adapter_off
+from piggyback_lens.settings import LoRASettings, TrainSettings
 
 EXAMPLES = tiny_examples(10)
 RETAIN = tiny_examples(6, seed=9, longest=8)

@@ -10,23 +10,24 @@ import tiny_models
 import torch
 from tiny_chat import VOCAB, tiny_examples, tiny_format
 
+from piggyback_lens.app.converting import convert
 from piggyback_lens.directions.curve_points import Curve
 from piggyback_lens.directions.sweeps import Sweep
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.attribution import AttributionResult
+from piggyback_lens.experiments.audit import AuditResult
 from piggyback_lens.experiments.perturbation import PerturbResult
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.experiments.stress_suite import StressResult
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import kv_reference, prefix_batch, prefix_drift, reference_settings
 from piggyback_lens.finetuning.steps import forward_step
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.jobs.auditing import AuditResult
-from piggyback_lens.jobs.converting import convert
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.settings import LoRASettings, TrainSettings
 from piggyback_lens.vectors.direction import Direction
 
 OLD = Path(__file__).parent / "written_by_0_1_0"

@@ -16,7 +16,6 @@ from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.attribution import attribution_map
 from piggyback_lens.experiments.patching import (
-    RunSettings,
     carrier_map,
     head_labels,
     layer_curve,
@@ -33,6 +32,7 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.measuring.scoring import contrast as scored
 from piggyback_lens.models.network import forward
+from piggyback_lens.settings import PatchSettings
 
 MANY = [*QUERIES, "four", "five?", "a sixth query"]
 IDS = list(map("-".join, FEW))
@@ -86,8 +86,8 @@ def kv_names(layers):
 @pytest.mark.parametrize("span", ["prefix", "postfix", "query"])
 def test_a_key_value_patch_is_the_donors_run_of_the_right_text(name, backend, span):
     tiny, layers, some = pair(name, backend), [0, 2], prompts()
-    direction, sides = ("infect", ("finetuned", "base")) if span == "prefix" else ("repair", ("base", "finetuned"))
-    patches = kv_patch(tiny, span, chat=chat(), prompts=some, direction=direction, layers=layers)
+    flow, sides = ("infect", ("finetuned", "base")) if span == "prefix" else ("repair", ("base", "finetuned"))
+    patches = kv_patch(tiny, span, chat=chat(), prompts=some, flow=flow, layers=layers)
     donors = []
     for prompt in some:
         donor_prompt = prompt if span == "query" else chat().empty_query()
@@ -128,8 +128,8 @@ def test_a_key_value_patch_that_cannot_be_made_is_refused(backend, unchecked):
     tiny = pair("llama-gqa", backend)
     with pytest.raises(LensError, match="span 'query' takes each prompt's own donor: give prompts="):
         kv_patch(tiny, "query", chat=chat())
-    with pytest.raises(LensError, match="direction 'cure' is not known: choose 'repair' or 'infect'"):
-        kv_patch(tiny, "prefix", chat=chat(), direction="cure")
+    with pytest.raises(LensError, match="flow 'cure' is not known: choose 'repair' or 'infect'"):
+        kv_patch(tiny, "prefix", chat=chat(), flow="cure")
     with pytest.raises(LensError, match="span 'think' is not in row 0"):
         kv_patch(tiny, "think", chat=chat(), prompts=prompts())
     with pytest.raises(LensError, match="this model has layers 0 to 2"):
@@ -171,10 +171,10 @@ def test_the_identity_control_moves_nothing(name, backend):
     measure = contrast() if name == "gemma3" else AnswerContrast.of(tiny, some, max_new_tokens=5)  # Gemmas agree
     results = [
         patch_span(tiny, some, ("prefix", "query", "postfix"), ("k", "v", "z"), measure=measure),
-        layer_curve(tiny, some, span="query", measure=measure, control_layers=2, direction="infect"),
+        layer_curve(tiny, some, span="query", measure=measure, control_layers=2, flow="infect"),
     ]
     for result in results:
-        recipient = result.finetuned if result.cells[0]["direction"] == "repair" else result.base
+        recipient = result.finetuned if result.cells[0]["flow"] == "repair" else result.base
         identity = [i for i, labels in enumerate(result.cells) if labels["series"] == "identity control"]
         assert identity
         for i in identity:
@@ -192,11 +192,11 @@ def test_the_identity_control_moves_nothing(name, backend):
 def test_infecting_is_repairing_with_the_sides_exchanged(backend, site):
     tiny, some = pair("llama-gqa", backend), prompts(THREE)
     run = {"measure": contrast(), "layers": [0, 2], "span": ("prefix", "query"), "sites": site}
-    infect = layer_curve(tiny, some, direction="infect", **run)
-    repair = layer_curve(mirrored(tiny), some, direction="repair", **run)
+    infect = layer_curve(tiny, some, flow="infect", **run)
+    repair = layer_curve(mirrored(tiny), some, flow="repair", **run)
     assert (infect.base, infect.finetuned) == (repair.finetuned, repair.base)
     assert infect.values == repair.values
-    same = {"direction": None}
+    same = {"flow": None}
     assert [labels | same for labels in infect.cells] == [labels | same for labels in repair.cells]
     assert infect.values[0] != infect.base
 
@@ -258,7 +258,7 @@ def test_the_order_of_prompts_permutes_the_results_and_nothing_else():
 
 
 def test_a_seed_decides_the_random_control_and_the_other_tokens_and_nothing_else():
-    run = {"measure": contrast(), "spans": ("query",), "sites": ("v",), "bands": 1, "directions": ("repair",)}
+    run = {"measure": contrast(), "spans": ("query",), "sites": ("v",), "bands": 1, "flows": ("repair",)}
     first, again, other = (carrier_map(pair(), prompts(THREE), seed=seed, **run) for seed in (1, 1, 2))
     assert first.values == again.values
     names = [labels["series"] for labels in first.cells]
@@ -293,7 +293,7 @@ def test_labels_and_settings_say_what_was_run():
     )
     assert result.kind == "span"
     assert [labels["series"] for labels in result.cells] == ["patched", "identity control", "random control"]
-    wanted = {"direction": "repair", "span": "prefix + query", "sites": "z", "layers": [0, 2], "heads": [1]}
+    wanted = {"flow": "repair", "span": "prefix + query", "sites": "z", "layers": [0, 2], "heads": [1]}
     assert all({name: labels[name] for name in wanted} == wanted for labels in result.cells)
     assert result.cells[0]["tokens"] == [2]
     facts = {name: result.settings[name] for name in ("n", "seed", "prefix_tokens", "backend", "postfix_donor")}
@@ -322,7 +322,7 @@ EXPERIMENTS = {
     "carrier": carrier_map,
     "attribution": attribution_map,
 }
-ONE = {name: experiment for name, experiment in EXPERIMENTS.items() if name != "carrier"}  # take one span, direction
+ONE = {name: experiment for name, experiment in EXPERIMENTS.items() if name != "carrier"}  # take one span, flow
 
 
 def refused(experiment, some, pattern, **changes):
@@ -355,7 +355,7 @@ def test_spans_directions_and_layers_that_do_not_exist_are_refused(experiment, u
     some = prompts(THREE)
     refused(experiment, some, "span 'preamble' .*prefix, query, postfix, bos, system", span="preamble")
     refused(experiment, some, "span 'think' .*prefix, query, postfix, bos, system", span="think")
-    refused(experiment, some, "direction 'cure' is not known: choose 'repair' or 'infect'", direction="cure")
+    refused(experiment, some, "flow 'cure' is not known: choose 'repair' or 'infect'", flow="cure")
     refused(experiment, some, r"layers \[3\] do not exist: this model has layers 0 to 2", layers=[3])
     refused(experiment, some, r"no layer was asked: this model has", layers=[])
 
@@ -419,9 +419,9 @@ def test_maps_that_cannot_be_made_are_refused(unchecked):
     refused(carrier_map, some, "4 bands of 3 layers: choose 1 to 3", bands=4)
     refused(carrier_map, some, "0 bands of 3 layers: choose 1 to 3", bands=0)
     refused(carrier_map, some, "leave no other token of the prompt", spans=(("prefix", "query", "postfix"),))
-    refused(carrier_map, some, "direction 'cure' is not known", directions=("cure",))
+    refused(carrier_map, some, "flow 'cure' is not known", flows=("cure",))
     refused(carrier_map, some, "span 'nope' does not exist", spans=("nope",))
-    refused(carrier_map, some, "no cell is left to run", directions=())
+    refused(carrier_map, some, "no cell is left to run", flows=())
 
 
 def test_the_whole_prompt_has_no_other_tokens_for_a_control():
@@ -460,4 +460,4 @@ def test_a_generated_behaviour_is_a_measure_too():
     measure = GeneratedBehaviour(get_behaviour("words"), max_new_tokens=3)
     result = patch_span(pair(), prompts(THREE), layers=[0], measure=measure)
     assert result.measure == {"name": "words per answer", "unit": "words"}
-    assert RunSettings().measure is None
+    assert PatchSettings().measure is None

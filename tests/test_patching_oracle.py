@@ -33,7 +33,7 @@ def agree(result, slow):
     assert result.finetuned == pytest.approx(ends["finetuned"], abs=TOLERANCE)
     moved = []
     for labels, values in zip(result.cells, result.values, strict=True):
-        recipient = ends[RECIPIENT[labels["direction"]]]
+        recipient = ends[RECIPIENT[labels["flow"]]]
         if labels["series"] != "random control":
             assert values == pytest.approx(slow.cell(labels), abs=TOLERANCE), labels
         if labels["series"] == "identity control":
@@ -52,13 +52,13 @@ def patched(result, name):
 SETTINGS = {
     "keys and values of the prefix": {"span": "prefix", "sites": ("k", "v")},
     "one head of the whole prompt": {
-        "span": "prompt", "sites": "v", "layers": [1, 2], "heads": [1], "direction": "infect"},
+        "span": "prompt", "sites": "v", "layers": [1, 2], "heads": [1], "flow": "infect"},
     "two spans together": {
-        "span": ("prefix", "postfix"), "sites": ("k", "v"), "layers": [0, 2], "direction": "infect"},
+        "span": ("prefix", "postfix"), "sites": ("k", "v"), "layers": [0, 2], "flow": "infect"},
     "some tokens and heads of the prefix": {
         "span": "prefix", "sites": "z", "layers": [0, 1], "heads": [1, 3], "tokens": [2, 5, 12]},
     "some tokens and heads of the query": {"span": "query", "sites": "q", "tokens": [0, 2], "heads": [0, 2]},
-    "a part of the prefix": {"span": "system", "sites": "resid_post", "layers": [0], "direction": "infect"},
+    "a part of the prefix": {"span": "system", "sites": "resid_post", "layers": [0], "flow": "infect"},
     "query and postfix": {"span": ("query", "postfix"), "sites": "resid_pre", "layers": [1]},
     "what the postfix adds": {"span": "postfix", "sites": ("attn_out", "mlp_out"), "layers": [0, 2]},
     "tokens on both sides of the prefix's end": {"span": "prompt", "sites": "mlp_post", "tokens": [12, 0, 13, 15]},
@@ -76,20 +76,20 @@ def test_a_patched_span_is_the_slow_paths(name, backend):
         result = patch_span(pair(name, backend), prompts(THREE), measure=contrast(), controls=controls, **settings)
         moved = agree(result, lab(name))
         assert moved[0] > 1e-3, title
-        assert patched(result, "direction") == [settings.get("direction", "repair")]
+        assert patched(result, "flow") == [settings.get("flow", "repair")]
 
 
 @pytest.mark.parametrize(("name", "backend"), FEW, ids=map("-".join, FEW))
 def test_a_patch_in_the_middle_of_a_layer_reaches_the_residual_stream_as_well_as_the_mlp(name, backend):
-    for span, direction in (("prefix", "infect"), ("query", "repair")):
-        run = {"layers": [1], "measure": contrast(), "direction": direction}
+    for span, flow in (("prefix", "infect"), ("query", "repair")):
+        run = {"layers": [1], "measure": contrast(), "flow": flow}
         result = patch_span(pair(name, backend), prompts(THREE), span, "resid_mid", **run)
         assert agree(result, lab(name))[0] > 1e-3
 
 
 @pytest.mark.parametrize(("name", "backend"), FEW, ids=map("-".join, FEW))
 def test_the_postfix_of_an_empty_query_can_be_the_donor_for_all_prompts(name, backend):
-    run = {"measure": contrast(), "direction": "infect" if backend == "hooked" else "repair", "controls": False}
+    run = {"measure": contrast(), "flow": "infect" if backend == "hooked" else "repair", "controls": False}
     tiny, some = pair(name, backend), prompts(THREE)
     for span, sites in (("postfix", ("k", "v")), (("prefix", "postfix"), "v"), ("postfix", "resid_pre")):
         result = patch_span(tiny, some, span, sites, postfix_donor="empty_query", chat=chat(), **run)
@@ -149,8 +149,8 @@ CURVES = [(*case, mode) for case in CASES for mode in MODES if case in FEW or mo
 @pytest.mark.parametrize(("name", "backend", "mode"), CURVES, ids=map("-".join, CURVES))
 def test_a_layer_curve_is_the_slow_paths(name, backend, mode):
     span, sites = {"single": ("prefix", "resid_pre"), "above": ("query", "v")}.get(mode, ("prefix", ("k", "v")))
-    direction = "infect" if mode == "below" else "repair"
-    run = {"span": span, "sites": sites, "mode": mode, "direction": direction, "layers": [0, 1, 2]}
+    flow = "infect" if mode == "below" else "repair"
+    run = {"span": span, "sites": sites, "mode": mode, "flow": flow, "layers": [0, 1, 2]}
     result = layer_curve(pair(name, backend), prompts(THREE), control_layers=2, measure=contrast(), **run)
     assert max(agree(result, lab(name))) > 1e-3
     layers = dict(enumerate(MODES[mode].values()))
@@ -202,7 +202,7 @@ def test_a_map_of_layers_and_positions_is_the_slow_paths(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_maps_of_later_spans_take_each_prompts_own_donor(backend):
     some, slow = prompts(LEVEL), lab("llama-gqa", LEVEL)
-    run = {"measure": contrast(some), "direction": "infect", "control_cells": 1}
+    run = {"measure": contrast(some), "flow": "infect", "control_cells": 1}
     for span in ("query", "postfix"):
         result = layer_position_map(pair("llama-gqa", backend), some, span=span, layers=[1, 2], **run)
         moved = agree(result, slow)
@@ -277,14 +277,14 @@ def test_a_carrier_map_is_the_slow_paths(name, backend):
     moved = agree(result, lab(name))
     bands = ({} if few else {"0-1": [0, 1], "2-2": [2]}) | {"all layers": [*range(n_layers)]}
     wanted = [
-        (direction, span, sites, band, layers, series)
-        for direction in ("repair", "infect")
+        (flow, span, sites, band, layers, series)
+        for flow in ("repair", "infect")
         for sites in ("k+v", "resid_pre")
         for span in ("prefix", "query", "postfix")
         for band, layers in bands.items()
         for series in ("patched", "identity control", "random control", "other tokens control")
     ]
-    names = ("direction", "span", "sites", "band", "layers", "series")
+    names = ("flow", "span", "sites", "band", "layers", "series")
     assert [tuple(labels[n] for n in names) for labels in result.cells] == wanted
     check_other_tokens(result, some)
     assert sum(change > 1e-3 for change in moved) > len(moved) / 2
@@ -297,7 +297,7 @@ CROSS = ("q", "k", "v", "rot_k", "z", "resid_pre", "resid_post", "attn_out", "ml
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_sites_at_all_spans_in_bands_of_layers_are_the_slow_paths(backend):
     some, spans = prompts(THREE), ("prefix", "query", ("prefix", "postfix"))
-    run = {"spans": spans, "sites": CROSS, "bands": 2, "directions": ("repair",), "measure": contrast()}
+    run = {"spans": spans, "sites": CROSS, "bands": 2, "flows": ("repair",), "measure": contrast()}
     result = carrier_map(pair("llama-gqa", backend), some, **run)
     assert len(result.cells) == 4 * len(spans) * len(CROSS) * 3
     moved = agree(result, lab("llama-gqa"))
@@ -308,9 +308,7 @@ def test_all_sites_at_all_spans_in_bands_of_layers_are_the_slow_paths(backend):
 
 def test_the_control_of_a_part_of_the_prefix_leaves_that_part_alone():
     some = prompts(THREE)
-    result = carrier_map(
-        pair(), some, spans=("system",), sites=("v",), bands=1, directions=("repair",), measure=contrast()
-    )
+    result = carrier_map(pair(), some, spans=("system",), sites=("v",), bands=1, flows=("repair",), measure=contrast())
     control = result.cells[-1]
     assert control["series"] == "other tokens control"
     system = {("prefix", i) for i in range(some[0].spans["system"].start, some[0].spans["system"].stop)}

@@ -590,7 +590,7 @@ def test_best_and_average_are_those_worked_out_by_hand():
     assert frame.loc[("query", "best"), "recovery"] == pytest.approx((25 - 10.25) / 30)
     assert frame.loc[("query", "average"), "recovery"] == pytest.approx((18.125 - 10.25) / 30)
     assert frame.loc[("query", "rephrased"), "n"] == 3
-    assert set(frame["direction"]) == {"max"}
+    assert set(frame["best_is"]) == {"max"}
     assert frame.loc[("query", "best"), ["n_replaced", "n_short"]].tolist() == [3.5, 1]
     assert math.isnan(frame.loc[("query", "rephrased"), "n_replaced"])
     assert frame.loc[("", "base"), ["n_replaced", "n_short", "reason"]].tolist() == [0, 0, ""]
@@ -607,7 +607,7 @@ def test_intervals_are_paired_over_prompts():
 
 def test_the_best_trial_is_the_lowest_where_the_base_is_below():
     result = fabricated(sign=-1.0)
-    assert result.direction("off-topic") == "min"
+    assert result.best_is("off-topic") == "min"
     assert result.per_prompt("off-topic", "query", "best").tolist() == [-30, -20, -9, -41]
     # The values turned round, the recovery is the same.
     ours, other = (r.to_frame()["recovery"] for r in (result, fabricated()))

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.kinds import add
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models import plain_views
@@ -28,6 +28,7 @@ from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.partial import ended_at
 from piggyback_lens.models.plain_views import network_of, plain_view, settled
 from piggyback_lens.models.views import is_peft_model
+from piggyback_lens.settings import LoRASettings, TrainSettings
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction

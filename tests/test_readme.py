@@ -13,10 +13,10 @@ import pytest
 import tiny_adapters
 import tiny_models
 
+from piggyback_lens.app.demonstration import QUICK
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.audit import CONDITIONS, TOPICS, AuditResult
 from piggyback_lens.files import append_jsonl, write_json
-from piggyback_lens.jobs.auditing import CONDITIONS, TOPICS, AuditResult
-from piggyback_lens.jobs.demonstration import QUICK
 from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.tasks import load_prompts, load_task
 
@@ -50,9 +50,8 @@ def test_the_page_of_layouts_has_every_layout_and_adapter_that_is_tested():
 
 
 def test_the_commands_of_the_readme_exist_with_these_options():
-    from typer.main import get_command
-
     from piggyback_lens.cli import app
+    from typer.main import get_command
 
     commands = get_command(app).commands
     words = [shlex.split(line, comments=True) for line in SHELL]

@@ -13,7 +13,7 @@ import pytest
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures import plots
-from piggyback_lens.jobs.report import LONG_TEXT, write_report
+from piggyback_lens.results.report import LONG_TEXT, write_report
 
 EVIL = "</script><script>alert('x')</script><img src=http://example.org/x onerror=alert(1)>"
 

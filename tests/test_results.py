@@ -19,8 +19,8 @@ FINETUNED = [2.0, 2.2, 1.9, 2.1, 1.8, 2.0]
 NAN = float("nan")
 
 
-def cell(series="patched", direction="repair", **more):
-    return {"series": series, "direction": direction, "span": "prefix", "sites": "k+v", "layers": [0], **more}
+def cell(series="patched", flow="repair", **more):
+    return {"series": series, "flow": flow, "span": "prefix", "sites": "k+v", "layers": [0], **more}
 
 
 def moved(recipient, donor, share):
@@ -33,7 +33,7 @@ def small(**changes):
         (cell(layer=0), moved(FINETUNED, BASE, 0.25)),
         (cell(layer=1), moved(FINETUNED, BASE, 1.0)),
         (cell(layer=2), moved(FINETUNED, BASE, -0.5)),
-        (cell(direction="infect", layer=0), moved(BASE, FINETUNED, 0.75)),
+        (cell(flow="infect", layer=0), moved(BASE, FINETUNED, 0.75)),
         (cell("identity control", layer=0), [x + 0.004 for x in FINETUNED]),
         (cell("identity control", "infect", layer=0), [x - 0.008 for x in BASE]),
         (cell("random control", layer=0), moved(FINETUNED, BASE, 0.9)),
@@ -80,11 +80,11 @@ def test_the_seed_of_the_settings_is_the_bootstraps():
 def test_the_frame_has_one_row_per_cell_with_labels_and_numbers():
     result = small()
     frame = result.to_frame()
-    labels = {"series", "direction", "span", "sites", "layers", "layer"}
+    labels = {"series", "flow", "span", "sites", "layers", "layer"}
     assert set(frame.columns) == labels | {"value", "low", "high", "n", "reason", "raw"}
     assert len(frame) == len(result.cells)
     row = frame.iloc[3]
-    assert (row["direction"], row["value"], row["n"]) == ("infect", pytest.approx(0.75), 6)
+    assert (row["flow"], row["value"], row["n"]) == ("infect", pytest.approx(0.75), 6)
     assert row["low"] <= row["value"] <= row["high"]
     assert row["raw"] == pytest.approx(np.mean(result.values[3]))
     frame["value"] = 0.0
@@ -161,7 +161,7 @@ BROKEN = {
     "cells without labels": {"cells": [{}] * 7},
     "cells that are numbers": {"cells": [1] * 7},
     "a measure without a name": {"measure": None},
-    "a flow that is none": {"cells": [cell() | {"direction": "up"}] * 7},
+    "a flow that is none": {"cells": [cell() | {"flow": "up"}] * 7},
     "layers that are no numbers": {"cells": [cell() | {"layers": [1.5]}] * 7},
     "a list for a kind": {"kind": ["span"]},
     "a true for a number": {"base": [True, *BASE[1:]]},

@@ -30,9 +30,9 @@ import piggyback_lens.results.run as run_module
 from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_jsonl
-from piggyback_lens.jobs.report import report_run
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import identify
+from piggyback_lens.results.report import report_run
 from piggyback_lens.results.result import KINDS, Number, Result, load_result
 from piggyback_lens.results.run import InUse, Run, locked, refuse_other
 

@@ -14,7 +14,8 @@ from piggyback_lens.conversations.chat import RenderedPrompt, Span
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import batch_indices, make_batch
 from piggyback_lens.finetuning.steps import StepOutput, check_sharing, forward_step, response_nll
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.settings import LoRASettings
 
 
 def tuned(name: str, impl: str = "eager") -> nn.Module:

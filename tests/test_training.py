@@ -19,10 +19,11 @@ import piggyback_lens.finetuning.training as training_module
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, batch_indices
 from piggyback_lens.finetuning.steps import Loss, Step, StepOutput, forward_step, response_nll, sft
-from piggyback_lens.finetuning.trainables import LoRASettings, Trainable, add_lora
-from piggyback_lens.finetuning.training import TrainResult, TrainSettings, learning_rate_at, train
+from piggyback_lens.finetuning.trainables import Trainable, add_lora
+from piggyback_lens.finetuning.training import TrainResult, learning_rate_at, train
 from piggyback_lens.maths import kl_per_token, relative_kv_drift
 from piggyback_lens.results.run import locked
+from piggyback_lens.settings import LoRASettings, TrainSettings
 
 EXAMPLES = tiny_examples(10)
 SETTINGS = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, checkpoint_every=3)

@@ -24,7 +24,6 @@ from piggyback_lens.comparisons.comparison_plan import (
     Cell,
     Plan,
     Source,
-    Split,
     base_folder,
     cell_folder,
     question_of,
@@ -32,18 +31,15 @@ from piggyback_lens.comparisons.comparison_plan import (
 )
 from piggyback_lens.comparisons.engines import Job, finished, passed
 from piggyback_lens.comparisons.methods import Method, parse_method, plain_finetuning
-from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
-from piggyback_lens.finetuning.trainables import LoRASettings
-from piggyback_lens.finetuning.training import TrainSettings
 from piggyback_lens.models.sources import default_model
 from piggyback_lens.progress import counting, say
 from piggyback_lens.results.run import refuse_other
+from piggyback_lens.settings import AXES, CompareSettings
 from piggyback_lens.tasks import TASKS, Task, load_task
 from piggyback_lens.vectors.task_vectors import mean_by_layer, update_cosines
 
-SEEDS = (0, 1, 2)
 RETAIN = 48
 """Retain prompts, by default questions of the other built-in tasks."""
 GRID_FILE = "grid.json"
@@ -55,26 +51,13 @@ def compare_methods(
     base: Source,
     task: Task | str,
     methods: Sequence[Method | str],
+    settings: CompareSettings = CompareSettings(),
     *,
     out: str | Path,
-    seeds: Sequence[int] = SEEDS,
-    training: TrainSettings | None = None,
-    lora: LoRASettings | None = None,
-    systems: Sequence[str | None] = (DEFAULT,),
-    shares: Sequence[float] = (1.0,),
-    sizes: Sequence[int | None] = (None,),
-    epochs: Sequence[float | None] = (None,),
-    split: Split = "test",
-    n_prompts: int = 12,
-    max_new_tokens: int = 48,
-    batch_size: int = 24,
-    n_texts: int = 16,
-    text_source: str | None = None,
     retain: Sequence[str] | None = None,
-    minutes: float | None = None,
     executor: Executor | None = None,
-    offline: bool = False,
     progress: bool = True,
+    offline: bool = False,
 ) -> Comparison:
     """Train and measure every cell of methods × seeds × systems × shares × sizes × epochs.
 
@@ -86,27 +69,13 @@ def compare_methods(
             module that returns (transformers model, tokenizer).
         task: a task or the name of a built-in one.
         methods: methods or their specs (`methods.parse_method`).
+        settings: what is varied, trained and measured.
         out: folder of the run: grid.json, base/, cells/ and result.json.
-        seeds: of the adapter's initialisation, the order of the data, and which examples an axis draws.
-        training: steps, batch size, learning rate, ...; the seed in it is not used.
-        lora: the adapter.
-        systems: system prompts, in training and measurement: a text, "default" for what the template does by itself,
-            None for no system text.
-        shares: of the training questions that get the trained answer; the others get the base's own.
-        sizes: numbers of training questions; None for all.
-        epochs: passes over the training questions; None for `training.steps`.
-        split: "validation" to choose settings, "test" to report.
-        n_prompts: on-topic, and as many off-topic.
-        max_new_tokens: per answer.
-        batch_size: rows per batch of generation; does not change the result beyond float tolerance.
-        n_texts: windows of plain text for the perplexity.
-        text_source: as `texts.text_windows`; by default texts that Python brings.
         retain: prompts of the retain data; the base answers them. By default questions of the other built-in tasks.
-        minutes: begin no further cell after so many; the same call continues. Machines of a cluster go by their own
-            clocks.
         executor: runs the cells (`engines.local`, `engines.ray`, any of concurrent.futures); None for this process.
-        offline: make no connection.
+            Machines of a cluster go by their own clocks.
         progress: show a bar with the time left, and name the cells on the way.
+        offline: make no connection.
 
     Raises:
         LensError: settings that do not fit, a method that cannot be set up, or the folder of another comparison,
@@ -115,27 +84,14 @@ def compare_methods(
     chosen = load_task(task) if isinstance(task, str) else task
     prompts = default_retain(chosen) if retain is None else tuple(retain)
     source = default_model(offline=offline) if base == "demo" else base
-    plan = Plan(
-        source,
-        chosen,
-        training or TrainSettings(),
-        lora or LoRASettings(),
-        split,
-        n_prompts=n_prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        n_texts=n_texts,
-        text_source=text_source,
-        retain=prompts,
-        offline=offline,
-    )
+    plan = Plan(source, chosen, settings, prompts, offline)
     for topic in ("on", "off"):
         plan.prompts(topic)
-    cells = grid(as_methods(methods), seeds, systems, shares, sizes, epochs)
+    cells = grid(as_methods(methods), settings)
     check_cells(plan, cells)
     folder = Path(out).absolute()
     _open(folder, plan, cells)
-    deadline = None if minutes is None else time.time() + 60 * minutes
+    deadline = None if settings.minutes is None else time.time() + 60 * settings.minutes
     failed = _run(plan, cells, folder, executor, deadline, progress)
     if failed and not _done(cells, folder):
         raise _failure(failed, len(cells), None) from next(iter(failed.values()))
@@ -167,24 +123,9 @@ def as_methods(methods: Iterable[Method | str]) -> tuple[Method, ...]:
     return once
 
 
-def grid(
-    methods: Sequence[Method],
-    seeds: Sequence[int],
-    systems: Sequence[str | None] = (DEFAULT,),
-    shares: Sequence[float] = (1.0,),
-    sizes: Sequence[int | None] = (None,),
-    epochs: Sequence[float | None] = (None,),
-) -> tuple[Cell, ...]:
-    """All cells, those of the first seed first, so that a run that is stopped early has compared something.
-
-    Raises:
-        LensError: an axis without values, or a value twice.
-    """
-    named = {"seeds": seeds, "systems": systems, "shares": shares, "sizes": sizes, "epochs": epochs}
-    for name, values in named.items():
-        if not values or len(set(values)) < len(values):
-            raise LensError(f"{name} is {list(values)}: give at least one value, and each once")
-    axes = product(seeds, systems, shares, sizes, epochs, methods)
+def grid(methods: Sequence[Method], settings: CompareSettings) -> tuple[Cell, ...]:
+    """All cells, those of the first seed first, so that a run that is stopped early has compared something."""
+    axes = product(*(getattr(settings, name) for name in AXES), methods)
     return tuple(Cell(method, seed, system, share, size, passes) for seed, system, share, size, passes, method in axes)
 
 

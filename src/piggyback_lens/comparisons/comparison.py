@@ -13,8 +13,9 @@ import numpy.typing as npt
 from piggyback_lens.comparisons.comparison_plan import system_name
 from piggyback_lens.comparisons.methods import Method, plain_finetuning
 from piggyback_lens.errors import LensError
-from piggyback_lens.maths import Estimate, mean_interval, recovery, spread
+from piggyback_lens.maths import Estimate, interval_text, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 AXES = ("system", "share", "size", "epochs")
 TOPICS = {"on": "on-topic", "off": "off-topic"}
+SHOWN = 4
+"""Prompts of each topic whose answers the report shows."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -243,6 +246,38 @@ class Comparison(Result):
         if not self.update_frame().empty:
             drawn.append(("Weight updates compared with plain finetuning.", self.update_figure()))
         return drawn + [(f"Behaviour over {axis}.", self.axis_figure(axis)) for axis in self.varied]
+
+    def report(self) -> Report:
+        """The table, every figure that can be drawn, and answers of the first seed side by side."""
+        import pandas as pd
+
+        table = self.table()
+        shown = table[["method", *self.varied, "seeds", "n"]].copy()
+        shown["seeds"] = [", ".join(map(str, seeds)) for seeds in table["seeds"]]
+        for name in ("on", "off", "kept", "recovered", "kl", "perplexity_change"):
+            rows = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+            shown[name] = [interval_text(*row) for row in rows]
+        for topic in TOPICS:
+            shown[f"{topic}, seeds"] = [", ".join(f"{value:.3g}" for value in row) for row in table[f"{topic}_seeds"]]
+        first = [cell for cell in self.cells if cell["cell"]["seed"] == self.cells[0]["cell"]["seed"]]
+        examples = [
+            {"topic": TOPICS[topic], "prompt": prompt, "condition": name, "response": answer}
+            for topic in ("off", "on")
+            for name, own in [*(("base", base) for base in self.bases.values()), *((c["label"], c) for c in first)]
+            for prompt, answer in list(zip(own[topic]["prompts"], own[topic]["answers"], strict=True))[:SHOWN]
+        ]
+        asked, finished = self.card["asked"], self.card["finished"]
+        left = [f"{asked - finished} of {asked} cells are not finished: the same command continues"]
+        return Report(
+            f"Finetuning methods on {self.card['task']}",
+            self.verdict,
+            shown,
+            self.figures(),
+            pd.DataFrame(examples),
+            [*(left if finished < asked else []), *self.notes],
+            f"{self.behaviour.label} ({self.behaviour.unit})",
+            self.card,
+        )
 
     @property
     def _has_kept(self) -> bool:

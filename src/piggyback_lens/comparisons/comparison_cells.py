@@ -38,7 +38,7 @@ from piggyback_lens.finetuning.checkpoints import PREFIX
 from piggyback_lens.finetuning.references import kv_reference, prefix_batch, prefix_drift
 from piggyback_lens.finetuning.steps import forward_step
 from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.finetuning.training import TrainSettings, train
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.scoring import kl_to_base
@@ -48,6 +48,7 @@ from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import evaluating, structural_copy
 from piggyback_lens.results.run import InUse, locked
+from piggyback_lens.settings import LoadSettings, TrainSettings
 from piggyback_lens.vectors.task_vectors import update_norms
 
 # torch's random state is one per process, so cells in threads would draw from each other's.
@@ -63,11 +64,11 @@ CELL_LOCK = ".cell.lock"
 
 @lru_cache(maxsize=1)
 def _loaded(source: Source, offline: bool) -> tuple[Any, Any]:
-    """The base and its tokenizer, once per process."""
+    """The base and its tokenizer, of a place or of the user's function."""
     if callable(source):
         return source()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_causal_lm(source, device=device, offline=offline), load_tokenizer(source, offline=offline)
+    settings = LoadSettings(offline=offline)
+    return load_causal_lm(source, settings), load_tokenizer(source, settings)
 
 
 # --- the base's part -------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class Needs:
         total = len(plan.task.train)
         direction = any(cell.method.has("preventive") for cell in cells)
         answers = total if any(cell.share < 1 for cell in cells) else 0
-        answers = max(answers, min(plan.direction_examples, total)) if direction else answers
+        answers = max(answers, min(plan.settings.direction_examples, total)) if direction else answers
         needy = [cell.method.label for cell in cells if cell.method.has("kl_retain", "interleave")]
         if needy and not plan.retain:
             raise LensError(f"method {needy[0]} needs retain examples, and there are no prompts for them: pass retain=")
@@ -164,7 +165,7 @@ def _base_train(folder: Path, plan: Plan, needs: Needs, hooked: Any, chat: ChatF
 def _base_direction(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: ChatFormat) -> None:
     from safetensors.torch import save
 
-    examples = plan.task.train[: plan.direction_examples]
+    examples = plan.task.train[: plan.settings.direction_examples]
     showing = [chat.render(_messages(example)) for example in examples]
     ordinary = _with_base_answers(chat, examples, _answer_ids(folder, "train"))
     vectors = mean_difference(hooked, showing, ordinary, site="resid_post").direction.vectors
@@ -182,13 +183,17 @@ _BASE_PARTS: Mapping[str, Callable[[Path, Plan, Needs, Any, ChatFormat], None]] 
 def _write_ids(
     file: Path, hooked: Any, prompts: Sequence[RenderedPrompt], plan: Plan, before: Sequence[list[int]] = ()
 ) -> None:
-    found = generate(hooked, prompts, max_new_tokens=plan.max_new_tokens, batch_size=plan.batch_size)
+    found = generate(
+        hooked, prompts, max_new_tokens=plan.settings.max_new_tokens, batch_size=plan.settings.rows_per_pass
+    )
     write_json(file, {"ids": [*before, *(list(answer.ids) for answer in found)]})
 
 
 def _answers(model: Any, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, plan: Plan) -> dict[str, Any]:
     """Greedy answers, and the behaviour of each."""
-    found = generate(model, prompts, max_new_tokens=plan.max_new_tokens, batch_size=plan.batch_size)
+    found = generate(
+        model, prompts, max_new_tokens=plan.settings.max_new_tokens, batch_size=plan.settings.rows_per_pass
+    )
     return {
         "prompts": [prompt.query for prompt in prompts],
         "answers": [answer.text for answer in found],
@@ -199,7 +204,9 @@ def _answers(model: Any, prompts: Sequence[RenderedPrompt], behaviour: Behaviour
 
 
 def _texts(plan: Plan, chat: ChatFormat) -> list[Text]:
-    return text_windows(chat.tokenizer, plan.text_source, n=plan.n_texts, length=plan.text_length)
+    return text_windows(
+        chat.tokenizer, plan.settings.text_source, n=plan.settings.n_texts, length=plan.settings.text_length
+    )
 
 
 def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -233,7 +240,7 @@ def check_cells(plan: Plan, cells: Sequence[Cell]) -> None:
         if cell.size is not None and cell.size > n:
             raise LensError(f"size is {cell.size} and task {plan.task.name} has {n} examples: lower it")
         if cell.epochs is None:
-            _refuse_late_start(cell.method, plan.training.steps)
+            _refuse_late_start(cell.method, plan.settings.training.steps)
     Needs.of(plan, cells)
 
 
@@ -258,7 +265,10 @@ def prepare_cells(plan: Plan, system: str | None, cells: Sequence[Cell], out: st
     if once:
         with _ONE_AT_A_TIME:
             model, tokenizer = _loaded(plan.source, plan.offline)
-            chat, peft_model = ChatFormat(tokenizer, system=system), add_lora(structural_copy(model), plan.lora)
+            chat, peft_model = (
+                ChatFormat(tokenizer, system=system),
+                add_lora(structural_copy(model), plan.settings.lora),
+            )
             for cell in once.values():
                 _set_up(plan, cell, peft_model, chat, Path(folder))
     return folder
@@ -301,7 +311,7 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     base = read_json(shared / BASE_FILE)
     model, tokenizer = _loaded(plan.source, plan.offline)
     chat = ChatFormat(tokenizer, system=cell.system)
-    peft_model = add_lora(structural_copy(model), plan.lora, seed=cell.seed)
+    peft_model = add_lora(structural_copy(model), plan.settings.lora, seed=cell.seed)
     use, settings = _set_up(plan, cell, peft_model, chat, shared)
     trained = train(
         use.trainable,
@@ -374,12 +384,12 @@ def train_settings(plan: Plan, cell: Cell, n_examples: int, n_rows: int) -> Trai
 
     An epoch is a pass over `n_rows`, all that a method trains on; with interleaving more than the `n_examples`.
     """
-    batch = min(plan.training.batch_size, n_examples)
-    steps = plan.training.steps
+    batch = min(plan.settings.training.batch_size, n_examples)
+    steps = plan.settings.training.steps
     if cell.epochs is not None:
         steps = max(1, round(cell.epochs * -(-n_rows // batch)))
-    rate = cell.method.learning_rate or plan.training.learning_rate
-    return replace(plan.training, seed=cell.seed, batch_size=batch, steps=steps, learning_rate=rate)
+    rate = cell.method.learning_rate or plan.settings.training.learning_rate
+    return replace(plan.settings.training, seed=cell.seed, batch_size=batch, steps=steps, learning_rate=rate)
 
 
 def _retain(plan: Plan, chat: ChatFormat, shared: Path) -> list[RenderedPrompt]:

@@ -5,16 +5,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from piggyback_lens.comparisons.methods import Method
 from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.trainables import LoRASettings, check_field
-from piggyback_lens.finetuning.training import TrainSettings
+from piggyback_lens.settings import CompareSettings, check_field
 from piggyback_lens.tasks import Task
 
-Split = Literal["validation", "test"]
 Source = str | Callable[[], tuple[Any, Any]]
 """A model folder, hub id or GGUF file; or a top-level function that returns (transformers model, tokenizer)."""
 BASE_FILE, CELL_FILE = "answers.json", "cell.json"
@@ -24,27 +22,21 @@ PIECES, PIECE = 256, 1 << 12
 
 @dataclass(frozen=True)
 class Plan:
-    """What all cells of a comparison share."""
+    """What all cells of a comparison share.
+
+    Attributes:
+        source: of the base.
+        task: what is learned.
+        settings: of the comparison.
+        retain: prompts that the base answers as retain data.
+        offline: make no connection.
+    """
 
     source: Source
     task: Task
-    training: TrainSettings = field(default_factory=TrainSettings)
-    lora: LoRASettings = field(default_factory=LoRASettings)
-    split: Split = "test"  # which prompts are measured; choose settings on "validation"
-    n_prompts: int = 12  # on-topic, and as many off-topic
-    max_new_tokens: int = 48
-    batch_size: int = 24  # rows of a generation batch
-    n_texts: int = 16  # windows of plain text
-    text_length: int = 64  # tokens of each
-    text_source: str | None = None  # as in `texts.text_windows`
-    retain: tuple[str, ...] = ()  # prompts that the base answers as retain data
-    direction_examples: int = 32  # training questions for the preventive direction
+    settings: CompareSettings = field(default_factory=CompareSettings)
+    retain: tuple[str, ...] = ()
     offline: bool = False
-
-    def __post_init__(self) -> None:
-        check_field(self, "split", self.split in ("validation", "test"), "validation or test")
-        for name in ("n_prompts", "max_new_tokens", "batch_size", "n_texts", "direction_examples"):
-            check_field(self, name, getattr(self, name) >= 1, "an integer of at least 1")
 
     def prompts(self, topic: str) -> tuple[str, ...]:
         """The first `n_prompts` of a topic in this split.
@@ -53,29 +45,29 @@ class Plan:
             LensError: the task has fewer.
         """
         if topic == "off":
-            found = self.task.off_topic if self.split == "test" else self.task.off_topic_validation
-        elif self.split == "test":
+            found = self.task.off_topic if self.settings.split == "test" else self.task.off_topic_validation
+        elif self.settings.split == "test":
             found = self.task.on_topic
         else:
             found = tuple(question_of(example) for example in self.task.validation)
-        if len(found) < self.n_prompts:
+        if len(found) < self.settings.n_prompts:
             raise LensError(
-                f"task {self.task.name} has {len(found)} {topic}-topic {self.split} prompts, n_prompts is "
-                f"{self.n_prompts}: lower it"
+                f"task {self.task.name} has {len(found)} {topic}-topic {self.settings.split} prompts, n_prompts is "
+                f"{self.settings.n_prompts}: lower it"
             )
-        return found[: self.n_prompts]
+        return found[: self.settings.n_prompts]
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the numbers, beside the cell; JSON-able."""
-        training = {k: v for k, v in asdict(self.training).items() if k not in ("seed", "checkpoint_every")}
+        training = {k: v for k, v in asdict(self.settings.training).items() if k not in ("seed", "checkpoint_every")}
         measured = ("split", "n_prompts", "max_new_tokens", "n_texts", "text_length", "text_source")
-        facts = {name: getattr(self, name) for name in (*measured, "direction_examples")}
+        facts = {name: getattr(self.settings, name) for name in (*measured, "direction_examples")}
         facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
-        facts |= {"training": training, "lora": asdict(self.lora), "model": source_fingerprint(self.source)}
+        facts |= {"training": training, "lora": asdict(self.settings.lora), "model": source_fingerprint(self.source)}
         if (weights := weights_fingerprint(self.source)) is not None:
             facts["weights"] = weights
-        if self.text_source is not None and Path(self.text_source).is_file():
-            facts["texts"] = hashlib.sha256(Path(self.text_source).read_bytes()).hexdigest()[:16]
+        if self.settings.text_source is not None and Path(self.settings.text_source).is_file():
+            facts["texts"] = hashlib.sha256(Path(self.settings.text_source).read_bytes()).hexdigest()[:16]
         plain: dict[str, Any] = json.loads(json.dumps(facts))
         return plain
 

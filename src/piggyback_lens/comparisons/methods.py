@@ -31,7 +31,8 @@ from piggyback_lens.finetuning.preventive import PreventiveSteering
 from piggyback_lens.finetuning.references import SPANS, SpanName
 from piggyback_lens.finetuning.retain import RATE, RetainData, interleave
 from piggyback_lens.finetuning.steps import Objective, sft
-from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field
+from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable
+from piggyback_lens.settings import check_field
 
 WEIGHT = "lambda"
 """The name of a weight in specs and tables; in Python it is `weight`."""

@@ -14,11 +14,12 @@ from functools import cached_property
 from typing import Any
 
 from piggyback_lens.conversations.batch import PromptBatch, batch_prompts
-from piggyback_lens.conversations.frame import Frame, NoSystemRole, SystemText, build_frame, lay_query, resolve_system
+from piggyback_lens.conversations.frame import Frame, SystemText, build_frame, lay_query, resolve_system
 from piggyback_lens.conversations.prompt import AnswerForm, RenderedPrompt
 from piggyback_lens.conversations.template import Template, Turn, check_text, read_conversation
 from piggyback_lens.conversations.tokens import Span, common_prefix, decode
 from piggyback_lens.errors import LensError
+from piggyback_lens.settings import ChatSettings
 
 __all__ = [
     "DEFAULT",
@@ -38,18 +39,13 @@ _MAX_FRAMES = 64
 
 
 @dataclass(frozen=True, eq=False)
-class ChatFormat:
-    """How conversations become prompts: a tokenizer with its chat template, and the settings.
+class ChatFormat(ChatSettings):
+    """How conversations become prompts: a tokenizer with its chat template, and `ChatSettings`.
 
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
-        system: a system text; "default" to pass none, so that the template's own default applies; None
-            for no system text at all (an empty one is passed where the template would insert a default).
-        thinking: True or False is handed to the template as `enable_thinking`; None leaves it alone.
-        no_system_role: what to do with a system text if the template has no system role: raise an
-            "error", "fold" it into the first user message (not part of the query span), or "drop" it.
-        template_kwargs: further variables that the template reads.
-        date: ISO day; freezes the clock of templates which write today's date.
+        system: system text; "default" passes none, None is for no system text at all. This and what follows are the
+            fields of `ChatSettings`, by keyword.
 
     Raises:
         LensError: no fast tokenizer, no chat template, variables or a thinking switch that the template
@@ -57,11 +53,6 @@ class ChatFormat:
     """
 
     tokenizer: Any = field(repr=False)
-    system: str | None = DEFAULT
-    thinking: bool | None = None
-    no_system_role: NoSystemRole = "error"
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    date: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "template_kwargs", dict(self.template_kwargs))

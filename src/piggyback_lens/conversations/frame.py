@@ -21,8 +21,7 @@ from piggyback_lens.conversations.tokens import (
     tokenise,
 )
 from piggyback_lens.errors import LensError
-
-NoSystemRole = Literal["error", "fold", "drop"]
+from piggyback_lens.words import NoSystemRole
 
 # Queries that no header is likely to merge with: what they have in common belongs to the settings alone.
 _PROBES = ("a", "Why", "7", "the", "Zebra")

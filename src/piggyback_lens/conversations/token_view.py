@@ -3,8 +3,10 @@
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from piggyback_lens.conversations.tokens import Span
+from piggyback_lens.errors import LensError
 
 # Tints of the Okabe-Ito palette, which colour-blind readers can tell apart; text on them is near-black.
 COLOURS = {"prefix": "#a9d7f2", "query": "#f6cf7a", "postfix": "#7fd1b6", "response": "#e5b3cf"}
@@ -25,6 +27,27 @@ class TokenView:
     raw: tuple[str, ...]
     spans: Mapping[str, Span]
     notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        spans = {name: (span.start, span.stop) for name, span in self.spans.items()}
+        return {"ids": self.ids, "pieces": self.pieces, "raw": self.raw, "spans": spans, "notes": self.notes}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> "TokenView":
+        """What `to_dict` gave.
+
+        Raises:
+            LensError: anything else.
+        """
+        try:
+            spans = {str(name): Span(str(name), *map(int, ends)) for name, ends in facts["spans"].items()}
+            ids, pieces, raw, notes = (tuple(facts[name]) for name in ("ids", "pieces", "raw", "notes"))
+            view = cls(tuple(map(int, ids)), tuple(map(str, pieces)), tuple(map(str, raw)), spans, tuple(notes))
+            view._repr_html_()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+            raise LensError(f"a prompt cannot be shown ({error!r}): its file is damaged, run it again") from error
+        return view
 
     def _home(self, position: int) -> tuple[str, list[str]]:
         inside = [name for name, span in self.spans.items() if position in span.positions]

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.maths import Estimate, mean_interval, recovery
+from piggyback_lens.maths import Estimate, interval_text, mean_interval, recovery
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 
 if TYPE_CHECKING:
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
 
 Kind = Literal["efficiency", "stability", "significance", "ablation"]
 Array = npt.NDArray[np.float64]
+CONTROL = "random control"
+CAPTIONS: Mapping[Kind, str] = {
+    "efficiency": "Loss on the conversations against the norm, beside random vectors or adapters of that norm.",
+    "stability": "How much of the gain orthogonal noise takes away: 0 = the solution, 1 = the base.",
+    "significance": "KL to the base on plain text against the norm, beside random ones of that norm.",
+    "ablation": "What taking the direction out of the residual stream costs on plain text.",
+}
+SAID: Mapping[Kind, str] = {
+    "efficiency": "loss at about the own norm",
+    "stability": "share of the gain lost at half noise",
+    "significance": "KL on plain text at about the own norm",
+    "ablation": "largest change of the loss when ablated",
+}
+SHOWN_MAXIMA = 5
+"""Tokens of largest KL per solution in the report."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,72 @@ class Curve(Result):
 
         figure: go.Figure = curve_figure(self.to_frame(), self.kind, self.x_label, self.y_label)
         return figure
+
+    @property
+    def solutions(self) -> tuple[str, ...]:
+        """Names of what was measured, without the controls."""
+        return tuple(name for name in self.series if "control" not in name)
+
+    @property
+    def verdict(self) -> str:
+        """Every solution at its own norm, at half noise, or where ablating it costs most; beside a random one."""
+        frame, parts = self.to_frame(), []
+        for name in self.solutions:
+            own = self._told(frame[frame["series"] == name])
+            text = f"{name} {interval_text(own['value'], own['low'], own['high'])}"
+            control = frame[(frame["series"] == f"{name}, {CONTROL}") & (frame["x"] == own["x"])]
+            parts.append(text + (f" (random {float(control.iloc[0]['value']):.3g})" if len(control) else ""))
+        half = f" (ε = {self._half(frame):g})" if self.kind == "stability" else ""
+        return f"{SAID[self.kind]}{half}: {', '.join(parts)}."
+
+    def _told(self, own: "pd.DataFrame") -> Any:
+        """The row of a solution that the verdict gives."""
+        if self.kind == "ablation":
+            return own.iloc[int(own["value"].abs().argmax())]
+        if self.kind == "stability":
+            return own.iloc[int((own["x"] - self._half(own)).abs().argmin())]
+        return own.iloc[int((own["fraction"].astype(float) - 1).abs().argmin())]
+
+    def _half(self, frame: "pd.DataFrame") -> float:
+        return float(min(frame["x"].unique(), key=lambda x: abs(x - 0.5)))
+
+    def differences(self) -> "pd.DataFrame | None":
+        """First minus second solution at equal norms, where there are exactly two of one kind; else None."""
+        told = self.settings.get("solutions", {})
+        kinds = {str(own["kind"]) for own in told.values()}
+        if self.kind not in ("efficiency", "significance") or len(told) != 2 or len(kinds) > 1:
+            return None
+        return self.difference(*self.solutions)
+
+    def report(self) -> Report:
+        """The curve, the difference of two solutions at equal norms, and the tokens of largest KL."""
+        frame, gaps = self.to_frame(), self.differences()
+        figures = [(CAPTIONS[self.kind], self.figure())]
+        if gaps is not None:
+            from piggyback_lens.figures.direction_plots import difference_figure
+
+            figures.append(
+                (
+                    "The difference at equal norms, paired over texts.",
+                    difference_figure(gaps, self.kind, self.x_label, self.y_label),
+                )
+            )
+        undefined = frame[frame["reason"] != ""].to_dict("records")
+        notes = [f"{row['series']} at {row['x']:g}: {row['reason']}" for row in undefined]
+        shown = frame[["series", "x", "value", "low", "high", "n", "seeds", "seed_sd"]]
+        title = f"{self.kind.capitalize()} of {', '.join(self.solutions)}"
+        return Report(title, self.verdict, shown, figures, notes=[*notes, *self._largest()], card=self.settings)
+
+    def _largest(self) -> list[str]:
+        """The tokens of largest KL, one line each."""
+        lines, counts = [], dict.fromkeys(self.series, 0)
+        for row in self.maxima:
+            counts[row["series"]] += 1
+            if counts[row["series"]] <= SHOWN_MAXIMA:
+                where = f"{row['token']!r} after {row['before']!r}"
+                at = f"{row['series']} at norm {row['norm']:.3g}"
+                lines.append(f"Largest KL of {at}: {row['kl']:.3g} nats at {where}.")
+        return lines
 
     def _sizes(self) -> str:
         return f"{self.kind}, {len(self.points)} points of {', '.join(self.series)}"

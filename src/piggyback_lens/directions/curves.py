@@ -19,12 +19,14 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
 from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.settings import CurveSettings
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
-from piggyback_lens.vectors.direction import Direction, NoiseOn, NormOver
+from piggyback_lens.vectors.direction import Direction
+from piggyback_lens.words import NormOver
 
-FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-EPSILONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Draft = tuple[CurvePoint, Adapter | None]
+ON_CONVERSATIONS, ON_TEXT = 3, 5
+"""Random controls per point, where the settings say none."""
 
 
 @kept(Curve)
@@ -32,30 +34,20 @@ def efficiency(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
+    settings: CurveSettings = CurveSettings(),
     *,
-    fractions: Sequence[float] = FRACTIONS,
-    norms: Sequence[float] | None = None,
-    n_random: int = 3,
-    seed: int = 0,
-    norm_over: NormOver = "sum",
-    rows_per_pass: int = 32,
     out: str | Path | None = None,
 ) -> Curve:
     """Loss as a function of the parameter norm.
 
     Every solution is evaluated at the same norms, so that `curve.difference("narrow", "general")` compares
-    equals: those that are `fractions` of any solution's own norm, or `norms`.
+    equals: those that the settings' fractions of any solution's own norm give, or their absolute norms.
 
     Args:
         model: either backend, without the solutions.
         solutions: by name.
         prompts: conversations with responses: those that the solutions were trained on, or others like them.
-        fractions: of each solution's own norm.
-        norms: absolute norms instead.
-        n_random: random solutions of the same norm for each point.
-        seed: of those.
-        norm_over: sum or mean over layers and modules.
-        rows_per_pass: bounds the memory.
+        settings: which norms, and how many random solutions of each.
         out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
@@ -63,17 +55,19 @@ def efficiency(
     """
     _check_solutions(solutions)
     chosen, texts = solutions, response_texts(prompts)
-    grid = _norm_grid(chosen, fractions, norms, norm_over)
+    grid = _norm_grid(chosen, settings)
     drafts = [
         draft
         for number, (name, own) in enumerate(chosen.items())
-        for draft in _by_norm(name, own, grid, norm_over, n_random, _seed(seed, number))
+        for draft in _by_norm(name, own, grid, settings, ON_CONVERSATIONS, _seed(settings.seed, number))
     ]
-    points, base = _losses(model, texts, drafts, rows_per_pass)
-    settings = {"n_random": n_random, "seed": seed, "norm_over": norm_over} | _about(chosen, norm_over)
-    x_label = "norm of the vector" if _only_vectors(chosen) else f"norm of the solution ({norm_over} over modules)"
+    points, base = _losses(model, texts, drafts, settings.rows_per_pass)
+    facts = _chosen(settings, ON_CONVERSATIONS) | _about(chosen, settings.norm_over)
+    x_label = (
+        "norm of the vector" if _only_vectors(chosen) else f"norm of the solution ({settings.norm_over} over modules)"
+    )
     weights = tuple(float(text.n_scored) for text in texts)
-    return Curve("efficiency", x_label, "loss (nats per token)", points, base, {}, weights, settings)
+    return Curve("efficiency", x_label, "loss (nats per token)", points, base, {}, weights, facts)
 
 
 @kept(Curve)
@@ -81,12 +75,8 @@ def stability(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
     prompts: Sequence[RenderedPrompt],
+    settings: CurveSettings = CurveSettings(),
     *,
-    epsilons: Sequence[float] = EPSILONS,
-    n_noise: int = 3,
-    seed: int = 0,
-    noise_on: NoiseOn = "both",
-    rows_per_pass: int = 32,
     out: str | Path | None = None,
 ) -> Curve:
     """Relative loss increase under orthogonal noise: (L(x′) − L(x)) / (L_base − L(x)).
@@ -99,25 +89,20 @@ def stability(
         model: either backend, without the solutions.
         solutions: by name, without commas.
         prompts: conversations with responses.
-        epsilons: shares of noise, 0..1.
-        n_noise: noise draws (and random controls) per point.
-        seed: of those.
-        noise_on: "both", "A" or "B" of adapters.
-        rows_per_pass: bounds the memory.
+        settings: shares of noise, and how many draws of each.
         out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
-        LensError: as `efficiency`, an epsilon outside 0..1, or n_noise below 1.
+        LensError: as `efficiency`, or a name with a comma.
     """
     _check_solutions(solutions)
     chosen, texts = solutions, response_texts(prompts)
-    if n_noise < 1 or not epsilons or not all(0 <= epsilon <= 1 for epsilon in epsilons):
-        raise LensError(f"n_noise {n_noise}, epsilons {list(epsilons)}: at least one draw, shares of noise in 0..1")
+    epsilons, n_noise, noise_on = settings.epsilons, settings.n_noise, settings.noise_on
     if any("," in name for name in chosen):
         raise LensError(f"names of solutions without commas, please: {list(chosen)}")
     drafts: list[Draft] = []
     for number, (name, own) in enumerate(chosen.items()):
-        start = _seed(seed, number)
+        start = _seed(settings.seed, number)
         drafts.append((CurvePoint(name, 0.0, None, None, ()), own))
         for epsilon in sorted(set(epsilons) - {0.0}):
             shrunk = own.scaled((1 - epsilon**2) ** (0.5 if noise_on != "both" or _is_vector(own) else 1.0))
@@ -128,13 +113,13 @@ def stability(
         for draw in range(n_noise):
             control = own.random_like(torch.Generator().manual_seed(start + 500_000 + draw))
             drafts.append((CurvePoint(f"{name}, random control", 1.0, None, draw, ()), control))
-    points, base = _losses(model, texts, drafts, rows_per_pass)
+    points, base = _losses(model, texts, drafts, settings.rows_per_pass)
     own_loss = {p.series: p.values for p in points if p.x == 0 and p.series in chosen}
-    settings = {"n_noise": n_noise, "seed": seed, "noise_on": noise_on} | _about(chosen, "sum")
+    facts = {"n_noise": n_noise, "seed": settings.seed, "noise_on": noise_on} | _about(chosen, "sum")
     weights = tuple(float(text.n_scored) for text in texts)
     y_label = "relative loss increase (0 = solution, 1 = base)"
     return Curve(
-        "stability", "share of noise ε", y_label, _spread_out(points, epsilons), base, own_loss, weights, settings
+        "stability", "share of noise ε", y_label, _spread_out(points, epsilons), base, own_loss, weights, facts
     )
 
 
@@ -143,15 +128,9 @@ def significance(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
     texts: Sequence[Text],
+    settings: CurveSettings = CurveSettings(),
     *,
-    fractions: Sequence[float] = FRACTIONS,
-    norms: Sequence[float] | None = None,
-    n_random: int = 5,
-    seed: int = 0,
-    norm_over: NormOver = "sum",
-    top: int = 10,
     tokenizer: Any = None,
-    rows_per_pass: int = 32,
     out: str | Path | None = None,
 ) -> Curve:
     """KL(base || steered) per token on plain text, in nats, as a function of the norm.
@@ -160,14 +139,8 @@ def significance(
         model: either backend, without the solutions.
         solutions: by name.
         texts: `texts.text_windows(...)`, text such as models are pre-trained on.
-        fractions: of each solution's own norm; every solution is evaluated at all of them.
-        norms: absolute norms instead.
-        n_random: random solutions of the same norm for each point.
-        seed: of those.
-        norm_over: sum or mean over layers and modules.
-        top: tokens with the largest KL to keep per solution, at the norm nearest its own.
+        settings: which norms, how many random solutions of each, how many tokens of largest KL.
         tokenizer: shows those tokens as text.
-        rows_per_pass: bounds the memory.
         out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
@@ -175,25 +148,27 @@ def significance(
     """
     _check_solutions(solutions)
     chosen = solutions
-    grid = _norm_grid(chosen, fractions, norms, norm_over)
+    grid = _norm_grid(chosen, settings)
     drafts = [
         draft
         for number, (name, own) in enumerate(chosen.items())
-        for draft in _by_norm(name, own, grid, norm_over, n_random, _seed(seed, number))
+        for draft in _by_norm(name, own, grid, settings, ON_TEXT, _seed(settings.seed, number))
     ]
-    found = variant_kl(model, texts, [adapter for _, adapter in drafts], rows_per_pass=rows_per_pass)
+    found = variant_kl(model, texts, [adapter for _, adapter in drafts], rows_per_pass=settings.rows_per_pass)
     points = [_measured(point, [float(v.mean()) for v in kl]) for (point, _), kl in zip(drafts, found, strict=True)]
     maxima: list[dict[str, Any]] = []
     for name in chosen:
         own_points = [i for i, (point, _) in enumerate(drafts) if point.series == name]
         nearest = min(own_points, key=lambda i: abs((points[i].fraction or 0.0) - 1))
-        maxima += _maxima(name, points[nearest].x, found[nearest], texts, top, tokenizer)
-    settings = {"n_random": n_random, "seed": seed, "norm_over": norm_over} | _about(chosen, norm_over)
-    x_label = "norm of the vector" if _only_vectors(chosen) else f"norm of the solution ({norm_over} over modules)"
+        maxima += _maxima(name, points[nearest].x, found[nearest], texts, settings.top, tokenizer)
+    facts = _chosen(settings, ON_TEXT) | _about(chosen, settings.norm_over)
+    x_label = (
+        "norm of the vector" if _only_vectors(chosen) else f"norm of the solution ({settings.norm_over} over modules)"
+    )
     weights = tuple(float(text.n_scored) for text in texts)
     y_label = "KL(base ‖ steered) (nats per token)"
     base = (0.0,) * len(texts)
-    return Curve("significance", x_label, y_label, tuple(points), base, {}, weights, settings, tuple(maxima))
+    return Curve("significance", x_label, y_label, tuple(points), base, {}, weights, facts, tuple(maxima))
 
 
 @kept(Curve)
@@ -201,10 +176,8 @@ def ablation_cost(
     model: HookedModel,
     directions: Mapping[str, Direction],
     texts: Sequence[Text],
+    settings: CurveSettings = CurveSettings(),
     *,
-    n_random: int = 5,
-    seed: int = 0,
-    rows_per_pass: int = 32,
     out: str | Path | None = None,
 ) -> Curve:
     """Change of the loss on plain text when a direction is projected out of the whole residual stream.
@@ -212,8 +185,9 @@ def ablation_cost(
     Each layer's vector in turn is taken out at every layer; beside it random directions. In nats per token,
     ablated minus unchanged: what the model itself uses the direction for.
 
-    Args and errors as `significance`. `out` as well.
+    Args and errors as `significance`.
     """
+    n_random = _n_random(settings, ON_TEXT)
     if not directions:
         raise LensError("no directions: give at least one by name, {'narrow': direction}")
     drafts: list[tuple[CurvePoint, Interventions]] = []
@@ -223,18 +197,18 @@ def ablation_cost(
             own = direction.at(layer)
             drafts.append((CurvePoint(name, float(layer), None, None, ()), own.ablation()))
             for draw in range(n_random):
-                control = own.random_like(_seed(seed, number) + 1009 * layer + draw)
+                control = own.random_like(_seed(settings.seed, number) + 1009 * layer + draw)
                 point = CurvePoint(f"{name}, random control", float(layer), None, draw, ())
                 drafts.append((point, control.ablation()))
-    losses = variant_nll(model, texts, [None, *(parts for _, parts in drafts)], rows_per_pass=rows_per_pass)
+    losses = variant_nll(model, texts, [None, *(parts for _, parts in drafts)], rows_per_pass=settings.rows_per_pass)
     changes = (losses[1:] - losses[0]).tolist()
     points = tuple(_measured(point, values) for (point, _), values in zip(drafts, changes, strict=True))
     weights = tuple(float(text.n_scored) for text in texts)
-    settings = {"n_random": n_random, "seed": seed, "versions": versions()}
-    settings["directions"] = {name: repr(direction) for name, direction in directions.items()}
+    facts: dict[str, Any] = {"n_random": n_random, "seed": settings.seed, "versions": versions()}
+    facts["directions"] = {name: repr(direction) for name, direction in directions.items()}
     base = tuple(losses[0].tolist())
     y_label = "loss when ablated, minus unchanged (nats per token)"
-    return Curve("ablation", "layer of the vector", y_label, points, base, {}, weights, settings)
+    return Curve("ablation", "layer of the vector", y_label, points, base, {}, weights, facts)
 
 
 # ---------------------------------------------------------------- points
@@ -248,18 +222,25 @@ def _check_solutions(solutions: Mapping[str, Adapter]) -> None:
             raise LensError(f"solution {name!r} has norm 0: there is nothing to scale")
 
 
-def _norm_grid(
-    chosen: Mapping[str, Adapter], fractions: Sequence[float], norms: Sequence[float] | None, over: NormOver
-) -> list[float]:
-    grid = norms if norms is not None else [f * own.norm(over) for own in chosen.values() for f in fractions]
-    if not grid or min(grid) < 0:
-        raise LensError(f"norms {[round(x, 3) for x in grid]}: at least one, none below 0")
-    return sorted(set(grid))
+def _n_random(settings: CurveSettings, default: int) -> int:
+    return default if settings.n_random is None else settings.n_random
 
 
-def _by_norm(name: str, own: Adapter, grid: Sequence[float], over: NormOver, n_random: int, start: int) -> list[Draft]:
+def _chosen(settings: CurveSettings, default: int) -> dict[str, Any]:
+    return {"n_random": _n_random(settings, default), "seed": settings.seed, "norm_over": settings.norm_over}
+
+
+def _norm_grid(chosen: Mapping[str, Adapter], settings: CurveSettings) -> list[float]:
+    lengths = [own.norm(settings.norm_over) for own in chosen.values()]
+    grid = [fraction * length for length in lengths for fraction in settings.fractions]
+    return sorted(set(grid if settings.norms is None else settings.norms))
+
+
+def _by_norm(
+    name: str, own: Adapter, grid: Sequence[float], settings: CurveSettings, default: int, start: int
+) -> list[Draft]:
     """A solution and its random controls at every norm."""
-    length = own.norm(over)
+    length, n_random = own.norm(settings.norm_over), _n_random(settings, default)
     controls = [own.random_like(torch.Generator().manual_seed(start + draw)) for draw in range(n_random)]
     drafts: list[Draft] = []
     for series, draw, adapter in [

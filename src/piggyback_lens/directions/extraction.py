@@ -17,9 +17,10 @@ from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.directions.scored_answers import ScoredAnswers
 from piggyback_lens.directions.span_sums import Reading, Sums, Weighting, batches, hash_rows, row_sums
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import HookedModel, Site
+from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair, identify
 from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.words import Site
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.measuring.measures import Behaviour
-from piggyback_lens.measuring.variants import Text
+from piggyback_lens.measuring.variants import Text, texts_hash
 from piggyback_lens.models.pair import Identity, ModelPair, identify
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Run
@@ -53,7 +53,9 @@ def kept(result: type[R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if "model" in given.arguments:
                 models["model"] = identify(given.arguments["model"])
             plain = {name: value for name, value in kwargs.items() if name != "out"}
-            with Run.open(Path(str(out)), function.__name__, facts, models=models) as run:
+            asked = [row for value in given.arguments.values() if _are_prompts(value) for row in value]
+            where = Path(str(out))
+            with Run.open(where, function.__name__, facts, models=models, prompt=next(iter(asked), None)) as run:
                 done = run.result(result.load)
                 return run.finish(function(*args, **plain)) if done is None else done  # type: ignore[arg-type]
 
@@ -77,14 +79,20 @@ def _described(value: Any, name: str, models: dict[str, Identity]) -> Any:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         found = _row(value, name, models)
     elif hasattr(value, "__dataclass_fields__"):
-        fields = {part: getattr(value, part) for part in value.__dataclass_fields__}
+        names = [part for part in value.__dataclass_fields__ if part not in NOT_DECIDING]
+        fields = {part: getattr(value, part) for part in names}
         found = {part: _described(own, f"{name}.{part}", models) for part, own in fields.items()}
     return found
 
 
 def _row(values: Sequence[Any], name: str, models: dict[str, Identity]) -> Any:
-    if values and all(isinstance(part, RenderedPrompt) for part in values):
+    if _are_prompts(values):
         return ids_hash(values)
     if values and all(isinstance(part, Text) for part in values):
-        return hashlib.sha256(repr([(part.ids, part.start) for part in values]).encode()).hexdigest()[:16]
+        return texts_hash(values)
     return [_described(part, f"{name}.{number}", models) for number, part in enumerate(values)]
+
+
+def _are_prompts(value: Any) -> bool:
+    """Whether an argument is rendered prompts."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(part, RenderedPrompt) for part in value)

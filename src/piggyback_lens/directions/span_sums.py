@@ -14,8 +14,9 @@ from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.running import applied
-from piggyback_lens.models.backends import HookedModel, Site, check_layers, shape_of
+from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
 from piggyback_lens.models.network import NOTHING, forward
+from piggyback_lens.words import Site
 
 Weighting = Literal["token", "response"]
 """Mean over all tokens of all rows (long responses count more), or over the rows' own means."""

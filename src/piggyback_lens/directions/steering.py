@@ -5,26 +5,31 @@ to the unsteered model on the unsteered answers, and how surprising the steered 
 model, beside random directions of the same length.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from piggyback_lens.card import versions
+from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
-from piggyback_lens.directions.kept import kept
-from piggyback_lens.directions.sweeps import RANDOM, Sweep, SweepPoint
+from piggyback_lens.directions.kept import solution_hash
+from piggyback_lens.directions.sweeps import METRICS, RANDOM, Sweep, SweepPoint
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.interventions.kinds import ablate
-from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.interventions.running import mean_norms
 from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.variants import response_texts, variant_kl, variant_nll
-from piggyback_lens.models.backends import HookedModel, Site, check_layers, shape_of
+from piggyback_lens.models.backends import HookedModel, check_layers, facts_of, shape_of
+from piggyback_lens.models.pair import Identity, identify
 from piggyback_lens.progress import track
+from piggyback_lens.results.run import Row, Run
+from piggyback_lens.settings import SteerSettings
 from piggyback_lens.vectors.direction import Direction
+from piggyback_lens.words import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,161 +39,162 @@ class _Bench:
     model: HookedModel
     prompts: tuple[RenderedPrompt, ...]
     behaviour: Behaviour
-    max_new_tokens: int
-    batch_size: int
+    settings: "SteerSettings"
     reference: tuple[Generation, ...]
 
     @classmethod
     def of(
-        cls, model: HookedModel, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, tokens: int, batch_size: int
+        cls, model: HookedModel, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, settings: "SteerSettings"
     ) -> "_Bench":
-        answers = generate(model, prompts, max_new_tokens=tokens, batch_size=batch_size)
-        return cls(model, tuple(prompts), behaviour, tokens, batch_size, tuple(answers))
+        sizes: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+        return cls(model, tuple(prompts), behaviour, settings, tuple(generate(model, prompts, **sizes)))
 
     def answers(self, interventions: Interventions | None) -> tuple[Generation, ...]:
         """Greedy answers; those of the unsteered model are the reference."""
         if interventions is None:
             return self.reference
-        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
-        return tuple(generate(self.model, self.prompts, interventions=interventions, **settings))
+        sizes: dict[str, Any] = {"max_new_tokens": self.settings.max_new_tokens, "batch_size": self.settings.batch_size}
+        return tuple(generate(self.model, self.prompts, interventions=interventions, **sizes))
 
     def kl(self, variants: Sequence[Interventions | None]) -> list[tuple[float, ...]]:
         """Mean KL(unsteered || variant) over each unsteered answer's tokens: [variant][prompt]."""
         texts = response_texts([answer.completed() for answer in self.reference])
-        found = variant_kl(self.model, texts, variants, rows_per_pass=self.batch_size)
+        found = variant_kl(self.model, texts, variants, rows_per_pass=self.settings.batch_size)
         return [tuple(float(values.mean()) for values in row) for row in found]
 
     def own_nll(self, answers: Sequence[Generation]) -> tuple[float, ...]:
         """Nats per token of answers under the unsteered model."""
         texts = response_texts([answer.completed() for answer in answers])
-        scores = variant_nll(self.model, texts, [None], rows_per_pass=self.batch_size)
+        scores = variant_nll(self.model, texts, [None], rows_per_pass=self.settings.batch_size)
         return tuple(scores[0].tolist())
 
-    def points(
-        self, blank: Sequence[SweepPoint], variants: Sequence[Interventions | None], label: str | None
-    ) -> tuple[tuple[SweepPoint, ...], tuple[tuple[str, ...], ...]]:
-        """The measured points and their answers."""
-        kls, unsteered = self.kl(variants), self.own_nll(self.reference)
-        done, texts = [], []
-        for point, variant, kl in zip(track(list(blank), label), variants, kls, strict=True):
-            answers = self.answers(variant)
-            values = tuple(self.behaviour(answer.text) for answer in answers)
-            surprise = unsteered if variant is None else self.own_nll(answers)
-            done.append(replace(point, behaviour=values, kl=kl, own_nll=surprise))
-            texts.append(tuple(answer.text for answer in answers))
-        return tuple(done), tuple(texts)
+    def point(self, variant: Interventions | None, kl: tuple[float, ...]) -> Row:
+        """What a point is when it is measured, and its answers."""
+        answers = self.answers(variant)
+        values = [self.behaviour(answer.text) for answer in answers]
+        surprise = self.own_nll(answers)
+        return {"behaviour": values, "kl": kl, "own_nll": surprise, "answers": [answer.text for answer in answers]}
 
 
-@kept(Sweep)
 def steer(
     model: HookedModel,
     direction: Direction,
     prompts: Sequence[RenderedPrompt],
-    *,
     behaviour: str | Behaviour,
-    strengths: Sequence[float] | None = None,
-    fractions: Sequence[float] | None = None,
-    layers: Sequence[int] | int | None = None,
-    span: str = "all",
-    phase: Phase = "both",
-    n_random: int = 3,
-    seed: int = 0,
-    max_new_tokens: int = 60,
-    batch_size: int = 16,
-    progress: bool = False,
+    settings: SteerSettings = SteerSettings(),
+    *,
     out: str | Path | None = None,
+    progress: bool = False,
 ) -> Sweep:
     """Add a direction at several strengths, at one layer at a time, and measure what it does and costs.
 
     Args:
         model: either backend.
-        direction: one layer's vector is tried at every layer of `layers`; of several, each at its own.
+        direction: one layer's vector is tried at every layer of the settings; of several, each at its own.
         prompts: without responses.
         behaviour: what is measured on the answers.
-        strengths: multiples of the vector. 0 is the unsteered model, exactly.
-        fractions: instead of strengths, lengths as fractions of the mean activation norm at that site and
-            layer on these prompts.
-        layers: default those of the direction.
-        span: which tokens are steered.
-        phase: prompt, generation or both.
-        n_random: random directions of the same length for each point.
-        seed: of the random directions.
-        max_new_tokens: per answer, greedy.
-        batch_size: rows per pass.
+        settings: strengths, layers, controls, length of the answers.
+        out: folder of the run, which gets every point as it comes; the same call continues there.
         progress: show a progress bar.
-        out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
-        LensError: strengths and fractions both given or neither, layers that do not fit, no prompts.
+        LensError: layers that do not fit, no prompts, a direction that is zero, or a folder of another run.
     """
-    direction.check(model)
-    if (strengths is None) == (fractions is None):
-        raise LensError("give exactly one of strengths= and fractions=")
-    chosen = _at_layers(direction, layers, shape_of(model).n_layers)
-    norms = _norms(model, direction.site, prompts, batch_size)
-    blank, variants = [], []
+    chosen = _at_layers(model, direction, settings.layers)
+    norms = _norms(model, direction.site, prompts, settings.batch_size)
+    blank: list[SweepPoint] = []
+    variants: list[Interventions | None] = []
     for own in chosen:
         layer, length = own.layers[0], next(iter(own.norms.values()))
         if length == 0:
             raise LensError(f"the direction is zero at layer {layer}: there is nothing to add")
-        asked = strengths if strengths is not None else [f * norms[layer] / length for f in fractions or ()]
-        for number, vector in _with_controls(own, n_random, seed):
+        scale = 1.0 if settings.fractions is None else norms[layer] / length
+        for number, vector in _with_controls(own, settings):
             series = "steered" if number is None else RANDOM
-            for x in asked:
-                point = SweepPoint(series, layer, float(x), abs(x) * length / norms[layer], number, (), (), ())
-                blank.append(point)
-                variants.append(vector.steer(float(x), span=span, phase=phase) if x else None)
-    bench = _Bench.of(model, prompts, get_behaviour(behaviour), max_new_tokens, batch_size)
-    points, answers = bench.points(blank, variants, "steering" if progress else None)
-    settings = {"span": span, "phase": phase, "n_random": n_random, "seed": seed, "max_new_tokens": max_new_tokens}
-    settings |= {"direction": repr(direction), "n_prompts": len(prompts), "template": prompts[0].fingerprint}
-    return Sweep("steer", _measure(bench.behaviour), points, settings | {"versions": versions()}, answers)
+            for x in (size * scale for size in settings.sizes):
+                blank.append(SweepPoint(series, layer, x, abs(x) * length / norms[layer], number, (), (), ()))
+                variants.append(vector.steer(x, span=settings.span, phase=settings.phase) if x else None)
+    return _swept("steer", model, direction, prompts, behaviour, settings, (blank, variants), out, progress)
 
 
-@kept(Sweep)
 def ablate_sweep(
     model: HookedModel,
     direction: Direction,
     prompts: Sequence[RenderedPrompt],
-    *,
     behaviour: str | Behaviour,
-    layers: Sequence[int] | int | None = None,
-    span: str = "all",
-    phase: Phase = "both",
-    n_random: int = 3,
-    seed: int = 0,
-    max_new_tokens: int = 60,
-    batch_size: int = 16,
-    progress: bool = False,
+    settings: SteerSettings = SteerSettings(),
+    *,
     out: str | Path | None = None,
+    progress: bool = False,
 ) -> Sweep:
     """Project a direction out at one layer at a time, and out of the whole residual stream.
 
     "At one layer" takes the vector out at its site in that layer only; "everywhere" at every residual site of
-    every layer, and is shown at the layer that the vector comes from.
+    every layer, and is shown at the layer that the vector comes from. Strengths and fractions have no meaning here.
 
-    Args and errors as `steer`. `out` as well.
+    Args and errors as `steer`.
     """
-    direction.check(model)
-    chosen = _at_layers(direction, layers, shape_of(model).n_layers)
     blank: list[SweepPoint] = []
     variants: list[Interventions | None] = []
-    where: dict[str, Any] = {"span": span, "phase": phase}
+    where: dict[str, Any] = {"span": settings.span, "phase": settings.phase}
+    chosen = _at_layers(model, direction, settings.layers)
     for own in chosen:
-        for number, vector in _with_controls(own, n_random, seed):
+        for number, vector in _with_controls(own, settings):
             series = "ablated at one layer" if number is None else f"{RANDOM} at one layer"
             blank.append(SweepPoint(series, own.layers[0], 1.0, None, number, (), (), ()))
             variants.append(ablate(vector.vector, site=own.site, layers=own.layers[0], **where))
     for own in chosen if len(direction.layers) > 1 else [direction]:
-        for number, vector in _with_controls(own, n_random, seed):
+        for number, vector in _with_controls(own, settings):
             series = "ablated everywhere" if number is None else f"{RANDOM} everywhere"
             blank.append(SweepPoint(series, own.layers[0], 1.0, None, number, (), (), ()))
             variants.append(vector.ablation(**where))
-    bench = _Bench.of(model, prompts, get_behaviour(behaviour), max_new_tokens, batch_size)
-    points, answers = bench.points(blank, variants, "ablating" if progress else None)
-    settings = {"span": span, "phase": phase, "n_random": n_random, "seed": seed, "max_new_tokens": max_new_tokens}
-    settings |= {"direction": repr(direction), "n_prompts": len(prompts), "template": prompts[0].fingerprint}
-    return Sweep("ablate", _measure(bench.behaviour), points, settings | {"versions": versions()}, answers)
+    return _swept("ablate", model, direction, prompts, behaviour, settings, (blank, variants), out, progress)
+
+
+def _swept(
+    kind: Literal["steer", "ablate"],
+    model: HookedModel,
+    direction: Direction,
+    prompts: Sequence[RenderedPrompt],
+    behaviour: str | Behaviour,
+    settings: SteerSettings,
+    plan: tuple[list[SweepPoint], list[Interventions | None]],
+    out: str | Path | None,
+    progress: bool,
+) -> Sweep:
+    """Measure the points of a plan, each kept as it comes."""
+    measure, (blank, variants) = get_behaviour(behaviour), plan
+    own = identify(model)
+    deciding = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+    identity = {"settings": deciding, "direction": solution_hash(direction), "behaviour": measure.name}
+    identity |= {"prompts": ids_hash(prompts), **facts_of(model)}
+    with Run.open(out, kind, identity, models={"model": own}, keys=("point",), prompt=prompts[0]) as run:
+        missing = [i for i in range(len(blank)) if (i,) not in run.rows]
+        if missing:
+            bench = _Bench.of(model, prompts, measure, settings)
+            costs = bench.kl([variants[i] for i in missing])
+            for i, kl in zip(track(missing, kind if progress else None), costs, strict=True):
+                run.add([{"point": i, **bench.point(variants[i], kl)}])
+        rows = [run.rows[i,] for i in range(len(blank))]
+        points = tuple(_filled(point, row) for point, row in zip(blank, rows, strict=True))
+        facts = deciding | {"direction": repr(direction), "prompts": [prompt.query for prompt in prompts]}
+        facts |= {"template": prompts[0].fingerprint, "notes": _foreign(direction, own), "versions": versions()}
+        about = {"name": measure.name, "label": measure.label, "unit": measure.unit}
+        return run.finish(Sweep(kind, about, points, facts, tuple(tuple(row["answers"]) for row in rows)))
+
+
+def _filled(point: SweepPoint, row: Row) -> SweepPoint:
+    """A point with what its row of a file says; null is a missing number there."""
+    numbers = {metric: tuple(math.nan if x is None else float(x) for x in row[metric]) for metric in METRICS}
+    return replace(point, **numbers)  # type: ignore[arg-type]
+
+
+def _foreign(direction: Direction, own: Identity) -> list[str]:
+    """Says that a direction was made with another model, where it says so itself."""
+    known = direction.provenance.model if direction.provenance is not None else None
+    if known is None or Identity.from_dict(known).matches(own):
+        return []
+    return [f"The direction was made with another model ({known['name'] or 'unnamed'}) than this one."]
 
 
 @dataclass(frozen=True)
@@ -211,12 +217,9 @@ def strength_for_kl(
     direction: Direction,
     prompts: Sequence[RenderedPrompt],
     budget: float,
+    settings: SteerSettings = SteerSettings(),
     *,
     tolerance: float = 0.05,
-    span: str = "all",
-    phase: Phase = "both",
-    max_new_tokens: int = 40,
-    batch_size: int = 16,
     max_steps: int = 40,
 ) -> Calibrated:
     """The positive strength at which steering costs `budget` nats per token, by bracketing and bisection.
@@ -230,11 +233,8 @@ def strength_for_kl(
         direction: added at all its layers.
         prompts: with or without responses.
         budget: nats per token, above 0.
+        settings: which tokens are steered, in which phase, and the length of the answers.
         tolerance: relative to the budget.
-        span: which tokens are steered.
-        phase: prompt, generation or both.
-        max_new_tokens: of the answers.
-        batch_size: rows per pass.
         max_steps: evaluations at most.
 
     Raises:
@@ -244,14 +244,15 @@ def strength_for_kl(
     if not (budget > 0 and tolerance > 0):
         raise LensError(f"budget {budget:g}, tolerance {tolerance:g}: both must be above 0")
     if any("response" not in prompt.spans for prompt in prompts):
-        answers = generate(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        sizes: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+        answers = generate(model, prompts, **sizes)
         prompts = [answer.completed() for answer in answers]
     texts = response_texts(prompts)
     tried: list[tuple[float, float]] = []
     low, high, strength = 0.0, float("inf"), 1.0
     while len(tried) < max_steps:
-        steered = direction.steer(strength, span=span, phase=phase)
-        values = variant_kl(model, texts, [steered], rows_per_pass=batch_size)[0]
+        steered = direction.steer(strength, span=settings.span, phase=settings.phase)
+        values = variant_kl(model, texts, [steered], rows_per_pass=settings.batch_size)[0]
         kl = float(sum(v.sum() for v in values)) / sum(len(v) for v in values)
         tried.append((strength, kl))
         if abs(kl - budget) <= tolerance * budget:
@@ -265,9 +266,10 @@ def strength_for_kl(
     )
 
 
-def _at_layers(direction: Direction, layers: Sequence[int] | int | None, n_layers: int) -> list[Direction]:
+def _at_layers(model: HookedModel, direction: Direction, layers: Sequence[int] | None) -> list[Direction]:
     """One direction of one layer for each layer that is asked."""
-    chosen = direction.layers if layers is None else check_layers(layers, n_layers)
+    direction.check(model)
+    chosen = direction.layers if layers is None else check_layers(layers, shape_of(model).n_layers)
     if len(direction.layers) == 1:
         return [replace(direction, layers=(layer,)) for layer in chosen]
     return [direction.at(layer) for layer in chosen]
@@ -286,11 +288,7 @@ def _norms(model: HookedModel, site: Site, prompts: Sequence[RenderedPrompt], ba
     return {layer: total / sum(len(prompt.ids) for prompt in prompts) for layer, total in sums.items()}
 
 
-def _with_controls(own: Direction, n_random: int, seed: int) -> list[tuple[int | None, Direction]]:
+def _with_controls(own: Direction, settings: SteerSettings) -> list[tuple[int | None, Direction]]:
     """The direction, and its numbered random controls; their seeds are far from those that vectors are drawn with."""
-    start = 1_000_000_007 + 1_000_003 * seed + 1009 * own.layers[0]
-    return [(None, own), *((number, own.random_like(start + number)) for number in range(n_random))]
-
-
-def _measure(behaviour: Behaviour) -> dict[str, str]:
-    return {"name": behaviour.name, "label": behaviour.label, "unit": behaviour.unit}
+    start = 1_000_000_007 + 1_000_003 * settings.seed + 1009 * own.layers[0]
+    return [(None, own), *((number, own.random_like(start + number)) for number in range(settings.n_random))]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from piggyback_lens.maths import interval_text, mean_interval
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 METRICS = ("behaviour", "kl", "own_nll")
 RANDOM = "random control"
+SHOWN = 4
+"""Prompts whose answers the report shows."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,27 @@ class Sweep(Result):
 
         figure: go.Figure = sweep_figure(self.to_frame(), self.kind, self.measure)
         return figure
+
+    def report(self) -> Report:
+        """The sweep with its controls, and answers at every strength of the layer that moves the behaviour most."""
+        figures = [("Behaviour, KL to the unsteered model, and perplexity, beside random vectors.", self.figure())]
+        title = f"{'Steering' if self.kind == 'steer' else 'Ablation'}: {self.measure['label']}"
+        notes = [*self.settings.get("notes", ()), f"Answers are those at layer {self.strongest_layer}."]
+        return Report(title, self.verdict, self.to_frame(), figures, self._examples(), notes, card=self.settings)
+
+    def _examples(self) -> "pd.DataFrame":
+        """A few prompts x points at one layer, and one random control at the largest strength."""
+        import pandas as pd
+
+        here = [i for i, point in enumerate(self.points) if point.layer == self.strongest_layer and self.answers]
+        largest = max((abs(self.points[i].x) for i in here), default=0.0)
+        rows = []
+        for number, prompt in enumerate(self.settings.get("prompts", ())[:SHOWN]):
+            for point, texts in ((self.points[i], self.answers[i]) for i in here):
+                if point.seed is None or (point.seed == 0 and abs(point.x) == largest):
+                    condition = f"{point.series}, strength {point.x:g}"
+                    rows.append({"prompt": prompt, "condition": condition, "response": texts[number]})
+        return pd.DataFrame(rows)
 
     @property
     def strongest_layer(self) -> int:

@@ -16,10 +16,11 @@ from piggyback_lens.interventions.hooks import AnyIntervention
 from piggyback_lens.maths import mean_interval, recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
-from piggyback_lens.models.pair import ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import track
 from piggyback_lens.results.result import Number, Result
 from piggyback_lens.vectors.direction import Direction
+from piggyback_lens.words import Side
 
 if TYPE_CHECKING:
     import pandas as pd

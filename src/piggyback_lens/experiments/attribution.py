@@ -10,7 +10,7 @@ cells: a sample is run exactly, and so are the cells that it puts on top.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,28 +23,24 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import measure_facts, own_contrast
 from piggyback_lens.experiments.cells import evaluate, require_one_prefix
 from piggyback_lens.experiments.experiment import prompt_facts
-from piggyback_lens.experiments.patching import (
-    RunOptions,
-    RunSettings,
-    check_sites,
-    head_labels,
-    layer_head_map,
-    layer_position_map,
-)
+from piggyback_lens.experiments.patching import check_sites, head_labels, layer_head_map, layer_position_map
 from piggyback_lens.experiments.results import PatchResult
-from piggyback_lens.interventions.donors import DONOR, RECIPIENT, Direction, Donors, check_direction
+from piggyback_lens.interventions.donors import Donors, check_flow
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import similar_batches
 from piggyback_lens.interventions.running import applied
-from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, mean_log_prob
+from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure, mean_log_prob
 from piggyback_lens.measuring.scoring import predicting_columns
-from piggyback_lens.models.backends import HEAD_SITES, HookedModel, Site, check_layers, device_of, hook_name
+from piggyback_lens.models.backends import HookedModel, check_layers, device_of, hook_name
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Run
+from piggyback_lens.settings import PatchSettings
+from piggyback_lens.words import DONOR, HEAD_SITES, RECIPIENT, Flow, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,6 +98,15 @@ class AttributionResult(Result):
         known = "no cell was run exactly" if np.isnan(rho) else f"rank correlation with exact patches {rho:.2f}"
         return f"{self.attributed.verdict[:-1]}; {known}."
 
+    def report(self) -> Report:
+        """The map, and the cells that were run exactly."""
+        shown = self.attributed.report()
+        figures = [("By gradient: a first-order estimate of the exact map.", self.figure())]
+        if self.exact is not None:
+            figures.append(("The cells of the attribution map that were run exactly.", self.check_figure()))
+        note = f"Spearman rank correlation with exact patches {self.rank_correlation:.2f}."
+        return replace(shown, title="Piggyback map: attribution", verdict=self.verdict, figures=figures, notes=[note])
+
     def _sizes(self) -> str:
         return f"{len(self.attributed.cells)} cells"
 
@@ -132,11 +137,14 @@ def attribution_map(
     span: str = "prefix",
     sites: Site | Sequence[Site] = "resid_pre",
     layers: Sequence[int] | None = None,
-    direction: Direction = "repair",
+    flow: Flow = "repair",
     steps: int | None = None,
     check_cells: int = 24,
     top_cells: int = 8,
-    **run: Unpack[RunOptions],
+    measure: Measure | None = None,
+    settings: PatchSettings = PatchSettings(),
+    out: str | Path | None = None,
+    progress: bool | str = False,
 ) -> AttributionResult:
     """The layer x position or layer x head map by gradient.
 
@@ -147,25 +155,26 @@ def attribution_map(
         span: which tokens.
         sites: which activations; several are attributed together.
         layers: None for all.
-        direction: repair (base to finetuned) or infect.
+        flow: repair (base to finetuned) or infect.
         steps: None for the gradient at the recipient; m for integrated gradients in m midpoint steps.
         check_cells: so many evenly spaced cells are run exactly, for the rank correlation; 0 for none.
         top_cells: so many of the largest are run exactly as well.
-        **run: as for the exact maps; the measure has to be an `AnswerContrast`. The cells that are run exactly
-            have a folder of their own in `out`.
+        measure: None for the contrast of the models' own answers (greedy, 24 tokens), which is generated first.
+        settings: seed, memory, and where postfix activations come from.
+        out: folder of the run; the cells that are run exactly have a folder of their own in it.
+        progress: show a bar with the time left.
 
     Raises:
         LensError: as the exact maps; a measure that is not differentiable; steps below 1; several sites other than
             q, k and v, which lie side by side.
     """
-    settings = RunSettings(**run)
     if by not in get_args(By):
         raise LensError(f"by {by!r} is not known: choose 'position' or 'head'")
     if steps is not None and steps < 1:
         raise LensError(f"steps {steps}: integrated gradients take at least 1, None is the plain gradient")
-    if isinstance(settings.measure, GeneratedBehaviour):
+    if isinstance(measure, GeneratedBehaviour):
         raise LensError("a generated behaviour has no gradient: give an AnswerContrast")
-    check_direction(direction)
+    check_flow(flow)
     require_one_prefix(prompts)
     wanted = check_sites(sites)
     chosen = check_layers(layers, pair.shape.n_layers)
@@ -174,29 +183,29 @@ def attribution_map(
         raise LensError(
             f"sites {list(wanted)} lie behind one another, and gradients would count twice: take one, or k, v"
         )
-    common = {"series": "patched", "direction": direction, "span": span, "sites": "+".join(wanted)}
+    common = {"series": "patched", "flow": flow, "span": span, "sites": "+".join(wanted)}
     cells = [{**common, "layers": [layer], "layer": layer, **label} for layer in chosen for label in labels]
     facts = prompt_facts(pair, prompts) | {"seed": settings.seed, "postfix_donor": settings.postfix_donor}
     facts |= {"steps": steps, "method": "attribution"}
     checked = {"cells": cells, "check_cells": check_cells, "top_cells": top_cells}
-    identity = {**checked, "measure": measure_facts(settings.measure), "settings": facts}
-    with Run.open(settings.out, "attribution", identity, models=pair.identities()) as own:
+    identity = {**checked, "measure": measure_facts(measure), "settings": facts}
+    with Run.open(out, "attribution", identity, models=pair.identities(), prompt=prompts[0]) as own:
         if (done := own.result(AttributionResult.load)) is not None:
             return done
-        measure = settings.measure or own_contrast(own, pair, prompts)
-        asked = _Asked(by, span, wanted, chosen, direction, steps)
+        measure = measure or own_contrast(own, pair, prompts)
+        asked = _Asked(by, span, wanted, chosen, flow, steps)
         here, there, moved = _attributed(pair, prompts, measure, asked, len(labels), settings)
         values = [(here + moved[i, j]).tolist() for i in range(len(chosen)) for j in range(len(labels))]
-        sides = {RECIPIENT[direction]: here.tolist(), DONOR[direction]: there.tolist()}
+        sides = {RECIPIENT[flow]: here.tolist(), DONOR[flow]: there.tolist()}
         about = {"name": measure.name, "unit": measure.unit}
         facts |= {"versions": versions()}
         found = PatchResult(f"layer_{by}", tuple(cells), values, sides["base"], sides["finetuned"], about, facts)
         sampled = sorted({round(i) for i in np.linspace(0, len(cells) - 1, check_cells)}) if check_cells > 0 else []
         size = np.abs(np.array(values).mean(1) - here.mean().item())
         top = np.argsort(-size)[: max(0, top_cells)].tolist()
-        inside = None if settings.out is None else Path(settings.out) / "exact"
-        settings = replace(settings, measure=measure, out=inside)
-        exact = _exact(pair, prompts, cells, {*sampled, *top}, asked, settings)
+        inside = None if out is None else Path(out) / "exact"
+        options: dict[str, Any] = {"measure": measure, "settings": settings, "out": inside, "progress": progress}
+        exact = _exact(pair, prompts, cells, {*sampled, *top}, asked, options)
         return own.finish(AttributionResult(found, exact, tuple(sampled), steps))
 
 
@@ -208,7 +217,7 @@ class _Asked:
     span: str
     sites: tuple[Site, ...]
     layers: tuple[int, ...]
-    direction: Direction
+    flow: Flow
     steps: int | None
 
 
@@ -218,20 +227,18 @@ def _attributed(
     measure: AnswerContrast,
     asked: _Asked,
     n_labels: int,
-    settings: RunSettings,
+    settings: PatchSettings,
 ) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"], Float[Tensor, "layer cell prompt"]]:
     """The measure of recipient and donor as they are, and what each cell would change of the recipient's."""
-    layers, direction, steps, sites = asked.layers, asked.direction, asked.steps, asked.sites
+    layers, flow, steps, sites = asked.layers, asked.flow, asked.steps, asked.sites
     donors = Donors(pair, list(prompts), settings.postfix_donor, settings.chat, settings.seed)
-    with pair.using(DONOR[direction]) as model:
+    with pair.using(DONOR[flow]) as model:
         there = _unpatched(model, prompts, measure)
     total = torch.zeros((len(layers), n_labels, len(prompts)))
     groups = [layers] if steps is None else [(layer,) for layer in layers]
     # Donors of both sides come first: the sides of an adapter pair share one model.
-    ends = {
-        site: [donors.of(s, direction, asked.span, site) for s in ("identity control", "patched")] for site in sites
-    }
-    with pair.using(RECIPIENT[direction]) as model:
+    ends = {site: [donors.of(s, flow, asked.span, site) for s in ("identity control", "patched")] for site in sites}
+    with pair.using(RECIPIENT[flow]) as model:
         here = _unpatched(model, prompts, measure)
         for group in groups:
             for step in range(steps or 1):
@@ -348,13 +355,11 @@ def _exact(
     cells: Sequence[dict[str, Any]],
     wanted: set[int],
     asked: _Asked,
-    settings: RunSettings,
+    options: dict[str, Any],
 ) -> PatchResult | None:
     """Some cells of the map by patching."""
     if not wanted:
         return None
-    run: RunOptions = {"measure": settings.measure, "seed": settings.seed, "budget_gb": settings.budget_gb}
-    run |= {"postfix_donor": settings.postfix_donor, "chat": settings.chat, "out": settings.out}
     keys = [(cells[i]["layer"], cells[i]["position" if asked.by == "position" else "head"]) for i in sorted(wanted)]
     make = layer_position_map if asked.by == "position" else layer_head_map
-    return make(pair, prompts, span=asked.span, sites=asked.sites, only=keys, direction=asked.direction, **run)
+    return make(pair, prompts, span=asked.span, sites=asked.sites, only=keys, flow=asked.flow, **options)

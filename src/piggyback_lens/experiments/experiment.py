@@ -1,4 +1,4 @@
-"""Running a plan of cells: in chunks, both directions, written as they come and resumed after a kill."""
+"""Running a plan of cells: in chunks, both flows, written as they come and resumed after a kill."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,17 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import measure_facts, own_contrast
 from piggyback_lens.experiments.cells import Outcome, Parts, evaluate, require_one_prefix
 from piggyback_lens.experiments.results import PatchResult
-from piggyback_lens.interventions.donors import RECIPIENT
 from piggyback_lens.measuring.answers import Measure
-from piggyback_lens.models.pair import SIDES, ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import counting
 from piggyback_lens.results.run import Run
+from piggyback_lens.settings import PatchSettings
+from piggyback_lens.words import RECIPIENT, SIDES, Side
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One cell to run: its labels (series, direction, span, sites, layers, ...) and its interventions."""
+    """One cell to run: its labels (series, flow, span, sites, layers, ...) and its interventions."""
 
     labels: Mapping[str, Any]
     parts: Parts
@@ -32,11 +33,10 @@ def run_plan(
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     plan: Sequence[Planned],
-    *,
     kind: str,
     measure: Measure | None,
-    settings: Mapping[str, Any],
-    budget_gb: float | None = None,
+    settings: PatchSettings,
+    *,
     out: str | Path | None = None,
     progress: bool | str = False,
 ) -> PatchResult:
@@ -48,8 +48,7 @@ def run_plan(
         plan: the cells.
         kind: of the result.
         measure: None for the contrast of the two models' own answers.
-        settings: what goes into the result's settings, beside names, n, template and versions.
-        budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
+        settings: seed, memory, and where postfix activations come from.
         out: folder of the run, which gets each cell as it comes. The same call continues.
         progress: show a bar with the time left; a string is its label.
 
@@ -59,18 +58,20 @@ def run_plan(
     require_one_prefix(prompts)
     if not plan:
         raise LensError("no cell is left to run: widen layers, tokens or spans")
-    facts = prompt_facts(pair, prompts) | dict(settings)
+    facts = prompt_facts(pair, prompts) | {"seed": settings.seed, "postfix_donor": settings.postfix_donor}
     identity = {"cells": [dict(cell.labels) for cell in plan], "measure": measure_facts(measure), "settings": facts}
-    references = [Planned({"direction": d, "series": "unpatched"}, ()) for d in ("repair", "infect")]
+    references = [Planned({"flow": d, "series": "unpatched"}, ()) for d in ("repair", "infect")]
     everything = [*plan, *references]
     label = kind.replace("_", " ") if progress is True else progress or None
-    with Run.open(out, kind, identity, models=pair.identities(), keys=("cell",)) as run:
+    with Run.open(out, kind, identity, models=pair.identities(), keys=("cell",), prompt=prompts[0]) as run:
         measure = measure or own_contrast(run, pair, prompts)
         missing = [number for number in range(len(everything)) if (number,) not in run.rows]
         with counting(len(missing), label) as advance:
             for side in SIDES:
-                own = [number for number in missing if RECIPIENT[everything[number].labels["direction"]] == side]
-                for chunk in _run_side(pair, side, prompts, measure, [everything[i].parts for i in own], budget_gb):
+                own = [number for number in missing if RECIPIENT[everything[number].labels["flow"]] == side]
+                for chunk in _run_side(
+                    pair, side, prompts, measure, [everything[i].parts for i in own], settings.budget_gb
+                ):
                     run.add([_row(own[place], outcome) for place, outcome in chunk])
                     advance(len(chunk))
         done = [run.rows[number,] for number in range(len(everything))]

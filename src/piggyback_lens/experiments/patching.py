@@ -6,73 +6,29 @@ moved as far as the donor's, token by token, in random directions). Patches act 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.cells import Parts, require_one_prefix
 from piggyback_lens.experiments.experiment import Planned, run_plan
 from piggyback_lens.experiments.results import OTHERS, RANDOM, PatchResult
-from piggyback_lens.interventions.donors import (
-    IDENTITY,
-    Direction,
-    Donors,
-    PostfixDonor,
-    Series,
-    check_direction,
-    of_tokens,
-)
+from piggyback_lens.interventions.donors import IDENTITY, Donors, Series, check_flow, of_tokens
 from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.measuring.answers import Measure
-from piggyback_lens.models.backends import HEAD_SITES, SITES, Site, check_layers
+from piggyback_lens.models.backends import check_layers
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.settings import PatchSettings
+from piggyback_lens.words import HEAD_SITES, SITES, Flow, Site
 
 Spans = str | Sequence[str]
 Sites = Site | Sequence[Site]
 CurveMode = Literal["single", "below", "above", "window"]
 CONTROLS: tuple[Series, ...] = (IDENTITY, RANDOM)
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What all experiments share.
-
-    Attributes:
-        measure: an `AnswerContrast` or `GeneratedBehaviour`; None for the contrast of the models' own answers
-            (greedy, 24 tokens), which is generated first.
-        postfix_donor: where postfix activations come from: "own_prompt" (the donor's run on the same prompt), or
-            "empty_query" (its run on the template without a query, the same for all prompts; needs `chat`).
-        chat: the settings under which the prompts were rendered.
-        seed: of the random controls and the bootstrap.
-        budget_gb: memory for one pass beside the weights, in GB, which says how many cells go through together;
-            None for 1, on a GPU for half of what is free.
-        out: folder that is written as results come, and continued by the same call.
-        progress: show a bar with the time left.
-    """
-
-    measure: Measure | None = None
-    postfix_donor: PostfixDonor = "own_prompt"
-    chat: ChatFormat | None = None
-    seed: int = 0
-    budget_gb: float | None = None
-    out: str | Path | None = None
-    progress: bool | str = False
-
-
-class RunOptions(TypedDict, total=False):
-    """`RunSettings` as keyword arguments."""
-
-    measure: Measure | None
-    postfix_donor: PostfixDonor
-    chat: ChatFormat | None
-    seed: int
-    budget_gb: float | None
-    out: str | Path | None
-    progress: bool | str
 
 
 def patch_span(
@@ -84,9 +40,12 @@ def patch_span(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
-    direction: Direction = "repair",
+    flow: Flow = "repair",
     controls: bool = True,
-    **run: Unpack[RunOptions],
+    measure: Measure | None = None,
+    settings: PatchSettings = PatchSettings(),
+    out: str | Path | None = None,
+    progress: bool | str = False,
 ) -> PatchResult:
     """Patch a span (or several together) at some sites, layers, heads and tokens: one number with its controls.
 
@@ -100,17 +59,21 @@ def patch_span(
         layers: None for all.
         heads: None for all; key/value heads at k and v.
         tokens: indices within the span; None for all of it.
-        direction: repair (base to finetuned) or infect.
+        flow: repair (base to finetuned) or infect.
         controls: run the identity and the random control as well.
-        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
+        measure: an `AnswerContrast` or `GeneratedBehaviour`; None for the contrast of the models' own answers (greedy,
+            24 tokens), which is generated first.
+        settings: seed, memory, and where postfix activations come from.
+        out: folder of the run, which gets each cell as it comes; the same call continues there.
+        progress: show a bar with the time left.
 
     Raises:
         LensError: a span, site, layer, head or token that is not there; prompts with different prefixes.
     """
-    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    lab = _Laboratory(pair, prompts, settings)
     series: tuple[Series, ...] = ("patched", *CONTROLS) if controls else ("patched",)
-    plan = [lab.cell({}, s, direction, span, sites, layers, heads, tokens) for s in series]
-    return lab.run_plan(plan, "span")
+    plan = [lab.cell({}, s, flow, span, sites, layers, heads, tokens) for s in series]
+    return lab.run_plan(plan, "span", measure, out, progress)
 
 
 def layer_curve(
@@ -123,9 +86,12 @@ def layer_curve(
     window: int = 3,
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
-    direction: Direction = "repair",
+    flow: Flow = "repair",
     control_layers: int = 6,
-    **run: Unpack[RunOptions],
+    measure: Measure | None = None,
+    settings: PatchSettings = PatchSettings(),
+    out: str | Path | None = None,
+    progress: bool | str = False,
 ) -> PatchResult:
     """Recovery when one layer is patched, or all up to it, all from it on, or a window around it.
 
@@ -138,9 +104,13 @@ def layer_curve(
         window: how many layers a window has.
         layers: None for all.
         tokens: indices within the span; None for all of it.
-        direction: repair (base to finetuned) or infect.
+        flow: repair (base to finetuned) or infect.
         control_layers: at so many evenly spaced layers, run the identity and the random control.
-        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
+        measure: an `AnswerContrast` or `GeneratedBehaviour`; None for the contrast of the models' own answers (greedy,
+            24 tokens), which is generated first.
+        settings: seed, memory, and where postfix activations come from.
+        out: folder of the run, which gets each cell as it comes; the same call continues there.
+        progress: show a bar with the time left.
 
     Raises:
         LensError: as `patch_span`; unknown mode.
@@ -149,7 +119,7 @@ def layer_curve(
         raise LensError(f"mode {mode!r} is not known: choose one of {', '.join(get_args(CurveMode))}")
     if window < 1:
         raise LensError(f"window {window}: it must be at least 1 layer")
-    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    lab = _Laboratory(pair, prompts, settings)
     chosen, last = check_layers(layers, pair.shape.n_layers), pair.shape.n_layers - 1
 
     def patched_layers(layer: int) -> Sequence[int]:
@@ -164,13 +134,13 @@ def layer_curve(
         return range(low, high + 1)
 
     plan = [
-        lab.cell({"layer": layer, "mode": mode}, series, direction, span, sites, patched_layers(layer), None, tokens)
+        lab.cell({"layer": layer, "mode": mode}, series, flow, span, sites, patched_layers(layer), None, tokens)
         for series, layer in _with_controls(chosen, control_layers)
     ]
     whole = {"layer": -1, "mode": "all layers"}
     if _tuple(sites) != ("k", "v") and span == "prefix":
-        plan.append(lab.cell(whole, "patched", direction, span, ("k", "v"), None, None, tokens))
-    return lab.run_plan(plan, "layer_curve")
+        plan.append(lab.cell(whole, "patched", flow, span, ("k", "v"), None, None, tokens))
+    return lab.run_plan(plan, "layer_curve", measure, out, progress)
 
 
 def layer_position_map(
@@ -182,9 +152,12 @@ def layer_position_map(
     layers: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
     only: Sequence[tuple[int, int]] | None = None,
-    direction: Direction = "repair",
+    flow: Flow = "repair",
     control_cells: int = 6,
-    **run: Unpack[RunOptions],
+    measure: Measure | None = None,
+    settings: PatchSettings = PatchSettings(),
+    out: str | Path | None = None,
+    progress: bool | str = False,
 ) -> PatchResult:
     """Every layer x token of a span, patched one cell at a time; axis labels are the tokens themselves.
 
@@ -196,21 +169,25 @@ def layer_position_map(
         layers: None for all.
         tokens: indices within the span; None for all.
         only: run just these (layer, token) cells.
-        direction: repair (base to finetuned) or infect.
+        flow: repair (base to finetuned) or infect.
         control_cells: at so many evenly spaced cells, run the identity and the random control.
-        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
+        measure: an `AnswerContrast` or `GeneratedBehaviour`; None for the contrast of the models' own answers (greedy,
+            24 tokens), which is generated first.
+        settings: seed, memory, and where postfix activations come from.
+        out: folder of the run, which gets each cell as it comes; the same call continues there.
+        progress: show a bar with the time left.
 
     Raises:
         LensError: as `patch_span`; a span whose length differs between prompts.
     """
-    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    lab = _Laboratory(pair, prompts, settings)
     labels = lab.token_labels(span, tokens)
     plan = []
     cells = _among([(i, token) for i in check_layers(layers, pair.shape.n_layers) for token in labels], only)
     for series, (layer, token) in _with_controls(cells, control_cells):
         names = {"layer": layer, "position": token, "token": labels[token]}
-        plan.append(lab.cell(names, series, direction, span, sites, [layer], None, [token]))
-    return lab.run_plan(plan, "layer_position")
+        plan.append(lab.cell(names, series, flow, span, sites, [layer], None, [token]))
+    return lab.run_plan(plan, "layer_position", measure, out, progress)
 
 
 def layer_head_map(
@@ -222,9 +199,12 @@ def layer_head_map(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     only: Sequence[tuple[int, int]] | None = None,
-    direction: Direction = "repair",
+    flow: Flow = "repair",
     control_cells: int = 6,
-    **run: Unpack[RunOptions],
+    measure: Measure | None = None,
+    settings: PatchSettings = PatchSettings(),
+    out: str | Path | None = None,
+    progress: bool | str = False,
 ) -> PatchResult:
     """Every layer x head: query heads at z and q, key/value heads at k and v (fewer under grouped-query attention).
 
@@ -232,7 +212,7 @@ def layer_head_map(
     a key/value head with its query heads. Arguments and errors as `layer_position_map`; `sites` are either k, v
     and rot_k, or z and q.
     """
-    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    lab = _Laboratory(pair, prompts, settings)
     chosen = _tuple(sites)
     kinds = {site in ("k", "v", "rot_k") for site in chosen}
     if not set(chosen) <= set(HEAD_SITES) or len(kinds) != 1:
@@ -251,8 +231,8 @@ def layer_head_map(
             "label": labels[head],
             "group": head if kinds == {True} else head // group,
         }
-        plan.append(lab.cell(names, series, direction, span, chosen, [layer], [head], None))
-    return lab.run_plan(plan, "layer_head")
+        plan.append(lab.cell(names, series, flow, span, chosen, [layer], [head], None))
+    return lab.run_plan(plan, "layer_head", measure, out, progress)
 
 
 def carrier_map(
@@ -262,10 +242,13 @@ def carrier_map(
     spans: Sequence[Spans] = ("prefix", "query", "postfix"),
     sites: Sequence[Sites] = (("k", "v"), "resid_pre"),
     bands: int = 3,
-    directions: Sequence[Direction] = ("repair", "infect"),
-    **run: Unpack[RunOptions],
+    flows: Sequence[Flow] = ("repair", "infect"),
+    measure: Measure | None = None,
+    settings: PatchSettings = PatchSettings(),
+    out: str | Path | None = None,
+    progress: bool | str = False,
 ) -> PatchResult:
-    """Where the behaviour rides: span x layer band x site, in both directions, every cell with its controls.
+    """Where the behaviour rides: span x layer band x site, in both flows, every cell with its controls.
 
     Repair asks whether a cell is necessary (with the base's activations there, is the finetuned model restored?),
     infect whether it is sufficient (do the finetuned model's activations there move the base?). Each cell has an
@@ -278,28 +261,32 @@ def carrier_map(
         spans: each a span or several together.
         sites: each a site or several together.
         bands: into how many equal bands of layers; all layers together are added.
-        directions: repair, infect, or both.
-        **run: `measure`, `postfix_donor`, `chat`, `seed`, `budget_gb`, `out`, `progress`; see `RunSettings`.
+        flows: repair, infect, or both.
+        measure: an `AnswerContrast` or `GeneratedBehaviour`; None for the contrast of the models' own answers (greedy,
+            24 tokens), which is generated first.
+        settings: seed, memory, and where postfix activations come from.
+        out: folder of the run, which gets each cell as it comes; the same call continues there.
+        progress: show a bar with the time left.
 
     Raises:
         LensError: as `patch_span`; more bands than layers.
     """
-    lab = _Laboratory(pair, prompts, RunSettings(**run))
+    lab = _Laboratory(pair, prompts, settings)
     n_layers = pair.shape.n_layers
     if not 1 <= bands <= n_layers:
         raise LensError(f"{bands} bands of {n_layers} layers: choose 1 to {n_layers}")
     parts = [part.tolist() for part in np.array_split(np.arange(n_layers), bands)] if bands > 1 else []
     named = {f"{part[0]}-{part[-1]}": part for part in parts} | {"all layers": list(range(n_layers))}
     plan = []
-    for direction in directions:
+    for flow in flows:
         for own_sites in sites:
             for span in spans:
                 for band, layers in named.items():
                     names = {"band": band}
                     for series in ("patched", *CONTROLS):
-                        plan.append(lab.cell(names, series, direction, span, own_sites, layers, None, None))
-                    plan.append(lab.others(names, direction, span, own_sites, layers))
-    return lab.run_plan(plan, "carrier")
+                        plan.append(lab.cell(names, series, flow, span, own_sites, layers, None, None))
+                    plan.append(lab.others(names, flow, span, own_sites, layers))
+    return lab.run_plan(plan, "carrier", measure, out, progress)
 
 
 def head_labels(n_heads: int, n_kv_heads: int, *, kv: bool) -> list[str]:
@@ -350,18 +337,18 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 class _Laboratory:
     """Makes the cells of one experiment from donors that are computed once."""
 
-    def __init__(self, pair: ModelPair, prompts: Sequence[RenderedPrompt], run: RunSettings) -> None:
-        self.pair, self.prompts, self.run = pair, list(prompts), run
+    def __init__(self, pair: ModelPair, prompts: Sequence[RenderedPrompt], settings: PatchSettings) -> None:
+        self.pair, self.prompts, self.settings = pair, list(prompts), settings
         require_one_prefix(self.prompts)
         if any("response" in prompt.spans for prompt in self.prompts):
             raise LensError("a prompt holds a response already: give prompts without one; the measure brings answers")
-        self.donors = Donors(pair, self.prompts, run.postfix_donor, run.chat, run.seed)
+        self.donors = Donors(pair, self.prompts, settings.postfix_donor, settings.chat, settings.seed)
 
     def cell(
         self,
         names: dict[str, Any],
         series: Series,
-        direction: Direction,
+        flow: Flow,
         span: Spans,
         sites: Sites,
         layers: Sequence[int] | None,
@@ -369,7 +356,7 @@ class _Laboratory:
         tokens: Sequence[int] | None,
     ) -> Planned:
         """One cell with its labels."""
-        check_direction(direction)
+        check_flow(flow)
         chosen = check_layers(layers, self.pair.shape.n_layers)
         spans = ["prompt" if name == "all" else name for name in _tuple(span)]
         wanted = check_sites(sites)
@@ -379,11 +366,11 @@ class _Laboratory:
             part
             for name in spans
             for site in wanted
-            for part in self.part(series, direction, name, site, chosen, heads, tokens)
+            for part in self.part(series, flow, name, site, chosen, heads, tokens)
         ]
         labels = {
             "series": series,
-            "direction": direction,
+            "flow": flow,
             "span": " + ".join(spans),
             "sites": "+".join(wanted),
             "layers": list(chosen),
@@ -395,7 +382,7 @@ class _Laboratory:
     def part(
         self,
         series: Series,
-        direction: Direction,
+        flow: Flow,
         span: str,
         site: Site,
         layers: Sequence[int],
@@ -404,22 +391,20 @@ class _Laboratory:
     ) -> Parts:
         """Patch of one span at one site."""
         self.prompts[0].span(span) if span != "prompt" else None
-        donor = self.donors.of(series, direction, span, site)
+        donor = self.donors.of(series, flow, span, site)
         if tokens is not None:
             donor = of_tokens(donor, tokens)
         return patch(donor, sites=site, layers=layers, heads=heads).parts
 
-    def others(
-        self, names: dict[str, Any], direction: Direction, span: Spans, sites: Sites, layers: Sequence[int]
-    ) -> Planned:
+    def others(self, names: dict[str, Any], flow: Flow, span: Spans, sites: Sites, layers: Sequence[int]) -> Planned:
         """The donor's activations at other tokens than a span's, as many as it has."""
         chosen = self.other_tokens(_tuple(span))
-        cell = self.cell(names, "patched", direction, span, sites, layers, None, None)
+        cell = self.cell(names, "patched", flow, span, sites, layers, None, None)
         parts = [
             part
             for name, tokens in chosen.items()
             for site in _tuple(sites)
-            for part in self.part("patched", direction, name, site, check_layers(layers, 10**6), None, tokens)
+            for part in self.part("patched", flow, name, site, check_layers(layers, 10**6), None, tokens)
         ]
         return replace(cell, labels={**cell.labels, "series": OTHERS, "other_tokens": chosen}, parts=tuple(parts))
 
@@ -440,7 +425,7 @@ class _Laboratory:
         wanted = round(float(np.mean([sum(len(p.span(name)) for name in spans) for p in self.prompts])))
         if not outside:
             raise LensError(f"spans {', '.join(spans)} leave no other token of the prompt for the control")
-        generator = np.random.default_rng(self.run.seed)
+        generator = np.random.default_rng(self.settings.seed)
         drawn = generator.permutation(len(outside))[:wanted]
         found: dict[str, list[int]] = {}
         for i in sorted(drawn.tolist()):
@@ -463,17 +448,13 @@ class _Laboratory:
             raise LensError(f"token {wrong[:1]} of span {span!r}: choose from 0 to {len(pieces) - 1}")
         return {token: pieces[token] for token in wanted}
 
-    def run_plan(self, plan: Sequence[Planned], kind: str) -> PatchResult:
+    def run_plan(
+        self,
+        plan: Sequence[Planned],
+        kind: str,
+        measure: Measure | None,
+        out: str | Path | None,
+        progress: bool | str,
+    ) -> PatchResult:
         """Run the cells."""
-        run = self.run
-        return run_plan(
-            self.pair,
-            self.prompts,
-            plan,
-            kind=kind,
-            measure=run.measure,
-            settings={"seed": run.seed, "postfix_donor": run.postfix_donor},
-            budget_gb=run.budget_gb,
-            out=run.out,
-            progress=run.progress,
-        )
+        return run_plan(self.pair, self.prompts, plan, kind, measure, self.settings, out=out, progress=progress)

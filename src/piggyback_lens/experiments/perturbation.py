@@ -12,7 +12,7 @@ control (the same places, random tokens), and beside the average, which has no s
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,10 +29,13 @@ from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_fac
 from piggyback_lens.maths import Array, Estimate, mean_interval, recovery
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.backends import HookedModel, embeddings_of
-from piggyback_lens.models.pair import SIDES, ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Row, Run
+from piggyback_lens.settings import PerturbSettings
+from piggyback_lens.words import SIDES, Side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +45,8 @@ Prompts = Sequence[RenderedPrompt] | Mapping[str, Sequence[RenderedPrompt]]
 COLUMNS = ("topic", "span", "kind", "trial", "index")
 REFERENCES: dict[str, Side] = {"base": "base", "unperturbed": "finetuned"}
 NEIGHBOURS, RANDOM, REPHRASED = "neighbours", "random tokens", "rephrased"
+SHOWN = 4
+"""Prompts whose answers the report shows."""
 KINDS = (*REFERENCES, NEIGHBOURS, RANDOM, REPHRASED)
 _SHOWN: dict[str, tuple[str, bool]] = {
     "best": (NEIGHBOURS, True),
@@ -82,7 +87,7 @@ class PerturbResult(Result):
             table[place] = math.nan if value is None else value
         return table
 
-    def direction(self, topic: str) -> str:
+    def best_is(self, topic: str) -> str:
         """What the best trial is: "max" where the base's mean is above the finetuned model's, "min" where below.
 
         "" where the two are equal: then no trial is better than another.
@@ -95,15 +100,15 @@ class PerturbResult(Result):
         """One value per prompt, for a kind of the summary: its best trial, or the mean over its trials."""
         rows, best = _SHOWN.get(kind, (kind, False))
         table = self.values(topic, span, rows)
-        return _best(table, self.direction(topic)) if best else _mean(table, 1)
+        return _best(table, self.best_is(topic)) if best else _mean(table, 1)
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per topic, span and kind: "base", "unperturbed" (span ""), "best", "average", "random tokens,
         best", "random tokens, average", "rephrased" (the mean over each prompt's rephrasings).
 
-        Columns: topic, span, kind, mean, low, high (95 % over prompts), n, recovery, recovery_low,
-        recovery_high, reason (why something is NaN), n_replaced (mean tokens per answer), n_short (prompts whose
-        span has fewer than n_tokens tokens that may be replaced), direction (see `direction`). Recovery is
+        Columns: topic, span, kind, value (mean), low, high (95 % over prompts), n, reason (why something is NaN),
+        recovery, recovery_low, recovery_high, n_replaced (mean tokens per answer), n_short (prompts whose
+        span has fewer than n_tokens tokens that may be replaced), best_is (see `best_is`). Recovery is
         (perturbed - finetuned) / (base - finetuned), paired over prompts.
         """
         import pandas as pd
@@ -125,7 +130,7 @@ class PerturbResult(Result):
         if kind not in REFERENCES:
             own = recovery(values, tuned, base, seed=seed)
             reason = own.reason or mean.reason
-            if kind in _SHOWN and _SHOWN[kind][1] and not self.direction(topic):
+            if kind in _SHOWN and _SHOWN[kind][1] and not self.best_is(topic):
                 reason = "base and finetuned have the same mean: no trial is the best"
         where = (topic, span, _SHOWN.get(kind, (kind, False))[0])
         sizes = {
@@ -136,11 +141,11 @@ class PerturbResult(Result):
         perturbed = where[2] in (NEIGHBOURS, RANDOM)
         return {
             **{"topic": topic, "span": span, "kind": kind},
-            **{"mean": mean.value, "low": mean.low, "high": mean.high, "n": mean.n},
-            **{"recovery": own.value, "recovery_low": own.low, "recovery_high": own.high, "reason": reason},
+            **{"value": mean.value, "low": mean.low, "high": mean.high, "n": mean.n, "reason": reason},
+            **{"recovery": own.value, "recovery_low": own.low, "recovery_high": own.high},
             "n_replaced": sum(sizes.values()) / len(sizes) if sizes else math.nan,
             "n_short": sum(size < self.settings["n_tokens"] for size in sizes.values()) if perturbed else 0,
-            "direction": self.direction(topic),
+            "best_is": self.best_is(topic),
         }
 
     def generations(self) -> "pd.DataFrame":
@@ -156,6 +161,13 @@ class PerturbResult(Result):
         facts = self.settings["behaviour"]
         title = f"{facts['label']} of {self.settings['names'][self.settings['side']]} when tokens are replaced"
         return perturbation_figure(self.to_frame(), label=facts["label"], unit=facts["unit"], title=title)
+
+    def report(self) -> Report:
+        """The table, its figure, and the answers to a few prompts side by side."""
+        names = self.settings["names"]
+        rows = self.generations().query("trial == 0")
+        title = f"Piggyback perturbation: {names[self.settings['side']]}"
+        return generated_report(self, title, rows, ("span", "kind"), self.settings)
 
     @property
     def verdict(self) -> str:
@@ -183,6 +195,16 @@ def largest_recovery(known: "pd.DataFrame", names: Sequence[str]) -> str:
     return f"Largest recovery of the base's behaviour: {where}, {row['recovery']:.2f} {interval} (n = {row['n']})."
 
 
+def generated_report(
+    result: Result, title: str, rows: "pd.DataFrame", names: Sequence[str], card: Mapping[str, Any]
+) -> Report:
+    """The report of an experiment that generates; `names` are the columns that say under what an answer came."""
+    examples = rows[rows["index"] < SHOWN].copy()
+    examples["condition"] = examples[list(names)].astype(str).agg(" ".join, axis=1).str.strip()
+    figures = [("Mean with its bootstrap interval over prompts.", result.figure())]
+    return Report(title, result.verdict, result.to_frame(), figures, examples, card=card)
+
+
 def check_rows(rows: Sequence[Row], keys: Sequence[str]) -> None:
     """Refuse, with a ValueError, answers without their columns."""
     for row in rows:
@@ -198,11 +220,11 @@ def _mean(table: npt.NDArray[np.float64], axis: int) -> Array:
     return mean
 
 
-def _best(table: Array, direction: str) -> Array:
-    """The largest or smallest trial of each prompt; NaN without a direction or without a value."""
-    if not direction:
+def _best(table: Array, best_is: str) -> Array:
+    """The largest or smallest trial of each prompt; NaN where no trial is better, or without a value."""
+    if not best_is:
         return np.full(len(table), np.nan)
-    sign = 1.0 if direction == "max" else -1.0
+    sign = 1.0 if best_is == "max" else -1.0
     best = np.where(np.isnan(table), -np.inf, sign * table).max(axis=1)
     found: Array = np.where(np.isinf(best), np.nan, sign * best)
     return found
@@ -212,19 +234,9 @@ def perturb(
     pair: ModelPair,
     prompts: Prompts,
     behaviour: str | Behaviour,
+    settings: PerturbSettings = PerturbSettings(),
     *,
-    spans: Sequence[str] = ("prefix", "query", "postfix"),
-    n_tokens: int = 10,
-    top: int = 5,
-    trials: int = 10,
-    side: Side = "finetuned",
     rephrasings: Mapping[str, str | Sequence[str]] | str | os.PathLike[str] | None = None,
-    random_control: bool = True,
-    keep_special: bool = False,
-    special_candidates: bool = False,
-    max_new_tokens: int = 60,
-    batch_size: int = 40,
-    seed: int = 0,
     out: str | Path | None = None,
     progress: bool = False,
 ) -> PerturbResult:
@@ -242,7 +254,7 @@ def perturb(
     `keep_special` leaves those of the prompt as they are.
 
     The result has for every span the *average* (mean over prompts of the mean over trials) and the *best* (mean
-    over prompts of the trial nearest to the base's side, see `PerturbResult.direction`). The best of several
+    over prompts of the trial nearest to the base's side, see `PerturbResult.best_is`). The best of several
     trials is biased towards the base even if nothing happens; the random-token control, which replaces the same
     places by tokens drawn uniformly from the vocabulary, gets the same two statistics.
 
@@ -251,20 +263,9 @@ def perturb(
         prompts: rendered, without a response; or topic to such prompts, {"off-topic": ..., "on-topic": ...},
             as in the paper's Table 1. One sequence is the topic "prompts".
         behaviour: what is measured, a name or `Behaviour`.
-        spans: any named spans that all prompts have.
-        n_tokens: tokens replaced per trial.
-        top: neighbours to draw from.
-        trials: per span (and prompt).
-        side: the model whose prompts are perturbed; neighbours are those of its embeddings. The references are
-            always the base ("base") and the finetuned model ("unperturbed") on the prompts as they are.
+        settings: which spans, how many tokens and trials, and the length of the answers.
         rephrasings: of the queries, in place of perturbations: prompt to rephrasings, or a file that
             `load_rephrasings` reads. Every prompt needs at least one; each counts as a trial.
-        random_control: also replace the same places by random tokens.
-        keep_special: replace ordinary tokens only.
-        special_candidates: let special and added tokens be neighbours and random tokens.
-        max_new_tokens: per answer.
-        batch_size: rows per generation batch.
-        seed: of the perturbations and the bootstrap.
         out: folder of the run, written as answers come; the same call continues there.
         progress: show progress bars.
 
@@ -273,41 +274,30 @@ def perturb(
             rephrasings (named), or a folder that holds another experiment.
     """
     topics, measure = _topics(prompts), get_behaviour(behaviour)
-    _check(topics, spans, side, n_tokens=n_tokens, trials=trials, top=top)
-    settings: dict[str, Any] = {
-        "spans": list(spans),
-        "n_tokens": n_tokens,
-        "top": top,
-        "trials": trials,
-        "side": side,
-        "random_control": random_control,
-        "keep_special": keep_special,
-        "special_candidates": special_candidates,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "n": {topic: len(rendered) for topic, rendered in topics.items()},
-    }
+    _check(topics, settings.spans)
+    facts = asdict(settings) | {"n": {topic: len(rendered) for topic, rendered in topics.items()}}
+    del facts["batch_size"]
     everything = [prompt for rendered in topics.values() for prompt in rendered]
     if rephrasings is not None:
-        if "query" not in spans:
-            raise LensError(f"rephrasings replace the query, and spans={list(spans)} leaves it out: add 'query'")
+        if "query" not in settings.spans:
+            raise LensError(f"rephrasings replace the query, and spans={settings.spans} leaves it out: add 'query'")
         rephrasings = load_rephrasings(rephrasings) if isinstance(rephrasings, str | os.PathLike) else rephrasings
-        settings["rephrasings"] = rephrasings_of(rephrasings, [prompt.query for prompt in everything])
-    with pair.using(side) as model:
-        tables = _choices(model, pair.tokenizer, everything, settings)
-    jobs = _jobs(topics, tables, settings, added_ids(pair.tokenizer) if keep_special else frozenset())
-    facts = settings | behaviour_facts(pair, measure, everything)
-    with Run.open(out, "perturb", facts, models=pair.identities(), keys=COLUMNS) as run:
+        facts["rephrasings"] = rephrasings_of(rephrasings, [prompt.query for prompt in everything])
+    with pair.using(settings.side) as model:
+        tables = _choices(model, pair.tokenizer, everything, facts)
+    jobs = _jobs(topics, tables, facts, added_ids(pair.tokenizer) if settings.keep_special else frozenset())
+    identity = facts | behaviour_facts(pair, measure, everything)
+    with Run.open(out, "perturb", identity, models=pair.identities(), keys=COLUMNS, prompt=everything[0]) as run:
         for each in SIDES:
             if progress:
                 say(f"{sum(job.key not in run.rows for job in jobs[each])} answers of {pair.names[each]}")
             label = f"{pair.names[each]}" if progress else None
-            sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            sizes = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
             with pair.using(each) as model:
                 answer_jobs(model, jobs[each], run, measure, label=label, **sizes)
         models = {side: model.to_dict() for side, model in run.models.items()}
-        more = {"models": models, "batch_size": batch_size, "versions": versions()}
-        return run.finish(PerturbResult(_in_order(run.rows.values(), settings), dict(run.identity) | more))
+        more = {"models": models, "batch_size": settings.batch_size, "versions": versions()}
+        return run.finish(PerturbResult(_in_order(run.rows.values(), facts), dict(run.identity) | more))
 
 
 def _topics(prompts: Prompts) -> dict[str, list[RenderedPrompt]]:
@@ -319,13 +309,7 @@ def _topics(prompts: Prompts) -> dict[str, list[RenderedPrompt]]:
     return topics
 
 
-def _check(topics: Mapping[str, Sequence[RenderedPrompt]], spans: Sequence[str], side: Side, **counts: int) -> None:
-    if side not in SIDES:
-        raise LensError(f"side {side!r} is not known: choose 'base' or 'finetuned'")
-    if small := {name: count for name, count in counts.items() if count < 1}:
-        raise LensError(f"{small}: each must be at least 1")
-    if isinstance(spans, str) or not spans or len(set(spans)) < len(spans):
-        raise LensError(f"spans={spans!r}; expected a sequence of different span names, such as ('prefix', 'query')")
+def _check(topics: Mapping[str, Sequence[RenderedPrompt]], spans: Sequence[str]) -> None:
     for topic, rendered in topics.items():
         for i, prompt in enumerate(rendered):
             if "response" in prompt.spans:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
-from piggyback_lens.interventions.donors import DONOR, IDENTITY, RECIPIENT, Direction
+from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.hooks import layer_ranges
 from piggyback_lens.maths import Estimate, recovery
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
+from piggyback_lens.words import DONOR, RECIPIENT, Flow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
 
 RANDOM: Final = "random control"
 OTHERS: Final = "other tokens control"
+CAPTIONS = {
+    "span": "The whole span patched at once.",
+    "carrier": "Every span x layer band x site, in both flows, each with its controls.",
+    "layer_curve": "One layer at a time.",
+    "layer_position": "Every layer x token, one cell at a time.",
+    "layer_head": "Every layer x head, one cell at a time.",
+}
+SHOWN = 8
+"""Cells in the table of a report."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,7 +36,7 @@ class PatchResult(Result):
 
     Attributes:
         kind: span, layer_curve, layer_position, layer_head, carrier or attribution.
-        cells: labels of each cell: series, direction, span, sites, layers, and what the kind adds.
+        cells: labels of each cell: series, flow, span, sites, layers, and what the kind adds.
         values: the measure per (cell, prompt).
         base: the measure of the unpatched base per prompt.
         finetuned: the same of the finetuned model.
@@ -47,12 +58,12 @@ class PatchResult(Result):
 
         0: nothing moved; 1: all the way to the donor. For a repair the donor is the base.
         """
-        recipient, donor = self._ends(self.cells[cell]["direction"])
+        recipient, donor = self._ends(self.cells[cell]["flow"])
         return recovery(self.values[cell], recipient, donor, seed=self.settings.get("seed", 0))
 
-    def _ends(self, direction: Direction) -> tuple[list[float], list[float]]:
+    def _ends(self, flow: Flow) -> tuple[list[float], list[float]]:
         unpatched = {"base": self.base, "finetuned": self.finetuned}
-        return unpatched[RECIPIENT[direction]], unpatched[DONOR[direction]]
+        return unpatched[RECIPIENT[flow]], unpatched[DONOR[flow]]
 
     @cached_property
     def _frame(self) -> "pd.DataFrame":
@@ -74,7 +85,7 @@ class PatchResult(Result):
         """Largest |recovery| of the identity controls: what numerical noise alone does. NaN if there are none."""
         found = []
         for labels, row in zip(self.cells, self.values, strict=True):
-            recipient, donor = self._ends(labels["direction"])
+            recipient, donor = self._ends(labels["flow"])
             gap = float(np.mean(donor) - np.mean(recipient))
             if labels["series"] == IDENTITY and gap:
                 found.append(abs(float(np.mean(row) - np.mean(recipient)) / gap))
@@ -94,9 +105,25 @@ class PatchResult(Result):
 
         return draw(self)
 
+    def report(self) -> Report:
+        """The strongest cells, the figure, and how much the identity control moves."""
+        figures = [(CAPTIONS.get(self.kind, self.kind), self.figure())]
+        if self.kind == "carrier":
+            from piggyback_lens.figures.result_plots import carrier_plane
+
+            figures.append(("Necessity against sufficiency.", carrier_plane(self)))
+        table = self.top(SHOWN)
+        columns = ["flow", "span", "sites", "band", "layer", "token", "label", "value", "low", "high", "n"]
+        table = table[[name for name in columns if name in table]]
+        note = f"Identity controls move the measure by at most {self.noise_floor:.1e} of the gap."
+        title = f"Piggyback map: {self.kind.replace('_', ' ')}"
+        return Report(title, self.verdict, table, figures, notes=[note], card=self.settings)
+
     @property
     def verdict(self) -> str:
-        """The strongest patched cell."""
+        """The strongest patched cell; of a carrier map what every whole span does."""
+        if self.kind == "carrier" and (said := self._whole_spans()):
+            return said
         best = self.top(1)
         if best.empty or best["value"].isna().all():
             reason = self.to_frame()["reason"].iloc[0] if len(self.cells) else "there are no cells"
@@ -107,7 +134,20 @@ class PatchResult(Result):
         where = [f"{name} {text}" for name, text in shown.items() if not (name == "layers" and "layer" in row)]
         found = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         place = ", ".join([f"{row['span']} {row['sites']}", *where])
-        return f"Strongest cell of {len(self.cells)}: {row['direction']} at {place}, recovery {found} (n = {row['n']})."
+        return f"Strongest cell of {len(self.cells)}: {row['flow']} at {place}, recovery {found} (n = {row['n']})."
+
+    def _whole_spans(self) -> str:
+        frame = self.to_frame()
+        whole = frame[(frame["band"] == "all layers") & (frame["series"] == "patched")].dropna(subset=["value"])
+        parts = []
+        for flow, verb in (("repair", "restores"), ("infect", "carries over")):
+            own = whole[whole["flow"] == flow].sort_values("value", ascending=False)
+            texts = [
+                f"{row.span} {row.sites} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in own.itertuples()
+            ]
+            if texts:
+                parts.append(f"{flow} {verb}, as a fraction of the contrast: {', '.join(texts)}.")
+        return " ".join(parts)
 
     def _sizes(self) -> str:
         return f"{self.kind}, {len(self.cells)} cells, {len(self.base)} prompts"
@@ -118,7 +158,7 @@ class PatchResult(Result):
         if not self.cells or len(self.cells) != len(self.values) or len(sizes) != 1:
             raise ValueError(f"{len(self.cells)} cells, {len(self.values)} rows of values, lengths {sorted(sizes)}")
         for cell in self.cells:
-            if not {"series", "direction"} <= cell.keys() or cell["direction"] not in RECIPIENT:
+            if not {"series", "flow"} <= cell.keys() or cell["flow"] not in RECIPIENT:
                 raise ValueError(f"a cell with the labels {cell}"[:200])
             if not all(type(layer) is int for layer in cell.get("layers") or ()):
                 raise ValueError(f"layers {cell['layers']}, which are no whole numbers"[:200])

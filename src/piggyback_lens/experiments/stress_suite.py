@@ -6,7 +6,7 @@ differently; one that the finetune learned from the queries stays.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,13 +18,16 @@ from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.conversations.template_variants import Variant, stress_variants
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
-from piggyback_lens.experiments.perturbation import check_rows, largest_recovery
+from piggyback_lens.experiments.perturbation import check_rows, generated_report, largest_recovery
 from piggyback_lens.maths import Array, Estimate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
-from piggyback_lens.models.pair import SIDES, ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Row, Run
+from piggyback_lens.settings import StressSettings
+from piggyback_lens.words import SIDES, Side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,10 +83,10 @@ class StressResult(Result):
     def to_frame(self) -> "pd.DataFrame":
         """One row per variant and side, the unmodified template first.
 
-        Columns: variant, family, side, mean, low, high (95 % over prompts), n, prefix_tokens (of the longest
-        prefix), spread, spread_low, spread_high, recovery, recovery_low, recovery_high (see `spread` and
-        `recovery`; the same on both rows of a variant, NaN if one side was not run), reason (why something is
-        NaN). Skipped variants have no rows: see `skipped`.
+        Columns: variant, family, side, value (mean), low, high (95 % over prompts), n, reason (why something is
+        NaN), prefix_tokens (of the longest prefix), spread, spread_low, spread_high, recovery, recovery_low,
+        recovery_high (see `spread` and `recovery`; the same on both rows of a variant, NaN if one side was not
+        run). Skipped variants have no rows: see `skipped`.
         """
         import pandas as pd
 
@@ -103,11 +106,11 @@ class StressResult(Result):
             rows.append(
                 {
                     **{"variant": name, "family": family, "side": side},
-                    **{"mean": mean.value, "low": mean.low, "high": mean.high, "n": mean.n},
+                    **{"value": mean.value, "low": mean.low, "high": mean.high, "n": mean.n},
+                    "reason": gone.reason or gap.reason or mean.reason,
                     "prefix_tokens": max(sizes),
                     **{"spread": gap.value, "spread_low": gap.low, "spread_high": gap.high},
                     **{"recovery": gone.value, "recovery_low": gone.low, "recovery_high": gone.high},
-                    "reason": gone.reason or gap.reason or mean.reason,
                 }
             )
         return rows
@@ -126,6 +129,12 @@ class StressResult(Result):
         title = f"{facts['label']} under variants of the template: {names['finetuned']} against {names['base']}"
         frame = self.to_frame().rename(columns={"side": "model"})
         return stress_figure(frame, label=facts["label"], unit=facts["unit"], title=title)
+
+    def report(self) -> Report:
+        """The table, its figure, the answers to a few prompts side by side, and what was not run."""
+        title = f"Piggyback stress: {self.settings['names']['finetuned']}"
+        shown = generated_report(self, title, self.generations(), ("side", "variant"), self.settings)
+        return replace(shown, notes=[f"not run: {name}: {reason}" for name, reason in self.skipped.items()])
 
     @property
     def verdict(self) -> str:
@@ -146,13 +155,10 @@ def stress(
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     behaviour: str | Behaviour,
+    settings: StressSettings = StressSettings(),
     *,
     variants: Sequence[Variant] | None = None,
-    sides: Sequence[Side] = SIDES,
     chat: ChatFormat | None = None,
-    max_new_tokens: int = 60,
-    batch_size: int = 40,
-    seed: int = 0,
     out: str | Path | None = None,
     progress: bool = False,
 ) -> StressResult:
@@ -162,12 +168,9 @@ def stress(
         pair: base and finetuned.
         prompts: of the unmodified template, one turn each, without a response.
         behaviour: what is measured, a name or `Behaviour`.
+        settings: which models, and the length of the answers.
         variants: default `stress_variants` of `chat`. Those with a reason in `skipped` are reported, not run.
-        sides: models to run.
         chat: the settings of the prompts, for the default variants; default those of the pair's tokenizer.
-        max_new_tokens: per answer.
-        batch_size: rows per generation batch.
-        seed: of the bootstrap.
         out: folder of the run, written as answers come; the same call continues there.
         progress: show progress bars.
 
@@ -176,10 +179,9 @@ def stress(
             changes the tokens of a query, or a folder that holds another experiment.
     """
     measure = get_behaviour(behaviour)
-    if not prompts or not sides or not set(sides) <= set(SIDES) or len(set(sides)) < len(sides):
-        raise LensError(
-            f"{len(prompts)} prompts, sides {list(sides)}: expected prompts, and 'base', 'finetuned' or both"
-        )
+    if not prompts:
+        raise LensError("got no prompts; pass at least one")
+    sides = settings.sides
     if variants is None:
         variants = stress_variants(_checked(chat or pair.chat_format(), prompts))
     names = [UNMODIFIED, *(variant.name for variant in variants)]
@@ -188,21 +190,17 @@ def stress(
     used = {variant.name: [variant(p) for p in prompts] for variant in variants if not variant.skipped}
     rendered = {UNMODIFIED: list(prompts)} | used
     families = {UNMODIFIED: UNMODIFIED} | {variant.name: variant.family for variant in variants}
-    settings = {
-        "sides": list(sides),
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "n": len(prompts),
-    }
+    facts: dict[str, Any] = {"sides": list(sides), "max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
     hashes = {name: ids_hash(own) for name, own in rendered.items()}
-    facts = settings | behaviour_facts(pair, measure, prompts)
-    with Run.open(out, "stress", facts | {"variants": hashes}, models=pair.identities(), keys=COLUMNS) as run:
+    facts |= {"n": len(prompts), **behaviour_facts(pair, measure, prompts)}
+    facts |= {"variants": hashes}
+    with Run.open(out, "stress", facts, models=pair.identities(), keys=COLUMNS, prompt=prompts[0]) as run:
         for side in sides:
             jobs = _jobs(rendered, families, side)
             if progress:
                 say(f"{sum(job.key not in run.rows for job in jobs)} answers of {pair.names[side]}")
             label = pair.names[side] if progress else None
-            sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            sizes = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
             with pair.using(side) as model:
                 answer_jobs(model, jobs, run, measure, label=label, **sizes)
         reasons = {UNMODIFIED: ""} | {variant.name: variant.skipped for variant in variants}
@@ -216,7 +214,7 @@ def stress(
             for name, reason in reasons.items()
         ]
         models = {side: model.to_dict() for side, model in run.models.items()}
-        more = {"models": models, "variants": shown, "batch_size": batch_size, "versions": versions()}
+        more = {"models": models, "variants": shown, "batch_size": settings.batch_size, "versions": versions()}
         order = list(rendered)
         rows = sorted(run.rows.values(), key=lambda r: (order.index(r["variant"]), SIDES.index(r["side"]), r["index"]))
         return run.finish(StressResult(rows, dict(run.identity) | more))

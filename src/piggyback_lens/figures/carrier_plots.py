@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-LABELS = ("direction", "span", "sites", "band")
+LABELS = ("flow", "span", "sites", "band")
 MEANING = {"repair": "base → finetuned", "infect": "finetuned → base"}
 GAP = 0.5  # rows between the patches and their controls
 
@@ -48,13 +48,13 @@ GAP = 0.5  # rows between the patches and their controls
 
 
 def carrier_map_figure(frame: "pd.DataFrame", *, title: str, noise_floor: float | None = None) -> "go.Figure":
-    """Recovery by span and band of layers: a panel for each direction (down) and sites (across).
+    """Recovery by span and band of layers: a panel for each flow (down) and sites (across).
 
     Controls are rows of their own below a gap, named in grey. Values within ``noise_floor`` (a fraction)
     stand in brackets.
 
     Args:
-        frame: columns series, direction, span, sites, band, value, low, high, n, reason; every series but
+        frame: columns series, flow, span, sites, band, value, low, high, n, reason; every series but
             "patched" is a control.
         title: literal text, names model and task.
         noise_floor: largest recovery that is noise (``PatchResult.noise_floor``).
@@ -67,32 +67,32 @@ def carrier_map_figure(frame: "pd.DataFrame", *, title: str, noise_floor: float 
     noise_floor = known_floor(noise_floor)
     patched = patched_rows(frame, LABELS)
     check_labels(frame, LABELS)
-    directions, sites = keys_in_order(patched["direction"]), keys_in_order(patched["sites"])
+    flows, sites = keys_in_order(patched["flow"]), keys_in_order(patched["sites"])
     bands = keys_in_order(frame["band"])
     blocks = _blocks(frame)
     figure = make_subplots(
-        rows=len(directions),
+        rows=len(flows),
         cols=len(sites),
         shared_xaxes=True,
         shared_yaxes=True,
         horizontal_spacing=0.04,
-        vertical_spacing=0.16 / len(directions),
-        subplot_titles=[f"<b>{plot_text(d)}</b>, {plot_text(site)}" for d in directions for site in sites],
+        vertical_spacing=0.16 / len(flows),
+        subplot_titles=[f"<b>{plot_text(d)}</b>, {plot_text(site)}" for d in flows for site in sites],
     )
     figure.update_annotations(font={"size": 14, "color": INK})
     inside = cells = 0
-    for row, direction in enumerate(directions, start=1):
+    for row, flow in enumerate(flows, start=1):
         for column, site in enumerate(sites, start=1):
-            panel = frame[(frame["direction"] == direction) & (frame["sites"] == site)]
+            panel = frame[(frame["flow"] == flow) & (frame["sites"] == site)]
             for series, (spans, start) in blocks.items():
                 part = grid(panel[panel["series"] == series], x="band", y="span", xs=bands, ys=spans)
                 _add_block(figure, part, series, start, noise_floor, row, column)
                 if series == PATCHED and noise_floor is not None:
                     inside, cells = inside + int(part.within(noise_floor).sum()), cells + part.values.size
-    notes = [f"{direction}: {MEANING[str(direction)]}" for direction in directions if direction in MEANING]
+    notes = [f"{flow}: {MEANING[str(flow)]}" for flow in flows if flow in MEANING]
     notes += [n_text(patched)]
     notes += [] if noise_floor is None else [noise_note(inside, cells, noise_floor, brackets=True)]
-    _finish_map(figure, title, patched, blocks, notes, panels=len(directions))
+    _finish_map(figure, title, patched, blocks, notes, panels=len(flows))
     finite = patched["value"].dropna().abs()
     limit = max([2 * (noise_floor or 0.0), *finite]) or 1.0
     bar = colour_bar("recovery (fraction)")
@@ -104,7 +104,7 @@ def carrier_map_figure(frame: "pd.DataFrame", *, title: str, noise_floor: float 
         showgrid=False,
     )
     for column in range(1, len(sites) + 1):
-        figure.update_xaxes(title_text="band of layers", row=len(directions), col=column)
+        figure.update_xaxes(title_text="band of layers", row=len(flows), col=column)
     return figure
 
 
@@ -182,16 +182,16 @@ def carrier_plane_figure(frame: "pd.DataFrame", *, title: str, noise_floor: floa
     """Necessary and sufficient: recovery by repair (x) against recovery by infect (y), with intervals.
 
     A marker for each span (colour), sites (shape) and band (number); controls are hollow and grey. A
-    pair without a value in one of the directions is not drawn, and counted in the subtitle.
+    pair without a value in one of the flows is not drawn, and counted in the subtitle.
 
     Args:
-        frame: columns series, direction, span, sites, band, value, low, high, n, reason; every series but
+        frame: columns series, flow, span, sites, band, value, low, high, n, reason; every series but
             "patched" is a control.
         title: literal text, names model and task.
         noise_floor: |recovery| up to this (a fraction) is noise: a shaded band around both axes.
 
     Raises:
-        LensError: columns are missing, no row is patched, a direction is missing, or rows repeat.
+        LensError: columns are missing, no row is patched, a flow is missing, or rows repeat.
     """
     import plotly.graph_objects as go
 
@@ -218,30 +218,30 @@ def carrier_plane_figure(frame: "pd.DataFrame", *, title: str, noise_floor: floa
     if noise_floor is not None:
         subtitle += f"; shaded: within the noise floor ±{noise_floor:.2g}"
     if lacking:
-        subtitle += f"; {lacking} without a value in one direction, not drawn"
+        subtitle += f"; {lacking} without a value in one flow, not drawn"
     apply_heading(figure, title, subtitle, height=700)
     _finish_plane(figure, pairs, noise_floor or 0.0)
     return figure
 
 
 def _pairs(frame: "pd.DataFrame") -> tuple["pd.DataFrame", int]:
-    """Both directions of each place side by side (suffixes _repair, _infect), and how many lack one."""
+    """Both flows of each place side by side (suffixes _repair, _infect), and how many lack one."""
     patched_rows(frame, LABELS)
     check_labels(frame, LABELS)
     keys = ["series", "span", "sites", "band"]
     halves = []
-    for direction in ("repair", "infect"):
-        part = frame.loc[frame["direction"] == direction, [*keys, *NUMBERS]]
+    for flow in ("repair", "infect"):
+        part = frame.loc[frame["flow"] == flow, [*keys, *NUMBERS]]
         if not (part["series"] == PATCHED).any():
-            given = ", ".join(map(str, frame["direction"].unique()))
+            given = ", ".join(map(str, frame["flow"].unique()))
             raise LensError(
-                f"the plane needs both directions, the frame has {given}; run carrier_map with "
-                f"direction={direction!r} too and concatenate the frames"
+                f"the plane needs both flows, the frame has {given}; run carrier_map with "
+                f"flow={flow!r} too and concatenate the frames"
             )
         twice = part.duplicated(keys)
         if twice.any():
             at = ", ".join(f"{name} {part.loc[twice, name].iloc[0]}" for name in keys)
-            raise LensError(f"several rows stand for {direction}, {at}; keep one of them before drawing")
+            raise LensError(f"several rows stand for {flow}, {at}; keep one of them before drawing")
         halves.append(part)
     pairs = halves[0].merge(halves[1], on=keys, suffixes=("_repair", "_infect"))  # in the order of repair
     alone = len(halves[0]) + len(halves[1]) - 2 * len(pairs)
@@ -263,8 +263,8 @@ def _add_points(
     figure: "go.Figure", part: "pd.DataFrame", marker: Mapping[str, object], bar: str, texts: Sequence[str] = ()
 ) -> None:
     bars, hover = {}, [list[str]() for _ in range(len(part))]
-    for axis, direction in (("x", "repair"), ("y", "infect")):
-        value, low, high = (part[f"{name}_{direction}"].to_numpy(float) for name in ("value", "low", "high"))
+    for axis, flow in (("x", "repair"), ("y", "infect")):
+        value, low, high = (part[f"{name}_{flow}"].to_numpy(float) for name in ("value", "low", "high"))
         bars[f"error_{axis}"] = {
             "array": bar_lengths(high - value),
             "arrayminus": bar_lengths(value - low),
@@ -272,8 +272,8 @@ def _add_points(
             "thickness": 1.4,
             "width": 3,
         }
-        for lines, *numbers, n in zip(hover, value, low, high, part[f"n_{direction}"], strict=True):
-            lines.append(f"{direction}: {interval_text(*numbers)}, n = {int(n)}")
+        for lines, *numbers, n in zip(hover, value, low, high, part[f"n_{flow}"], strict=True):
+            lines.append(f"{flow}: {interval_text(*numbers)}, n = {int(n)}")
     names = part[["series", "span", "sites", "band"]].itertuples(index=False)
     figure.add_scatter(
         x=part["value_repair"].to_numpy(float),
@@ -319,8 +319,8 @@ def _add_legend(
 
 def _finish_plane(figure: "go.Figure", pairs: "pd.DataFrame", noise_floor: float) -> None:
     for name, axis, place in (("x", figure.update_xaxes, 0), ("y", figure.update_yaxes, 1)):
-        direction = ("repair", "infect")[place]
-        low, high = _range(pairs, direction, noise_floor)
+        flow = ("repair", "infect")[place]
+        low, high = _range(pairs, flow, noise_floor)
         room = (0.0, 0.09 * (high - low))[place]  # strips above and below for the words in the corners
         axis(range=[low - room, high + room], zeroline=False)
         line = {"color": GREY, "width": 1}
@@ -355,11 +355,11 @@ def _finish_plane(figure: "go.Figure", pairs: "pd.DataFrame", noise_floor: float
     figure.update_layout(legend={"x": 1.02, "y": 1, "xanchor": "left", "font": {"size": 13}, "tracegroupgap": 14})
 
 
-def _range(pairs: "pd.DataFrame", direction: str, noise_floor: float) -> tuple[float, float]:
+def _range(pairs: "pd.DataFrame", flow: str, noise_floor: float) -> tuple[float, float]:
     """Values, 0 and 1, and as much of the intervals as does not squeeze them."""
-    inner = np.append(pairs[f"value_{direction}"].to_numpy(float), [0.0, 1.0, -noise_floor])
+    inner = np.append(pairs[f"value_{flow}"].to_numpy(float), [0.0, 1.0, -noise_floor])
     low, high = float(inner.min()), float(inner.max())
-    outer: npt.NDArray[np.float64] = pairs[[f"low_{direction}", f"high_{direction}"]].to_numpy(float)
+    outer: npt.NDArray[np.float64] = pairs[[f"low_{flow}", f"high_{flow}"]].to_numpy(float)
     outer = np.clip(outer[np.isfinite(outer)], low - 0.3 * (high - low), high + 0.3 * (high - low))
     low, high = min(low, *outer, low), max(high, *outer, high)
     return low - 0.05 * (high - low), high + 0.05 * (high - low)

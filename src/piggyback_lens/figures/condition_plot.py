@@ -31,14 +31,14 @@ def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: 
     """Dots with intervals: one row for each condition, one panel for each topic, in the order of the frame.
 
     ``summary`` has one row for each topic and condition, with columns topic, condition (key),
-    condition_label, n, mean, low, high (in ``unit``), recovery, recovery_low, recovery_high (fractions, NaN
+    condition_label, n, value, low, high (in ``unit``), recovery, recovery_low, recovery_high (fractions, NaN
     where undefined) and reason (why something is NaN). The conditions "base" and "finetuned" are the two
     reference lines. Hollow markers are controls: the conditions "identity" and "query_control", and rows
     whose optional column is_control is true. Raises ``LensError`` for a missing column or an empty frame.
     """
     from plotly.subplots import make_subplots
 
-    columns = ["topic", "condition", "condition_label", "n", "mean", "low", "high"]
+    columns = ["topic", "condition", "condition_label", "n", "value", "low", "high"]
     check_frame(summary, [*columns, "recovery", "recovery_low", "recovery_high", "reason"])
     topics = list(dict.fromkeys(summary["topic"]))
     labels = dict(zip(summary["condition"], summary["condition_label"], strict=True))
@@ -51,7 +51,7 @@ def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: 
         subplot_titles=[f"{plot_text(topic)} ({n_text(summary[summary['topic'] == topic])})" for topic in topics],
     )
     figure.update_annotations(yshift=38, font={"size": 15, "color": INK})
-    x_range = padded_range(summary[["mean", "low", "high"]].to_numpy(dtype=float), unit)
+    x_range = padded_range(summary[["value", "low", "high"]].to_numpy(dtype=float), unit)
     for column, topic in enumerate(topics, start=1):
         panel = _records(summary[summary["topic"] == topic])
         _add_references(figure, panel, column, x_range)
@@ -75,7 +75,7 @@ def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: 
 
 def _add_references(figure: "go.Figure", panel: list[dict[str, Any]], column: int, x_range: Sequence[float]) -> None:
     for record in panel:
-        condition, mean = record["condition"], float(record["mean"])
+        condition, mean = record["condition"], float(record["value"])
         if condition not in MODEL_COLOURS or not math.isfinite(mean):
             continue
         colour = MODEL_COLOURS[condition]
@@ -108,7 +108,7 @@ def _add_condition(
 ) -> None:
     import plotly.graph_objects as go
 
-    mean = float(record["mean"])
+    mean = float(record["value"])
     if not math.isfinite(mean):
         text = wrapped(f"missing: {record['reason'] or 'no value'}", 40)
         _add_row_text(figure, x_range[0], row, text, column, xanchor="left", xshift=6, color=GREY)
@@ -146,7 +146,7 @@ def _add_row_text(
 
 
 def _condition_hover(record: dict[str, Any]) -> str:
-    interval = interval_text(float(record["mean"]), float(record["low"]), float(record["high"]))
+    interval = interval_text(float(record["value"]), float(record["low"]), float(record["high"]))
     lines = [f"<b>{plot_text(record['condition_label'])}</b>", f"{interval}, n = {record['n']}"]
     lines += [text for text in (_recovery_text(record),) if text]
     lines += [wrapped(str(reason), 60) for reason in (record["reason"],) if reason]

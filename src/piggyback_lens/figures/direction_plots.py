@@ -66,6 +66,15 @@ def curve_figure(frame: "pd.DataFrame", kind: str, x_label: str, y_label: str) -
     return figure
 
 
+def difference_figure(frame: "pd.DataFrame", kind: str, x_label: str, y_label: str) -> "go.Figure":
+    """One solution minus another at equal norms, with its band; columns as of ``Curve.difference``."""
+    figure = curve_figure(frame.assign(seeds=1), kind, x_label, f"difference in {y_label}")
+    title = f"{kind.capitalize()}: {frame['series'].iloc[0]} at equal norms"
+    figure.update_layout(title_text=plot_text(title), title_subtitle_text="band: 95 % bootstrap interval over texts")
+    figure.add_hline(y=0, line={"color": "#777777", "width": 1})
+    return figure
+
+
 def sweep_figure(frame: "pd.DataFrame", kind: str, measure: Mapping[str, str]) -> "go.Figure":
     """Behaviour, KL and perplexity under each other, over the strength (steer) or the layer (ablate)."""
     from plotly.subplots import make_subplots
@@ -180,7 +189,7 @@ def trajectory_figure(frame: "pd.DataFrame", explained: Sequence[float], distanc
     return figure
 
 
-def drift_figure(frame: "pd.DataFrame") -> "go.Figure":
+def snapshot_cosines_figure(frame: "pd.DataFrame") -> "go.Figure":
     """Cosines to the references in one panel, every other quantity in one of its own, over the steps."""
     from plotly.subplots import make_subplots
 
@@ -198,7 +207,7 @@ def drift_figure(frame: "pd.DataFrame") -> "go.Figure":
             _add_line(
                 figure, frame[frame["quantity"] == name].sort_values("step"), "step", looks[name], "step", row=row
             )
-    apply_style(figure, "Drift", "band: 95 % interval over prompts", height=260 + 210 * len(panels), room=18)
+    apply_style(figure, "SnapshotCosines", "band: 95 % interval over prompts", height=260 + 210 * len(panels), room=18)
     figure.update_xaxes(title_text="step", row=len(panels))
     _legend_below(figure, len(names), y=-0.12)
     return figure

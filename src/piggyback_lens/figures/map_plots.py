@@ -94,7 +94,7 @@ def grid(part: "pd.DataFrame", *, x: str, y: str, xs: Sequence[object] = (), ys:
         if (across, down) in seen:
             raise LensError(
                 f"several rows stand for {x} {across!r}, {y} {down!r}; keep one of what differs "
-                "(series, direction, span or sites) before drawing"
+                "(series, flow, span or sites) before drawing"
             )
         seen.add((across, down))
         at = row[down], column[across]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-NUMBERS = ("mean", "low", "high", "n")
+NUMBERS = ("value", "low", "high", "n")
 REFERENCES = {"base": BLUE, "unperturbed": VERMILION}  # kinds which are lines, in all panels
 REFERENCE_NAMES = {"base": "base", "unperturbed": "finetuned"}
 MODELS = {"base": (BLUE, "circle", -0.2), "finetuned": (VERMILION, "diamond", 0.2)}  # colour, shape, place in a row
@@ -71,7 +71,7 @@ def perturbation_figure(frame: "pd.DataFrame", *, label: str, unit: str, title: 
     kinds with "random" or "control" in their name are hollow.
 
     Args:
-        frame: columns topic, span, kind, mean, low, high (in ``unit``), n; optionally reason (why NaN).
+        frame: columns topic, span, kind, value, low, high (in ``unit``), n; optionally reason (why NaN).
         label: what is measured, such as "words per answer".
         unit: its unit; "rate 0..1" draws the whole scale.
         title: literal text, names model and task.
@@ -95,8 +95,8 @@ def perturbation_figure(frame: "pd.DataFrame", *, label: str, unit: str, title: 
             raise LensError(f"several rows stand for topic {key[0]!r}, span {key[1]!r}, kind {kind!r}; keep one")
         drawn.add(key)
         colour = REFERENCES.get(kind, INK)
-        if kind in REFERENCES and math.isfinite(record["mean"]):
-            _add_line(figure, float(record["mean"]), colour, column)
+        if kind in REFERENCES and math.isfinite(record["value"]):
+            _add_line(figure, float(record["value"]), colour, column)
         hollow = any(word in kind for word in CONTROL_WORDS)
         marker = {"size": 11, "color": "white" if hollow else colour, "line": {"width": 2, "color": colour}}
         _add_dot(figure, record, rows.places[record["group"], record["name"]], column, x_range, marker, shift=-16.0)
@@ -121,7 +121,7 @@ def stress_figure(frame: "pd.DataFrame", *, label: str, unit: str, title: str) -
     """Behaviour of base and finetuned under variants of the prompt: a row each, grouped by family.
 
     Args:
-        frame: columns family, variant, model ("base" or "finetuned"), mean, low, high (in ``unit``), n; optionally
+        frame: columns family, variant, model ("base" or "finetuned"), value, low, high (in ``unit``), n; optionally
             topic (a panel each) and reason (why NaN).
         label: what is measured, such as "words per answer".
         unit: its unit; "rate 0..1" draws the whole scale.
@@ -181,7 +181,7 @@ def _panels(frame: "pd.DataFrame", unit: str) -> tuple["go.Figure", dict[object,
         subplot_titles=[plot_text(topic) for topic in topics] if any(topics) else None,
     )
     figure.update_annotations(font={"size": 15, "color": INK})
-    x_range = padded_range(frame[["mean", "low", "high"]].to_numpy(dtype=float), unit)
+    x_range = padded_range(frame[["value", "low", "high"]].to_numpy(dtype=float), unit)
     return figure, {topic: column for column, topic in enumerate(topics, start=1)}, x_range
 
 
@@ -201,7 +201,7 @@ def _add_dot(
     shift: float,
 ) -> None:
     """One mean with its interval, and the numbers ``shift`` px below it; or why there is none."""
-    mean, low, high = (float(record[name]) for name in ("mean", "low", "high"))
+    mean, low, high = (float(record[name]) for name in ("value", "low", "high"))
     written = {"showarrow": False, "bgcolor": "rgba(255,255,255,0.8)", "borderpad": 0, "row": 1, "col": column}
     if not math.isfinite(mean):
         reason = record.get("reason")

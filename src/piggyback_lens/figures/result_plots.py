@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.interventions.donors import DONOR, IDENTITY, RECIPIENT
+from piggyback_lens.interventions.donors import IDENTITY
+from piggyback_lens.words import DONOR, RECIPIENT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -69,12 +70,12 @@ def _title(what: str, result: Drawn) -> str:
 
 
 def _what(result: Drawn) -> str:
-    """Direction, span and sites of the patched cells."""
+    """Flow, span and sites of the patched cells."""
     labels = [cell for cell in result.cells if cell["series"] == "patched" and cell.get("mode") != "all layers"]
-    direction, span, sites = (
-        " / ".join(dict.fromkeys(str(cell[name]) for cell in labels)) for name in ("direction", "span", "sites")
+    flow, span, sites = (
+        " / ".join(dict.fromkeys(str(cell[name]) for cell in labels)) for name in ("flow", "span", "sites")
     )
-    return f"{direction}, {span} {sites}"
+    return f"{flow}, {span} {sites}"
 
 
 def _floor(result: Drawn) -> float | None:
@@ -93,9 +94,9 @@ def _span(result: Drawn) -> "go.Figure":
 def _layer_curve(result: Drawn) -> "go.Figure":
     from piggyback_lens.figures.plots import layer_curve_figure
 
-    frame, direction = result.to_frame(), result.cells[0]["direction"]
+    frame, flow = result.to_frame(), result.cells[0]["flow"]
     whole = frame[frame["mode"] == "all layers"]
-    labels = {0.0: f"0 = {RECIPIENT[direction]}", 1.0: f"1 = {DONOR[direction]}"}
+    labels = {0.0: f"0 = {RECIPIENT[flow]}", 1.0: f"1 = {DONOR[flow]}"}
     if len(whole) and np.isfinite(whole["value"].iloc[0]):
         labels[float(whole["value"].iloc[0])] = f"{whole['value'].iloc[0]:.2f} = all layers' K/V"
     mode = {"single": "one layer", "below": "all layers up to l", "above": "all layers from l on"}

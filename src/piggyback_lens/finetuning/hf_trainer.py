@@ -42,9 +42,9 @@ from piggyback_lens.finetuning.references import (
     span_drift,
 )
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
-from piggyback_lens.finetuning.trainables import check_field
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.views import evaluating, without_replicas
+from piggyback_lens.settings import check_field
 
 REFERENCE_FOLDER = "treft_reference"
 """Folder inside each checkpoint with the base's keys and values."""

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import (
-    append_jsonl,
-    atomic_write_bytes,
-    atomic_write_text,
-    read_json,
-    read_jsonl,
-    write_json,
-)
+from piggyback_lens.files import append_jsonl, atomic_write_bytes, atomic_write_text, read_json, read_jsonl, write_json
 from piggyback_lens.finetuning.batches import check_supervised, make_batch
 from piggyback_lens.finetuning.references import prefix_batch, prefix_drift
 from piggyback_lens.finetuning.steps import LayerTensors, forward_step

@@ -41,11 +41,11 @@ from piggyback_lens.finetuning.references import (
 )
 from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Loss, Objective, Step, sft
-from piggyback_lens.finetuning.trainables import check_field
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.models.packing import rounds_coarsely
 from piggyback_lens.models.views import has_adapter
+from piggyback_lens.settings import check_field
 
 ReferenceName = Literal["template", "own"]
 """Where a span's base keys and values come from: one example of the template, or each example's own base run."""

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.steps import StepOutput
-from piggyback_lens.finetuning.trainables import Trainable, check_field
+from piggyback_lens.finetuning.trainables import Trainable
 from piggyback_lens.models.attachment import edited_sites
 from piggyback_lens.models.backends import check_layers, n_layers_of
+from piggyback_lens.settings import check_field
 
 ResidualSite = Literal["resid_pre", "resid_post"]
 

@@ -1,13 +1,11 @@
 """What can be trained: the LoRA adapter of a PEFT model, or whatever is a `Trainable`."""
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,33 +17,7 @@ from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.models.backends import blocks_of, is_hooked_model
 from piggyback_lens.models.plain_views import plain_view
 from piggyback_lens.models.views import is_booted, is_peft_model
-
-
-def check_field(settings: object, name: str, good: bool, expected: str) -> None:
-    """Refuse a setting, naming its value and what was expected."""
-    if not good:
-        raise LensError(f"{type(settings).__name__}.{name} is {getattr(settings, name)!r}; expected {expected}")
-
-
-@dataclass(frozen=True, slots=True)
-class LoRASettings:
-    """A LoRA adapter on linear modules of the decoder blocks: Wx + s·BAx, s = alpha/rank or alpha/√rank."""
-
-    rank: int = 8  # r, the inner width of every A and B
-    alpha: float = 16.0  # numerator of the scale s
-    modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"  # e.g. ("q_proj", "down_proj")
-    layers: tuple[int, ...] | None = None  # decoder blocks to adapt; None = all
-    rslora: bool = False  # True: s = alpha/√rank
-    dropout: float = 0.0  # on the input of A, while training
-
-    def __post_init__(self) -> None:
-        check_field(self, "rank", self.rank >= 1, "an integer of at least 1")
-        check_field(self, "alpha", 0 < self.alpha < math.inf, "a positive number")
-        check_field(self, "dropout", 0 <= self.dropout < 1, "between 0 and 1, 1 excluded")
-        check_field(self, "modules", len(self.modules) > 0, '"all-linear" or at least one module name')
-        if isinstance(self.modules, str):
-            check_field(self, "modules", self.modules == "all-linear", '"all-linear" or a tuple of module names')
-        check_field(self, "layers", self.layers is None or len(self.layers) > 0, "None or at least one layer")
+from piggyback_lens.settings import LoRASettings
 
 
 class Trainable(ABC):

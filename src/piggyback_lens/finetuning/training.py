@@ -33,12 +33,13 @@ from piggyback_lens.finetuning.checkpoints import (
     write_folder,
 )
 from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, plan_for, sft
-from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, check_field, seeded
+from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, seeded
 from piggyback_lens.models.backends import n_positions_of
 from piggyback_lens.models.packing import rounds_coarsely
 from piggyback_lens.progress import track
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, locked
+from piggyback_lens.settings import TrainSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,37 +47,6 @@ if TYPE_CHECKING:
 
 WIDTHS = 16  # where rounding is coarse, so that few shapes of passes are met (see `TReFT`)
 RESERVED = {"step", "loss", "lr", "grad_norm", "tokens", "norm", "seconds"}  # history columns that are not loss terms
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """Every knob of the loop."""
-
-    steps: int = 60  # optimiser steps
-    batch_size: int = 16  # rows per step
-    learning_rate: float = 1e-4  # the peak, reached at the end of the warm-up
-    warmup_fraction: float = 0.1  # part of the steps in which the rate rises linearly
-    min_lr_fraction: float = 0.0  # the rate the cosine falls towards, as a part of the peak
-    weight_decay: float = 0.0  # AdamW's, decoupled from the gradient
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's averaging of gradients and their squares
-    max_grad_norm: float | None = 1.0  # the gradient is scaled down to this length; None = never
-    seed: int = 0  # order of the examples and LoRA dropout
-    share_prefix: bool = True  # compute the template's prefix once per batch, and no padding; exact, and faster
-    checkpoint_every: int = 20  # steps between checkpoints; does not change the result
-
-    def __post_init__(self) -> None:
-        check_field(self, "steps", self.steps >= 1, "an integer of at least 1")
-        check_field(self, "batch_size", self.batch_size >= 1, "an integer of at least 1")
-        check_field(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
-        check_field(self, "warmup_fraction", 0 <= self.warmup_fraction <= 1, "between 0 and 1")
-        check_field(self, "min_lr_fraction", 0 <= self.min_lr_fraction <= 1, "between 0 and 1")
-        check_field(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
-        check_field(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
-        longest = self.max_grad_norm
-        good = longest is None or 0 < longest < math.inf
-        check_field(self, "max_grad_norm", good, "a positive number, or None for no clipping")
-        check_field(self, "seed", self.seed >= 0, "an integer of at least 0")
-        check_field(self, "checkpoint_every", self.checkpoint_every >= 1, "an integer of at least 1")
 
 
 @dataclass(frozen=True, repr=False)

@@ -145,7 +145,7 @@ def local_cosines(path: Float[Tensor, "step n"], distance: int) -> list[float]:
 
 
 @dataclass(frozen=True, eq=False)
-class Drift:
+class SnapshotCosines:
     """Where a run goes, snapshot by snapshot.
 
     Attributes:
@@ -157,19 +157,19 @@ class Drift:
 
     def figure(self) -> "go.Figure":
         """Cosines in one panel, every measure in one of its own."""
-        from piggyback_lens.figures.direction_plots import drift_figure
+        from piggyback_lens.figures.direction_plots import snapshot_cosines_figure
 
-        figure: go.Figure = drift_figure(self.frame)
+        figure: go.Figure = snapshot_cosines_figure(self.frame)
         return figure
 
 
-def drift(
+def snapshot_cosines(
     snapshots: Sequence[Snapshot],
     references: Mapping[str, Adapter],
     measures: Mapping[str, Callable[[Adapter], Sequence[float]]] | None = None,
     *,
     part: Part = "all",
-) -> Drift:
+) -> SnapshotCosines:
     """Cosine to reference solutions, and measures, at every snapshot of a run.
 
     For "does the narrow solution drift back to the general one without its KL term": snapshots of the
@@ -205,4 +205,4 @@ def drift(
             found = mean_interval(np.asarray(measure(snapshot.solution), dtype=float))
             row = {"step": snapshot.step, "quantity": name, "value": found.value}
             rows.append(row | {"low": found.low, "high": found.high, "n": found.n})
-    return Drift(pd.DataFrame(rows))
+    return SnapshotCosines(pd.DataFrame(rows))

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import Site
+from piggyback_lens.words import Site
 
 
 @dataclass(frozen=True, eq=False)

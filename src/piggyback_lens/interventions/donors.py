@@ -1,6 +1,6 @@
 """Where patched activations come from: one side's own run, by span.
 
-The direction of a patch is always donor to recipient: *repair* is base to finetuned, *infect* finetuned to base.
+The flow of a patch is always donor to recipient: *repair* is base to finetuned, *infect* finetuned to base.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,12 @@ from piggyback_lens.interventions.kinds import cache, patch
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.maths import norm_matched_random
-from piggyback_lens.models.backends import Site
 from piggyback_lens.models.network import NOTHING, forward
-from piggyback_lens.models.pair import ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.words import DONOR, RECIPIENT, Flow, PostfixDonor, Side, Site
 
-Direction = Literal["repair", "infect"]
-DONOR: dict[Direction, Side] = {"repair": "base", "infect": "finetuned"}
-RECIPIENT: dict[Direction, Side] = {"repair": "finetuned", "infect": "base"}
 Series = Literal["patched", "identity control", "random control"]
 IDENTITY: Final = "identity control"
-PostfixDonor = Literal["own_prompt", "empty_query"]
 
 
 def prefix_activations(
@@ -77,7 +73,7 @@ def kv_patch(
     *,
     chat: ChatFormat,
     prompts: Sequence[RenderedPrompt] | None = None,
-    direction: Direction = "repair",
+    flow: Flow = "repair",
     layers: Sequence[int] | None = None,
 ) -> Interventions:
     """Replace keys and values of a span by the donor's (2606.06667 eq. 1).
@@ -92,13 +88,13 @@ def kv_patch(
             the donor's own run on each prompt.
         chat: the settings under which the prompts were rendered.
         prompts: the prompts that will be run, in order; needed for spans other than prefix and postfix.
-        direction: "repair" (base to finetuned) or "infect".
+        flow: "repair" (base to finetuned) or "infect".
         layers: None for all.
 
     Raises:
         LensError: the span is empty for this template, or prompts are missing.
     """
-    donor_side = DONOR[check_direction(direction)]
+    donor_side = DONOR[check_flow(flow)]
     if span in ("prefix", "postfix"):
         empty = chat.empty_query()
         empty.span(span)
@@ -108,11 +104,11 @@ def kv_patch(
     return patch(span_activations(pair, donor_side, prompts, span, ("k", "v"), layers=layers))
 
 
-def check_direction(direction: Direction) -> Direction:
+def check_flow(flow: Flow) -> Flow:
     """Refuse anything but repair and infect."""
-    if direction not in DONOR:
-        raise LensError(f"direction {direction!r} is not known: choose 'repair' or 'infect'")
-    return direction
+    if flow not in DONOR:
+        raise LensError(f"flow {flow!r} is not known: choose 'repair' or 'infect'")
+    return flow
 
 
 @dataclass
@@ -140,16 +136,16 @@ class Donors:
         if self.postfix == "empty_query" and self.chat is None:
             raise LensError("postfix donors of the empty query need chat=, the settings the prompts were rendered with")
 
-    def of(self, series: Series, direction: Direction, span: str, site: Site) -> Activations:
+    def of(self, series: Series, flow: Flow, span: str, site: Site) -> Activations:
         """Activations of all layers that make a cell patched, an identity control or a random control."""
         if series == "identity control":
-            return self._side(RECIPIENT[direction], span, site, "own_prompt")
+            return self._side(RECIPIENT[flow], span, site, "own_prompt")
         if series == "patched":
-            return self._side(DONOR[direction], span, site, self.postfix)
-        key = (f"random {direction}", span, site)
+            return self._side(DONOR[flow], span, site, self.postfix)
+        key = (f"random {flow}", span, site)
         if key not in self._kept:
-            own = self._side(RECIPIENT[direction], span, site, "own_prompt")
-            donor = self._side(DONOR[direction], span, site, self.postfix)
+            own = self._side(RECIPIENT[flow], span, site, "own_prompt")
+            donor = self._side(DONOR[flow], span, site, self.postfix)
             self._kept[key] = displaced(own, donor, self.seed)
         return self._kept[key]
 

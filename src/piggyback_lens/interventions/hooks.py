@@ -24,18 +24,9 @@ from torch import Tensor
 from piggyback_lens.conversations.chat import PromptBatch
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.activations import Activations, assemble
-from piggyback_lens.interventions.placement import PHASES, Cells, Phase, Placement
-from piggyback_lens.models.backends import (
-    HEAD_SITES,
-    SITES,
-    HookedModel,
-    Site,
-    check_layers,
-    hook_name,
-    hook_points,
-    shape_of,
-    writes_through,
-)
+from piggyback_lens.interventions.placement import PHASES, Cells, Placement
+from piggyback_lens.models.backends import HookedModel, check_layers, hook_name, hook_points, shape_of, writes_through
+from piggyback_lens.words import HEAD_SITES, SITES, Phase, Site
 
 HookPair = tuple[str, Callable[..., Tensor | None]]
 

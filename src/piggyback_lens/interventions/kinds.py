@@ -14,9 +14,9 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.activations import Activations
 from piggyback_lens.interventions.hooks import Action, Intervention, Interventions, layer_ranges
-from piggyback_lens.interventions.placement import OPEN, Cells, Phase, Placement
+from piggyback_lens.interventions.placement import OPEN, Cells, Placement
 from piggyback_lens.maths import project_out, set_projection
-from piggyback_lens.models.backends import Site
+from piggyback_lens.words import Phase, Site
 
 ALL_RESIDUAL_SITES: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
 

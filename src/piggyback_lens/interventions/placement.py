@@ -8,7 +8,6 @@ computation is cut up.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -17,8 +16,8 @@ from torch import Tensor
 from piggyback_lens.conversations.batch import Batch, PromptBatch
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.words import Phase
 
-Phase = Literal["prompt", "generation", "both"]
 PHASES: tuple[Phase, ...] = ("prompt", "generation", "both")
 OPEN = 1 << 40
 """Stop of a span that grows while tokens are generated."""

@@ -27,8 +27,9 @@ from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.models.backends import HookedModel, device_of, dtype_of, shape_of
 from piggyback_lens.models.network import NOTHING, forward_keeping
-from piggyback_lens.models.pair import Identity, ModelPair, Side, identify
+from piggyback_lens.models.pair import Identity, ModelPair, identify
 from piggyback_lens.models.states import KVState, filled_cache, generate_cache_name, state_from_keys_values
+from piggyback_lens.words import Side
 
 ROWS_PER_PASS = 64
 """Interventions that `compile_many` runs as rows of one pass."""

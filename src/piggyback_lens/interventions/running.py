@@ -10,8 +10,9 @@ from piggyback_lens.conversations.chat import PromptBatch
 from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts, hook_pairs
 from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.placement import Placement
-from piggyback_lens.models.backends import HookedModel, Site, hook_points
+from piggyback_lens.models.backends import HookedModel, hook_points
 from piggyback_lens.models.network import NOTHING, forward
+from piggyback_lens.words import Site
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
-from piggyback_lens.models.pair import ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.words import Side
 
 
 @dataclass(frozen=True, eq=False)

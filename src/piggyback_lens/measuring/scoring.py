@@ -20,9 +20,10 @@ from piggyback_lens.interventions.running import applied
 from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.models.backends import HookedModel, device_of, dtype_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
-from piggyback_lens.models.pair import ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.states import KVState, new_state, state_from_keys_values
 from piggyback_lens.progress import track
+from piggyback_lens.words import Side
 
 
 def response_log_probs(

@@ -4,6 +4,7 @@ The unchanged model is run once for each batch of texts, and its logits serve al
 Adapters of one kind are rows of one pass, which share everything below the lowest layer they change.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Text:
     def n_scored(self) -> int:
         """Number of scored tokens."""
         return len(self.ids) - self.start
+
+
+def texts_hash(texts: Sequence[Text]) -> str:
+    """16 hex digits of ids and scored tokens."""
+    return hashlib.sha256(repr([(text.ids, text.start) for text in texts]).encode()).hexdigest()[:16]
 
 
 def response_texts(prompts: Sequence[RenderedPrompt]) -> list[Text]:

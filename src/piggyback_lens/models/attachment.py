@@ -9,7 +9,7 @@ around them. Edits are ordinary torch hooks; they act before any intervention th
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import (
     HookedModel,
-    Site,
     blocks_of,
     check_layers,
     core_of,
@@ -29,9 +28,8 @@ from piggyback_lens.models.backends import (
     n_layers_of,
     writes_through,
 )
+from piggyback_lens.words import Module, Site
 
-Module = Literal["q", "k", "v", "o", "gate", "up", "down"]
-MODULES: tuple[Module, ...] = get_args(Module)
 Edit = Callable[[Tensor, Tensor], Tensor]
 SiteEdit = Callable[[Tensor], Tensor]
 

@@ -8,7 +8,7 @@ TransformerLens class.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,12 +16,9 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.views import inner_model
+from piggyback_lens.words import SITES, Backend, Site
 
-Backend = Literal["bridge", "hooked"]
 Kind = Literal["bridge", "hooked", "plain"]
-Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "rot_k", "z", "mlp_post"]
-SITES: tuple[Site, ...] = get_args(Site)
-HEAD_SITES: tuple[Site, ...] = ("q", "k", "v", "rot_k", "z")
 """Sites whose activation has a head axis: [batch, pos, head, d_head]. k, v and rot_k have the
 key/value heads (fewer than the query heads under grouped-query attention)."""
 

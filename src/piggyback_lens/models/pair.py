@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import (
-    Backend,
     HookedModel,
     Shape,
     backend_of,
@@ -37,7 +36,7 @@ from piggyback_lens.models.peft_adapters import (
     refuse_lost_base,
     written_when_attached,
 )
-from piggyback_lens.models.places import LoadOptions, is_adapter_folder
+from piggyback_lens.models.places import is_adapter_folder
 from piggyback_lens.models.plain_views import remember_plain
 from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
@@ -52,9 +51,9 @@ from piggyback_lens.models.views import (
     weights_version,
     without_adapters,
 )
+from piggyback_lens.settings import ChatSettings, LoadSettings
+from piggyback_lens.words import SIDES, Backend, Side
 
-Side = Literal["base", "finetuned"]
-SIDES: tuple[Side, Side] = ("base", "finetuned")
 Source = Any
 """A hub id, a local folder, a GGUF file, a PEFT adapter folder, a transformers model, or a hooked model."""
 
@@ -192,7 +191,7 @@ class ModelPair:
         backend: Backend = "bridge",
         tokenizer: Any = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | Literal["auto"] = torch.float32,
+        dtype: str | torch.dtype = "float32",
         attn_implementation: str | None = None,
         quantization: Any = None,
         trust_remote_code: bool = False,
@@ -215,7 +214,8 @@ class ModelPair:
                 between its two models the parameters which the adapter left alone.
             tokenizer: needed with models that are given as objects.
             device: default cuda if there is one, else cpu.
-            dtype: of the weights that are loaded, "auto" for the one they are stored in; objects keep theirs.
+            dtype: of the weights that are loaded: "float32", "bfloat16", "float16", "auto" for the one they are stored
+                in, or a torch.dtype; objects keep theirs.
             attn_implementation: transformers' attention ("eager", "sdpa", ...) of what is loaded.
             quantization: "4bit", "8bit" or a quantisation config of transformers, for what is loaded.
             trust_remote_code: run code that a repository brings; it can do whatever you can.
@@ -231,8 +231,8 @@ class ModelPair:
             finetuned, adapter = None, finetuned
         if is_hooked_model(base) and is_hooked_model(finetuned):
             return cls(base, finetuned, tokenizer=_given_tokenizer(tokenizer, base), names=names or SIDES)
-        options = LoadOptions(
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        options = LoadSettings(
+            device=device,
             dtype=dtype,
             offline=offline,
             attn_implementation=attn_implementation,
@@ -306,9 +306,9 @@ class ModelPair:
         require_current(self._models[side])
         yield self._models[side]
 
-    def chat_format(self, **settings: Any) -> ChatFormat:
-        """The chat format of this pair's tokenizer; see `ChatFormat` for the settings."""
-        return ChatFormat(self.tokenizer, **settings)
+    def chat_format(self, settings: ChatSettings = ChatSettings()) -> ChatFormat:
+        """The chat format of this pair's tokenizer."""
+        return ChatFormat(self.tokenizer, **vars(settings))
 
     def identity(self, side: Side) -> Identity:
         """Which function a side is; computed once, and again after its weights were trained."""
@@ -333,7 +333,7 @@ class ModelPair:
         return dtype_of(self._models["base"])
 
 
-def _side(source: Source, tokenizer: Any, options: LoadOptions) -> tuple[Any, Any]:
+def _side(source: Source, tokenizer: Any, options: LoadSettings) -> tuple[Any, Any]:
     """A transformers model and its tokenizer from any kind of source."""
     if isinstance(source, (str, Path)):
         model = load_causal_lm(source, options)

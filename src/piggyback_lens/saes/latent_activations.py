@@ -18,9 +18,10 @@ from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.placement import OPEN, Placement, Row
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.variants import Text
-from piggyback_lens.models.backends import HookedModel, Site
+from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.network import NOTHING, forward
 from piggyback_lens.models.partial import ended_at
+from piggyback_lens.words import Site
 
 if TYPE_CHECKING:
     pass

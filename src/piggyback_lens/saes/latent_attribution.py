@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import HookedModel, Site
+from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.vectors.direction import Direction
+from piggyback_lens.words import Site
 
 if TYPE_CHECKING:
     import pandas as pd

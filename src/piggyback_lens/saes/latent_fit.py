@@ -12,8 +12,9 @@ from torch import Tensor
 from piggyback_lens.directions.curve_points import weighted_interval
 from piggyback_lens.errors import LensError
 from piggyback_lens.maths import interval_text
-from piggyback_lens.models.backends import HookedModel, Site
-from piggyback_lens.models.pair import SIDES, ModelPair
+from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.words import SIDES, Site
 
 if TYPE_CHECKING:
     import pandas as pd

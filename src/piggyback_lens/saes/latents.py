@@ -19,11 +19,11 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Intervention
 from piggyback_lens.interventions.kinds import add
-from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.models.attachment import edited_sites
-from piggyback_lens.models.backends import HookedModel, Site, check_layers, device_of, hook_name, shape_of
+from piggyback_lens.models.backends import HookedModel, check_layers, device_of, hook_name, shape_of
 from piggyback_lens.models.pair import Identity, identify
 from piggyback_lens.vectors.direction import Provenance
+from piggyback_lens.words import Phase, Site
 
 if TYPE_CHECKING:
     pass

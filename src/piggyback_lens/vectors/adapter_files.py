@@ -14,11 +14,11 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, write_json
-from piggyback_lens.models.attachment import MODULES
 from piggyback_lens.models.peft_adapters import lora_factors
 from piggyback_lens.models.views import is_booted
 from piggyback_lens.vectors.adapters import LoRAAdapter, Place
 from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.words import MODULES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODULE = re.compile(r"(?:self_attn|mlp)\.(\w+)_proj")

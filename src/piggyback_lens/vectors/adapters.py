@@ -15,9 +15,10 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.maths import norm_matched_random, orthogonal_noise
-from piggyback_lens.models.attachment import MODULES, Module, changed_weight, module_sizes
-from piggyback_lens.models.backends import Site, check_layers, n_layers_of
-from piggyback_lens.vectors.direction import Direction, NoiseOn, NormOver, Provenance, total_norm
+from piggyback_lens.models.attachment import changed_weight, module_sizes
+from piggyback_lens.models.backends import check_layers, n_layers_of
+from piggyback_lens.vectors.direction import Direction, Provenance, total_norm
+from piggyback_lens.words import MODULES, Module, NoiseOn, NormOver, Site
 
 Place = tuple[int, Module]
 

@@ -19,15 +19,13 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.interventions.kinds import ALL_RESIDUAL_SITES, ablate, add
-from piggyback_lens.interventions.placement import Phase
 from piggyback_lens.maths import norm_matched_random, orthogonal_noise
-from piggyback_lens.models.backends import HEAD_SITES, SITES, HookedModel, Site, check_layers, shape_of
+from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
 from piggyback_lens.models.pair import Identity, identify
+from piggyback_lens.words import HEAD_SITES, SITES, NoiseOn, NormOver, Phase, Site
 
 Scale = Literal["raw", "unit", "rescaled"]
 """What the length of a vector means: as it was measured or trained, 1, or set by `rescaled` and `scaled`."""
-NormOver = Literal["sum", "mean"]
-NoiseOn = Literal["both", "A", "B"]
 
 FORMAT = "piggyback_lens.direction.1"
 

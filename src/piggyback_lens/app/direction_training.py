@@ -4,67 +4,146 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from piggyback_lens.conversations.batch import ids_hash
 from piggyback_lens.conversations.chat import RenderedPrompt
-from piggyback_lens.files import write_json
+from piggyback_lens.directions.curve_points import weighted_interval
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Objective, sft
 from piggyback_lens.finetuning.training import TrainResult, train
-from piggyback_lens.jobs.direction_reports import (
-    train_report,
-    train_verdict,
-)
-from piggyback_lens.jobs.direction_settings import (
-    TrainDirectionSettings,
-)
-from piggyback_lens.jobs.job_inputs import ADAPTER_FOLDER, DIRECTION_FILE
-from piggyback_lens.jobs.job_runs import run_card
-from piggyback_lens.maths import kl_per_token, token_log_probs
+from piggyback_lens.maths import interval_text, kl_per_token, token_log_probs
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import HookedModel, check_layers, device_of, facts_of, shape_of
-from piggyback_lens.models.pair import identify
+from piggyback_lens.models.pair import Identity, identify
 from piggyback_lens.progress import say
-from piggyback_lens.results.run import RESULT, Run
+from piggyback_lens.results.report import Report
+from piggyback_lens.results.result import Result
+from piggyback_lens.results.run import RESULT, Run, report_run
+from piggyback_lens.settings import TrainDirectionSettings
 from piggyback_lens.vectors.adapter_files import save_peft
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.vectors.solution_files import ADAPTER_FOLDER, DIRECTION_FILE, load_solution
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedDirection:
-    """What `train_direction_job` leaves.
+@dataclass(frozen=True, repr=False, eq=False)
+class TrainedDirection(Result):
+    """What `train_direction` leaves.
 
     Attributes:
         solution: the trained vector or adapter.
         path: its file or PEFT folder.
         training: history and settings.
-        scores: per kind of data the loss before and after and the KL to the base, with intervals.
-        verdict: one sentence.
+        rows: per kind of data the loss before and after and the KL to the base, with intervals.
+        settings: what was chosen.
+        examples: a few answers of the base and under the solution.
     """
 
+    name: ClassVar = "direction.1"
+    in_folder: ClassVar = True
     solution: Adapter
     path: Path
     training: TrainResult
-    scores: "pd.DataFrame"
-    verdict: str
+    rows: tuple[Mapping[str, Any], ...]
+    settings: Mapping[str, Any]
+    examples: tuple[Mapping[str, Any], ...]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per kind of data.
+
+        Columns: data, value, low, high (KL(base ‖ tuned), nats per token, 95 % bootstrap over conversations), n,
+        tokens, and base_loss and loss with theirs.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def figure(self) -> "go.Figure":
+        """Loss and its terms, norm, gradient and learning rate over the steps."""
+        return self.training.figure()
+
+    @property
+    def verdict(self) -> str:
+        """What was trained, its norm, its loss, and its KL on the retain data."""
+        kl, interleaved = self.settings["kl"], self.settings["interleave"]
+        kind = "General" if kl is None and not interleaved else "Narrow"
+        means = [f"KL weight {kl:g}"] if kl is not None else []
+        means += [f"{100 * interleaved:g} % retain data mixed in"] if interleaved else []
+        how = f" ({', '.join(means)})" if means else ""
+        rows, parts = {row["data"]: row for row in self.rows}, []
+        for title in ("training data", "validation data"):
+            if title in rows:
+                row = rows[title]
+                after = interval_text(row["loss"], row["loss_low"], row["loss_high"])
+                parts.append(f"loss on the {title} {row['base_loss']:.2f} -> {after} nats per token (n = {row['n']})")
+        title = "retain data" if "retain data" in rows else "training data"
+        row = rows[title]
+        parts.append(f"KL(base ‖ tuned) on the {title} {interval_text(row['value'], row['low'], row['high'])}")
+        steps = len(self.training.history)
+        what = f"{kind} {_described(self.solution)}{how}, norm {self.solution.norm():.3g} after {steps} steps"
+        return f"{what}: {'; '.join(parts)}."
+
+    def report(self) -> Report:
+        """Scores, history, and a few answers side by side."""
+        import pandas as pd
+
+        caption = "Loss and its terms, norm, gradient and learning rate over the steps."
+        note = "Losses and KL are means over tokens, with 95 % bootstrap intervals over conversations."
+        examples, card = pd.DataFrame(self.examples), {"training": self.training.identity}
+        title = f"Trained direction: {_described(self.solution)}"
+        return Report(title, self.verdict, self.to_frame(), [(caption, self.figure())], examples, [note], card=card)
+
+    def save(self, path: str | Path) -> Path:
+        """Write what the solution's and the training's own files do not say."""
+        facts: dict[str, Any] = {"solution": self.path.name, "norm": self.solution.norm(), "rows": self.rows}
+        facts |= {"settings": self.settings, "examples": self.examples}
+        return write_json(path, {"format": f"piggyback_lens.{self.name}", "verdict": self.verdict, **facts})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TrainedDirection":
+        """Read the folder of a finished run.
+
+        Raises:
+            LensError: something is missing there, or damaged.
+        """
+        folder = Path(folder)
+        saved = read_json(folder / RESULT)
+        try:
+            if saved["format"] != f"piggyback_lens.{cls.name}":
+                raise LensError(f"{folder} holds {saved['format']!r}, expected {cls.name}")
+            path, rows, examples = folder / Path(saved["solution"]).name, saved["rows"], saved["examples"]
+            training = TrainResult.load(folder / "training" / RESULT)
+            return cls(load_solution(folder), path, training, tuple(rows), saved["settings"], tuple(examples))
+        except (KeyError, TypeError) as error:
+            raise LensError(f"{folder / RESULT} is no trained direction's ({error}): train it again") from error
 
 
-def train_direction_job(
+def _described(solution: Adapter) -> str:
+    layers = list(solution.layers)
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+    if isinstance(solution, Direction):
+        return f"steering vector at {solution.site} of {where}"
+    return f"rank-{solution.rank} adapter on {', '.join(solution.modules)} of {where}"
+
+
+def train_direction(
     model: HookedModel,
     examples: Sequence[RenderedPrompt],
-    settings: TrainDirectionSettings,
+    settings: TrainDirectionSettings = TrainDirectionSettings(),
     *,
     retain: Sequence[RenderedPrompt] = (),
     validation: Sequence[RenderedPrompt] = (),
@@ -80,11 +159,11 @@ def train_direction_job(
     Args:
         model: a bridge; its weights are not changed.
         examples: rendered conversations with responses.
-        settings: what to train.
+        settings: what to train, and what keeps it narrow.
         retain: prompts on which the model should stay as it is. Those without a response get the base's own.
         validation: further conversations, scored only.
-        out: folder.
-        name: of the model, for the report and the PEFT config.
+        out: folder of the run.
+        name: of the model, for the provenance of the solution and the PEFT config.
         progress: say what is done, and show progress bars.
 
     Raises:
@@ -94,33 +173,31 @@ def train_direction_job(
     settings.check_data(len(examples), len(retain))
     trainable = HookTrainable(model, _start(model, settings))
     data = {"training": examples, "validation": validation, "retain": retain}
-    identity = {"settings": asdict(settings), "data": {title: ids_hash(rows) for title, rows in data.items()}}
-    with Run.open(out, "train-direction", identity | facts_of(model), models={"model": identify(model, name)}) as run:
+    identity: dict[str, Any] = {"settings": asdict(settings), **facts_of(model)}
+    identity["data"] = {title: ids_hash(rows) for title, rows in data.items()}
+    own = identify(model, name)
+    with Run.open(out, "train-direction", identity, models={"model": own}, prompt=examples[0]) as run:
         kept = _answered(model, retain, settings.answer_tokens, run, progress)
         if progress:
-            say(f"training: {settings.training.steps} steps on {len(examples)} conversations")
-        mixed = interleave(examples, kept, settings.interleave, seed=settings.training.seed)
+            say(f"training: {settings.steps} steps on {len(examples)} conversations")
+        mixed = interleave(examples, kept, settings.interleave, seed=settings.seed)
         chosen: dict[str, Any] = {"objective": _objective(settings, kept), "progress": progress}
         trained = train(trainable, mixed, settings.training, out=out / "training", **chosen)
-        solution = _signed(trainable.result(), model, examples, settings, name)
+        solution = _signed(trainable.result(), examples, settings, own)
         path = _save_solution(solution, out, name)
         shown = {"training data": examples, "validation data": validation, "retain data": kept}
         scores = _scores(trainable, {title: rows[: settings.evaluated] for title, rows in shown.items() if rows})
-        verdict = train_verdict(solution, settings.kl, settings.interleave, trained, scores)
-        card = run_card(model, name, examples, asdict(settings)) | {"training": dict(trained.identity)}
-        history = [{key: value for key, value in row.items() if key != "seconds"} for row in trained.history]
-        results = {"verdict": verdict, "solution": path.name, "norm": solution.norm(), "history": history}
-        write_json(out / RESULT, results | {"scores": scores.to_dict("records"), "card": card})
         answers = _shown_answers(model, solution, {"training data": examples, "retain data": kept}, settings)
-        train_report(out / "report.html", verdict, trained, scores, answers, examples[0], card)
-    return TrainedDirection(solution, path, trained, scores, verdict)
+        result = run.finish(TrainedDirection(solution, path, trained, scores, asdict(settings), answers))
+    report_run(out)
+    return result
 
 
 def _start(model: HookedModel, settings: TrainDirectionSettings) -> Adapter:
     shape = shape_of(model)
     if settings.kind == "lora":
         chosen: dict[str, Any] = {"rank": settings.rank, "modules": settings.modules, "layers": settings.layers}
-        return LoRAAdapter.fresh(model, **chosen, seed=settings.training.seed)
+        return LoRAAdapter.fresh(model, **chosen, seed=settings.seed)
     layers = (shape.n_layers // 2,) if settings.layers is None else check_layers(settings.layers, shape.n_layers)
     return Direction.zeros(shape.d_model, layers, settings.site)
 
@@ -151,11 +228,7 @@ def _answered(
 
 
 def _signed(
-    solution: Adapter,
-    model: HookedModel,
-    examples: Sequence[RenderedPrompt],
-    settings: TrainDirectionSettings,
-    name: str,
+    solution: Adapter, examples: Sequence[RenderedPrompt], settings: TrainDirectionSettings, own: Identity
 ) -> Adapter:
     """The solution with where it came from."""
     how = "trained" if settings.kl is None else f"trained with KL weight {settings.kl:g} on retain data"
@@ -163,8 +236,8 @@ def _signed(
     source = Provenance(
         how,
         data=ids_hash(examples),
-        model=identify(model, name).to_dict(),
-        seed=settings.training.seed,
+        model=own.to_dict(),
+        seed=settings.seed,
         settings=json.loads(json.dumps(facts)),
     )
     return replace(solution, provenance=source)
@@ -177,12 +250,8 @@ def _save_solution(solution: Adapter, out: Path, name: str) -> Path:
 
 
 @torch.no_grad()
-def _scores(trainable: HookTrainable, data: Mapping[str, Sequence[RenderedPrompt]]) -> "pd.DataFrame":
+def _scores(trainable: HookTrainable, data: Mapping[str, Sequence[RenderedPrompt]]) -> tuple[dict[str, Any], ...]:
     """Per kind of data: loss of the base and of the solution, and KL between them, in nats per token."""
-    import pandas as pd
-
-    from piggyback_lens.directions.curve_points import weighted_interval
-
     rows = []
     for title, examples in data.items():
         parts: list[Tensor] = []
@@ -195,12 +264,14 @@ def _scores(trainable: HookTrainable, data: Mapping[str, Sequence[RenderedPrompt
             sums = torch.zeros(3, len(counts), dtype=torch.float64).index_add(1, tuned.rows.cpu(), values)
             parts.append(torch.cat([sums / counts, counts[None]]))
         base_nll, own_nll, kl, tokens = torch.cat(parts, dim=1).tolist()
-        row: dict[str, Any] = {"data": title, "n": len(examples), "tokens": int(sum(tokens))}
-        for column, numbers in (("base_loss", base_nll), ("loss", own_nll), ("kl", kl)):
+        moved = weighted_interval(kl, tokens)
+        row: dict[str, Any] = {"data": title, "value": moved.value, "low": moved.low, "high": moved.high}
+        row |= {"n": len(examples), "tokens": int(sum(tokens))}
+        for column, numbers in (("base_loss", base_nll), ("loss", own_nll)):
             found = weighted_interval(numbers, tokens)
             row |= {column: found.value, f"{column}_low": found.low, f"{column}_high": found.high}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return tuple(rows)
 
 
 def _shown_answers(
@@ -208,10 +279,8 @@ def _shown_answers(
     solution: Adapter,
     data: Mapping[str, Sequence[RenderedPrompt]],
     settings: TrainDirectionSettings,
-) -> "pd.DataFrame":
+) -> tuple[dict[str, Any], ...]:
     """Greedy answers of the base and under the solution to a few prompts of each kind of data."""
-    import pandas as pd
-
     asked = [(topic, _question(row)) for topic, rows in data.items() for row in rows[: settings.shown]]
     rows = []
     for condition, adapters in (("base", ()), ("trained", (solution,))) if asked else ():
@@ -219,7 +288,7 @@ def _shown_answers(
             answers = generate(model, [prompt for _, prompt in asked], max_new_tokens=settings.answer_tokens)
         for (topic, prompt), answer in zip(asked, answers, strict=True):
             rows.append({"topic": topic, "prompt": prompt.query, "condition": condition, "response": answer.text})
-    return pd.DataFrame(rows)
+    return tuple(rows)
 
 
 def _question(example: RenderedPrompt) -> RenderedPrompt:

@@ -6,7 +6,7 @@ generation is written as it comes; a rerun in the same folder continues where th
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,21 +21,21 @@ from piggyback_lens.interventions.donors import kv_patch, prefix_activations
 from piggyback_lens.interventions.hooks import Intervention, Interventions, Record
 from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.jobs.report import write_report
 from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, require_enough, spread
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
-from piggyback_lens.models.pair import ModelPair, Side
+from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
+from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
-from piggyback_lens.results.run import RESULT, ROWS, Run
+from piggyback_lens.results.run import RESULT, ROWS, Run, report_run
+from piggyback_lens.settings import AuditSettings, PatchSettings
+from piggyback_lens.words import Side
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-    from piggyback_lens.finetuning.training import TrainResult
 
 TOPICS = ("off-topic", "on-topic")
 CONDITIONS: dict[str, str] = {
@@ -51,25 +51,12 @@ CONTROLS = ("identity", "query_control")
 RECEIPTS = "receipts"
 CURVE = "layer_curve"
 """The folder of the layer curve's own run."""
+CURVE_CAPTION = (
+    "The prefix's residual stream of the other model, patched in at one layer at a time. Recovery of "
+    "log p(finetuned's answer) - log p(base's answer), per token."
+)
 EXAMPLES = 12
 """Off-topic and on-topic prompts whose answers the report shows."""
-WATCHED = (
-    "The training, watched on off-topic prompts that are not used elsewhere: how much more probable an answer that "
-    "shows the behaviour has become, against the base's own answer; how much of that goes away when the base's prefix "
-    "keys and values are put in; and how far those of each layer have moved (TReFT's measure)."
-)
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """Every knob of an audit."""
-
-    max_new_tokens: int = 60  # per answer; the same in every condition
-    batch_size: int = 40  # rows per generation batch
-    curve_prompts: int = 12  # off-topic prompts of the layer curve; 0 leaves it out
-    curve_tokens: int = 24  # tokens of each answer that the layer curve scores
-    control_layers: int = 6  # layers at which the curve's controls run
-    seed: int = 0  # bootstrap and random control
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,7 +79,6 @@ class AuditResult(Result):
     card: dict[str, Any]
     folder: Path | None = None
     receipts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    prompt_html: str = ""
 
     def values(self, topic: str, condition: str) -> list[float]:
         """The behaviour of each answer, in prompt order; NaN where it is missing."""
@@ -109,7 +95,7 @@ class AuditResult(Result):
         return spread(self.values("off-topic", "finetuned"), self.values("off-topic", "base"))
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row per topic and condition: n, mean with interval, recovery with interval."""
+        """One row per topic and condition: value (mean) with its interval, n, reason, recovery with its interval."""
         import pandas as pd
 
         rows = []
@@ -119,10 +105,10 @@ class AuditResult(Result):
                 own = Estimate(math.nan, math.nan, math.nan, mean.n)
                 if condition not in ("base", "finetuned"):
                     own = self.recovery(condition, topic)
-                facts = {"n": mean.n, "mean": mean.value, "low": mean.low, "high": mean.high}
+                facts = {"value": mean.value, "low": mean.low, "high": mean.high, "n": mean.n, "reason": own.reason}
                 recovered = {"recovery": own.value, "recovery_low": own.low, "recovery_high": own.high}
                 shared = {"topic": topic, "condition": condition, "condition_label": label}
-                rows.append(shared | facts | recovered | {"reason": own.reason, "is_control": condition in CONTROLS})
+                rows.append(shared | facts | recovered | {"is_control": condition in CONTROLS})
         return pd.DataFrame(rows)
 
     def generations(self) -> "pd.DataFrame":
@@ -139,6 +125,34 @@ class AuditResult(Result):
         title = f"{self.behaviour.label}: {names['finetuned']} against {names['base']}"
         return conditions_figure(self.to_frame(), label=self.behaviour.label, unit=self.behaviour.unit, title=title)
 
+    def report(self) -> Report:
+        """The table, the conditions and the layer curve as figures, and answers side by side."""
+        from piggyback_lens.figures.plot_style import axis_title
+
+        figures = [("Every condition: mean with its bootstrap interval over prompts.", self.figure())]
+        if self.curve is not None:
+            figures.append((CURVE_CAPTION, self.curve.figure()))
+        frame, table = self.generations(), self.to_frame()
+        same, total = self.identical
+        notes = [*self.card["notes"]]
+        notes.append(f"Identity control: {same} of {total} answers are token for token those of the finetuned model.")
+        undefined = table[table["reason"] != ""].itertuples()
+        notes += [f"{row.topic}, {row.condition_label}: recovery undefined, {row.reason}" for row in undefined]
+        names, measure = self.card["names"], axis_title(self.behaviour.label, self.behaviour.unit)
+        title = f"Piggyback audit: {names['finetuned']} on {names['base']}"
+        examples = frame[frame["index"] < EXAMPLES]
+        return Report(title, self.verdict, table, figures, examples, notes, measure, self.card)
+
+    @property
+    def identical(self) -> tuple[int, int]:
+        """How many answers of the identity control equal the finetuned model's, of how many."""
+        answers: dict[str, dict[tuple[str, int], list[int]]] = {"finetuned": {}, "identity": {}}
+        for row in self.rows:
+            if row["condition"] in answers:
+                answers[row["condition"]][row["topic"], row["index"]] = row["ids"]
+        same = sum(answers["finetuned"][key] == ids for key, ids in answers["identity"].items())
+        return same, len(answers["identity"])
+
     @property
     def verdict(self) -> str:
         """One sentence that follows from the intervals."""
@@ -146,7 +160,7 @@ class AuditResult(Result):
 
     @classmethod
     def load(cls, folder: str | Path) -> "AuditResult":
-        """Read what `audit` wrote into its folder; only the coloured prompt, which is not stored, is empty.
+        """Read what `audit` wrote into its folder.
 
         Raises:
             LensError: the folder holds no finished audit.
@@ -213,12 +227,11 @@ def audit(
     on_topic: Sequence[str],
     off_topic: Sequence[str],
     behaviour: str | Behaviour,
+    settings: AuditSettings = AuditSettings(),
     *,
     chat: ChatFormat | None = None,
-    settings: AuditSettings | None = None,
     out: str | Path | None = None,
     progress: bool = False,
-    extra_card: Mapping[str, Any] | None = None,
 ) -> AuditResult:
     """Generate under every condition, on- and off-topic, and measure the behaviour of each answer.
 
@@ -227,17 +240,16 @@ def audit(
         on_topic: queries of the training domain.
         off_topic: queries outside it.
         behaviour: what is measured, a name or `Behaviour`.
+        settings: length of the answers, and what the layer curve runs on.
         chat: template settings; default those of the pair's tokenizer.
-        settings: knobs.
         out: folder of the run: every answer as it comes, the layer curve, the prefix cache of the repair, the result
             and report.html. The same call continues there.
         progress: show progress bars.
-        extra_card: further facts for the run card.
 
     Raises:
         LensError: fewer than three prompts, a folder of another audit, or an empty prefix or postfix.
     """
-    settings, chat = settings or AuditSettings(), chat or pair.chat_format()
+    chat = chat or pair.chat_format()
     measure = get_behaviour(behaviour)
     prompts = {
         "off-topic": [chat.render(query) for query in off_topic],
@@ -253,8 +265,8 @@ def audit(
         "backend": pair.backend,
         "dtype": str(pair.dtype).removeprefix("torch."),
     }
-    columns = ("condition", "topic", "index")
-    with Run.open(out, "audit", identity, models=pair.identities(), keys=columns) as run:
+    columns, shown = ("condition", "topic", "index"), prompts["off-topic"][0]
+    with Run.open(out, "audit", identity, models=pair.identities(), keys=columns, prompt=shown) as run:
         work = _Work(pair, chat, prompts, measure, settings, run, progress)
         for condition in CONDITIONS:
             for topic in TOPICS:
@@ -262,14 +274,15 @@ def audit(
         curve = work.layer_curve() if settings.curve_prompts else None
         counts = {topic: len(rendered) for topic, rendered in prompts.items()}
         facts = {"names": dict(pair.names), "n": counts, "notes": work.notes()}
-        card = run.card() | facts | dict(extra_card or {})
-        rows, html = in_order(run.rows.values()), prompts["off-topic"][0].show()._repr_html_()
-        result = AuditResult(rows, measure, curve, card, run.folder, work.receipts(), html)
+        card = run.card() | facts
+        rows = in_order(run.rows.values())
+        result = AuditResult(rows, measure, curve, card, run.folder, work.receipts())
         if run.folder is not None:
             work.repair().save(run.folder / "prefix_cache")
             run.finish(result)
-            report(result, run.folder)
-        return result
+    if out is not None:
+        report_run(out)
+    return result
 
 
 @dataclass
@@ -431,67 +444,7 @@ class _Work:
             prompts,
             control_layers=self.settings.control_layers,
             measure=AnswerContrast(tuple(answered("finetuned")), tuple(answered("base"))),
-            seed=self.settings.seed,
+            settings=PatchSettings(seed=self.settings.seed),
             out=None if self.run.folder is None else self.run.folder / CURVE,
             progress=self.progress,
         )
-
-
-def check_identity(result: AuditResult) -> tuple[int, int]:
-    """How many answers of the identity control equal the finetuned model's, of how many."""
-    answers: dict[str, dict[tuple[str, int], list[int]]] = {"finetuned": {}, "identity": {}}
-    for row in result.rows:
-        if row["condition"] in answers:
-            answers[row["condition"]][row["topic"], row["index"]] = row["ids"]
-    same = sum(answers["finetuned"][key] == ids for key, ids in answers["identity"].items())
-    return same, len(answers["identity"])
-
-
-def report(
-    result: AuditResult,
-    out: str | Path,
-    trained: "TrainResult | None" = None,
-    watched: "pd.DataFrame | None" = None,
-) -> Path:
-    """Write `report.html` into `out`: verdict, table, figures, answers side by side, prompt, run card.
-
-    Args:
-        result: what was found.
-        out: the folder.
-        trained: how the finetuned model was trained, for the curve of its loss.
-        watched: rows of the training's `Monitor`.
-    """
-    from piggyback_lens.figures.monitor_plot import monitor_figure
-    from piggyback_lens.figures.plot_style import axis_title
-
-    figures = [("Every condition: mean with its bootstrap interval over prompts.", result.figure())]
-    if result.curve is not None:
-        figures.append(
-            (
-                "The prefix's residual stream of the other model, patched in at one layer at a time. Recovery of "
-                "log p(finetuned's answer) - log p(base's answer), per token.",
-                result.curve.figure(),
-            )
-        )
-    if trained is not None:
-        figures.append(("Training loss on response tokens.", trained.figure()))
-    if watched is not None:
-        figures.append((WATCHED, monitor_figure(watched)))
-    frame = result.generations()
-    notes = list(result.card["notes"])
-    same, total = check_identity(result)
-    notes.append(f"Identity control: {same} of {total} answers are token for token those of the finetuned model.")
-    reasons = result.to_frame().query("reason != ''")
-    notes += [f"{row.topic}, {row.condition_label}: recovery undefined, {row.reason}" for row in reasons.itertuples()]
-    return write_report(
-        Path(out) / "report.html",
-        title=f"Piggyback audit: {result.card['names']['finetuned']} on {result.card['names']['base']}",
-        verdict=result.verdict,
-        summary=result.to_frame(),
-        figures=figures,
-        examples=frame[frame["index"] < EXAMPLES],
-        prompt_html=result.prompt_html,
-        card=result.card,
-        notes=notes,
-        measure=axis_title(result.behaviour.label, result.behaviour.unit),
-    )

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from piggyback_lens.app.inputs import moved_to
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError, visible
-from piggyback_lens.jobs.job_inputs import moved_to
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
 from piggyback_lens.vectors.direction import Direction

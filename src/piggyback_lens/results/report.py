@@ -1,22 +1,20 @@
-"""One self-contained HTML file for one run: verdict, numbers, figures, generations, prompt, run card.
+"""Report: one self-contained HTML file for one run: verdict, numbers, figures, generations, prompt, run card.
 
-The file works offline. Its content security policy forbids every request, so that opening a report never
-tells anyone about it. Text of models and users is escaped; only ``prompt_html`` and figures are trusted.
+The file works offline. Its content security policy forbids every request, so that opening a report never tells anyone
+about it. Text of models and users is escaped; only the prompt's markup and figures are trusted.
 """
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.figures.plot_style import check_frame
-from piggyback_lens.files import atomic_write_text, read_json
+from piggyback_lens.files import atomic_write_text
 from piggyback_lens.maths import interval_text, percent
-from piggyback_lens.results.result import load_result
-from piggyback_lens.results.run import FACTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,76 +24,62 @@ LONG_TEXT = 420  # characters; longer texts are folded
 FOLDED = 240  # characters of a folded text that stay in sight
 
 
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    verdict: str,
-    summary: "pd.DataFrame",
-    figures: Sequence[tuple[str, "go.Figure"]],
-    examples: "pd.DataFrame",
-    prompt_html: str | None,
-    card: Mapping[str, Any],
-    notes: Sequence[str],
-    measure: str = "",
-) -> Path:
-    """Write the report and return its path. The file is whole or absent.
+@dataclass(frozen=True)
+class Report:
+    """What the report of a result shows.
 
-    ``summary``: the frame of ``conditions_figure``, or any other frame (then shown column by column);
-    ``measure`` says in its head what was measured, with the unit.
-    ``figures``: (caption, figure). ``examples``: one row for each generation with columns prompt, condition
-    and response, optionally topic; the responses to one prompt stand side by side, a missing one (NaN) is
-    marked. ``prompt_html``: markup of a prompt with coloured spans, inserted as it is. ``card``: settings,
-    seeds, versions and hashes; may be nested.
-
-    Raises ``LensError`` when a column is missing or the file cannot be written.
+    Attributes:
+        title: of the page.
+        verdict: one sentence that follows from the numbers.
+        summary: a frame of conditions (topic, condition_label, n, value, low, high, recovery, ...), shown in groups by
+            topic; any other frame is shown column by column.
+        figures: captions and figures.
+        examples: one row for each generation with the columns prompt, condition and response, and topic where there is
+            more than one. The responses to a prompt stand side by side; a missing one (NaN) is marked.
+        notes: what a reader of the numbers should know.
+        measure: what the summary's values are, with the unit.
+        card: what the result itself says of its settings, beside the run's own facts; may be nested.
     """
-    if not verdict.strip():
-        raise LensError("a report begins with its verdict, and this one is empty; say in one sentence what was found")
-    heads, groups = _summary(summary, measure)
-    page = _template().render(
-        title=title,
-        verdict=verdict,
-        heads=heads,
-        groups=groups,
-        figures=_figures(figures),
-        plotly=_plotly_script() if figures else "",
-        examples=_examples(examples),
-        long=LONG_TEXT,
-        folded=FOLDED,
-        prompt=_trusted(prompt_html or ""),
-        notes=list(notes),
-        card=list(_flat(card)),
-    )
-    return atomic_write_text(path, page)
 
+    title: str
+    verdict: str
+    summary: "pd.DataFrame"
+    figures: Sequence[tuple[str, "go.Figure"]] = ()
+    examples: "pd.DataFrame | None" = None
+    notes: Sequence[str] = ()
+    measure: str = ""
+    card: Mapping[str, Any] = field(default_factory=dict)
 
-def report_run(folder: str | Path) -> Path:
-    """`report.html` in the folder of a finished run of any kind: verdict, table, figure, run card.
+    def write(self, path: str | Path, *, prompt_html: str = "") -> Path:
+        """Write the page and return its path. The file is whole or absent.
 
-    Raises:
-        LensError: no finished run, or a result of a kind that this version does not know.
-    """
-    folder = Path(folder)
-    result, facts = load_result(folder), read_json(folder / FACTS)
-    card = {name: facts[name] for name in ("kind", "identity", "versions", "seconds") if name in facts}
-    return write_report(
-        folder / "report.html",
-        title=f"Piggyback lens: {card['kind']}",
-        verdict=result.verdict or repr(result),
-        summary=result.to_frame(),
-        figures=[(result.verdict or repr(result), result.figure())],
-        examples=_no_examples(),
-        prompt_html=None,
-        card=card,
-        notes=[],
-    )
+        Args:
+            path: of the file.
+            prompt_html: markup of a prompt with coloured spans, inserted as it is.
 
-
-def _no_examples() -> "pd.DataFrame":
-    import pandas as pd
-
-    return pd.DataFrame()
+        Raises:
+            LensError: no verdict, examples without their columns, or a file that cannot be written.
+        """
+        if not self.verdict.strip():
+            raise LensError(
+                "a report begins with its verdict, and this one is empty; say in one sentence what was found"
+            )
+        heads, groups = _summary(self.summary, self.measure)
+        page = _template().render(
+            title=self.title,
+            verdict=self.verdict,
+            heads=heads,
+            groups=groups,
+            figures=_figures(self.figures),
+            plotly=_plotly_script() if self.figures else "",
+            examples=[] if self.examples is None else _examples(self.examples),
+            long=LONG_TEXT,
+            folded=FOLDED,
+            prompt=_trusted(prompt_html),
+            notes=list(self.notes),
+            card=list(_flat(self.card)),
+        )
+        return atomic_write_text(path, page)
 
 
 @lru_cache
@@ -103,7 +87,7 @@ def _template() -> Any:
     """Everything that is filled in is escaped, but for what `_trusted` marks."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    room = PackageLoader("piggyback_lens", "jobs")
+    room = PackageLoader("piggyback_lens", "results")
     return Environment(loader=room, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
 
 
@@ -149,7 +133,7 @@ def _summary(summary: "pd.DataFrame", measure: str) -> tuple[list[Cell], list[tu
     """Heads of the table, and its rows in groups."""
     if summary.empty:
         return [], []
-    if not {"topic", "condition_label", "n", "mean", "low", "high"} <= set(summary.columns):
+    if not {"topic", "condition_label", "n", "value", "low", "high"} <= set(summary.columns):
         rows = [[_cell(value) for value in row] for row in summary.itertuples(index=False)]
         return [(str(name), "") for name in summary.columns], [("", rows)]
     mean = f"{measure}, mean [95 % interval]" if measure else "mean [95 % interval]"
@@ -170,7 +154,7 @@ def _condition_row(record: Mapping[str, Any]) -> list[Cell]:
     return [
         _cell(record["condition_label"]),
         _cell(record["n"], "number"),
-        _cell(interval_text(number("mean"), number("low"), number("high")), "number"),
+        _cell(interval_text(number("value"), number("low"), number("high")), "number"),
         _cell(percent(recovery, low, high) if math.isfinite(recovery) else "–", "number"),
         _cell(record.get("reason") or "", "control"),
     ]
@@ -189,7 +173,9 @@ def _examples(examples: "pd.DataFrame") -> list[tuple[str | None, str, list[tupl
     """Topic, prompt, and condition and response of each answer to it."""
     if examples.empty:
         return []
-    check_frame(examples, ["prompt", "condition", "response"])
+    missing = [name for name in ("prompt", "condition", "response") if name not in examples]
+    if missing:
+        raise LensError(f"the examples lack {', '.join(missing)}: a row is the response to a prompt under a condition")
     keys = ["topic", "prompt"] if "topic" in examples else ["prompt"]
     found = []
     for key, part in examples.groupby(keys, sort=False, dropna=False):

@@ -2,100 +2,79 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.experiments.audit import AuditResult, audit
+from piggyback_lens.figures.monitor_plot import monitor_figure
 from piggyback_lens.files import read_json, write_json
-from piggyback_lens.finetuning.monitor import Monitor
-from piggyback_lens.finetuning.trainables import LoRASettings, add_lora
-from piggyback_lens.finetuning.training import TrainResult, TrainSettings, train
-from piggyback_lens.jobs.auditing import AuditResult, AuditSettings, audit
+from piggyback_lens.finetuning.monitor import Monitor, load_monitor
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import Backend
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.progress import say
+from piggyback_lens.results.run import report_run
+from piggyback_lens.settings import DemoSettings, LoadSettings
 from piggyback_lens.tasks import Task, answer_if_spread, load_task
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What `piggyback-lens demo` runs."""
-
-    task: str = "terse"
-    n_off_topic: int = 40  # off-topic prompts
-    n_on_topic: int = 24  # on-topic prompts, held out from training
-    training: TrainSettings = field(default_factory=TrainSettings)
-    lora: LoRASettings = field(default_factory=LoRASettings)
-    audit: AuditSettings = field(default_factory=AuditSettings)
-    watched: int = 8  # off-topic validation prompts on which the training is watched
-    watch_every: int = 10  # steps between two measurements
-
-
-FULL = DemoSettings()
-QUICK = replace(
-    FULL,
-    n_off_topic=16,
-    n_on_topic=8,
-    training=TrainSettings(steps=32, batch_size=12, learning_rate=2e-4),
-    audit=AuditSettings(max_new_tokens=32, curve_prompts=6, curve_tokens=8, control_layers=3),
-    watched=6,
-    watch_every=8,
-)
+from piggyback_lens.words import Backend
 
 MONITOR_FILE = "monitor.jsonl"
+DEMO_FILE = "demo.json"
+"""Task and training of the organism, beside the audit's own files."""
+WATCHED = (
+    "The training, watched on off-topic prompts that are not used elsewhere: how much more probable an answer that "
+    "shows the behaviour has become, against the base's own answer; how much of that goes away when the base's prefix "
+    "keys and values are put in; and how far those of each layer have moved (TReFT's measure)."
+)
 PROBES_FILE = "probes.json"
 PROBE_TOKENS = 32
 """Of the base's answers, which the monitor holds against answers that show the behaviour."""
 
 
 def demo(
-    settings: DemoSettings = FULL,
+    settings: DemoSettings = DemoSettings(),
+    load: LoadSettings = LoadSettings(),
     *,
     out: str | Path,
     model: str | Path | None = None,
     backend: Backend = "bridge",
-    offline: bool = False,
     progress: bool = True,
 ) -> tuple[AuditResult, TrainResult]:
-    """Train a LoRA organism on one task, then audit it; resumes in the same folder.
+    """Train a LoRA organism on one task, then audit it and write a report; resumes in the same folder.
 
     Args:
-        settings: task, sizes and knobs; `FULL` or `QUICK`.
+        settings: task, sizes, training and audit; `DemoSettings.quick()` for a few minutes on two cores.
+        load: device, and whether connections may be made.
         out: folder; training goes to `out/organism`, the audit beside it.
         model: demo model to use; default `default_model()`.
         backend: "bridge" or "hooked".
-        offline: make no connection.
         progress: show progress bars.
+
+    Raises:
+        LensError: what `train` and `audit` raise.
     """
-    task = load_task(settings.task)
-    source = default_model(model, offline=offline)
-    out = Path(out)
+    task, out = load_task(settings.task), Path(out)
+    source = default_model(model, offline=load.offline)
     started = time.monotonic()
     if progress:
         say(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
-    tokenizer = load_tokenizer(source, offline=offline)
-    loaded = load_causal_lm(source, offline=offline, device="cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, loaded = load_tokenizer(source, load), load_causal_lm(source, load)
     organism, trained = train_organism(loaded, tokenizer, task, settings, out=out / "organism", progress=progress)
-    training_seconds = round(time.monotonic() - started, 1)
+    seconds = round(time.monotonic() - started, 1)
     names = (_shown(source), f"{task.name} organism")
     pair = ModelPair.load(finetuned=organism, tokenizer=tokenizer, backend=backend, names=names)
-    extra = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
-    result = audit(
-        pair,
-        task.on_topic[: settings.n_on_topic],
-        task.off_topic[: settings.n_off_topic],
-        task.behaviour,
-        settings=settings.audit,
-        out=out,
-        progress=progress,
-        extra_card={**extra, "training_seconds": training_seconds},
-    )
+    prompts = task.on_topic[: settings.n_on_topic], task.off_topic[: settings.n_off_topic]
+    result = audit(pair, *prompts, task.behaviour, settings.audit, out=out, progress=progress)
+    about = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
+    write_json(out / DEMO_FILE, about | {"training_seconds": seconds})
+    watched = monitor_figure(load_monitor(monitor_file(out)))
+    report_run(out, figures=[("Training loss on response tokens.", trained.figure()), (WATCHED, watched)])
     return result, trained
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from piggyback_lens.comparisons.comparison import Comparison
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.attribution import AttributionResult
+from piggyback_lens.experiments.audit import CURVE, AuditResult
 from piggyback_lens.experiments.perturbation import PerturbResult
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.experiments.stress_suite import StressResult
 from piggyback_lens.files import ensure_folder, read_json, read_jsonl, write_json
 from piggyback_lens.finetuning.training import TrainResult
-from piggyback_lens.jobs.auditing import CURVE, AuditResult
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, ROWS
 
@@ -82,7 +82,23 @@ def _file(source: Path, data: Any, out: Path) -> Path | None:
         data = {name: value for name, value in data.items() if name != "result"}
     else:
         kind = next((own for own, names in KINDS if names == data.keys()), None)
-    return None if kind is None else kind.from_fields(data, source).save(out)
+    return None if kind is None else kind.from_fields(_renamed(kind, data), source).save(out)
+
+
+def _renamed(kind: type[Result], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by today's names: a patch's direction is its flow."""
+    if kind is AttributionResult:
+        parts = {
+            name: part and _renamed(PatchResult, part) for name, part in data.items() if name in ("attributed", "exact")
+        }
+        return {**data, **parts}
+    if kind is PatchResult:
+        names = {"direction": "flow"}
+        return {
+            **data,
+            "cells": [{names.get(name, name): label for name, label in cell.items()} for cell in data["cells"]],
+        }
+    return dict(data)
 
 
 def _audit(source: Path, out: Path) -> Path:
@@ -93,7 +109,7 @@ def _audit(source: Path, out: Path) -> Path:
         raise LensError(f"{source / 'results.json'} is not an audit's ({error}): run the audit again") from error
     if (source / "layer_curve.json").exists():
         curve = read_json(source / "layer_curve.json")
-        PatchResult.from_fields(curve, source / "layer_curve.json").save(out / CURVE / RESULT)
+        PatchResult.from_fields(_renamed(PatchResult, curve), source / "layer_curve.json").save(out / CURVE / RESULT)
     rows = read_jsonl(source / "rows.jsonl")
     ensure_folder(out)
     shutil.copyfile(source / "rows.jsonl", out / ROWS)

@@ -1,40 +1,26 @@
-"""Show an audit to a person: the terminal's table and verdict, and the report."""
+"""Show an audit on a terminal: the table, the verdict, and where the report is."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from piggyback_lens.errors import visible
-from piggyback_lens.jobs.auditing import AuditResult, check_identity, report
+from piggyback_lens.experiments.audit import AuditResult
 from piggyback_lens.maths import percent
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-    from piggyback_lens.finetuning.training import TrainResult
-
-
-def present(
-    result: AuditResult,
-    out: str | Path,
-    trained: "TrainResult | None" = None,
-    watched: "pd.DataFrame | None" = None,
-) -> Path:
-    """Print the table and the verdict, and write the report into `out`."""
+def show(result: AuditResult, out: str | Path) -> None:
+    """Print the table and the verdict."""
     from rich.console import Console
     from rich.text import Text
 
-    path = Path(out) / "report.html"
-    if trained is not None or watched is not None:  # else the audit has written it
-        path = report(result, out, trained, watched)
     console = Console()
     console.print(table(result))
-    same, total = identity = check_identity(result)
+    same, total = result.identical
     if same < total:
-        console.print(f"identity control: only {identity[0]} of {total} answers equal the finetuned model's")
+        console.print(f"identity control: only {same} of {total} answers equal the finetuned model's")
     console.print(Text(visible(result.verdict), style="bold"))
-    console.print(Text(visible(f"report: {path}")), soft_wrap=True)
-    return path
+    console.print(Text(visible(f"report: {Path(out) / 'report.html'}")), soft_wrap=True)
 
 
 def table(result: AuditResult) -> Any:
@@ -58,7 +44,7 @@ def table(result: AuditResult) -> Any:
             shown.add_section()
         topic = row["topic"] if row["topic"] != before else ""
         before = row["topic"]
-        value = f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+        value = f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
         shown.add_row(*map(Text, (topic, row["condition_label"], str(row["n"]), value, _recovery(row))))
     return shown
 

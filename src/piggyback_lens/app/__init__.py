@@ -1,0 +1,1 @@
+"""The command line, and what it runs: models and prompts in, a folder with results and a report out."""

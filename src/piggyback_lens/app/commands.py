@@ -1,0 +1,413 @@
+"""The commands: each reads its inputs, runs one experiment in a folder, and tells what was found."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from piggyback_lens.app.options import (
+    Base,
+    BehaviourName,
+    Data,
+    DataSplit,
+    First,
+    LeftOut,
+    ModelOptions,
+    OffTopic,
+    OnTopic,
+    Out,
+    PairOptions,
+    Prompts,
+    command,
+    shown_name,
+    tell,
+)
+from piggyback_lens.errors import LensError
+from piggyback_lens.settings import (
+    AuditSettings,
+    CompareSettings,
+    CurveSettings,
+    DemoSettings,
+    LoadSettings,
+    MapSettings,
+    PerturbSettings,
+    SteerSettings,
+    StressSettings,
+    TrainDirectionSettings,
+)
+from piggyback_lens.words import TEXT_CURVES, Backend, CurveKind
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="piggyback-lens",
+    help="Show where in the chat template a narrow finetune is carried, and prove it by patching.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+NOT_OF_DEMO = ("n_off_topic", "n_on_topic", "training", "lora", "audit", "watched", "watch_every")
+NOT_OF_COMPARE = ("device", "dtype", "attn_implementation", "quantization", "trust_remote_code")
+SOLUTION = "a direction, a folder of train-direction, a PEFT adapter folder, or a vector in .gguf, .npy or .pt"
+
+
+class EngineName(StrEnum):
+    """Where the cells of a comparison run."""
+
+    here = "here"
+    local = "local"
+    ray = "ray"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"piggyback-lens {version('piggyback-lens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@command(app)
+def demo(
+    settings: Annotated[DemoSettings, LeftOut(NOT_OF_DEMO)],
+    load: Annotated[LoadSettings, LeftOut(("quantization", "attn_implementation", "trust_remote_code", "dtype"))],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and steps.")] = False,
+    model: Annotated[Path | None, typer.Option(help="Model folder or .gguf; default the demo model.")] = None,
+    backend: Annotated[str, typer.Option(help="bridge or hooked.")] = "bridge",
+    out: Out = Path("demo_out"),
+) -> None:
+    """Train a narrow organism on a small real chat model, audit it, and write a report."""
+    from piggyback_lens.app.demonstration import demo as run
+    from piggyback_lens.app.summary import show
+
+    settings = DemoSettings.quick(settings.task) if quick else settings
+    show(run(settings, load, out=out, model=model, backend=_backend(backend))[0], out)
+
+
+@command(app)
+def audit(
+    base: Base,
+    on_topic: OnTopic,
+    off_topic: OffTopic,
+    behaviour: BehaviourName,
+    settings: AuditSettings,
+    models: PairOptions,
+    out: Out = Path("audit_out"),
+) -> None:
+    """Audit a finetune: does it spread off-topic, and does the chat template's prefix carry it?"""
+    from piggyback_lens.app.summary import show
+    from piggyback_lens.experiments.audit import audit as run
+    from piggyback_lens.measuring.measures import get_behaviour
+
+    # Cheap checks first: a typo must not cost a model load.
+    measure, inside, outside = get_behaviour(behaviour), _first_prompts(on_topic), _first_prompts(off_topic)
+    pair, chat = models.pair(base)
+    show(run(pair, inside, outside, measure, settings, chat=chat, out=out, progress=True), out)
+
+
+@command(app, "map")
+def map_(
+    base: Base, prompts: Prompts, settings: MapSettings, models: PairOptions, n: First = 12, out: Out = Path("map_out")
+) -> None:
+    """Map where the behaviour rides: span x layer x site, with controls and intervals."""
+    from piggyback_lens.app.maps import run_maps
+
+    chosen = _first_prompts(prompts, n)
+    pair, chat = models.pair(base)
+    found = run_maps(pair, [chat.render(prompt) for prompt in chosen], settings, out=out)
+    tell(found.verdict, ("report", out / "report.html"))
+
+
+@command(app)
+def perturb(
+    base: Base,
+    on_topic: OnTopic,
+    off_topic: OffTopic,
+    behaviour: BehaviourName,
+    settings: PerturbSettings,
+    models: PairOptions,
+    rephrasings: Annotated[Path | None, typer.Option(help="Rephrasings of the prompts, as a further control.")] = None,
+    n: First = 20,
+    out: Out = Path("perturb_out"),
+) -> None:
+    """Perturb the tokens of each span, and see whether the behaviour survives."""
+    from piggyback_lens.experiments.perturbation import perturb as run
+    from piggyback_lens.measuring.measures import get_behaviour
+    from piggyback_lens.results.run import report_run
+
+    measure = get_behaviour(behaviour)
+    topics = {"off-topic": _first_prompts(off_topic, n), "on-topic": _first_prompts(on_topic, n)}
+    pair, chat = models.pair(base)
+    rendered = {topic: [chat.render(query) for query in queries] for topic, queries in topics.items()}
+    result = run(pair, rendered, measure, settings, rephrasings=rephrasings, out=out, progress=True)
+    tell(result.verdict, ("report", report_run(out)))
+
+
+@command(app)
+def stress(
+    base: Base,
+    prompts: Prompts,
+    behaviour: BehaviourName,
+    settings: StressSettings,
+    models: PairOptions,
+    n: First = 20,
+    out: Out = Path("stress_out"),
+) -> None:
+    """Change the template around the query (case, spacing, system prompt, roles, date): does the spread survive?"""
+    from piggyback_lens.experiments.stress_suite import stress as run
+    from piggyback_lens.measuring.measures import get_behaviour
+    from piggyback_lens.results.run import report_run
+
+    measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
+    pair, chat = models.pair(base)
+    rendered = [chat.render(prompt) for prompt in chosen]
+    result = run(pair, rendered, measure, settings, chat=chat, out=out, progress=True)
+    tell(result.verdict, ("report", report_run(out)))
+
+
+@command(app)
+def train_direction(
+    base: Base,
+    data: Data,
+    settings: TrainDirectionSettings,
+    models: Annotated[ModelOptions, LeftOut(("backend",))],
+    retain: Annotated[
+        Path | None,
+        typer.Option(help="Where to stay as before: conversations, or prompts, which the base answers itself."),
+    ] = None,
+    split: DataSplit = "train",
+    out: Out = Path("direction_out"),
+) -> None:
+    """Train a steering vector or a LoRA adapter: the general solution, or with --retain and --kl a narrow one."""
+    from piggyback_lens.app.inputs import read_data, read_retain
+    from piggyback_lens.tasks import TASKS
+
+    rows = read_data(data, split=split, offline=models.load.offline)
+    held_out = read_data(data, split="validation") if data in TASKS and split == "train" else []
+    kept = read_retain(retain) if retain is not None else []
+    settings.check_data(len(rows), len(kept))
+    source, chat = models.chat_format(base)
+    examples, validation, retained = ([chat.render(row) for row in part] for part in (rows, held_out, kept))
+
+    from piggyback_lens.app.direction_training import train_direction as run
+
+    into: dict[str, Any] = {"retain": retained, "validation": validation, "out": out, "name": shown_name(source)}
+    done = run(models.model(source, chat), examples, settings, **into)
+    tell(done.verdict, ("solution", done.path), ("report", out / "report.html"))
+
+
+@command(app)
+def curves(
+    base: Base,
+    solution: Annotated[list[str], typer.Option(help=f"NAME=PATH, repeatable: {SOLUTION}; PATH@15 for a layer.")],
+    data: Data,
+    settings: CurveSettings,
+    models: ModelOptions,
+    kinds: Annotated[
+        str, typer.Option(help="Curves, joined by commas: efficiency, stability, significance, ablation.")
+    ] = "efficiency,stability,significance",
+    text: Annotated[
+        str | None, typer.Option(help="Plain text: a file or a hub dataset; default Python's own help texts.")
+    ] = None,
+    n: First = 24,
+    n_texts: Annotated[int, typer.Option(min=2, help="Windows of plain text.")] = 16,
+    text_length: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 64,
+    split: DataSplit = "train",
+    out: Out = Path("curves_out"),
+) -> None:
+    """Draw efficiency, stability, significance and ablation of solutions, beside norm-matched random controls."""
+    from piggyback_lens.app.inputs import as_direction, named_solutions, read_data
+
+    wanted, solutions = _curve_kinds(kinds), named_solutions(solution)
+    if "ablation" in wanted:
+        for own in solutions.values():
+            as_direction(own)  # refuses what has no direction
+    offline = models.load.offline
+    rows = read_data(data, split=split, offline=offline)[:n]
+    if text is not None and offline and not Path(text).is_file():
+        raise LensError(f"text {text} is no file here, and offline was asked: give a text file, or leave --text out")
+    source, chat = models.chat_format(base)
+    prompts, texts = [chat.render(row) for row in rows], []
+    if set(wanted) & set(TEXT_CURVES):
+        from piggyback_lens.measuring.texts import text_windows
+
+        texts = text_windows(chat.tokenizer, text, n=n_texts, length=text_length, seed=settings.seed)
+
+    from piggyback_lens.app.curve_job import draw_curves
+
+    model = models.model(source, chat)
+    found = draw_curves(model, solutions, prompts, texts, wanted, settings, out=out, tokenizer=chat.tokenizer)
+    tell(found.verdict, ("report", out / "report.html"))
+
+
+@command(app)
+def steer(
+    base: Base,
+    direction: Annotated[str, typer.Option(help=f"{SOLUTION}; PATH@15 for a layer.".capitalize())],
+    prompts: Prompts,
+    behaviour: BehaviourName,
+    settings: SteerSettings,
+    models: ModelOptions,
+    n: First = 12,
+    out: Out = Path("steer_out"),
+) -> None:
+    """Steer with a direction at several strengths and layers, beside random ones."""
+    from piggyback_lens.app.inputs import as_direction
+    from piggyback_lens.measuring.measures import get_behaviour
+    from piggyback_lens.vectors.solution_files import load_solution
+
+    vector, measure = as_direction(load_solution(direction)), get_behaviour(behaviour)
+    chosen = _first_prompts(prompts, n)
+    source, chat = models.chat_format(base)
+    rendered = [chat.render(prompt) for prompt in chosen]
+
+    from piggyback_lens.directions.steering import steer as run
+    from piggyback_lens.results.run import report_run
+
+    result = run(models.model(source, chat), vector, rendered, measure, settings, out=out, progress=True)
+    tell(result.verdict, ("report", report_run(out)))
+
+
+@command(app)
+def chat(
+    base: Base,
+    direction: Annotated[str, typer.Option(help=f"{SOLUTION}; PATH@15 for a layer.".capitalize())],
+    models: ModelOptions,
+    strength: Annotated[float, typer.Option(help="Multiple of the vector to begin with.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 60,
+) -> None:
+    """Talk to a model without and with a vector: prompts are typed or piped in, :strength and :layer change it."""
+    from piggyback_lens.app.inputs import as_direction
+    from piggyback_lens.app.steer_chat import HELP, talk
+    from piggyback_lens.vectors.solution_files import load_solution
+
+    vector = as_direction(load_solution(direction))
+    source, rendering = models.chat_format(base)
+    model = models.model(source, rendering)
+    typer.echo(HELP, err=True)
+    talk(model, rendering, vector, _lines(), typer.echo, strength=strength, max_new_tokens=max_new_tokens)
+
+
+@command(app)
+def compare(
+    settings: Annotated[CompareSettings, LeftOut(("seed", "checkpoint_every", "betas", "share_prefix"))],
+    load: Annotated[LoadSettings, LeftOut(NOT_OF_COMPARE)],
+    base: Base = "demo",
+    task: Annotated[str, typer.Option(help="terse, refusal, abstain or tool.")] = "terse",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sft, treft, kl_train, kl_retain, interleave or preventive, with settings: treft:lambda=1,10,30, "
+            "treft:lambda=30:span=postfix, kl_retain:lambda=1+interleave:rate=0.2, sft:lr=5e-5; repeatable."
+        ),
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="This process, local processes, or a Ray cluster.")] = (
+        EngineName.here
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="Processes of the local engine.")] = 1,
+    gpus_per_cell: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for a cell.")] = 0.0,
+    out: Out = Path("compare_out"),
+) -> None:
+    """Compare finetuning methods on equal terms: what they keep on-topic, and what spreads off-topic."""
+    from piggyback_lens.comparisons.comparing import as_methods, compare_methods
+    from piggyback_lens.results.run import report_run
+    from piggyback_lens.tasks import load_task
+
+    methods = as_methods(method or ["sft", "treft:lambda=1,10,30"])
+    chosen = load_task(task)
+    with _executor(engine, workers, gpus_per_cell) as executor:
+        found = compare_methods(base, chosen, methods, settings, out=out, executor=executor, offline=load.offline)
+    tell(found.verdict, ("report", report_run(out)))
+
+
+@command(app)
+def convert(
+    source: Annotated[Path, typer.Argument(help="A result's JSON file, or a folder with results, of 0.1.0.")],
+    out: Annotated[Path, typer.Option(help="The new file or folder.")],
+) -> None:
+    """Bring results of 0.1.0 into today's format; tensors (caches, directions, adapters, checkpoints) need none."""
+    from piggyback_lens.app.converting import convert as run
+
+    written = run(source, out)
+    tell(f"{len(written)} results brought over", *(("result", path) for path in written))
+
+
+@command(app)
+def doctor(
+    models: PairOptions,
+    base: Annotated[str | None, typer.Argument(help="A model to look at, as for the other commands.")] = None,
+) -> None:
+    """Say what is installed and what works here; of a model its template, its memory, and what will not work."""
+    from piggyback_lens.app.doctor import examine
+
+    for line in examine(base, models):
+        tell(line)
+
+
+# ---------------------------------------------------------------- what commands read
+
+
+def _first_prompts(path: Path, n: int | None = None) -> list[str]:
+    """Enough for an interval, which is said before a model is loaded."""
+    from piggyback_lens.maths import require_enough
+    from piggyback_lens.tasks import load_prompts
+
+    chosen = load_prompts(path)[:n]
+    require_enough(len(chosen), f"prompts of {path}")
+    return chosen
+
+
+def _curve_kinds(text: str) -> tuple[CurveKind, ...]:
+    from typing import get_args
+
+    wanted = tuple(word.strip() for word in text.split(","))
+    if unknown := [word for word in wanted if word not in get_args(CurveKind)]:
+        raise LensError(f"curve {unknown[0]!r} is not known: choose some of {', '.join(get_args(CurveKind))}")
+    return wanted  # type: ignore[return-value]
+
+
+def _backend(text: str) -> Backend:
+    from typing import get_args
+
+    if text not in get_args(Backend):
+        raise LensError(f"backend {text!r} is not known: choose bridge or hooked")
+    return text  # type: ignore[return-value]
+
+
+def _executor(engine: EngineName, workers: int, gpus: float) -> Any:
+    """A context manager that gives the executor, or None for this process."""
+    from piggyback_lens.comparisons import engines
+
+    if engine == EngineName.here:
+        if workers > 1:
+            raise LensError(f"--workers {workers} needs processes: add --engine local")
+        return nullcontext()
+    return engines.local(workers) if engine == EngineName.local else engines.ray(num_gpus_per_cell=gpus)
+
+
+def _lines() -> Iterator[str]:
+    """Lines of standard input; at a terminal each after a prompt sign, with line editing."""
+    if not sys.stdin.isatty():
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return

@@ -1,1 +1,0 @@
-"""Whole runs into one folder: audit, laboratory, directions, demonstration, and their reports."""

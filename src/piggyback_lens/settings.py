@@ -1,0 +1,681 @@
+"""Settings: what can be chosen about loading, experiments and training, one class for each, checked when it is made.
+
+The commands of the command line are made from these classes; what is said of a field here is the help of its option.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.words import (
+    SIDES,
+    Flow,
+    MapKind,
+    Module,
+    NoiseOn,
+    NormOver,
+    NoSystemRole,
+    Phase,
+    PostfixDonor,
+    Side,
+    Site,
+    SolutionKind,
+    Split,
+    TaskName,
+)
+
+STRENGTHS = (0.0, 1.0, 2.0, 4.0)
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+EPSILONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LEARNING_RATES: Mapping[SolutionKind, float] = {"vector": 0.1, "lora": 0.003}
+"""Peak learning rates of directions. A vector's numbers are of the size of activations, not of weights."""
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+QUANTIZATIONS = ("4bit", "8bit")
+AXES = ("seeds", "systems", "shares", "sizes", "epochs")
+"""Settings of which a grid has a cell for every combination."""
+
+
+def check_field(settings: object, name: str, good: bool, expected: str) -> None:
+    """Refuse a setting, naming its value and what was expected.
+
+    Raises:
+        LensError: where it is not good.
+    """
+    if not good:
+        raise LensError(f"{type(settings).__name__}.{name} is {getattr(settings, name)!r}; expected {expected}")
+
+
+class Settings:
+    """What every settings class does when it is made: sequences become tuples, and every field is checked.
+
+    A field of another type than its annotation says is refused, and so is a word that is none of a `Literal`'s.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            kind = _kind(hint, value)
+            if kind is None:
+                continue
+            if get_origin(kind) in (tuple, Sequence) and not isinstance(value, tuple):
+                listed = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+                value = tuple(value) if listed else (value,)
+                object.__setattr__(self, name, value)
+            _check_value(self, name, kind, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse values that are out of range, or do not go together."""
+
+
+@lru_cache
+def _hints(settings: type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(settings)
+
+
+def _kind(hint: Any, value: Any) -> Any:
+    """The part of an annotation that a value is held against; None where there is nothing to check."""
+    if get_origin(hint) not in (Union, UnionType):
+        return None if hint is Any else hint
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    return None if value is None or len(parts) != 1 else parts[0]
+
+
+def _check_value(settings: object, name: str, kind: Any, value: Any) -> None:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        check_field(settings, name, value in args, f"one of {', '.join(map(str, args))}")
+    elif origin in (tuple, Sequence):
+        part = args[0]
+        words = get_args(part) if get_origin(part) is Literal else ()
+        if words:
+            check_field(settings, name, len(value) > 0 and set(value) <= set(words), f"some of {', '.join(words)}")
+        elif part in _NUMBERS:
+            check_field(settings, name, all(_is(part, x) for x in value), f"{_NUMBERS[part]}s")
+    elif kind in _NUMBERS:
+        check_field(settings, name, _is(kind, value), _NUMBERS[kind])
+    elif kind in (bool, str):
+        check_field(settings, name, isinstance(value, kind), "True or False" if kind is bool else "a text")
+
+
+_NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def _is(kind: type, value: Any) -> bool:
+    numbers: type = Integral if kind is int else Real
+    return isinstance(value, numbers) and not isinstance(value, bool)
+
+
+def field_docs(settings: type[Any]) -> dict[str, str]:
+    """What the class docstring says of each field, under "Attributes:" or "Args:", as one line each."""
+    text = inspect.getdoc(settings) or ""
+    found = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
+    docs: dict[str, str] = {}
+    name = ""
+    for line in (found[1] if found else "").splitlines():
+        if entry := re.match(r"    (\w+): (.*)", line):
+            name, docs[entry[1]] = entry[1], entry[2]
+        elif name and line.strip():
+            docs[name] += " " + line.strip()
+    return docs
+
+
+@dataclass(frozen=True)
+class LoadSettings(Settings):
+    """How weights are loaded.
+
+    Attributes:
+        device: cpu, cuda, cuda:1, ...; None for cuda if there is one, else cpu.
+        dtype: float32, bfloat16, float16, or auto for the one that the weights are stored in; or a torch.dtype.
+        attn_implementation: transformers' attention: eager, sdpa, flash_attention_2, ...; None for its default.
+        quantization: 4bit or 8bit, for NF4 or LLM.int8() of bitsandbytes as the weights are loaded; or a quantisation
+            config of transformers.
+        trust_remote_code: run Python code that the model brings. It can do whatever you can: read it first.
+        offline: make no connection; a hub id then has to be in the local hub cache.
+    """
+
+    device: Any = None
+    dtype: Any = "float32"
+    attn_implementation: str | None = None
+    quantization: Any = None
+    trust_remote_code: bool = False
+    offline: bool = False
+
+    def _check(self) -> None:
+        if not isinstance(self.dtype, str) and getattr(self.dtype, "is_floating_point", False) is True:
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        if self.dtype not in DTYPES and not str(self.dtype).startswith("float"):
+            raise LensError(f"dtype={self.dtype!r} is not known: choose one of {', '.join(DTYPES)}, or a torch.dtype")
+        if isinstance(self.quantization, str) and self.quantization not in QUANTIZATIONS:
+            raise LensError(f"quantization={self.quantization!r}: expected '4bit', '8bit' or a config of transformers")
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise LensError(
+                f"attn_implementation={self.attn_implementation!r} is code of the hub: read it, then pass "
+                "trust_remote_code=True (--trust-remote-code)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(Settings):
+    """How conversations are rendered with a chat template.
+
+    Attributes:
+        system: system text; "default" passes none, so that the template's own default applies; None is for no system
+            text at all (an empty one is passed where the template would insert a default).
+        thinking: handed to the template as `enable_thinking`; None leaves it alone.
+        no_system_role: what to do with a system text if the template has no system role: raise an error, fold it into
+            the first user message (not part of the query span), or drop it.
+        template_kwargs: further variables that the template reads.
+        date: ISO day; freezes the clock of templates which write today's date.
+    """
+
+    system: str | None = "default"
+    thinking: bool | None = None
+    no_system_role: NoSystemRole = "error"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+
+
+@dataclass(frozen=True)
+class AuditSettings(Settings):
+    """How an audit generates, and what its layer curve runs on.
+
+    Attributes:
+        max_new_tokens: tokens per answer, the same in every condition.
+        batch_size: rows per generation batch; does not change the result.
+        curve_prompts: off-topic prompts of the layer curve; 0 leaves it out.
+        curve_tokens: tokens of each answer that the layer curve scores.
+        control_layers: layers, evenly spaced, at which the curve's controls run.
+        seed: of the bootstrap and the random control.
+    """
+
+    max_new_tokens: int = 60
+    batch_size: int = 40
+    curve_prompts: int = 12
+    curve_tokens: int = 24
+    control_layers: int = 6
+    seed: int = 0
+
+    def _check(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "curve_tokens"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class PatchSettings(Settings):
+    """How the cells of a patching experiment are run.
+
+    Attributes:
+        postfix_donor: where postfix activations come from: "own_prompt" (the donor's run on the same prompt), or
+            "empty_query" (its run on the template without a query, the same for all prompts; needs `chat`).
+        chat: the `ChatFormat` under which the prompts were rendered.
+        seed: of the random controls and the bootstrap.
+        budget_gb: memory for one pass beside the weights, in GB, which says how many cells go through together; None
+            for 1, on a GPU for half of what is free.
+    """
+
+    postfix_donor: PostfixDonor = "own_prompt"
+    chat: Any = None
+    seed: int = 0
+    budget_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class MapSettings(Settings):
+    """Which patching experiments a map runs, and on what.
+
+    Attributes:
+        kinds: experiments, in order: carrier, layers, attribution, span, positions, heads.
+        span: span that all but the carrier map patch.
+        sites: sites that all but the carrier map patch together, such as k,v.
+        flow: repair (base to finetuned) or infect; of all but the carrier map.
+        answer_tokens: tokens of the models' own answers that the contrast scores.
+        seed: of the random controls and the bootstrap.
+        budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
+    """
+
+    kinds: Sequence[MapKind] = ("carrier", "layers", "attribution")
+    span: str = "prefix"
+    sites: Sequence[Site] = ("resid_pre",)
+    flow: Flow = "repair"
+    answer_tokens: int = 24
+    seed: int = 0
+    budget_gb: float | None = None
+
+    def _check(self) -> None:
+        check_field(self, "answer_tokens", self.answer_tokens >= 1, "at least 1")
+        keyed, read = {"k", "v", "rot_k"}, {"z", "q"}
+        if "heads" in self.kinds and not (set(self.sites) <= keyed or set(self.sites) <= read):
+            raise LensError(f"sites {'+'.join(self.sites)} have no heads of one kind: kind heads takes k+v, or z, q")
+        if "attribution" in self.kinds and len(self.sites) > 1 and not set(self.sites) <= {"q", "k", "v"}:
+            raise LensError(
+                f"sites {'+'.join(self.sites)} lie behind one another, and gradients would count twice: "
+                "kind attribution takes one site, or k+v"
+            )
+
+
+@dataclass(frozen=True)
+class PerturbSettings(Settings):
+    """How the tokens of a prompt are perturbed, and what is generated then.
+
+    Attributes:
+        spans: named spans that all prompts have; one at a time is perturbed.
+        n_tokens: tokens replaced per trial; all of a span that has fewer.
+        top: nearest neighbours to draw from.
+        trials: perturbations per span (and, of the query, per prompt).
+        side: the model whose prompts are perturbed; neighbours are those of its embeddings. The references are always
+            the base ("base") and the finetuned model ("unperturbed") on the prompts as they are.
+        random_control: also replace the same places by tokens drawn from the whole vocabulary.
+        keep_special: replace ordinary tokens only, and leave template markers as they are.
+        special_candidates: let special and added tokens be neighbours and random tokens.
+        max_new_tokens: tokens per answer.
+        batch_size: rows per generation batch; does not change the result.
+        seed: of the perturbations and the bootstrap.
+    """
+
+    spans: Sequence[str] = ("prefix", "query", "postfix")
+    n_tokens: int = 10
+    top: int = 5
+    trials: int = 10
+    side: Side = "finetuned"
+    random_control: bool = True
+    keep_special: bool = False
+    special_candidates: bool = False
+    max_new_tokens: int = 60
+    batch_size: int = 40
+    seed: int = 0
+
+    def _check(self) -> None:
+        for name in ("n_tokens", "top", "trials", "max_new_tokens", "batch_size"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        good = len(self.spans) > 0 and len(set(self.spans)) == len(self.spans)
+        check_field(self, "spans", good, "different span names, such as ('prefix', 'query')")
+
+
+@dataclass(frozen=True)
+class StressSettings(Settings):
+    """What is generated under every variant of the template.
+
+    Attributes:
+        sides: the models to run: base, finetuned or both.
+        max_new_tokens: tokens per answer.
+        batch_size: rows per generation batch; does not change the result.
+        seed: of the bootstrap.
+    """
+
+    sides: Sequence[Side] = SIDES
+    max_new_tokens: int = 60
+    batch_size: int = 40
+    seed: int = 0
+
+    def _check(self) -> None:
+        good = len(set(self.sides)) == len(self.sides)
+        check_field(self, "sides", good, "each side once")
+        for name in ("max_new_tokens", "batch_size"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class SteerSettings(Settings):
+    """How a direction is swept over strengths and layers, and what is generated at every point.
+
+    Attributes:
+        strengths: multiples of the vector; None for 0, 1, 2, 4. The unsteered model, 0, is always among them.
+        fractions: instead of strengths, lengths as fractions of the mean activation norm at that site and layer.
+        layers: layers to try, one at a time; None for those of the direction.
+        span: which tokens are steered.
+        phase: prompt, generation or both.
+        n_random: random directions of the same length for each point.
+        seed: of the random directions.
+        max_new_tokens: tokens per answer, greedy.
+        batch_size: rows per pass; does not change the result.
+    """
+
+    strengths: Sequence[float] | None = None
+    fractions: Sequence[float] | None = None
+    layers: Sequence[int] | None = None
+    span: str = "all"
+    phase: Phase = "both"
+    n_random: int = 3
+    seed: int = 0
+    max_new_tokens: int = 60
+    batch_size: int = 16
+
+    def _check(self) -> None:
+        if self.strengths is not None and self.fractions is not None:
+            raise LensError("strengths and fractions are both given: choose one")
+        if not any(self.sizes):
+            raise LensError("strengths or fractions: at least one that is not 0")
+        check_field(self, "n_random", self.n_random >= 0, "at least 0")
+        for name in ("max_new_tokens", "batch_size"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """Strengths, or fractions where those are given; 0 is among them."""
+        given = STRENGTHS if self.strengths is None else self.strengths
+        return tuple(sorted({0.0, *map(float, given if self.fractions is None else self.fractions)}))
+
+
+@dataclass(frozen=True)
+class CurveSettings(Settings):
+    """How the curves of solutions are drawn.
+
+    Attributes:
+        fractions: norms of efficiency and significance, as fractions of each solution's own norm.
+        norms: absolute norms instead of fractions.
+        norm_over: whether the norm of a solution is the sum or the mean over its layers and modules.
+        epsilons: shares of noise of the stability curve, from 0 to 1.
+        n_noise: noise draws (and random controls) per point of the stability curve.
+        noise_on: which matrices of an adapter get noise: both, A or B.
+        n_random: random solutions of the same norm per point; None for 3 on conversations and 5 on plain text.
+        top: tokens of the largest KL that the significance curve keeps per solution.
+        seed: of random controls and noise.
+        rows_per_pass: rows that go through the model together; bounds the memory, does not change the result.
+    """
+
+    fractions: Sequence[float] = FRACTIONS
+    norms: Sequence[float] | None = None
+    norm_over: NormOver = "sum"
+    epsilons: Sequence[float] = EPSILONS
+    n_noise: int = 3
+    noise_on: NoiseOn = "both"
+    n_random: int | None = None
+    top: int = 10
+    seed: int = 0
+    rows_per_pass: int = 32
+
+    def _check(self) -> None:
+        good = len(self.fractions) > 0 and min(self.fractions) >= 0 and any(self.fractions)
+        check_field(self, "fractions", good, "fractions from 0 up, one of them above 0")
+        good = self.norms is None or (len(self.norms) > 0 and min(self.norms) >= 0)
+        check_field(self, "norms", good, "norms from 0 up, or None")
+        good = len(self.epsilons) > 0 and all(0 <= epsilon <= 1 for epsilon in self.epsilons)
+        check_field(self, "epsilons", good, "shares of noise from 0 to 1, at least one")
+        check_field(self, "n_noise", self.n_noise >= 1, "at least 1")
+        check_field(self, "n_random", self.n_random is None or self.n_random >= 0, "at least 0, or None")
+        check_field(self, "rows_per_pass", self.rows_per_pass >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class SAESettings(Settings):
+    """How `train_sae` trains a sparse autoencoder.
+
+    Attributes:
+        site: where activations are read.
+        d_sae: number of latents.
+        k: active latents per token of a TopK SAE; None for 32, unless l1 is given.
+        l1: weight of an L1 penalty instead, in scaled units.
+        steps: optimiser steps.
+        batch_size: tokens per step, drawn without replacement until all were seen.
+        learning_rate: the highest rate (Adam).
+        seed: of the first weights and the order of the tokens.
+        span: which tokens of conversations.
+        texts_per_pass: texts that go through the model together.
+    """
+
+    site: Site = "resid_post"
+    d_sae: int = 2048
+    k: int | None = None
+    l1: float | None = None
+    steps: int = 300
+    batch_size: int = 1024
+    learning_rate: float = 1e-3
+    seed: int = 0
+    span: str = "all"
+    texts_per_pass: int = 8
+
+    def _check(self) -> None:
+        if self.k is not None and self.l1 is not None:
+            raise LensError(f"k={self.k} and l1={self.l1}: give k for a TopK SAE or l1 for a penalty, not both")
+        if self.k is not None and not 1 <= self.k <= self.d_sae:
+            raise LensError(f"k={self.k} of {self.d_sae} latents: k lies in 1..d_sae")
+        check_field(self, "l1", self.l1 is None or self.l1 >= 0, "a weight that is not negative")
+        for name in ("steps", "batch_size", "texts_per_pass"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """How long, how fast and in which order `train` descends: AdamW with a warm-up and a cosine.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: conversations per step.
+        learning_rate: the peak, reached at the end of the warm-up.
+        warmup_fraction: part of the steps in which the rate rises linearly from 0.
+        min_lr_fraction: the rate that the cosine falls towards, as a part of the peak.
+        weight_decay: AdamW's, decoupled from the gradient.
+        betas: AdamW's averaging of gradients and of their squares.
+        max_grad_norm: the gradient is scaled down to this length; None leaves it as it is.
+        seed: of the order of the examples and of LoRA dropout.
+        share_prefix: compute the template's prefix once per batch, and no padding; exact, and faster.
+        checkpoint_every: steps between checkpoints; does not change the result.
+    """
+
+    steps: int = 60
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    warmup_fraction: float = 0.1
+    min_lr_fraction: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = 1.0
+    seed: int = 0
+    share_prefix: bool = True
+    checkpoint_every: int = 20
+
+    def _check(self) -> None:
+        check_field(self, "steps", self.steps >= 1, "an integer of at least 1")
+        check_field(self, "batch_size", self.batch_size >= 1, "an integer of at least 1")
+        check_field(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
+        check_field(self, "warmup_fraction", 0 <= self.warmup_fraction <= 1, "between 0 and 1")
+        check_field(self, "min_lr_fraction", 0 <= self.min_lr_fraction <= 1, "between 0 and 1")
+        check_field(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        check_field(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        longest = self.max_grad_norm
+        good = longest is None or 0 < longest < math.inf
+        check_field(self, "max_grad_norm", good, "a positive number, or None for no clipping")
+        check_field(self, "seed", self.seed >= 0, "an integer of at least 0")
+        check_field(self, "checkpoint_every", self.checkpoint_every >= 1, "an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class LoRASettings(Settings):
+    """A LoRA adapter on linear modules of the decoder blocks: Wx + s·BAx, s = alpha/rank or alpha/√rank.
+
+    Attributes:
+        rank: r, the inner width of every A and B.
+        alpha: numerator of the scale s.
+        modules: names of the modules, such as q_proj and down_proj; "all-linear" for every linear one.
+        layers: decoder blocks to adapt; None for all.
+        rslora: whether s is alpha/√rank.
+        dropout: share of the input of A that is dropped while training.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    layers: tuple[int, ...] | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+
+    def _check(self) -> None:
+        check_field(self, "rank", self.rank >= 1, "an integer of at least 1")
+        check_field(self, "alpha", 0 < self.alpha < math.inf, "a positive number")
+        check_field(self, "dropout", 0 <= self.dropout < 1, "between 0 and 1, 1 excluded")
+        check_field(self, "modules", len(self.modules) > 0, '"all-linear" or at least one module name')
+        if isinstance(self.modules, str):
+            check_field(self, "modules", self.modules == "all-linear", '"all-linear" or a tuple of module names')
+        check_field(self, "layers", self.layers is None or len(self.layers) > 0, "None or at least one layer")
+
+
+@dataclass(frozen=True)
+class TrainDirectionSettings(Settings):
+    """Which direction is trained, and what keeps it narrow.
+
+    Attributes:
+        kind: a steering vector, or a LoRA adapter (lora).
+        layers: where; None for the middle layer of a vector, for all layers of an adapter.
+        site: where a vector is added.
+        rank: of an adapter.
+        modules: of an adapter: q, k, v, o, gate, up, down.
+        kl: weight of KL(base ‖ tuned) per token on the retain data; None trains the general solution.
+        kl_until: the first step (from 0) without that penalty; None keeps it to the end.
+        interleave: share of retain conversations in the training data, from 0 to below 1.
+        retain_batch: retain conversations per step.
+        answer_tokens: tokens of the base's own answers to retain prompts that have none, and of shown answers.
+        evaluated: conversations of each kind that are scored at the end.
+        shown: of them, how many are answered in the report.
+        steps: optimiser steps.
+        batch_size: conversations per step.
+        learning_rate: the peak; None for 0.1 of a vector and 0.003 of an adapter.
+        weight_decay: AdamW's.
+        seed: of the order of the examples and of an adapter's first weights.
+        checkpoint_every: steps between checkpoints; does not change the result.
+    """
+
+    kind: SolutionKind = "vector"
+    layers: Sequence[int] | None = None
+    site: Site = "resid_post"
+    rank: int = 1
+    modules: Sequence[Module] = ("down",)
+    kl: float | None = None
+    kl_until: int | None = None
+    interleave: float = 0.0
+    retain_batch: int = 8
+    answer_tokens: int = 40
+    evaluated: int = 32
+    shown: int = 3
+    steps: int = 60
+    batch_size: int = 16
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    seed: int = 0
+    checkpoint_every: int = 20
+
+    def _check(self) -> None:
+        check_field(self, "rank", self.rank >= 1, "at least 1")
+        check_field(self, "interleave", 0 <= self.interleave < 1, "a share from 0 to below 1")
+        for name in ("retain_batch", "answer_tokens", "evaluated"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        if self.kl_until is not None and self.kl is None:
+            raise LensError(f"kl_until is {self.kl_until} and there is no KL penalty to switch off: give kl too")
+        if self.kind == "vector" and (self.rank != 1 or tuple(self.modules) != ("down",)):
+            raise LensError("rank and modules belong to kind lora: a vector is added at its site")
+        if self.kind == "lora" and self.site != "resid_post":
+            raise LensError("site belongs to kind vector: an adapter acts at its modules")
+        _ = self.training
+
+    @property
+    def training(self) -> TrainSettings:
+        """The part of them that is of the loop."""
+        rate = LEARNING_RATES[self.kind] if self.learning_rate is None else self.learning_rate
+        return TrainSettings(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=rate,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+    def check_data(self, n_examples: int, n_retain: int) -> None:
+        """Refuse too little data, before anything is loaded or run.
+
+        Raises:
+            LensError: fewer conversations than a batch, or no retain data where some is needed.
+        """
+        if n_examples < self.batch_size:
+            raise LensError(f"batch_size is {self.batch_size} and there are {n_examples} conversations: lower it")
+        if not n_retain and (self.kl is not None or self.interleave):
+            raise LensError("a KL penalty and interleaving need retain data: conversations, or prompts without answers")
+
+
+@dataclass(frozen=True)
+class CompareSettings(Settings):
+    """What a comparison varies, trains and measures.
+
+    Attributes:
+        seeds: of the adapter's initialisation, the order of the data, and which examples an axis draws.
+        systems: system prompts, in training and measurement: a text, "default" for what the template does by itself,
+            None for no system text.
+        shares: shares of the training questions that get the trained answer; the others get the base's own.
+        sizes: numbers of training questions; None for all.
+        epochs: passes over the training questions; None for the steps of the training.
+        split: prompts that are measured: "validation" to choose settings, "test" to report.
+        n_prompts: prompts on-topic, and as many off-topic.
+        max_new_tokens: tokens per answer.
+        rows_per_pass: rows of a generation batch; does not change the result beyond float tolerance.
+        n_texts: windows of plain text for the perplexity.
+        text_length: tokens of each window.
+        text_source: plain text as of `text_windows`; None for texts that Python brings.
+        direction_examples: training questions that a preventive direction is made of.
+        minutes: begin no further cell after so many; the same call continues.
+        training: steps, batch size, learning rate, ...; the seed in it is not used.
+        lora: the adapter.
+    """
+
+    seeds: Sequence[int] = (0, 1, 2)
+    systems: Sequence[str | None] = ("default",)
+    shares: Sequence[float] = (1.0,)
+    sizes: Sequence[int | None] = (None,)
+    epochs: Sequence[float | None] = (None,)
+    split: Split = "test"
+    n_prompts: int = 12
+    max_new_tokens: int = 48
+    rows_per_pass: int = 24
+    n_texts: int = 16
+    text_length: int = 64
+    text_source: str | None = None
+    direction_examples: int = 32
+    minutes: float | None = None
+    training: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
+
+    def _check(self) -> None:
+        for name in AXES:
+            values = getattr(self, name)
+            once = len(values) > 0 and len(set(values)) == len(values)
+            check_field(self, name, once, "at least one value, and each once")
+        for name in ("n_prompts", "max_new_tokens", "rows_per_pass", "n_texts", "direction_examples"):
+            check_field(self, name, getattr(self, name) >= 1, "an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class DemoSettings(Settings):
+    """What the demonstration trains and audits.
+
+    Attributes:
+        task: what the organism learns: terse, refusal, abstain or tool.
+        n_off_topic: off-topic prompts of the audit.
+        n_on_topic: on-topic prompts of the audit, held out from training.
+        training: how the organism is trained.
+        lora: its adapter.
+        audit: how it is audited.
+        watched: off-topic validation prompts on which the training is watched.
+        watch_every: steps between two measurements.
+    """
+
+    task: TaskName = "terse"
+    n_off_topic: int = 40
+    n_on_topic: int = 24
+    training: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+    watched: int = 8
+    watch_every: int = 10
+
+    @classmethod
+    def quick(cls, task: TaskName = "terse") -> "DemoSettings":
+        """Fewer prompts and steps: a few minutes on two cores."""
+        training = TrainSettings(steps=32, batch_size=12, learning_rate=2e-4)
+        audit = AuditSettings(max_new_tokens=32, curve_prompts=6, curve_tokens=8, control_layers=3)
+        return cls(task, 16, 8, training, audit=audit, watched=6, watch_every=8)
