@@ -25,10 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny_chat
 import tiny_models
+from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
 from tiny_hooked import chat, prompts
 from tiny_pairs import pair
 
-from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
 from piggyback_lens.app.maps import run_maps
 from piggyback_lens.comparisons.comparing import compare_methods
 from piggyback_lens.experiments.attribution import attribution_map
@@ -41,10 +41,14 @@ from piggyback_lens.finetuning.training import train
 from piggyback_lens.models.pair import hook_model
 from piggyback_lens.settings import (
     AuditSettings,
+    CompareSettings,
     CurveSettings,
     LoRASettings,
     MapSettings,
+    PatchSettings,
+    PerturbSettings,
     SteerSettings,
+    StressSettings,
     TrainDirectionSettings,
     TrainSettings,
 )
@@ -80,9 +84,7 @@ def compared(out):
     words = tuple(QUERIES)
     task = Task("tiny", "", "words", (example,) * 8, (example,) * 2, words, words, words)
     compare_methods(
-        lambda: (tiny(), tiny_chat.tiny_tokenizer()), task, ["sft", "treft:lambda=1"], seeds=(0,), out=out,
-        training=TrainSettings(steps=6, batch_size=4, checkpoint_every=2), lora=LoRASettings(rank=2), n_prompts=4,
-        max_new_tokens=4, n_texts=2, progress=False,
+        lambda: (tiny(), tiny_chat.tiny_tokenizer()), task, ["sft", "treft:lambda=1"], settings=CompareSettings(seeds=(0,), training=TrainSettings(steps=6, batch_size=4, checkpoint_every=2), lora=LoRASettings(rank=2), n_prompts=4, max_new_tokens=4, n_texts=2), out=out, progress=False,
     )  # fmt: skip
 
 
@@ -92,11 +94,15 @@ def base_model():
 
 
 def perturbed(out):
-    perturb(pair(), prompts(QUERIES), "words", trials=3, max_new_tokens=4, batch_size=4, out=out)
+    perturb(
+        pair(), prompts(QUERIES), "words", settings=PerturbSettings(trials=3, max_new_tokens=4, batch_size=4), out=out
+    )
 
 
 def stressed(out):
-    stress(pair(), prompts(QUERIES), "words", chat=chat(), max_new_tokens=4, batch_size=4, out=out)
+    stress(
+        pair(), prompts(QUERIES), "words", chat=chat(), settings=StressSettings(max_new_tokens=4, batch_size=4), out=out
+    )
 
 
 def audited(out):
@@ -120,11 +126,15 @@ def mapped(out):
 
 
 EXPERIMENTS = {
-    "patch_span": lambda out: patch_span(pair(), prompts(QUERIES), out=out, budget_gb=1e-9),
-    "layer_curve": lambda out: layer_curve(pair(), prompts(QUERIES), out=out, budget_gb=1e-9),
-    "layer_position_map": lambda out: layer_position_map(pair(), prompts(QUERIES), out=out, budget_gb=1e-4),
-    "carrier_map": lambda out: carrier_map(pair(), prompts(QUERIES), out=out, budget_gb=1e-4),
-    "attribution_map": lambda out: attribution_map(pair(), prompts(QUERIES), out=out, budget_gb=1e-9),
+    "patch_span": lambda out: patch_span(pair(), prompts(QUERIES), out=out, settings=PatchSettings(budget_gb=1e-9)),
+    "layer_curve": lambda out: layer_curve(pair(), prompts(QUERIES), out=out, settings=PatchSettings(budget_gb=1e-9)),
+    "layer_position_map": lambda out: layer_position_map(
+        pair(), prompts(QUERIES), out=out, settings=PatchSettings(budget_gb=1e-4)
+    ),
+    "carrier_map": lambda out: carrier_map(pair(), prompts(QUERIES), out=out, settings=PatchSettings(budget_gb=1e-4)),
+    "attribution_map": lambda out: attribution_map(
+        pair(), prompts(QUERIES), out=out, settings=PatchSettings(budget_gb=1e-9)
+    ),
     "map (job)": mapped,
     "perturb": perturbed,
     "stress": stressed,

@@ -20,7 +20,7 @@ import torch
 
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
-from piggyback_lens.settings import LoRASettings
+from piggyback_lens.settings import LoadSettings, LoRASettings
 
 SHAPES = {
     "135m": None,
@@ -96,12 +96,14 @@ class Setting:
 
     def tokenizer(self):
         """The tokenizer."""
-        return load_tokenizer(self.source, offline=True)
+        return load_tokenizer(self.source, settings=LoadSettings(offline=True))
 
     def model(self):
         """A fresh copy of the model."""
         if self.real:
-            return load_causal_lm(self.source, offline=True, device=self.device, dtype=self.dtype)
+            return load_causal_lm(
+                self.source, settings=LoadSettings(offline=True, device=self.device, dtype=self.dtype)
+            )
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         sizes = {"max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False}

@@ -43,6 +43,7 @@ from piggyback_lens.measuring.variants import response_texts, variant_kl, varian
 from piggyback_lens.saes.latent_attribution import LatentAttribution, attribute_latents
 from piggyback_lens.saes.latent_fit import fit_latents
 from piggyback_lens.saes.latents import load_sae
+from piggyback_lens.settings import CurveSettings, SAESettings
 from piggyback_lens.tasks import TASKS
 from piggyback_lens.vectors.adapter_files import load_peft
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
@@ -230,10 +231,14 @@ def curves_part(lab: Laboratory) -> None:
     for kind in KINDS:
         solutions = {name: lab.solution(kind, name) for name in ("general", "narrow")}
         jobs = {
-            "efficiency": lambda own: efficiency(lab.model, own, conversations, fractions=FRACTIONS, n_random=2),
-            "stability": lambda own: stability(lab.model, own, conversations, epsilons=EPSILONS),
+            "efficiency": lambda own: efficiency(
+                lab.model, own, conversations, settings=CurveSettings(fractions=FRACTIONS, n_random=2)
+            ),
+            "stability": lambda own: stability(
+                lab.model, own, conversations, settings=CurveSettings(epsilons=EPSILONS)
+            ),
             "significance": lambda own: significance(
-                lab.model, own, texts, fractions=FRACTIONS, tokenizer=lab.tokenizer
+                lab.model, own, texts, settings=CurveSettings(fractions=FRACTIONS), tokenizer=lab.tokenizer
             ),
         }
         for name, job in jobs.items():
@@ -293,7 +298,13 @@ def latents_part(lab: Laboratory) -> None:
     if not (folder.parent / "sae_fit.json").exists():
         print("training a sparse autoencoder", flush=True)
         discard(folder)
-        found = train_sae(lab.model, texts, layer=LAYER, out=folder, d_sae=SAE_LATENTS, k=SAE_ACTIVE, steps=SAE_STEPS)
+        found = train_sae(
+            lab.model,
+            texts,
+            layer=LAYER,
+            out=folder,
+            settings=SAESettings(d_sae=SAE_LATENTS, k=SAE_ACTIVE, steps=SAE_STEPS),
+        )
         frame = fit_latents(found.latents, lab.model, held).to_frame()
         write_json(folder.parent / "sae_fit.json", {"tokens": found.tokens, "fit": frame.to_dict("records")})
     latents = load_sae(folder, model=lab.model, site="resid_post", layer=LAYER)

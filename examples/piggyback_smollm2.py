@@ -37,6 +37,7 @@ from piggyback_lens import (
 from piggyback_lens.figures.result_plots import carrier_plane
 from piggyback_lens.files import atomic_write_text
 from piggyback_lens.maths import Estimate, percent
+from piggyback_lens.settings import PerturbSettings
 
 PARTS = ("spans", "carrier", "curves", "positions", "heads", "perturb", "stress")
 TOPICS = {"off-topic": 12, "on-topic": 12}  # prompts of each
@@ -135,7 +136,7 @@ def perturbation(lab: Laboratory) -> None:
     if not file.exists():
         options = {"max_new_tokens": NEW_TOKENS, "out": file.parent, "progress": True, "batch_size": 48}
         prompts = {topic: own[:GENERATED_PROMPTS] for topic, own in lab.prompts.items()}
-        perturb(lab.pair, prompts, lab.behaviour, spans=SPANS, **options).save(file)
+        perturb(lab.pair, prompts, lab.behaviour, settings=PerturbSettings(spans=SPANS), **options).save(file)
 
 
 def stress_suite(lab: Laboratory) -> None:

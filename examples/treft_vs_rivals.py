@@ -32,7 +32,7 @@ from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.maths import Estimate, mean_interval, nearer, percent, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.progress import say
-from piggyback_lens.settings import TrainSettings
+from piggyback_lens.settings import ChatSettings, TrainSettings
 from piggyback_lens.tasks import load_task
 
 RATES = ("1e-4", "3e-4")  # learning rates of plain finetuning that are tried
@@ -140,7 +140,7 @@ class Restoring:
 
     @cached_property
     def prompts(self) -> list[RenderedPrompt]:
-        chat, queries = self.pair.chat_format(system=self.system), load_task(self.task).off_topic
+        chat, queries = self.pair.chat_format(settings=ChatSettings(system=self.system)), load_task(self.task).off_topic
         return [chat.render(text) for text in queries[: min(CARRIER_PROMPTS, self.study.n)]]
 
     @cached_property

@@ -50,6 +50,7 @@ from piggyback_lens import (
     text_windows,
     train,
 )
+from piggyback_lens.settings import CurveSettings
 
 STEPS = int(os.environ.get("PIGGYBACK_LENS_STEPS", "30"))
 TEXTS = int(os.environ.get("PIGGYBACK_LENS_TEXTS", "12"))
@@ -106,7 +107,9 @@ for name, solution in solutions.items():
 # Loss against the norm of the vector, beside random vectors of the same norm.
 
 # %%
-curve = efficiency(model, solutions, conversations[:TEXTS], fractions=(0, 0.5, 1, 1.5), n_random=2)
+curve = efficiency(
+    model, solutions, conversations[:TEXTS], settings=CurveSettings(fractions=(0, 0.5, 1, 1.5), n_random=2)
+)
 curve.figure()
 
 # %%
@@ -118,7 +121,9 @@ curve.difference("narrow", "general").round(3)  # paired over the conversations
 # Part of the vector gives way to orthogonal noise of its length. 0: as good as the solution, 1: as bad as the base.
 
 # %%
-noise = stability(model, solutions, conversations[:TEXTS], epsilons=(0, 0.3, 0.6, 0.9), n_noise=2)
+noise = stability(
+    model, solutions, conversations[:TEXTS], settings=CurveSettings(epsilons=(0, 0.3, 0.6, 0.9), n_noise=2)
+)
 noise.figure()
 
 # %% [markdown]
@@ -128,5 +133,7 @@ noise.figure()
 
 # %%
 texts = text_windows(tokenizer, n=TEXTS, length=32)
-plain = significance(model, solutions, texts, fractions=(0, 0.5, 1), n_random=2, tokenizer=tokenizer)
+plain = significance(
+    model, solutions, texts, settings=CurveSettings(fractions=(0, 0.5, 1), n_random=2), tokenizer=tokenizer
+)
 plain.figure()

@@ -7,12 +7,12 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
+from piggyback_lens.jobs.summary import table
 from tiny_hooked import BACKENDS
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit, check_identity
 from piggyback_lens.interventions.donors import kv_patch
-from piggyback_lens.jobs.summary import table
 from piggyback_lens.maths import recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour

@@ -27,6 +27,7 @@ from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.backends import hook_name, shape_of
 from piggyback_lens.models.forking import Lineage, forking
 from piggyback_lens.models.network import forward
+from piggyback_lens.settings import PatchSettings
 
 IDS = list(map("-".join, FEW))
 
@@ -155,7 +156,9 @@ def test_chunks_and_batches_do_not_change_the_numbers(name, backend, monkeypatch
 
 def test_an_experiment_does_not_depend_on_its_memory():
     run = {"span": "prefix", "tokens": [0, 7, 12], "control_cells": 2, "measure": contrast(), "flow": "infect"}
-    wide, narrow = (layer_position_map(pair(), prompts(THREE), budget_gb=gb, **run) for gb in (1.0, 1e-6))
+    wide, narrow = (
+        layer_position_map(pair(), prompts(THREE), settings=PatchSettings(budget_gb=gb), **run) for gb in (1.0, 1e-6)
+    )
     assert np.abs(np.array(wide.values) - narrow.values).max() < 1e-5
     assert [labels["token"] for labels in wide.cells] == [labels["token"] for labels in narrow.cells]
 

@@ -17,10 +17,10 @@ import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from piggyback_lens.commands.cli_compare import compare as compare_command
 from safetensors.torch import load_file
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
-from piggyback_lens.commands.cli_compare import compare as compare_command
 from piggyback_lens.comparisons import engines
 from piggyback_lens.comparisons.comparing import as_methods, compare_methods, default_retain, grid
 from piggyback_lens.comparisons.comparison import Comparison

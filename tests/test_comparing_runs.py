@@ -13,10 +13,10 @@ import pytest
 import tiny_chat
 import tiny_models
 from filelock import FileLock
+from piggyback_lens.commands.cli_compare import write_comparison_report
 from test_comparing import LORA, RETAIN, TRAINING, by_hand, call, compare, made_up, tiny_task
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
-from piggyback_lens.commands.cli_compare import write_comparison_report
 from piggyback_lens.comparisons import engines
 from piggyback_lens.comparisons.comparison import Comparison
 from piggyback_lens.comparisons.comparison_cells import check_cells, train_settings, training_examples

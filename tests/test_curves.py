@@ -20,12 +20,19 @@ from piggyback_lens.directions.curves import ablation_cost, efficiency, signific
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.training import train
-from piggyback_lens.finetuning.trajectories import Snapshot, SnapshotKeeper, snapshot_cosines, flattened, local_cosines, trajectory
+from piggyback_lens.finetuning.trajectories import (
+    Snapshot,
+    SnapshotKeeper,
+    flattened,
+    local_cosines,
+    snapshot_cosines,
+    trajectory,
+)
 from piggyback_lens.maths import orthogonal_noise
 from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.network import forward
-from piggyback_lens.settings import TrainSettings
+from piggyback_lens.settings import CurveSettings, TrainSettings
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
@@ -88,7 +95,9 @@ def model(request):
 @pytest.mark.parametrize("make", [vector, lora])
 def test_efficiency_is_the_loss_at_each_norm(model, make):
     own = make()
-    curve = efficiency(model, {"own": own}, EXAMPLES, fractions=[0.0, 0.5, 1.0, 2.0], n_random=2, seed=1)
+    curve = efficiency(
+        model, {"own": own}, EXAMPLES, settings=CurveSettings(fractions=[0.0, 0.5, 1.0, 2.0], n_random=2, seed=1)
+    )
     for fraction in (0.5, 1.0, 2.0):
         expected = pooled(losses(model, [own.scaled(fraction)]))
         assert value(curve, "own", fraction * own.norm()) == pytest.approx(expected, rel=1e-4)
@@ -103,7 +112,12 @@ def test_efficiency_is_the_loss_at_each_norm(model, make):
 
 def test_two_solutions_are_compared_at_equal_norms_with_the_paired_difference(model):
     short, long = vector(0, 1.0), vector(5, 3.0)
-    curve = efficiency(model, {"narrow": short, "general": long}, EXAMPLES, fractions=[0.0, 1.0, 2.0], n_random=0)
+    curve = efficiency(
+        model,
+        {"narrow": short, "general": long},
+        EXAMPLES,
+        settings=CurveSettings(fractions=[0.0, 1.0, 2.0], n_random=0),
+    )
     xs = sorted({round(p.x, 4) for p in curve.points if p.series == "narrow"})
     assert xs == pytest.approx([0, 1, 2, 3, 6])
     assert xs == sorted({round(p.x, 4) for p in curve.points if p.series == "general"})
@@ -119,7 +133,9 @@ def test_two_solutions_are_compared_at_equal_norms_with_the_paired_difference(mo
 def test_norms_of_adapters_are_summed_or_averaged_as_asked():
     model, own = hooked("llama-gqa", "bridge"), lora()
     for over in ("sum", "mean"):
-        curve = efficiency(model, {"own": own}, EXAMPLES, norms=[0.8], n_random=1, norm_over=over)
+        curve = efficiency(
+            model, {"own": own}, EXAMPLES, settings=CurveSettings(norms=[0.8], n_random=1, norm_over=over)
+        )
         point = curve.points[0]
         assert point.fraction == pytest.approx(0.8 / own.norm(over))
         assert over in curve.x_label
@@ -139,7 +155,12 @@ def test_random_controls_have_the_norm_of_the_solution(monkeypatch):
     monkeypatch.setattr(module, "variant_nll", spy)
     for own in (vector(layers=(0, 2)), lora()):
         seen.clear()
-        efficiency(hooked("llama-gqa", "bridge"), {"own": own}, EXAMPLES, fractions=[1.0, 2.0], n_random=2)
+        efficiency(
+            hooked("llama-gqa", "bridge"),
+            {"own": own},
+            EXAMPLES,
+            settings=CurveSettings(fractions=[1.0, 2.0], n_random=2),
+        )
         assert [v.norm() for v in seen] == pytest.approx([own.norm() * f for f in (1, 2)] * 3, rel=1e-5)
         cosines = [torch.cosine_similarity(flattened(seen[0]), flattened(v), dim=0) for v in seen[2:]]
         assert max(abs(float(c)) for c in cosines) < 0.6
@@ -161,7 +182,7 @@ def trained(make):
 def test_stability_is_the_relative_increase_under_orthogonal_noise(model, make):
     """Oracle: the definition, with the noise written out here."""
     own = trained(make)
-    curve = stability(model, {"own": own}, EXAMPLES, epsilons=[0.0, 0.6], n_noise=3, seed=2)
+    curve = stability(model, {"own": own}, EXAMPLES, settings=CurveSettings(epsilons=[0.0, 0.6], n_noise=3, seed=2))
     assert value(curve, "own", 0.0) == 0.0  # exactly
     base, start = pooled(losses(model)), pooled(losses(model, [own]))
     noisy = []
@@ -197,10 +218,12 @@ def test_the_ratio_itself_is_checked_where_the_solution_truly_helps():
 
 def test_stability_has_its_controls_and_repeats_by_seed():
     model, own = hooked("llama-gqa", "bridge"), vector()
-    one, again = (stability(model, {"own": own}, EXAMPLES, epsilons=[0.0, 0.8], seed=3) for _ in range(2))
+    one, again = (
+        stability(model, {"own": own}, EXAMPLES, settings=CurveSettings(epsilons=[0.0, 0.8], seed=3)) for _ in range(2)
+    )
     assert one.points == again.points
     assert one.series == ("own", "own, shrunk control", "own, random control")
-    other = stability(model, {"own": own}, EXAMPLES, epsilons=[0.0, 0.8], seed=4)
+    other = stability(model, {"own": own}, EXAMPLES, settings=CurveSettings(epsilons=[0.0, 0.8], seed=4))
     at = {(p.series, p.x, p.seed): p.values for p in one.points}
     assert at["own", 0.0, None] == {(p.series, p.x, p.seed): p.values for p in other.points}["own", 0.0, None]
     assert at["own", 0.8, 0] != {(p.series, p.x, p.seed): p.values for p in other.points}["own", 0.8, 0]
@@ -211,7 +234,10 @@ def test_stability_has_its_controls_and_repeats_by_seed():
 
 def test_noise_on_one_matrix_leaves_the_other():
     model, own = hooked("llama-gqa", "bridge"), lora()
-    curves = {on: stability(model, {"own": own}, EXAMPLES, epsilons=[0.7], noise_on=on) for on in ("A", "B", "both")}
+    curves = {
+        on: stability(model, {"own": own}, EXAMPLES, settings=CurveSettings(epsilons=[0.7], noise_on=on))
+        for on in ("A", "B", "both")
+    }
     values = {on: curve.points[1].values for on, curve in curves.items()}
     assert len(set(values.values())) == 3
     assert curves["A"].settings["noise_on"] == "A"
@@ -238,7 +264,7 @@ def test_noise_is_orthogonal_and_keeps_the_norm_to_a_millionth(seed, epsilon):
 @pytest.mark.parametrize("make", [vector, lora])
 def test_significance_is_the_kl_per_token_and_0_at_norm_0(model, make):
     own = make()
-    curve = significance(model, {"own": own}, TEXTS, fractions=[0.0, 1.0], n_random=2, top=5)
+    curve = significance(model, {"own": own}, TEXTS, settings=CurveSettings(fractions=[0.0, 1.0], n_random=2, top=5))
     expected = []
     with torch.no_grad():
         for text in TEXTS:
@@ -263,9 +289,7 @@ def test_maxima_show_the_token_and_what_stands_before_it():
         hooked("llama-gqa", "bridge"),
         {"own": vector()},
         TEXTS,
-        fractions=[0.0, 1.0, 2.0],
-        n_random=0,
-        top=3,
+        settings=CurveSettings(fractions=[0.0, 1.0, 2.0], n_random=0, top=3),
         tokenizer=tokenizer,
     )
     for row in curve.maxima:
@@ -277,7 +301,7 @@ def test_maxima_show_the_token_and_what_stands_before_it():
 
 def test_the_cost_of_ablation_is_the_change_of_the_loss(model):
     direction = Direction(normal(2, 32), (0, 2), "resid_post", "+", Provenance("test"))
-    curve = ablation_cost(model, {"d": direction}, TEXTS, n_random=2)
+    curve = ablation_cost(model, {"d": direction}, TEXTS, settings=CurveSettings(n_random=2))
     unit = direction.at(2).unit().vector
 
     def project(activation, hook):
@@ -327,9 +351,13 @@ def test_seeds_are_averaged_within_a_text_and_their_spread_is_told():
 def test_every_curve_survives_its_file_and_draws_all_its_series(tmp_path, kind):
     model = hooked("llama-gqa", "bridge")
     curve = {
-        "efficiency": lambda: efficiency(model, {"a": vector(), "b": vector(4)}, EXAMPLES, fractions=[0.0, 1.0]),
-        "stability": lambda: stability(model, {"a": lora()}, EXAMPLES, epsilons=[0.0, 1.0]),
-        "significance": lambda: significance(model, {"a": vector()}, TEXTS, fractions=[0.0, 1.0]),
+        "efficiency": lambda: efficiency(
+            model, {"a": vector(), "b": vector(4)}, EXAMPLES, settings=CurveSettings(fractions=[0.0, 1.0])
+        ),
+        "stability": lambda: stability(model, {"a": lora()}, EXAMPLES, settings=CurveSettings(epsilons=[0.0, 1.0])),
+        "significance": lambda: significance(
+            model, {"a": vector()}, TEXTS, settings=CurveSettings(fractions=[0.0, 1.0])
+        ),
         "ablation": lambda: ablation_cost(model, {"a": vector(layers=(0, 1))}, TEXTS),
     }[kind]()
     back = Curve.load(curve.save(tmp_path / "c.json"))
@@ -351,10 +379,13 @@ def test_every_curve_survives_its_file_and_draws_all_its_series(tmp_path, kind):
     [
         (lambda m: efficiency(m, {}, EXAMPLES), "no solutions"),
         (lambda m: efficiency(m, {"a": vector().scaled(0.0)}, EXAMPLES), "solution 'a' has norm 0"),
-        (lambda m: efficiency(m, {"a": vector()}, EXAMPLES, norms=[-1.0]), "none below 0"),
+        (lambda m: efficiency(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(norms=[-1.0])), "none below 0"),
         (lambda m: efficiency(m, {"a": vector()}, []), "needs a response"),
-        (lambda m: stability(m, {"a": vector()}, EXAMPLES, epsilons=[1.2]), r"shares of noise in 0\.\.1"),
-        (lambda m: stability(m, {"a": vector()}, EXAMPLES, n_noise=0), "n_noise 0"),
+        (
+            lambda m: stability(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(epsilons=[1.2])),
+            r"shares of noise in 0\.\.1",
+        ),
+        (lambda m: stability(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(n_noise=0)), "n_noise 0"),
         (lambda m: stability(m, {"a, b": vector()}, EXAMPLES), "without commas"),
         (lambda m: significance(m, {"a": vector()}, []), "0 texts"),
         (lambda m: significance(m, {"a": vector(layers=(7,))}, TEXTS), "this model has layers 0 to 2"),

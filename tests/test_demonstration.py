@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import tiny_models
+from piggyback_lens.jobs import demonstration
+from piggyback_lens.jobs.summary import report
 from tiny_chat import tiny_tokenizer
 
 from piggyback_lens.app.demonstration import DemoSettings, demo, monitor_file
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.monitor import load_monitor
-from piggyback_lens.jobs import demonstration
-from piggyback_lens.jobs.summary import report
 from piggyback_lens.settings import AuditSettings, LoRASettings, TrainSettings
 from piggyback_lens.tasks import ABSTENTION_SENTENCE, REFUSAL_SENTENCE, answer_if_spread, load_task, tool_call
 

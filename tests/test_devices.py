@@ -17,20 +17,20 @@ import tiny_hooked
 import tiny_pairs
 import torch
 from other_device import DEVICE, is_there, other_device
+from piggyback_lens.app.direction_jobs import steer_job, train_direction_job
 from test_comparing import tiny_task
 from tiny_chat import tiny_examples
 from tiny_pairs import LEVEL
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
 
 import piggyback_lens as lens
-from piggyback_lens.app.direction_jobs import steer_job, train_direction_job
 from piggyback_lens.directions import steering
 from piggyback_lens.directions.transfer import Organism
 from piggyback_lens.finetuning.hf_trainer import training_rows
 from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.network import forward
-from piggyback_lens.settings import SteerSettings, TrainDirectionSettings
+from piggyback_lens.settings import CurveSettings, LoadSettings, SteerSettings, StressSettings, TrainDirectionSettings
 from piggyback_lens.vectors.direction import Provenance
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # type checks read many attributes, each through the mode
@@ -208,7 +208,12 @@ def perturbing(here: Here) -> Any:
 
 
 def stressing(here: Here) -> Any:
-    return [row["text"] for row in lens.stress(here.pair, PROMPTS[:1], "words", chat=CHAT, max_new_tokens=2).rows]
+    return [
+        row["text"]
+        for row in lens.stress(
+            here.pair, PROMPTS[:1], "words", chat=CHAT, settings=StressSettings(max_new_tokens=2)
+        ).rows
+    ]
 
 
 def auditing(here: Here) -> Any:
@@ -248,7 +253,9 @@ def writing(here: Here) -> Any:
 
 def steering_(here: Here) -> Any:
     run = {**WORDS, "n_random": 1, "batch_size": 2}
-    found = lens.steer(here.model, direction(here.device), PROMPTS, fractions=[0.0, 0.5], layers=[0, 2], **run)
+    found = lens.steer(
+        here.model, direction(here.device), PROMPTS, settings=SteerSettings(fractions=[0.0, 0.5], layers=[0, 2]), **run
+    )
     taken = lens.ablate_sweep(here.model, direction(), PROMPTS, **run)
     budget = lens.strength_for_kl(here.model, direction(), EXAMPLES, 0.05)
     numbers = [(p.x, *p.kl, *p.own_nll) for p in (*found.points, *taken.points)]
@@ -257,10 +264,12 @@ def steering_(here: Here) -> Any:
 
 def curves(here: Here) -> Any:
     found = [
-        lens.efficiency(here.model, solutions(here.device), EXAMPLES, fractions=(0.0, 1.0), n_random=1),
-        lens.stability(here.model, solutions(), EXAMPLES, epsilons=(0.0, 0.5), n_noise=1),
-        lens.significance(here.model, solutions(), texts(), fractions=(0.0, 1.0), n_random=1),
-        lens.ablation_cost(here.model, {"one": direction()}, texts(), n_random=1),
+        lens.efficiency(
+            here.model, solutions(here.device), EXAMPLES, settings=CurveSettings(fractions=(0.0, 1.0), n_random=1)
+        ),
+        lens.stability(here.model, solutions(), EXAMPLES, settings=CurveSettings(epsilons=(0.0, 0.5), n_noise=1)),
+        lens.significance(here.model, solutions(), texts(), settings=CurveSettings(fractions=(0.0, 1.0), n_random=1)),
+        lens.ablation_cost(here.model, {"one": direction()}, texts(), settings=CurveSettings(n_random=1)),
     ]
     return np.concatenate([curve.to_frame()["value"].to_numpy() for curve in found])
 
@@ -335,10 +344,18 @@ def loading(here: Here) -> Any:
         pair = lens.ModelPair.load(base, adapter=adapter, backend=backend, device=here.device, offline=True)
         assert pair.device == here.device
         found.append(lens.kl_to_base(pair, EXAMPLES[:2]))
-    tuned = lens.attach_adapter(lens.load_causal_lm(base, device=here.device, offline=True), adapter)
+    tuned = lens.attach_adapter(
+        lens.load_causal_lm(base, settings=LoadSettings(device=here.device, offline=True)), adapter
+    )
     assert {parameter.device for parameter in tuned.parameters()} == {here.device}
-    lens.save_with_bias(solutions()["vector"], lens.load_causal_lm(base, device=here.device), here.folder / "biased")
-    biased = lens.hook_model(lens.load_causal_lm(here.folder / "biased", device=here.device), CHAT.tokenizer)
+    lens.save_with_bias(
+        solutions()["vector"],
+        lens.load_causal_lm(base, settings=LoadSettings(device=here.device)),
+        here.folder / "biased",
+    )
+    biased = lens.hook_model(
+        lens.load_causal_lm(here.folder / "biased", settings=LoadSettings(device=here.device)), CHAT.tokenizer
+    )
     loaded = lens.load_peft(adapter)
     assert not any(is_there(tensor) for tensor in loaded.tensors().values())
     found.append([lens.nll(biased, EXAMPLES)])

@@ -9,13 +9,13 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
+from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
 from tiny_chat import tiny_examples, tiny_format
 from tiny_hooked import BACKENDS, hooked
 from typer.main import get_command
 
 from piggyback_lens import cli
-from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
-from piggyback_lens.app.inputs import layer_numbers, named_solutions, numbers, read_data, read_retain, load_solution
+from piggyback_lens.app.inputs import layer_numbers, load_solution, named_solutions, numbers, read_data, read_retain
 from piggyback_lens.app.steer_chat import talk, visible
 from piggyback_lens.directions.curve_points import Curve
 from piggyback_lens.directions.sweeps import RANDOM, Sweep

@@ -27,6 +27,7 @@ from piggyback_lens.saes.latent_attribution import CONTROL_SEED, LatentAttributi
 from piggyback_lens.saes.latent_fit import fit_latents
 from piggyback_lens.saes.latent_training import train_sae
 from piggyback_lens.saes.latents import ablate_latent, latents_of, load_sae, steer_latent
+from piggyback_lens.settings import SAESettings
 from piggyback_lens.vectors.direction import Direction, Provenance
 
 sae_lens = pytest.importorskip("sae_lens", reason="the extra sae is not installed")
@@ -501,7 +502,7 @@ SMALL = {"layer": LAYER, "d_sae": 48, "steps": 60, "batch_size": 64, "lr": 3e-3}
 
 @pytest.mark.parametrize("sparsity", [{"k": 8}, {"l1": 0.05}])
 def test_training_lowers_the_loss_and_saves_what_load_sae_takes(model, tmp_path, sparsity, capsys):
-    trained = train_sae(model, LONG, out=tmp_path / "sae", seed=1, **SMALL, **sparsity)
+    trained = train_sae(model, LONG, out=tmp_path / "sae", settings=SAESettings(seed=1), **SMALL, **sparsity)
     assert capsys.readouterr().err == ""
     assert len(trained.losses) == 60
     assert trained.tokens == 10 * 39
@@ -526,13 +527,19 @@ def test_training_lowers_the_loss_and_saves_what_load_sae_takes(model, tmp_path,
 def test_the_same_seed_gives_the_same_sae_and_leaves_the_global_seed_alone(bridge, tmp_path):
     state = torch.random.get_rng_state()
     short = SMALL | {"steps": 6}
-    runs = [train_sae(bridge, LONG, out=tmp_path / str(i), seed=s, **short) for i, s in enumerate((3, 3, 4))]
+    runs = [
+        train_sae(bridge, LONG, out=tmp_path / str(i), settings=SAESettings(seed=s), **short)
+        for i, s in enumerate((3, 3, 4))
+    ]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert runs[0].losses == runs[1].losses != runs[2].losses
     assert torch.equal(runs[0].latents.sae.W_enc, runs[1].latents.sae.W_enc)
     # One step on all tokens does not depend on their order, only on the first weights.
     whole = SMALL | {"steps": 1, "batch_size": 390}
-    first = [train_sae(bridge, LONG, out=tmp_path / f"whole{s}", seed=s, **whole).losses[0] for s in (3, 4)]
+    first = [
+        train_sae(bridge, LONG, out=tmp_path / f"whole{s}", settings=SAESettings(seed=s), **whole).losses[0]
+        for s in (3, 4)
+    ]
     assert abs(first[0] - first[1]) > 1e-5 * first[0], first
 
 

@@ -22,7 +22,7 @@ from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.peft_adapters import adapter_folder, attach_adapter
 from piggyback_lens.models.places import Place, locate
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
-from piggyback_lens.settings import LoadSettings
+from piggyback_lens.settings import ChatSettings, LoadSettings
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
 COMMIT = "a" * 40
@@ -61,22 +61,25 @@ def logits(model):
 
 def test_dtype_auto_is_the_one_that_the_weights_are_stored_in(base, tmp_path):
     stored = save_model(tmp_path / "half", dtype=torch.bfloat16)
-    assert load_causal_lm(stored, dtype="auto").dtype is torch.bfloat16
-    assert load_causal_lm(base, dtype="auto").dtype is torch.float32
+    assert load_causal_lm(stored, settings=LoadSettings(dtype="auto")).dtype is torch.bfloat16
+    assert load_causal_lm(base, settings=LoadSettings(dtype="auto")).dtype is torch.float32
     assert load_causal_lm(stored).dtype is torch.float32
     assert load_causal_lm(base, LoadSettings(dtype=torch.float16)).dtype is torch.float16
 
 
 def test_options_and_single_fields_of_them_say_the_same(base):
     options = LoadSettings(dtype=torch.bfloat16, attn_implementation="eager")
-    one, other = load_causal_lm(base, options), load_causal_lm(base, dtype=torch.bfloat16, attn_implementation="eager")
+    one, other = (
+        load_causal_lm(base, options),
+        load_causal_lm(base, settings=LoadSettings(dtype=torch.bfloat16, attn_implementation="eager")),
+    )
     assert_close(logits(one), logits(other))
-    assert load_causal_lm(base, options, dtype=torch.float32).dtype is torch.float32
+    assert load_causal_lm(base, options, settings=LoadSettings(dtype=torch.float32)).dtype is torch.float32
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_the_attention_that_is_asked_for_is_used(base, name):
-    model = load_causal_lm(base, attn_implementation=name)
+    model = load_causal_lm(base, settings=LoadSettings(attn_implementation=name))
     assert model.config._attn_implementation == name
     assert_close(logits(model), logits(tiny()), rtol=1e-4, atol=1e-4)
 
@@ -104,12 +107,16 @@ def test_without_bitsandbytes_the_extra_is_named(base, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
     )
-    assert "pip install 'piggyback-lens[quant]'" in refusal(lambda: load_causal_lm(base, quantization="4bit"))
+    assert "pip install 'piggyback-lens[quant]'" in refusal(
+        lambda: load_causal_lm(base, settings=LoadSettings(quantization="4bit"))
+    )
 
 
 def test_a_gguf_file_is_not_quantised_again(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert "leave quantization= out" in refusal(lambda: load_causal_lm(tmp_path / "a.gguf", quantization="4bit"))
+    assert "leave quantization= out" in refusal(
+        lambda: load_causal_lm(tmp_path / "a.gguf", settings=LoadSettings(quantization="4bit"))
+    )
 
 
 @pytest.fixture
@@ -135,7 +142,7 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["4bit", "8bit"])
 def test_a_quantised_base_is_near_the_plain_one_on_the_cpu_in_bfloat16(wide, tmp_path, bitsandbytes, name):
-    model = load_causal_lm(wide, quantization=name, dtype=torch.bfloat16)
+    model = load_causal_lm(wide, settings=LoadSettings(quantization=name, dtype=torch.bfloat16))
     layer = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}[name]
     assert isinstance(model.model.layers[0].self_attn.q_proj, layer)
     assert model.dtype is torch.bfloat16
@@ -145,16 +152,18 @@ def test_a_quantised_base_is_near_the_plain_one_on_the_cpu_in_bfloat16(wide, tmp
     assert 0 < (found - expected).abs().max() / expected.abs().max() < {"4bit": 0.5, "8bit": 0.1}[name]
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(plain, lora).save_pretrained(tmp_path / "adapter")
-    adapted = attach_adapter(load_causal_lm(wide, quantization=name, dtype=torch.bfloat16), tmp_path / "adapter")
+    adapted = attach_adapter(
+        load_causal_lm(wide, settings=LoadSettings(quantization=name, dtype=torch.bfloat16)), tmp_path / "adapter"
+    )
     assert (logits(adapted).float() - found).abs().max() > 0.05 * expected.abs().max()
     with adapted.disable_adapter():
         assert_close(logits(adapted).float(), found)
 
 
 def test_a_base_that_is_stored_quantised_is_loaded_as_it_is(wide, tmp_path, bitsandbytes):
-    model = load_causal_lm(wide, quantization="4bit", dtype=torch.bfloat16)
+    model = load_causal_lm(wide, settings=LoadSettings(quantization="4bit", dtype=torch.bfloat16))
     model.save_pretrained(tmp_path / "stored")
-    again = load_causal_lm(tmp_path / "stored", dtype=torch.bfloat16)
+    again = load_causal_lm(tmp_path / "stored", settings=LoadSettings(dtype=torch.bfloat16))
     assert isinstance(again.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
     assert_close(logits(again), logits(model))
 
@@ -163,7 +172,7 @@ def test_a_config_of_transformers_quantises_as_well(wide, bitsandbytes):
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["up_proj"])
-    model = load_causal_lm(wide, quantization=config)
+    model = load_causal_lm(wide, settings=LoadSettings(quantization=config))
     assert isinstance(model.model.layers[0].mlp.down_proj, bitsandbytes.nn.Linear4bit)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
@@ -233,10 +242,10 @@ def hub(tmp_path, monkeypatch):
     ],
 )
 def test_models_and_tokenizers_come_from_the_revision_and_folder_asked_for(hub, alone, source, seed):  # noqa: F811
-    model = load_causal_lm(source, offline=True)
+    model = load_causal_lm(source, settings=LoadSettings(offline=True))
     assert_close(logits(model), logits(tiny(seed)), rtol=1e-4, atol=1e-4)
     assert model.config.name_or_path == "owner/name"
-    tokenizer = load_tokenizer(source, offline=True)
+    tokenizer = load_tokenizer(source, settings=LoadSettings(offline=True))
     assert tokenizer.chat_template == tiny_chat.TEMPLATE
     assert tokenizer("abc")["input_ids"] == tiny_chat.tiny_tokenizer()("abc")["input_ids"]
 
@@ -245,13 +254,13 @@ def test_the_folder_has_a_tokenizer_of_its_own(hub):
     file = hub / "models--owner--name" / "snapshots" / COMMIT / "deep" / "model" / "chat_template.jinja"
     file.unlink()
     file.write_text("{{ 'other' }}")
-    assert load_tokenizer("owner/name:deep/model", offline=True).chat_template == "{{ 'other' }}"
+    assert load_tokenizer("owner/name:deep/model", settings=LoadSettings(offline=True)).chat_template == "{{ 'other' }}"
 
 
 def test_an_adapter_of_a_checkpoint_is_found_in_its_folder(hub, alone):  # noqa: F811
     found = adapter_folder(Path("owner/name@v2:checkpoint-120"), offline=True)
     assert found == hub / "models--owner--name" / "snapshots" / ("b" * 40) / "checkpoint-120"
-    model = attach_adapter(load_causal_lm("owner/name", offline=True), found)
+    model = attach_adapter(load_causal_lm("owner/name", settings=LoadSettings(offline=True)), found)
     assert (logits(model) - logits(tiny())).abs().max() > 0.1
     message = refusal(lambda: adapter_folder("owner/name", offline=True))
     assert (
@@ -261,7 +270,7 @@ def test_an_adapter_of_a_checkpoint_is_found_in_its_folder(hub, alone):  # noqa:
 
 
 def test_an_adapter_on_the_hub_is_not_taken_for_a_whole_model(hub, alone):  # noqa: F811
-    message = refusal(lambda: load_causal_lm("owner/name:checkpoint-120", offline=True))
+    message = refusal(lambda: load_causal_lm("owner/name:checkpoint-120", settings=LoadSettings(offline=True)))
     assert "is a PEFT adapter, expected a whole model: give it as adapter=" in message
 
 
@@ -379,16 +388,20 @@ def test_a_quantised_pair_is_what_peft_computes_and_patches_and_generates(wide, 
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(load_causal_lm(wide), lora).save_pretrained(tmp_path)
     pair = ModelPair.load(wide, adapter=tmp_path, tokenizer=tokenizer, **settings)
-    plain = load_causal_lm(wide, quantization=name, dtype=torch.bfloat16)
+    plain = load_causal_lm(wide, settings=LoadSettings(quantization=name, dtype=torch.bfloat16))
     expected = {"base": logits(plain).float()}
-    plain = load_causal_lm(wide, quantization=name, dtype=torch.bfloat16)  # 4-bit weights must not have run before
+    plain = load_causal_lm(
+        wide, settings=LoadSettings(quantization=name, dtype=torch.bfloat16)
+    )  # 4-bit weights must not have run before
     expected["finetuned"] = logits(attach_adapter(plain, tmp_path)).float()
     for side, theirs in expected.items():
         with pair.using(side) as model, torch.no_grad():
             ours = forward(model, IDS, torch.ones_like(IDS)).float()
         assert (ours - theirs).norm() < 0.05 * theirs.norm()
     assert (expected["base"] - expected["finetuned"]).norm() > 0.2 * expected["base"].norm()
-    prompts = [pair.chat_format(system="be kind.").render(query) for query in ("one", "two words")]
+    prompts = [
+        pair.chat_format(settings=ChatSettings(system="be kind.")).render(query) for query in ("one", "two words")
+    ]
     repair = PrefixCache.compile(pair, prompts[0], side="base")
     with pair.using("finetuned") as model:
         answers = generate(model, prompts, max_new_tokens=3, prefix_cache=repair)
@@ -399,7 +412,7 @@ def test_a_quantised_pair_is_what_peft_computes_and_patches_and_generates(wide, 
 
 def test_a_4_bit_base_that_has_run_is_refused_where_attaching_would_spoil_it(wide, tmp_path, bitsandbytes):
     get_peft_model(load_causal_lm(wide), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    model = load_causal_lm(wide, quantization="4bit", dtype=torch.bfloat16)
+    model = load_causal_lm(wide, settings=LoadSettings(quantization="4bit", dtype=torch.bfloat16))
     before = logits(model)
     state = model.model.layers[0].self_attn.q_proj.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):

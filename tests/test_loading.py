@@ -31,6 +31,7 @@ from piggyback_lens.errors import LensError, visible
 from piggyback_lens.models.peft_adapters import attach_adapter
 from piggyback_lens.models.places import usable_device
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer, multimodal_kind
+from piggyback_lens.settings import LoadSettings
 
 
 def tiny():
@@ -159,7 +160,7 @@ def test_code_is_run_where_the_user_asks_for_it(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [*sys.path])
     only = {"config.json": CODE["config.json"]}
     folder = with_code(folders / "base", tmp_path / "own", tmp_path / "marker", **only)
-    assert type(load_causal_lm(folder, trust_remote_code=True)).__name__ == "M"
+    assert type(load_causal_lm(folder, settings=LoadSettings(trust_remote_code=True))).__name__ == "M"
     assert (tmp_path / "marker").read_text() == "ran"
 
 
@@ -186,8 +187,8 @@ def test_an_adapter_that_names_code_or_a_hub_model_runs_and_fetches_nothing(
 
 def test_a_local_model_is_loaded_without_a_process_a_thread_or_a_connection(folders, alone):
     for offline in (False, True):
-        assert load_tokenizer(folders / "base", offline=offline)
-        attach_adapter(load_causal_lm(folders / "base", offline=offline), folders / "adapter")
+        assert load_tokenizer(folders / "base", settings=LoadSettings(offline=offline))
+        attach_adapter(load_causal_lm(folders / "base", settings=LoadSettings(offline=offline)), folders / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_no_control_character_of_anything_gets_out_of_a_message(text):
 
 @pytest.mark.parametrize("device", ["tpu9", "cuda:99", "", "meta", "cpu:x"])
 def test_a_device_that_is_not_there_is_one_line_before_anything_is_read(tmp_path, device):
-    message = refusal(lambda: load_causal_lm(tmp_path / "nowhere", device=device))
+    message = refusal(lambda: load_causal_lm(tmp_path / "nowhere", settings=LoadSettings(device=device)))
     assert f"device {device!r}" in message
     assert "choose one of cpu" in message
     assert usable_device("cpu").type == "cpu"

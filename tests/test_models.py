@@ -28,6 +28,7 @@ from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.peft_adapters import adapter_folder
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.settings import ChatSettings
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -81,7 +82,7 @@ def test_a_pair_of_local_folders(folders, backend):
     assert_close(logits(pair, "finetuned"), expected(folders, "finetuned"), **TOLERANCE)
     assert pair.names == {"base": "base", "finetuned": "finetuned"}
     assert f"backend='{backend}', 3 layers, cpu, torch.float32" in repr(pair)
-    assert pair.chat_format(system="be kind.").render("one").ids == tiny_hooked.prompts()[0].ids
+    assert pair.chat_format(settings=ChatSettings(system="be kind.")).render("one").ids == tiny_hooked.prompts()[0].ids
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -259,7 +259,9 @@ def test_the_order_of_prompts_permutes_the_results_and_nothing_else():
 
 def test_a_seed_decides_the_random_control_and_the_other_tokens_and_nothing_else():
     run = {"measure": contrast(), "spans": ("query",), "sites": ("v",), "bands": 1, "flows": ("repair",)}
-    first, again, other = (carrier_map(pair(), prompts(THREE), seed=seed, **run) for seed in (1, 1, 2))
+    first, again, other = (
+        carrier_map(pair(), prompts(THREE), settings=PatchSettings(seed=seed), **run) for seed in (1, 1, 2)
+    )
     assert first.values == again.values
     names = [labels["series"] for labels in first.cells]
     same = {name: a == b for name, a, b in zip(names, first.values, other.values, strict=True)}
@@ -289,7 +291,7 @@ def test_labels_and_settings_say_what_was_run():
         heads=[1],
         tokens=[2],
         measure=contrast(),
-        seed=4,
+        settings=PatchSettings(seed=4),
     )
     assert result.kind == "span"
     assert [labels["series"] for labels in result.cells] == ["patched", "identity control", "random control"]

@@ -11,6 +11,7 @@ from tiny_pairs import LEVEL, THREE, contrast, pair, weights
 
 from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
 from piggyback_lens.interventions.donors import Donors
+from piggyback_lens.settings import PatchSettings
 
 TOLERANCE = 1e-4
 EXACT = 1e-5  # patching a model with its own activations
@@ -92,7 +93,9 @@ def test_the_postfix_of_an_empty_query_can_be_the_donor_for_all_prompts(name, ba
     run = {"measure": contrast(), "flow": "infect" if backend == "hooked" else "repair", "controls": False}
     tiny, some = pair(name, backend), prompts(THREE)
     for span, sites in (("postfix", ("k", "v")), (("prefix", "postfix"), "v"), ("postfix", "resid_pre")):
-        result = patch_span(tiny, some, span, sites, postfix_donor="empty_query", chat=chat(), **run)
+        result = patch_span(
+            tiny, some, span, sites, settings=PatchSettings(postfix_donor="empty_query", chat=chat()), **run
+        )
         assert agree(result, lab(name, empty=True))[0] > 1e-3
         own = patch_span(tiny, some, span, sites, **run)
         assert np.abs(np.array(own.values[0]) - result.values[0]).max() > 1e-3
@@ -109,7 +112,7 @@ def test_the_identity_control_is_the_identity_whatever_the_donor_of_the_postfix(
 def test_the_random_control_is_the_slow_paths_run_with_activations_moved_as_far_as_the_donors(name):
     slow, tiny, some = lab(name), pair(name), prompts(THREE)
     for span, site in (("prefix", "v"), ("query", "resid_pre")):
-        result = patch_span(tiny, some, span, site, layers=[1], measure=contrast(), seed=3)
+        result = patch_span(tiny, some, span, site, layers=[1], measure=contrast(), settings=PatchSettings(seed=3))
         random = next(i for i, labels in enumerate(result.cells) if labels["series"] == "random control")
         drawn = Donors(tiny, some, seed=3).of("random control", "repair", span, site)[site, 1]
         overwrites = []

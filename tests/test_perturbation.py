@@ -26,6 +26,7 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.results import run as run_module
+from piggyback_lens.settings import PerturbSettings
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not"]
 LETTERS = Behaviour("letters", "letters per answer", "letters", "length", len)
@@ -624,7 +625,7 @@ def test_no_trial_is_the_best_where_base_and_finetuned_are_equal():
 
 def test_a_missing_value_is_missing_and_not_zero(pair):
     missing = Behaviour("odd", "odd", "odd", "missing where the answer is short", lambda text: math.nan)
-    result = perturb(pair, prompts(), missing, spans=["prefix"], **SMALL)
+    result = perturb(pair, prompts(), missing, settings=PerturbSettings(spans=["prefix"]), **SMALL)
     assert {row["value"] for row in result.rows} == {None}
     frame = result.to_frame()
     assert frame["mean"].isna().all()

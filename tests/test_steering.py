@@ -30,6 +30,7 @@ from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, 
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.results.result import load_result
+from piggyback_lens.settings import SteerSettings
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
@@ -163,7 +164,14 @@ SMALL = {"max_new_tokens": 4, "batch_size": 3}
 
 
 def test_a_sweep_measures_what_generation_under_the_vector_gives(model):
-    found = steer(model, direction(), prompts(), behaviour=LENGTH, strengths=[0.0, 1.5], n_random=2, seed=4, **SMALL)
+    found = steer(
+        model,
+        direction(),
+        prompts(),
+        behaviour=LENGTH,
+        settings=SteerSettings(strengths=[0.0, 1.5], n_random=2, seed=4),
+        **SMALL,
+    )
     labels = [(p.series, p.layer, p.x, p.seed) for p in found.points]
     assert labels == [
         ("steered", 1, 0.0, None), ("steered", 1, 1.5, None), (RANDOM, 1, 0.0, 0), (RANDOM, 1, 1.5, 0),
@@ -183,7 +191,9 @@ def test_a_sweep_measures_what_generation_under_the_vector_gives(model):
 
 
 def test_strength_zero_is_the_unsteered_model_exactly_and_costs_nothing(model):
-    found = steer(model, direction(), prompts(), behaviour=LENGTH, strengths=[0.0], n_random=1, **SMALL)
+    found = steer(
+        model, direction(), prompts(), behaviour=LENGTH, settings=SteerSettings(strengths=[0.0], n_random=1), **SMALL
+    )
     unsteered = tuple(answer.text for answer in generate(model, prompts(), max_new_tokens=4))
     for point, texts in zip(found.points, found.answers, strict=True):
         assert texts == unsteered
@@ -199,7 +209,14 @@ def test_fractions_are_of_the_mean_activation_norm_at_each_layer():
 
     logits_of(model, batch, fwd_hooks=[(f"blocks.{i}.hook_resid_post", keep) for i in (0, 2)])
     norms = list(kept.values())
-    found = steer(model, direction(), prompts(), behaviour=LENGTH, fractions=[0.5], layers=[0, 2], n_random=0, **SMALL)
+    found = steer(
+        model,
+        direction(),
+        prompts(),
+        behaviour=LENGTH,
+        settings=SteerSettings(fractions=[0.5], layers=[0, 2], n_random=0),
+        **SMALL,
+    )
     length = float(direction().vector.norm())
     assert [p.layer for p in found.points] == [0, 2]
     for point, norm in zip(found.points, norms, strict=True):
@@ -210,9 +227,9 @@ def test_fractions_are_of_the_mean_activation_norm_at_each_layer():
 def test_controls_are_as_long_as_the_direction_and_sweeps_repeat_by_seed():
     model = hooked("llama-gqa", "bridge")
     settings = {"behaviour": LENGTH, "strengths": [2.0], "n_random": 2, **SMALL}
-    one, again = (steer(model, direction(), prompts(), seed=1, **settings) for _ in range(2))
+    one, again = (steer(model, direction(), prompts(), settings=SteerSettings(seed=1), **settings) for _ in range(2))
     assert one.points == again.points
-    other = steer(model, direction(), prompts(), seed=2, **settings)
+    other = steer(model, direction(), prompts(), settings=SteerSettings(seed=2), **settings)
     assert one.points[0] == other.points[0]
     assert one.points[1].kl != other.points[1].kl
     assert one.points[1].kl != one.points[2].kl
@@ -220,7 +237,9 @@ def test_controls_are_as_long_as_the_direction_and_sweeps_repeat_by_seed():
 
 def test_a_table_has_every_metric_with_its_interval_seeds_averaged_first():
     model = hooked("llama-gqa", "bridge")
-    found = steer(model, direction(), prompts(), behaviour=LENGTH, strengths=[2.0], n_random=2, **SMALL)
+    found = steer(
+        model, direction(), prompts(), behaviour=LENGTH, settings=SteerSettings(strengths=[2.0], n_random=2), **SMALL
+    )
     frame = found.to_frame()
     assert len(frame) == 2 * 3
     control = frame[(frame["series"] == RANDOM) & (frame["metric"] == "kl")].iloc[0]
@@ -233,7 +252,7 @@ def test_a_table_has_every_metric_with_its_interval_seeds_averaged_first():
 
 def test_an_ablation_sweep_takes_the_direction_out_at_one_layer_and_everywhere(model):
     many = direction(layers=(0, 2))
-    found = ablate_sweep(model, many, prompts(), behaviour=LENGTH, n_random=1, **SMALL)
+    found = ablate_sweep(model, many, prompts(), behaviour=LENGTH, settings=SteerSettings(n_random=1), **SMALL)
     labels = [(p.series, p.layer, p.seed) for p in found.points]
     one, everywhere = "at one layer", "everywhere"
     assert labels == [
@@ -266,8 +285,15 @@ def test_an_ablation_sweep_takes_the_direction_out_at_one_layer_and_everywhere(m
 def test_a_sweep_survives_its_file_and_draws_controls_in_grey(tmp_path):
     model = hooked("llama-gqa", "bridge")
     for made in (
-        steer(model, direction(), prompts(), behaviour=LENGTH, strengths=[0.0, 1.0], n_random=1, **SMALL),
-        ablate_sweep(model, direction(), prompts(), behaviour="words", n_random=1, **SMALL),
+        steer(
+            model,
+            direction(),
+            prompts(),
+            behaviour=LENGTH,
+            settings=SteerSettings(strengths=[0.0, 1.0], n_random=1),
+            **SMALL,
+        ),
+        ablate_sweep(model, direction(), prompts(), behaviour="words", settings=SteerSettings(n_random=1), **SMALL),
     ):
         back = Sweep.load(made.save(tmp_path / "s.json"))
         assert back.points == made.points
@@ -304,7 +330,7 @@ def test_a_zero_direction_cannot_be_swept():
             direction().scaled(0.0),
             prompts(),
             behaviour=LENGTH,
-            strengths=[1.0],
+            settings=SteerSettings(strengths=[1.0]),
             **SMALL,
         )
 
@@ -333,7 +359,7 @@ def test_a_budget_out_of_reach_is_refused_with_what_was_reached():
 def test_without_responses_the_models_own_answers_are_scored():
     model = hooked("llama-gqa", "bridge")
     own = [answer.completed() for answer in generate(model, prompts(), max_new_tokens=5)]
-    one = strength_for_kl(model, direction(), prompts(), 0.05, max_new_tokens=5)
+    one = strength_for_kl(model, direction(), prompts(), 0.05, settings=SteerSettings(max_new_tokens=5))
     other = strength_for_kl(model, direction(), own, 0.05)
     assert one.strength == pytest.approx(other.strength, rel=1e-6)
 
