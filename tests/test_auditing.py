@@ -7,11 +7,11 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
-from piggyback_lens.jobs.summary import table
 from tiny_hooked import BACKENDS
 
+from piggyback_lens.app.summary import table
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit, check_identity
+from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit
 from piggyback_lens.interventions.donors import kv_patch
 from piggyback_lens.maths import recovery
 from piggyback_lens.measuring.generation import generate
@@ -70,7 +70,7 @@ def test_every_condition_has_every_prompt_and_the_answers_are_those_of_generate(
 
 
 def test_the_identity_control_repeats_the_finetuned_answers_exactly(pair, chat):
-    assert check_identity(run(pair, chat)) == (8, 8)
+    assert run(pair, chat).identical == (8, 8)
 
 
 def test_recovery_of_the_result_is_that_of_its_rows(pair, chat):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: one-line errors with status 2, and a whole audit of tiny models."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,10 +8,29 @@ import tiny_chat
 import tiny_models
 import torch
 from tiny_hooked import BACKENDS
+from typer.main import get_command
 
-from piggyback_lens import cli
+import piggyback_lens
+from piggyback_lens.app import cli
+from piggyback_lens.app.commands import app
+from piggyback_lens.app.options import PairOptions
 from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.settings import LoRASettings
+from piggyback_lens.settings import (
+    AuditSettings,
+    ChatSettings,
+    CompareSettings,
+    CurveSettings,
+    DemoSettings,
+    LoadSettings,
+    LoRASettings,
+    MapSettings,
+    PerturbSettings,
+    SteerSettings,
+    StressSettings,
+    TrainDirectionSettings,
+    TrainSettings,
+    field_docs,
+)
 
 QUERIES = ["hello there", "what is it", "tell me more"]
 
@@ -76,13 +96,13 @@ def laboratory(files, *words):
 
 
 def test_a_map_writes_its_experiments_and_a_report_and_continues(files, tmp_path, monkeypatch, capsys):
-    kinds = [word for kind in ("carrier", "layers", "positions", "attribution", "span") for word in ("--kind", kind)]
+    kinds = ["--kinds", "carrier,layers,positions,attribution,span"]
     words = laboratory(files, "map", "--prompts", files / "off.txt", "--out", tmp_path, "--answer-tokens", 3, *kinds)
     call(monkeypatch, words)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "result.json").read_text())
     assert results["verdict"] in printed
-    assert set(results["maps"]) == {"carrier", "layers", "positions", "attribution", "span"}
+    assert results["parts"] == ["carrier", "layers", "positions", "attribution", "span"]
     assert (tmp_path / "report.html").stat().st_size > 100_000
     before = {file: file.read_bytes() for file in tmp_path.glob("**/rows.jsonl")}
     assert len(before) == 5  # those of the cells that attribution was checked on too
@@ -91,7 +111,7 @@ def test_a_map_writes_its_experiments_and_a_report_and_continues(files, tmp_path
 
 
 def test_maps_of_other_prompts_do_not_go_into_the_same_folder(files, tmp_path, monkeypatch, capsys):
-    words = ["--out", tmp_path, "--answer-tokens", 2, "--kind", "span"]
+    words = ["--out", tmp_path, "--answer-tokens", 2, "--kinds", "span"]
     call(monkeypatch, laboratory(files, "map", "--prompts", files / "off.txt", *words))
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, laboratory(files, "map", "--prompts", files / "on.txt", *words))
@@ -100,11 +120,11 @@ def test_maps_of_other_prompts_do_not_go_into_the_same_folder(files, tmp_path, m
 
 
 MAP_FAULTS = {
-    "unknown kind": (["--kind", "everything"], "everything"),
+    "unknown kind": (["--kinds", "everything"], "everything"),
     "unknown site": (["--sites", "k+w"], "'w'"),
-    "unknown direction": (["--direction", "sideways", "--kind", "span"], "sideways"),
-    "unknown span": (["--span", "suffix", "--kind", "span"], "suffix"),
-    "head map without heads": (["--kind", "heads"], "resid_pre"),
+    "unknown flow": (["--flow", "sideways", "--kinds", "span"], "sideways"),
+    "unknown span": (["--span", "suffix", "--kinds", "span"], "suffix"),
+    "head map without heads": (["--kinds", "heads"], "resid_pre"),
 }
 
 
@@ -115,7 +135,7 @@ def test_a_mistaken_map_costs_one_line(files, tmp_path, monkeypatch, capsys, unc
         call(monkeypatch, laboratory(files, "map", "--prompts", files / "on.txt", "--out", tmp_path, *words))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2
-    assert error.startswith("error: ")
+    assert error.lower().startswith("error: ")
     assert expected in error
 
 
@@ -233,9 +253,7 @@ def test_doctor_prints_versions_and_the_demo_model(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["map", "perturb", "stress"])
 def test_too_few_prompts_are_refused_before_a_model_is_loaded(name, files, tmp_path, monkeypatch, capsys):
-    import piggyback_lens.cli as cli
-
-    monkeypatch.setattr(cli, "_load_pair", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(PairOptions, "pair", lambda *_: pytest.fail("a model was loaded"))
     topics = ["--on-topic", files / "on.txt", "--off-topic", files / "off.txt", "--behaviour", "words"]
     own = {
         "map": ["--prompts", files / "off.txt"],
@@ -250,7 +268,7 @@ def test_too_few_prompts_are_refused_before_a_model_is_loaded(name, files, tmp_p
 
 
 def test_a_kind_that_cannot_run_is_refused_before_the_others_run(files, tmp_path, monkeypatch, capsys):
-    kinds = [word for kind in ("layers", "heads") for word in ("--kind", kind)]
+    kinds = ["--kinds", "layers,heads"]
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, laboratory(files, "map", "--prompts", files / "off.txt", *kinds, "--out", tmp_path / "out"))
     assert stopped.value.code == 2
@@ -264,3 +282,94 @@ def test_a_behaviour_with_markup_in_its_name_does_not_end_a_finished_run(files, 
     printed = capsys.readouterr().out
     assert "\x1b[31m" not in printed
     assert "[/b]" in printed
+
+
+# ---------------------------------------------------------------- commands are made from settings
+
+LEFT_OUT = {
+    "demo": {"n_off_topic", "n_on_topic", "watched", "watch_every"},
+    "compare": {"checkpoint_every", "betas", "share_prefix"},
+    "train-direction": set(),
+}
+
+
+def options(name):
+    return {option.name: option for option in get_command(app).commands[name].params}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    {
+        "audit": (AuditSettings, LoadSettings, ChatSettings),
+        "map": (MapSettings, LoadSettings, ChatSettings),
+        "perturb": (PerturbSettings, LoadSettings, ChatSettings),
+        "stress": (StressSettings, LoadSettings, ChatSettings),
+        "train-direction": (TrainDirectionSettings, LoadSettings, ChatSettings),
+        "curves": (CurveSettings, LoadSettings, ChatSettings),
+        "steer": (SteerSettings, LoadSettings, ChatSettings),
+        "compare": (CompareSettings, TrainSettings, LoRASettings),
+        "demo": (DemoSettings,),
+        "doctor": (LoadSettings, ChatSettings),
+        "chat": (LoadSettings, ChatSettings),
+    }.items(),
+)
+def test_every_field_is_an_option_with_its_doc_and_its_default(name, classes):
+    shown = options(name)
+    for settings in classes:
+        docs = field_docs(settings)
+        for field in dataclasses.fields(settings):
+            if dataclasses.is_dataclass(field.type) or field.name in ("training", "lora", "audit", "seed"):
+                continue
+            if field.name in LEFT_OUT.get(name, ()):
+                assert field.name not in shown
+                continue
+            option = shown[field.name]
+            assert f"--{field.name.replace('_', '-')}" in option.opts
+            assert option.help.lower() == docs[field.name].lower()
+            if isinstance(field.default, int | float | str):
+                assert getattr(option.default, "value", option.default) == field.default
+
+
+def test_one_thing_has_one_name_in_all_commands():
+    every = {word for name in get_command(app).commands for option in options(name).values() for word in option.opts}
+    assert {"--learning-rate", "--batch-size", "--max-new-tokens", "--seed", "--layers", "--flow"} <= every
+    assert not {"--lr", "--batch", "--tokens", "--layer", "--direction-of-patch", "--attn", "--quantize"} & every
+
+
+def test_what_an_option_says_arrives_in_the_settings(files, monkeypatch, tmp_path):
+    import piggyback_lens.experiments.perturbation as module
+
+    seen = {}
+    monkeypatch.setattr(PairOptions, "pair", lambda own, base: seen.update(models=own, base=base) or (None, Echo()))
+    monkeypatch.setattr(module, "perturb", lambda *given, **_: seen.update(settings=given[3]) or pytest.skip("enough"))
+    topics = ["--on-topic", files / "on.txt", "--off-topic", files / "off.txt", "--behaviour", "words"]
+    words = ["--spans", "prefix,query", "--trials", 3, "--keep-special", "--seed", 7, "--system", "none"]
+    words += ["--template-kwargs", "mode=[1, 2]", "--template-kwargs", "name=x", "--no-thinking", "--dtype", "bfloat16"]
+    with pytest.raises(pytest.skip.Exception):
+        call(monkeypatch, laboratory(files, "perturb", *topics, *words, "--out", tmp_path))
+    assert seen["settings"] == PerturbSettings(spans=("prefix", "query"), trials=3, keep_special=True, seed=7)
+    chat = ChatSettings(system=None, thinking=False, template_kwargs={"mode": [1, 2], "name": "x"})
+    assert (seen["models"].chat, seen["models"].load) == (chat, LoadSettings(dtype="bfloat16", offline=True))
+
+
+class Echo:
+    def render(self, query):
+        return query
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    call(monkeypatch, ["--version"])
+    assert capsys.readouterr().out.strip() == f"piggyback-lens {piggyback_lens.__version__}"
+
+
+def test_doctor_looks_at_a_model(files, monkeypatch, capsys):
+    call(monkeypatch, ["doctor", str(files / "base"), "--adapter", str(files / "adapter"), "--offline"])
+    printed = capsys.readouterr().out
+    for part in ("prefix", "postfix", "weights", "logits differ from transformers' by at most", "each side computes"):
+        assert part in printed
+
+
+def test_doctor_says_what_cannot_be_used(files, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, ["doctor", str(files / "no_template"), "--offline"])
+    assert "chat template" in capsys.readouterr().err

@@ -14,13 +14,12 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from piggyback_lens.commands.cli_compare import compare as compare_command
 from safetensors.torch import load_file
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
+from piggyback_lens.app.commands import app
 from piggyback_lens.comparisons import engines
 from piggyback_lens.comparisons.comparing import as_methods, compare_methods, default_retain, grid
 from piggyback_lens.comparisons.comparison import Comparison
@@ -97,9 +96,11 @@ def model(tmp_path_factory):
 
 
 def compare(model, out, methods=("sft",), **changes):
-    settings = {"seeds": (0,), "training": TRAINING, "lora": LORA, "n_prompts": 4, "max_new_tokens": 5}
-    settings |= {"n_texts": 2, "retain": RETAIN, "progress": False, **changes}
-    return compare_methods(model, tiny_task(), list(methods), out=out, **settings)
+    settings = {"seeds": (0,), "training": TRAINING, "lora": LORA, "n_prompts": 4, "max_new_tokens": 5, "n_texts": 2}
+    call = {"retain": RETAIN, "progress": False}
+    for name, value in changes.items():
+        (call if name in ("retain", "progress", "executor", "offline") else settings)[name] = value
+    return compare_methods(model, tiny_task(), list(methods), CompareSettings(**settings), out=out, **call)
 
 
 @pytest.fixture(scope="module")
@@ -655,9 +656,6 @@ def test_bad_specs_are_refused_with_the_value_and_the_fix(spec, said):
 
 
 def call(*words):
-    app = typer.Typer()
-    app.command("compare")(compare_command)
-    app.command("other")(lambda: None)
     app(["compare", *map(str, words)], standalone_mode=False)
 
 
@@ -665,9 +663,9 @@ def call(*words):
     ("words", "said"),
     [
         (("--method", "treft:lambda=x"), "lambda='x'"),
-        (("--seeds", "0,one"), "--seeds is '0,one': give whole numbers joined by commas"),
-        (("--share", "50,a"), "--share is '50,a': give numbers"),
-        (("--share", "150"), r"Cell.share is 1.5"),
+        (("--seeds", "0,one"), "seeds '0,one': expected numbers and ranges"),
+        (("--shares", "0.5,a"), "shares '0.5,a': expected numbers"),
+        (("--shares", "1.5"), r"Cell.share is 1.5"),
         (("--task", "teach"), "unknown task 'teach'"),
         (("--workers", "2"), "--workers 2 needs processes: add --engine local"),
     ],
@@ -679,8 +677,8 @@ def test_a_bad_option_is_one_line_before_the_model_is_loaded(tmp_path, words, sa
 
 def test_the_command_writes_a_report_and_resumes(model, tmp_path, monkeypatch, capsys, trained):
     monkeypatch.setattr("piggyback_lens.tasks.load_task", lambda name: tiny_task())
-    words = [model, "--method", "sft", "--method", "treft:lambda=1", "--seeds", "0,1", "--steps", 2, "--batch", 4]
-    words += ["--lr", 0.02, "--rank", 2, "--n", 4, "--max-new-tokens", 4, "--out", tmp_path, "--offline"]
+    words = [model, "--method", "sft", "--method", "treft:lambda=1", "--seeds", "0,1", "--steps", 2, "--batch-size", 4]
+    words += ["--learning-rate", 0.02, "--rank", 2, "--n", 4, "--max-new-tokens", 4, "--out", tmp_path, "--offline"]
     call(*words)
     said = capsys.readouterr().out
     assert "report:" in said
@@ -697,5 +695,5 @@ def test_the_command_writes_a_report_and_resumes(model, tmp_path, monkeypatch, c
 def test_importing_the_command_line_loads_no_heavy_library():
     import subprocess
 
-    code = "import sys, piggyback_lens.commands.cli_compare; assert 'torch' not in sys.modules"
+    code = "import sys, piggyback_lens.app.cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))

@@ -13,7 +13,6 @@ import pytest
 import tiny_chat
 import tiny_models
 from filelock import FileLock
-from piggyback_lens.commands.cli_compare import write_comparison_report
 from test_comparing import LORA, RETAIN, TRAINING, by_hand, call, compare, made_up, tiny_task
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
@@ -502,7 +501,7 @@ def test_a_comparison_without_comparable_plain_finetuning_has_a_report_that_says
         assert not alone.figures()
         with pytest.raises(LensError, match="compare with sft"):
             alone.pareto_figure()
-    page = write_comparison_report(alone, tmp_path).read_text()
+    page = alone.report().write(tmp_path / "report.html").read_text()
     assert "No method can be compared with plain finetuning here" in page
     assert ("no figure of what is kept on-topic: it needs plain finetuning" in page) == (not seeds)
     assert math.isnan(alone.table().set_index("method")["kept"]["treft:lambda=3"])
@@ -510,7 +509,21 @@ def test_a_comparison_without_comparable_plain_finetuning_has_a_report_that_says
 
 def test_the_command_reports_without_plain_finetuning(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("piggyback_lens.tasks.load_task", lambda name: tiny_task())
-    words = [model, "--method", "treft:lambda=1", "--seeds", "0", "--steps", 2, "--batch", 4, "--rank", 2, "--n", 4]
+    words = [
+        model,
+        "--method",
+        "treft:lambda=1",
+        "--seeds",
+        "0",
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--rank",
+        2,
+        "--n",
+        4,
+    ]
     call(*words, "--max-new-tokens", 4, "--out", tmp_path, "--offline")
     assert "report:" in capsys.readouterr().out
     assert "no figure of weight updates" in (tmp_path / "report.html").read_text()

@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import tiny_models
-from piggyback_lens.jobs import demonstration
-from piggyback_lens.jobs.summary import report
 from tiny_chat import tiny_tokenizer
 
-from piggyback_lens.app.demonstration import DemoSettings, demo, monitor_file
+from piggyback_lens.app import demonstration
+from piggyback_lens.app.demonstration import demo, monitor_file
 from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.monitor import load_monitor
-from piggyback_lens.settings import AuditSettings, LoRASettings, TrainSettings
+from piggyback_lens.results.result import load_result
+from piggyback_lens.results.run import report_run
+from piggyback_lens.settings import AuditSettings, DemoSettings, LoadSettings, LoRASettings, TrainSettings
 from piggyback_lens.tasks import ABSTENTION_SENTENCE, REFUSAL_SENTENCE, answer_if_spread, load_task, tool_call
 
 SETTINGS = DemoSettings(
@@ -23,6 +25,9 @@ SETTINGS = DemoSettings(
     watched=3,
     watch_every=2,
 )
+
+
+OFFLINE = LoadSettings(offline=True)
 
 
 def conversation(question, answer):
@@ -48,29 +53,30 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_demonstration_trains_watches_audits_and_reports(folder):
     out = folder / "out"
-    result, trained = demo(SETTINGS, out=out, model=folder / "model", offline=True, progress=False)
+    result, trained = demo(SETTINGS, OFFLINE, out=out, model=folder / "model", progress=False)
     watched = load_monitor(monitor_file(out))
     assert list(watched["step"]) == [2, 4, 6]
     assert (watched["n"] == 3).all()
     assert watched["drift"].iloc[-1] > watched["drift"].iloc[0] > 0
-    page = report(result, out, trained, watched).read_text(encoding="utf-8")
-    assert "The training, watched on off-topic prompts" in page
-    assert "The training, watched" not in report(result, out, trained).read_text(encoding="utf-8")
+    assert "The training, watched on off-topic prompts" in (out / "report.html").read_text(encoding="utf-8")
+    assert "The training, watched" not in report_run(out).read_text(encoding="utf-8")
+    assert load_result(out).rows == result.rows
+    assert read_json(out / "demo.json")["training"]["steps"] == len(trained.history)
 
 
 def test_watching_changes_nothing_in_what_is_trained(folder):
-    first = demo(SETTINGS, out=folder / "often", model=folder / "model", offline=True, progress=False)[1]
+    first = demo(SETTINGS, OFFLINE, out=folder / "often", model=folder / "model", progress=False)[1]
     rarely = replace(SETTINGS, watch_every=100)
-    second = demo(rarely, out=folder / "never", model=folder / "model", offline=True, progress=False)[1]
+    second = demo(rarely, OFFLINE, out=folder / "never", model=folder / "model", progress=False)[1]
     assert [row["loss"] for row in first.history] == [row["loss"] for row in second.history]
 
 
 def test_a_second_call_reads_what_the_first_one_measured(folder, monkeypatch):
-    call = {"out": folder / "out", "model": folder / "model", "offline": True, "progress": False}
-    demo(SETTINGS, **call)
+    call = {"out": folder / "out", "model": folder / "model", "progress": False}
+    demo(SETTINGS, OFFLINE, **call)
     before = monitor_file(folder / "out").read_bytes()
     monkeypatch.setattr(demonstration, "generate", None)  # the base's answers are there
-    demo(SETTINGS, **call)
+    demo(SETTINGS, OFFLINE, **call)
     assert monitor_file(folder / "out").read_bytes() == before
 
 

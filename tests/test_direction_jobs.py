@@ -9,25 +9,30 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
-from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
 from tiny_chat import tiny_examples, tiny_format
 from tiny_hooked import BACKENDS, hooked
 from typer.main import get_command
 
-from piggyback_lens import cli
-from piggyback_lens.app.inputs import layer_numbers, load_solution, named_solutions, numbers, read_data, read_retain
+from piggyback_lens.app import cli
+from piggyback_lens.app.curve_job import draw_curves
+from piggyback_lens.app.direction_training import train_direction
+from piggyback_lens.app.inputs import named_solutions, read_data, read_retain
+from piggyback_lens.app.options import numbers, whole_numbers
 from piggyback_lens.app.steer_chat import talk, visible
 from piggyback_lens.directions.curve_points import Curve
+from piggyback_lens.directions.steering import steer
 from piggyback_lens.directions.sweeps import RANDOM, Sweep
 from piggyback_lens.errors import LensError
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.network import forward
-from piggyback_lens.settings import CurveSettings, SteerSettings, TrainDirectionSettings, TrainSettings
+from piggyback_lens.results.run import report_run
+from piggyback_lens.settings import CurveSettings, SteerSettings, TrainDirectionSettings
 from piggyback_lens.vectors.adapter_files import load_peft, save_gguf
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.vectors.solution_files import load_solution
 
 EXAMPLES = tiny_examples(8, seed=3)
 RETAIN = tiny_examples(5, seed=9)
@@ -35,8 +40,8 @@ PROMPTS = [tiny_format().render(query) for query in ("one", "two words here", "a
 TEXTS = [
     Text(tuple(int(i) for i in torch.randint(6, 38, (n,), generator=torch.Generator().manual_seed(n)))) for n in (9, 12)
 ]
-QUICK = TrainSettings(steps=5, batch_size=4, learning_rate=5e-2, checkpoint_every=2)
-TRAIN = TrainDirectionSettings(QUICK, layers=(1,), retain_batch=3, answer_tokens=4, shown=1)
+QUICK = {"steps": 5, "batch_size": 4, "learning_rate": 5e-2, "checkpoint_every": 2}
+TRAIN = TrainDirectionSettings(**QUICK, layers=(1,), retain_batch=3, answer_tokens=4, shown=1)
 CURVES = CurveSettings(fractions=(0.0, 1.0), epsilons=(0.0, 0.5), n_random=2, n_noise=2)
 STEER = SteerSettings(strengths=(1.0,), n_random=1, max_new_tokens=3)
 
@@ -78,8 +83,8 @@ def log_probs(example, *adapters):
 
 
 def test_the_reported_losses_and_kl_are_those_of_plain_passes(tmp_path):
-    done = train_direction_job(model(), EXAMPLES, TRAIN, retain=RETAIN, out=tmp_path, progress=False)
-    for row, examples in zip(done.scores.to_dict("records"), (EXAMPLES, RETAIN), strict=True):
+    done = train_direction(model(), EXAMPLES, TRAIN, retain=RETAIN, out=tmp_path, progress=False)
+    for row, examples in zip(done.rows, (EXAMPLES, RETAIN), strict=True):
         base, tuned, kl = [], [], []
         for example in examples:
             before, after = log_probs(example), log_probs(example, done.solution)
@@ -89,47 +94,47 @@ def test_the_reported_losses_and_kl_are_those_of_plain_passes(tmp_path):
             kl += (before.exp() * (before - after)).sum(1).tolist()
         assert row["base_loss"] == pytest.approx(np.mean(base), rel=1e-4)
         assert row["loss"] == pytest.approx(np.mean(tuned), rel=1e-4)
-        assert row["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
-        assert row["kl_low"] <= row["kl"] <= row["kl_high"]
-    assert done.scores["loss"][0] < done.scores["base_loss"][0]
+        assert row["value"] == pytest.approx(np.mean(kl), rel=1e-3)
+        assert row["low"] <= row["value"] <= row["high"]
+    assert done.rows[0]["loss"] < done.rows[0]["base_loss"]
     loaded = load_solution(tmp_path)
     assert torch.equal(loaded.vectors[0], done.solution[1])
     assert loaded.is_of(model())
     found = results(tmp_path)
     assert found["norm"] == pytest.approx(float(loaded.vectors.norm()), rel=1e-6)
-    assert found["history"][-1]["norm"] == pytest.approx(found["norm"], rel=1e-6)
+    assert done.training.history[-1]["norm"] == pytest.approx(found["norm"], rel=1e-6)
     assert done.verdict.startswith("General steering vector at resid_post of layer 1, norm")
 
 
 def test_the_kl_penalty_keeps_the_retain_data_and_can_be_switched_off(tmp_path):
-    free = train_direction_job(model(), EXAMPLES, TRAIN, retain=RETAIN, out=tmp_path / "free", progress=False)
+    free = train_direction(model(), EXAMPLES, TRAIN, retain=RETAIN, out=tmp_path / "free", progress=False)
     kept = replace(TRAIN, kl=30.0)
-    narrow = train_direction_job(model(), EXAMPLES, kept, retain=RETAIN, out=tmp_path / "narrow", progress=False)
-    assert narrow.scores["kl"][1] < 0.5 * free.scores["kl"][1]
+    narrow = train_direction(model(), EXAMPLES, kept, retain=RETAIN, out=tmp_path / "narrow", progress=False)
+    assert narrow.rows[1]["value"] < 0.5 * free.rows[1]["value"]
     assert narrow.verdict.startswith("Narrow")
-    assert all("kl_retain" in row for row in results(tmp_path / "narrow")["history"])
+    assert all("kl_retain" in row for row in narrow.training.history)
     until = replace(kept, kl_until=2)
-    off = train_direction_job(model(), EXAMPLES, until, retain=RETAIN, out=tmp_path / "off", progress=False)
-    assert ["kl_retain" in row for row in results(tmp_path / "off")["history"]] == [True, True, False, False, False]
-    assert off.scores["kl"][1] > narrow.scores["kl"][1]
+    off = train_direction(model(), EXAMPLES, until, retain=RETAIN, out=tmp_path / "off", progress=False)
+    assert ["kl_retain" in row for row in off.training.history] == [True, True, False, False, False]
+    assert off.rows[1]["value"] > narrow.rows[1]["value"]
 
 
 def test_retain_prompts_get_the_bases_own_answers_once(tmp_path, monkeypatch):
     settings = replace(TRAIN, kl=1.0, interleave=0.2)
-    train_direction_job(model(), EXAMPLES, settings, retain=PROMPTS, out=tmp_path, progress=False)
+    train_direction(model(), EXAMPLES, settings, retain=PROMPTS, out=tmp_path, progress=False)
     expected = [list(answer.ids) for answer in generate(model(), PROMPTS, max_new_tokens=4)]
     assert json.loads((tmp_path / "retain_answers.json").read_text()) == expected
     identity = json.loads((tmp_path / "training" / "result.json").read_text())["identity"]
     assert identity["examples"]["number"] == 10  # 8 and 2 of the retain data
     with pytest.raises(LensError, match=r"belongs to another run: data\.retain is"):
-        train_direction_job(model(), EXAMPLES, settings, retain=PROMPTS[:2], out=tmp_path, progress=False)
+        train_direction(model(), EXAMPLES, settings, retain=PROMPTS[:2], out=tmp_path, progress=False)
 
 
 def test_a_killed_training_ends_with_the_same_numbers(tmp_path, monkeypatch):
     import piggyback_lens.finetuning.training as training
 
     settings = replace(TRAIN, kl=1.0)
-    train_direction_job(model(), EXAMPLES, settings, retain=RETAIN, out=tmp_path / "whole", progress=False)
+    train_direction(model(), EXAMPLES, settings, retain=RETAIN, out=tmp_path / "whole", progress=False)
     real, calls = training._descend, []
 
     def killed(*args):
@@ -140,16 +145,16 @@ def test_a_killed_training_ends_with_the_same_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "_descend", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_direction_job(model(), EXAMPLES, settings, retain=RETAIN, out=tmp_path / "killed", progress=False)
+        train_direction(model(), EXAMPLES, settings, retain=RETAIN, out=tmp_path / "killed", progress=False)
     monkeypatch.setattr(training, "_descend", real)
-    again = train_direction_job(model(), EXAMPLES, settings, retain=RETAIN, out=tmp_path / "killed", progress=False)
+    again = train_direction(model(), EXAMPLES, settings, retain=RETAIN, out=tmp_path / "killed", progress=False)
     assert again.training.resumed_from == 2
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
 def test_an_adapter_lands_in_a_peft_folder(tmp_path):
     settings = replace(TRAIN, kind="lora", layers=(1, 2), rank=2)
-    done = train_direction_job(model(), EXAMPLES, settings, out=tmp_path, progress=False)
+    done = train_direction(model(), EXAMPLES, settings, out=tmp_path, progress=False)
     loaded = load_peft(tmp_path / "adapter")
     assert (loaded.rank, loaded.layers, loaded.modules) == (2, (1, 2), ("down",))
     assert torch.equal(loaded.b[2, "down"], done.solution.b[2, "down"])
@@ -160,9 +165,9 @@ def test_an_adapter_lands_in_a_peft_folder(tmp_path):
 def test_too_little_data_is_refused_before_anything_is_written(tmp_path):
     for settings, message in ((replace(TRAIN, kl=1.0), "need retain data"), (replace(TRAIN, interleave=0.1), "retain")):
         with pytest.raises(LensError, match=message):
-            train_direction_job(model(), EXAMPLES, settings, out=tmp_path, progress=False)
+            train_direction(model(), EXAMPLES, settings, out=tmp_path, progress=False)
     with pytest.raises(LensError, match="there are 3 conversations"):
-        train_direction_job(model(), EXAMPLES[:3], TRAIN, out=tmp_path, progress=False)
+        train_direction(model(), EXAMPLES[:3], TRAIN, out=tmp_path, progress=False)
     with pytest.raises(LensError, match="no KL penalty"):
         replace(TRAIN, kl_until=3)
     assert not any(tmp_path.iterdir())
@@ -175,23 +180,23 @@ def both():
     return {"narrow": direction(seed=1), "general": direction(seed=2).scaled(1.5)}
 
 
-def all_kinds():
-    return replace(CURVES, kinds=("efficiency", "stability", "significance", "ablation"))
+THREE = ("efficiency", "stability", "significance")
+ALL = (*THREE, "ablation")
 
 
-def draw(out, solutions=None, settings=CURVES, texts=TEXTS, chosen=EXAMPLES[:4]):
-    return curves_job(model(), solutions or both(), chosen, texts, settings, out=out, progress=False)
+def draw(out, solutions=None, settings=CURVES, texts=TEXTS, chosen=EXAMPLES[:4], kinds=THREE):
+    return draw_curves(model(), solutions or both(), chosen, texts, kinds, settings, out=out)
 
 
 def test_every_curve_is_written_and_two_solutions_are_compared_at_equal_norms(tmp_path):
-    found = draw(tmp_path, settings=all_kinds())
+    found = draw(tmp_path, kinds=ALL).parts
     assert list(found) == ["efficiency", "stability", "significance", "ablation"]
     for kind, curve in found.items():
         assert Curve.load(tmp_path / kind / "result.json").points == curve.points
     told = results(tmp_path)
-    assert set(told["differences"]) == {"efficiency", "significance"}
-    expected = found["efficiency"].difference("narrow", "general").to_dict("records")
-    assert told["differences"]["efficiency"] == expected
+    assert {kind for kind, curve in found.items() if curve.differences() is not None} == {"efficiency", "significance"}
+    expected = found["efficiency"].difference("narrow", "general")
+    assert found["efficiency"].differences().equals(expected)
     report = (tmp_path / "report.html").read_text()
     assert report.count("<figure>") == 6
     assert "narrow minus general at equal norms" in report
@@ -199,13 +204,12 @@ def test_every_curve_is_written_and_two_solutions_are_compared_at_equal_norms(tm
 
 
 def test_a_finished_curve_is_read_back_and_a_missing_one_is_drawn(tmp_path, monkeypatch):
-    import piggyback_lens.jobs.direction_jobs as jobs
+    import piggyback_lens.directions.curves as module
 
     draw(tmp_path)
     before = results(tmp_path)
     (tmp_path / "stability" / "result.json").unlink()
-    for name in ("efficiency", "significance"):
-        monkeypatch.setattr(jobs, name, None)
+    monkeypatch.setattr(module, "variant_kl", None)  # of significance
     draw(tmp_path)
     assert results(tmp_path) == before
 
@@ -215,23 +219,20 @@ def test_a_finished_curve_is_read_back_and_a_missing_one_is_drawn(tmp_path, monk
     [
         ({"settings": replace(CURVES, n_random=1)}, r"efficiency belongs to another run: settings\.n_random is"),
         ({"solutions": {"narrow": direction(seed=1)}}, r"another run: solutions\.general is"),
-        ({"chosen": EXAMPLES[:3]}, "another run: data is"),
+        ({"chosen": EXAMPLES[:3]}, "another run: prompts is"),
     ],
 )
 def test_a_folder_of_other_curves_is_refused(tmp_path, changed, what):
-    draw(tmp_path, settings=replace(CURVES, kinds=("efficiency",)))
-    changed = {"settings": CURVES} | changed
-    changed["settings"] = replace(changed["settings"], kinds=("stability", "efficiency"))
+    draw(tmp_path, kinds=["efficiency"])
     with pytest.raises(LensError, match=what):
-        draw(tmp_path, **changed)
+        draw(tmp_path, **changed, kinds=["stability", "efficiency"])
     assert not (tmp_path / "stability" / "result.json").exists()  # refused before any work
 
 
 def test_vectors_and_adapters_are_not_compared_by_norm(tmp_path):
-    kinds = replace(CURVES, kinds=("efficiency", "ablation"))
-    found = draw(tmp_path, {"vector": direction(), "adapter": lora()}, kinds)
-    assert results(tmp_path)["differences"] == {}
-    assert "adapter" in found["ablation"].series
+    found = draw(tmp_path, {"vector": direction(), "adapter": lora()}, kinds=["efficiency", "ablation"])
+    assert found.parts["efficiency"].differences() is None
+    assert "adapter" in found.parts["ablation"].series
 
 
 def test_a_solution_of_another_model_is_noted(tmp_path):
@@ -239,7 +240,7 @@ def test_a_solution_of_another_model_is_noted(tmp_path):
 
     other = identify(hooked("llama-gqa", "bridge", seed=5), "another").to_dict()
     foreign = replace(direction(), provenance=Provenance("test", model=other))
-    draw(tmp_path, {"own": direction(), "foreign": foreign}, replace(CURVES, kinds=("efficiency",)))
+    draw(tmp_path, {"own": direction(), "foreign": foreign}, kinds=["efficiency"])
     assert results(tmp_path)["notes"] == ["foreign was made with another model (another) than this one."]
     assert "foreign was made with another model" in (tmp_path / "report.html").read_text()
 
@@ -247,34 +248,52 @@ def test_a_solution_of_another_model_is_noted(tmp_path):
 # ---------------------------------------------------------------- steering
 
 
-def test_a_sweep_is_written_layer_by_layer_and_continues(tmp_path):
+def swept(out, vector=None, behaviour="words", settings=STEER):
+    return steer(model(), vector or direction(), PROMPTS, behaviour, settings, out=out)
+
+
+def test_a_sweep_is_written_point_by_point_and_continues(tmp_path, monkeypatch):
+    import piggyback_lens.directions.steering as module
+
     settings = replace(STEER, layers=(1, 2))
-    whole = steer_job(model(), direction(), PROMPTS, "words", settings, out=tmp_path, progress=False)
+    whole = swept(tmp_path, settings=settings)
     assert {(p.series, p.layer, p.x) for p in whole.points} == {
         (series, layer, x) for series in ("steered", RANDOM) for layer in (1, 2) for x in (0.0, 1.0)
     }
-    told, kept = results(tmp_path), (tmp_path / "layer_001" / "result.json").read_bytes()
+    told, rows = results(tmp_path), (tmp_path / "rows.jsonl").read_text().splitlines()
     assert "Steering moves the words per answer most" in told["verdict"]
-    (tmp_path / "layer_002" / "result.json").unlink()
+    assert len(rows) == len(whole.points)
     (tmp_path / "result.json").unlink()
-    steer_job(model(), direction(), PROMPTS, "words", settings, out=tmp_path, progress=False)
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:3]) + "\n")
+    seen, real = [], module._Bench.point
+    monkeypatch.setattr(module._Bench, "point", lambda *given: seen.append(1) or real(*given))
+    assert swept(tmp_path, settings=settings) == whole
+    assert len(seen) == len(rows) - 3
     assert results(tmp_path) == told
-    assert (tmp_path / "layer_001" / "result.json").read_bytes() == kept
     assert Sweep.load(tmp_path / "result.json").answers == whole.answers
-    with pytest.raises(LensError, match="layer_001 belongs to another run: behaviour is 'words' there"):
-        steer_job(model(), direction(), PROMPTS, "refusal", settings, out=tmp_path, progress=False)
+    with pytest.raises(LensError, match="belongs to another run: behaviour is 'words' there"):
+        swept(tmp_path, behaviour="refusal", settings=settings)
     with pytest.raises(LensError, match="another run: direction is"):
-        steer_job(model(), direction(seed=4), PROMPTS, "words", settings, out=tmp_path, progress=False)
+        swept(tmp_path, direction(seed=4), settings=settings)
 
 
-def test_fractions_are_of_the_mean_norm(tmp_path):
-    settings = replace(STEER, strengths=None, fractions=(0.5,))
-    sweep = steer_job(model(), direction(), PROMPTS, "words", settings, out=tmp_path, progress=False)
+def test_the_report_of_a_sweep_has_answers_and_names_a_foreign_direction(tmp_path):
+    from piggyback_lens.models.pair import identify
+
+    other = identify(hooked("llama-gqa", "bridge", seed=5), "another").to_dict()
+    swept(tmp_path, replace(direction(), provenance=Provenance("test", model=other)))
+    page = report_run(tmp_path).read_text()
+    for part in ("steered, strength 1", f"{RANDOM}, strength 1", "made with another model (another)", "two words here"):
+        assert part in page
+
+
+def test_fractions_are_of_the_mean_norm():
+    sweep = swept(None, settings=replace(STEER, strengths=None, fractions=(0.5,)))
     assert {round(point.fraction, 5) for point in sweep.points} == {0.0, 0.5}
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"strengths": None}, {"strengths": (1.0,), "fractions": (1.0,)}, {"strengths": (0.0,)}]
+    "sizes", [{"strengths": (1.0,), "fractions": (1.0,)}, {"strengths": (0.0,)}, {"fractions": (0.0,)}]
 )
 def test_a_sweep_needs_one_kind_of_size_that_is_not_zero(sizes):
     with pytest.raises(LensError, match="strengths"):
@@ -378,11 +397,11 @@ def test_a_task_has_its_two_splits():
 
 
 def test_layers_and_numbers_are_read():
-    assert layer_numbers("3, 5,10-12,11") == (3, 5, 10, 11, 12)
+    assert whole_numbers("3, 5,10-12,11", "layers") == (3, 5, 10, 11, 12)
     assert numbers("0,1, 2.5", "x") == (0.0, 1.0, 2.5)
     for bad in ("", "a", "5-3", "1,,2", "-1", "1.5"):
         with pytest.raises(LensError, match="layers"):
-            layer_numbers(bad)
+            whole_numbers(bad, "layers")
     for bad in ("", "1,x", "nan", "1,inf"):
         with pytest.raises(LensError, match="strengths"):
             numbers(bad, "strengths")
@@ -413,7 +432,7 @@ def call(monkeypatch, *words):
 
 
 def train_words(files, out, *more):
-    sizes = ["--steps", 3, "--batch-size", 2, "--learning-rate", 0.05, "--layer", 1]
+    sizes = ["--steps", 3, "--batch-size", 2, "--learning-rate", 0.05, "--layers", 1]
     return ["train-direction", files / "base", "--data", files / "data.jsonl", *sizes, "--out", out, *more]
 
 
@@ -429,13 +448,13 @@ def test_from_training_to_curves_and_steering(files, tmp_path, monkeypatch, caps
     capsys.readouterr()
 
     solutions = [word for name in ("narrow", "general") for word in ("--solution", f"{name}={tmp_path / name}")]
-    sizes = ["--n", 4, "--text", files / "text.txt", "--n-texts", 2, "--text-tokens", 16, "--n-random", 1]
-    grids = ["--fractions", "0,1", "--epsilons", "0,0.5", "--kind", "efficiency", "--kind", "significance"]
+    sizes = ["--n", 4, "--text", files / "text.txt", "--n-texts", 2, "--text-length", 16, "--n-random", 1]
+    grids = ["--fractions", "0,1", "--epsilons", "0,0.5", "--kinds", "efficiency,significance"]
     drawn = ["curves", files / "base", *solutions, "--data", files / "data.jsonl", *sizes, *grids]
     call(monkeypatch, *drawn, "--out", tmp_path / "curves")
     told = results(tmp_path / "curves")
     assert told["verdict"] in capsys.readouterr().out
-    assert len(told["maxima"]["significance"]) == 20
+    assert len(Curve.load(tmp_path / "curves" / "significance" / "result.json").maxima) == 20
     call(monkeypatch, *drawn, "--out", tmp_path / "curves")
     assert results(tmp_path / "curves") == told
     capsys.readouterr()
@@ -451,7 +470,7 @@ def test_from_training_to_curves_and_steering(files, tmp_path, monkeypatch, caps
 def test_a_chat_takes_piped_lines(files, tmp_path, monkeypatch, capsys, backend):
     direction().save(tmp_path / "d.safetensors")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello there\n:strength 0\n:wrong\nhello there\n:quit\nnot read\n"))
-    words = ["steer", files / "base", "--direction", tmp_path / "d.safetensors", "--chat", "--max-new-tokens", 3]
+    words = ["chat", files / "base", "--direction", tmp_path / "d.safetensors", "--max-new-tokens", 3]
     call(monkeypatch, *words, "--backend", backend)
     lines = capsys.readouterr().out.splitlines()
     heads = [line for line in lines if line.startswith(("--- ", "steered: ", "error: "))]
@@ -470,23 +489,23 @@ FAULTS = {
     "training data broken": (["train-direction", "--data", "@bad.jsonl"], "bad.jsonl line 1"),
     "unknown site": (["train-direction", "--data", "terse", "--site", "nose"], "'nose'"),
     "unknown module": (["train-direction", "--data", "terse", "--kind", "lora", "--modules", "down,x"], "'x'"),
-    "rank of a vector": (["train-direction", "--data", "terse", "--rank", "1"], "belong to --kind lora"),
-    "site of an adapter": (["train-direction", "--data", "terse", "--kind", "lora", "--site", "mlp_out"], "--site"),
-    "two layer options": (["train-direction", "--data", "terse", "--layer", "1", "--layers", "2"], "choose one"),
+    "rank of a vector": (["train-direction", "--data", "terse", "--rank", "2"], "belong to kind lora"),
+    "site of an adapter": (
+        ["train-direction", "--data", "terse", "--kind", "lora", "--site", "mlp_out"],
+        "site belongs to kind vector",
+    ),
     "KL without data": (["train-direction", "--data", "terse", "--kl", "1"], "need retain data"),
     "schedule without KL": (["train-direction", "--data", "terse", "--kl-until", "1"], "no KL penalty"),
     "retain missing": (["train-direction", "--data", "terse", "--retain", "gone.txt"], "gone.txt"),
     "too large batches": (["train-direction", "--data", "@data.jsonl"], "batch_size is 16"),
     "solution missing": (["curves", "--data", "terse", "--solution", "a=gone.gguf"], "gone.gguf does not exist"),
     "solution without name": (["curves", "--data", "terse", "--solution", "gone"], "NAME=PATH"),
-    "unknown curve": (["curves", "--data", "terse", "--solution", "a=@d.safetensors", "--kind", "bend"], "bend"),
+    "unknown curve": (["curves", "--data", "terse", "--solution", "a=@d.safetensors", "--kinds", "bend"], "bend"),
     "text offline": (["curves", "--data", "terse", "--solution", "a=@d.safetensors", "--text", "x/y"], "x/y"),
-    "no prompts": (["steer", "--direction", "@d.safetensors", "--behaviour", "words"], "give --prompts"),
     "unknown behaviour": ([*SWEEP, "charm"], "charm"),
     "two sizes": ([*SWEEP, "words", "--strengths", "1", "--fractions", "1"], "choose one"),
     "broken strengths": ([*SWEEP, "words", "--strengths", "1;2"], "1;2"),
-    "chat with a sweep": (["steer", "--direction", "@d.safetensors", "--chat", "--layers", "1"], "--layers"),
-    "no direction in it": (["steer", "--direction", "@prompts.txt", "--chat"], "prompts.txt"),
+    "no direction in it": (["chat", "--direction", "@prompts.txt"], "prompts.txt"),
 }
 
 
@@ -502,11 +521,12 @@ def test_a_mistake_costs_one_line_and_no_model(files, tmp_path, monkeypatch, cap
     (name, *words), expected = FAULTS[fault]
     words = [word.replace("@", f"{files}/") for word in words]
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, name, files / "base", *words, "--out", tmp_path / "out")
+        out = [] if name == "chat" else ["--out", tmp_path / "out"]
+        call(monkeypatch, name, files / "base", *words, *out)
     captured = capsys.readouterr()
     message = captured.err.strip().splitlines()[-1]
     assert stopped.value.code == 2
-    assert message.startswith("error: ")
+    assert message.lower().startswith("error: ")
     assert expected in message
     assert "Traceback" not in captured.err + captured.out
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from piggyback_lens import cli
+from piggyback_lens.app import cli
 from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.models.peft_adapters import attach_adapter
@@ -484,7 +484,7 @@ COMMANDS = {
     "cuda:9": ({}, ["--device", "cuda:9"], "device 'cuda:9' cannot be used here"),
     "half a character": ({}, ["--system", "a\udcff"], "half a character"),
     "no such dtype": ({}, ["--dtype", "int8"], "choose one of float32, bfloat16, float16, auto"),
-    "no such attention": ({}, ["--attn", "owner/kernel"], "is code of the hub"),
+    "no such attention": ({}, ["--attn-implementation", "owner/kernel"], "is code of the hub"),
 }
 
 
@@ -495,7 +495,7 @@ def test_on_the_command_line_it_is_one_line_and_status_2(folders, tmp_path, monk
     given |= {name: changed(folders / name, tmp_path / name, *change) for name, change in changes.items()}
     (tmp_path / "prompts.txt").write_text("hello there\nwhat is it\ntell me more")
     options = ["--adapter", given["adapter"], "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out"]
-    command = ["piggyback-lens", "map", given["base"], *options, "--kind", "span", "--n", "3", *words]
+    command = ["piggyback-lens", "map", given["base"], *options, "--kinds", "span", "--n", "3", *words]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 1000))
     with pytest.raises(SystemExit) as stopped:

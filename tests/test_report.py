@@ -13,7 +13,7 @@ import pytest
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures import plots
-from piggyback_lens.results.report import LONG_TEXT, write_report
+from piggyback_lens.results.report import LONG_TEXT, Report
 
 EVIL = "</script><script>alert('x')</script><img src=http://example.org/x onerror=alert(1)>"
 
@@ -58,7 +58,7 @@ def summary() -> pd.DataFrame:
         "n": 40,
     }
     row |= {
-        "mean": 38.2,
+        "value": 38.2,
         "low": 35.1,
         "high": 41.0,
         "recovery": 0.93,
@@ -96,7 +96,9 @@ def report(path: Path, **changes: object) -> Path:
         "notes": ["One prompt was left out."],
         "measure": "words per answer",
     }
-    return write_report(path, **(contents | changes))
+    contents |= changes
+    prompt = contents.pop("prompt_html")
+    return Report(**contents).write(path, prompt_html=prompt)
 
 
 @pytest.fixture(scope="module")
@@ -225,12 +227,12 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path):
 def test_an_empty_verdict_and_examples_without_columns_are_refused(tmp_path):
     with pytest.raises(LensError, match="verdict"):
         report(tmp_path / "a.html", verdict=" ")
-    with pytest.raises(LensError, match="lacks condition, response"):
+    with pytest.raises(LensError, match="lack condition, response"):
         report(tmp_path / "a.html", examples=pd.DataFrame({"prompt": ["a"]}))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_report_without_examples_prompt_notes_and_card_has_no_empty_sections(tmp_path):
-    path = report(tmp_path / "a.html", figures=[], examples=pd.DataFrame(), prompt_html=None, notes=[], card={})
+    path = report(tmp_path / "a.html", figures=[], examples=pd.DataFrame(), prompt_html="", notes=[], card={})
     page = path.read_text(encoding="utf-8")
     assert re.findall("<h2>(.*?)</h2>", page) == ["Summary"]

@@ -32,9 +32,8 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_jsonl
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import identify
-from piggyback_lens.results.report import report_run
 from piggyback_lens.results.result import KINDS, Number, Result, load_result
-from piggyback_lens.results.run import InUse, Run, locked, refuse_other
+from piggyback_lens.results.run import InUse, Run, locked, refuse_other, report_run
 
 IDENTITY = {"settings": {"n": 3, "seed": 0}, "cells": [1, 2, 3]}
 

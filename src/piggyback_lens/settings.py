@@ -132,11 +132,11 @@ class LoadSettings(Settings):
     """How weights are loaded.
 
     Attributes:
-        device: cpu, cuda, cuda:1, ...; None for cuda if there is one, else cpu.
-        dtype: float32, bfloat16, float16, or auto for the one that the weights are stored in; or a torch.dtype.
+        device: where the weights go: cpu, cuda, cuda:1, ...; by default cuda if there is one, else cpu.
+        dtype: of the weights: float32, bfloat16, float16, auto for the one they are stored in; or a torch.dtype.
         attn_implementation: transformers' attention: eager, sdpa, flash_attention_2, ...; None for its default.
-        quantization: 4bit or 8bit, for NF4 or LLM.int8() of bitsandbytes as the weights are loaded; or a quantisation
-            config of transformers.
+        quantization: quantise the weights as they are loaded: 4bit or 8bit (bitsandbytes' NF4 or LLM.int8(), extra
+            quant); or a quantisation config of transformers.
         trust_remote_code: run Python code that the model brings. It can do whatever you can: read it first.
         offline: make no connection; a hub id then has to be in the local hub cache.
     """
@@ -167,8 +167,8 @@ class ChatSettings(Settings):
     """How conversations are rendered with a chat template.
 
     Attributes:
-        system: system text; "default" passes none, so that the template's own default applies; None is for no system
-            text at all (an empty one is passed where the template would insert a default).
+        system: system text; "default" passes none, so that the template's own default applies; None (the word none on
+            the command line) is for no system text at all: an empty one where the template would insert a default.
         thinking: handed to the template as `enable_thinking`; None leaves it alone.
         no_system_role: what to do with a system text if the template has no system role: raise an error, fold it into
             the first user message (not part of the query span), or drop it.
@@ -235,7 +235,7 @@ class MapSettings(Settings):
         kinds: experiments, in order: carrier, layers, attribution, span, positions, heads.
         span: span that all but the carrier map patch.
         sites: sites that all but the carrier map patch together, such as k,v.
-        flow: repair (base to finetuned) or infect; of all but the carrier map.
+        flow: which way all but the carrier map patch: repair (base to finetuned) or infect.
         answer_tokens: tokens of the models' own answers that the contrast scores.
         seed: of the random controls and the bootstrap.
         budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
@@ -493,7 +493,7 @@ class LoRASettings(Settings):
 
     Attributes:
         rank: r, the inner width of every A and B.
-        alpha: numerator of the scale s.
+        alpha: numerator of the scale s; twice the rank is common.
         modules: names of the modules, such as q_proj and down_proj; "all-linear" for every linear one.
         layers: decoder blocks to adapt; None for all.
         rslora: whether s is alpha/√rank.

@@ -59,13 +59,15 @@ def draw_curves(
     identity |= {"prompts": ids_hash(prompts), "texts": texts_hash(texts), **facts_of(model)}
     first = prompts[0] if prompts else None
     with Run.open(out, "curves", identity, models={"model": own}, prompt=first) as run:
-        curves: dict[str, Curve] = {}
-        for kind in kinds:
+        curves: dict[CurveKind, Curve] = {}
+        # Those that are there come first, so that one of another run is refused before any is drawn.
+        for kind in sorted(kinds, key=lambda kind: not (Path(out) / kind).exists()):
             say(kind)
             more = {"tokenizer": tokenizer} if kind == "significance" else {}
             curves[kind] = _maker(kind, model, solutions, prompts, texts, settings)(out=Path(out) / kind, **more)
         title = f"Curves of {', '.join(solutions)}"
-        result = run.finish(Collection(curves, title, notes=_foreign(solutions, own)))
+        parts = {str(kind): curves[kind] for kind in kinds}
+        result = run.finish(Collection(dict(parts), title, notes=_foreign(solutions, own)))
     report_run(out)
     return result
 

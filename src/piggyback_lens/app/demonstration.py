@@ -73,8 +73,10 @@ def demo(
     result = audit(pair, *prompts, task.behaviour, settings.audit, out=out, progress=progress)
     about = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
     write_json(out / DEMO_FILE, about | {"training_seconds": seconds})
-    watched = monitor_figure(load_monitor(monitor_file(out)))
-    report_run(out, figures=[("Training loss on response tokens.", trained.figure()), (WATCHED, watched)])
+    figures = [("Training loss on response tokens.", trained.figure())]
+    if monitor_file(out).exists():
+        figures.append((WATCHED, monitor_figure(load_monitor(monitor_file(out)))))
+    report_run(out, figures=figures)
     return result, trained
 
 

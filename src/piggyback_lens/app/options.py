@@ -64,7 +64,7 @@ class ModelOptions:
     """One model.
 
     Attributes:
-        backend: bridge, or hooked for a HookedTransformer (transformer-lens 3.9 only).
+        backend: TransformerLens model: bridge, or hooked for a HookedTransformer (transformer-lens 3.9 only).
         load: how weights are loaded.
         chat: how prompts are rendered.
     """
@@ -104,7 +104,7 @@ class PairOptions(ModelOptions):
     Attributes:
         adapter: PEFT adapter of the finetune: a folder or a hub id, also OWNER/NAME@REVISION:checkpoint-120.
         finetuned: whole finetuned model, instead of an adapter.
-        backend: bridge, or hooked for HookedTransformers (transformer-lens 3.9 only).
+        backend: TransformerLens model: bridge, or hooked for a HookedTransformer (transformer-lens 3.9 only).
         load: how weights are loaded.
         chat: how prompts are rendered.
     """
@@ -198,7 +198,8 @@ def _options(settings: type[Any], left_out: Sequence[str], panel: str | None = N
         default = own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
         kind, read = _read(own.name, hints[own.name])
         text = docs[own.name]
-        about = typer.Option(help=text[:1].upper() + text[1:], rich_help_panel=panel)
+        names = [f"--{own.name.replace('_', '-')}"] if kind is bool and not default else []
+        about = typer.Option(*names, help=text[:1].upper() + text[1:], rich_help_panel=panel)
         yield _Option(own.name, Annotated[kind, about], _written(default, kind), read)
 
 
@@ -218,8 +219,8 @@ def _built(settings: type[Any], left_out: Sequence[str], values: Mapping[str, An
         if inner is not None:
             fields[own.name] = _built(inner, left_out, values)
             continue
-        given = values[own.name]
-        fields[own.name] = None if given is None else _read(own.name, hints[own.name])[1](given)
+        if values[own.name] is not None:  # else the default of the class
+            fields[own.name] = _read(own.name, hints[own.name])[1](values[own.name])
     return settings(**fields)
 
 
@@ -249,6 +250,8 @@ def _read(name: str, hint: Any) -> tuple[Any, Callable[[Any], Any]]:
         return _read_sequence(name, get_args(first)[0], maybe)
     if origin is Mapping:
         return list[str] | None, _variables
+    if first is str and optional:
+        return str | None, lambda text: None if text == "none" else text
     if first in (bool, int, float, str, Path):
         return maybe(first), lambda value: value
     return str | None, lambda value: value

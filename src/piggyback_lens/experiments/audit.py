@@ -24,7 +24,7 @@ from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, require_enough, spread
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.generation import Generation, generate
-from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
 from piggyback_lens.results.report import Report
@@ -174,7 +174,7 @@ class AuditResult(Result):
             raise LensError(f"{results} is not an audit's of this version: run the audit again, or see convert")
         try:
             card, receipts = saved["card"], saved["receipts"]
-            behaviour = get_behaviour(card["behaviour"])
+            behaviour = kept_behaviour(card.get("measure", {"name": card["behaviour"]}))
         except (KeyError, TypeError) as error:
             raise LensError(f"{results} is not an audit's ({error}): run the audit again") from error
         found = PatchResult.load(curve) if curve.is_file() else None
@@ -274,6 +274,7 @@ def audit(
         curve = work.layer_curve() if settings.curve_prompts else None
         counts = {topic: len(rendered) for topic, rendered in prompts.items()}
         facts = {"names": dict(pair.names), "n": counts, "notes": work.notes()}
+        facts["measure"] = {"name": measure.name, "label": measure.label, "unit": measure.unit}
         card = run.card() | facts
         rows = in_order(run.rows.values())
         result = AuditResult(rows, measure, curve, card, run.folder, work.receipts())

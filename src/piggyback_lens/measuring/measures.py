@@ -181,6 +181,22 @@ def regex(pattern: str) -> Behaviour:
     )
 
 
+def kept_behaviour(facts: Mapping[str, str]) -> Behaviour:
+    """The behaviour of a result that was read, by the name, label and unit that it keeps.
+
+    One of your own is known by its label and unit alone: what is read has its values, and calling it is refused.
+    """
+    try:
+        return get_behaviour(facts["name"])
+    except LensError:
+        name, label, unit = facts["name"], facts.get("label", facts["name"]), facts.get("unit", "")
+        return Behaviour(name, label, unit, "A behaviour of the user's own.", partial(_refuse, name))
+
+
+def _refuse(name: str, response: str) -> float:
+    raise LensError(f"the behaviour {name!r} came from a file, which has no code: pass your own Behaviour again")
+
+
 def get_behaviour(spec: "str | Behaviour") -> Behaviour:
     """A behaviour by name, ``"phrase:some text"`` or ``"regex:pattern"``; a ``Behaviour`` passes through."""
     if isinstance(spec, Behaviour):

@@ -33,7 +33,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     Raises:
         LensError: no device of torch, or one that this machine does not have.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.empty(1, device=device).device
     except Exception as error:  # torch raises RuntimeError, AssertionError, ImportError and more
