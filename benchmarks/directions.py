@@ -13,20 +13,24 @@ import math
 import torch
 from setting import Setting, arguments_of
 
-from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens import (
+    ChatFormat,
+    Direction,
+    HookTrainable,
+    KLOnRetain,
+    LoRAAdapter,
+    LoRASettings,
+    Penalised,
+    RetainData,
+    Weighted,
+    add_lora,
+    hook_model,
+    load_task,
+)
 from piggyback_lens.finetuning.batches import make_batch
-from piggyback_lens.finetuning.hook_training import HookTrainable
-from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
-from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Step, sft
-from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.measuring.variants import response_texts, variant_nll
-from piggyback_lens.models.pair import hook_model
-from piggyback_lens.settings import LoRASettings
-from piggyback_lens.tasks import load_task
-from piggyback_lens.vectors.adapters import LoRAAdapter
-from piggyback_lens.vectors.direction import Direction
 
 WEIGHT = 2.0
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)

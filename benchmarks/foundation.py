@@ -11,15 +11,19 @@ import statistics
 import torch
 from setting import Setting, arguments_of
 
-from piggyback_lens.conversations.chat import ChatFormat, batch_prompts
-from piggyback_lens.interventions.donors import prefix_activations
-from piggyback_lens.interventions.kinds import patch
-from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.measuring.generation import generate
-from piggyback_lens.measuring.sampling import Sampling
-from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens import (
+    ChatFormat,
+    ModelPair,
+    PrefixCache,
+    Sampling,
+    batch_prompts,
+    generate,
+    hook_model,
+    load_task,
+    patch,
+    prefix_activations,
+)
 from piggyback_lens.models.views import merged_bytes
-from piggyback_lens.tasks import load_task
 
 
 def off_topic(count):

@@ -29,31 +29,35 @@ from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direc
 from tiny_hooked import chat, prompts
 from tiny_pairs import pair
 
-from piggyback_lens.app.maps import run_maps
-from piggyback_lens.comparisons.comparing import compare_methods
-from piggyback_lens.experiments.attribution import attribution_map
-from piggyback_lens.experiments.audit import audit
-from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_position_map, patch_span
-from piggyback_lens.experiments.perturbation import perturb
-from piggyback_lens.experiments.stress_suite import stress
-from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.finetuning.training import train
-from piggyback_lens.models.pair import hook_model
-from piggyback_lens.settings import (
+from piggyback_lens import (
     AuditSettings,
     CompareSettings,
     CurveSettings,
+    Direction,
     LoRASettings,
     MapSettings,
     PatchSettings,
     PerturbSettings,
     SteerSettings,
     StressSettings,
+    Task,
     TrainDirectionSettings,
     TrainSettings,
+    add_lora,
+    attribution_map,
+    audit,
+    carrier_map,
+    compare_methods,
+    hook_model,
+    layer_curve,
+    layer_position_map,
+    patch_span,
+    perturb,
+    stress,
+    train,
 )
-from piggyback_lens.tasks import Task
-from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.app.maps import run_maps
+from piggyback_lens.vectors.direction import Provenance
 
 QUERIES = ["one", "two words", "a longer question?", "four", "and five", "six here"]
 TRAINING = TrainSettings(steps=24, batch_size=4, learning_rate=1e-2, checkpoint_every=4)

@@ -14,12 +14,16 @@ import torch
 from foundation import off_topic
 from setting import Setting, arguments_of
 
-from piggyback_lens.conversations.chat import batch_prompts
-from piggyback_lens.experiments.attribution import attribution_map
-from piggyback_lens.experiments.patching import layer_curve, layer_position_map
-from piggyback_lens.interventions.donors import prefix_activations
-from piggyback_lens.measuring.answers import AnswerContrast
-from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens import (
+    AnswerContrast,
+    ModelPair,
+    attribution_map,
+    batch_prompts,
+    hook_model,
+    layer_curve,
+    layer_position_map,
+    prefix_activations,
+)
 
 N_PROMPTS = 4
 SAMPLE = 6  # cells of the map that the peer runs

@@ -18,9 +18,7 @@ from pathlib import Path
 
 import torch
 
-from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
-from piggyback_lens.settings import LoadSettings, LoRASettings
+from piggyback_lens import LoadSettings, LoRASettings, add_lora, default_model, load_causal_lm, load_tokenizer
 
 SHAPES = {
     "135m": None,

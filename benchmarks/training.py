@@ -13,11 +13,9 @@ import math
 import torch
 from setting import Setting, arguments_of
 
-from piggyback_lens.conversations.chat import ChatFormat
+from piggyback_lens import ChatFormat, Penalised, TReFT, Weighted, load_task
 from piggyback_lens.finetuning.batches import make_batch
-from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.steps import Step, forward_step, sft
-from piggyback_lens.tasks import load_task
 
 LAMBDA = 30.0
 

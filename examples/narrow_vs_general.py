@@ -18,37 +18,47 @@ import pandas as pd
 import torch
 
 from piggyback_lens import (
+    CurveSettings,
     ChatFormat,
+    Direction,
+    HookTrainable,
+    KLOnRetain,
     LensError,
+    LoRAAdapter,
+    Penalised,
+    Result,
+    RetainData,
+    SAESettings,
+    SnapshotKeeper,
     TrainSettings,
+    Weighted,
+    attached,
+    attribute_latents,
     default_model,
+    efficiency,
+    fit_latents,
     generate,
     get_behaviour,
     hook_model,
     load_causal_lm,
+    load_result,
+    load_sae,
+    load_solution,
     load_task,
     load_tokenizer,
+    significance,
+    snapshot_cosines,
+    stability,
+    text_windows,
     train,
+    trajectory,
 )
-from piggyback_lens.directions.curve_points import Curve
-from piggyback_lens.directions.curves import efficiency, significance, stability
 from piggyback_lens.files import atomic_write_text, read_json, write_json
-from piggyback_lens.finetuning.hook_training import HookTrainable
-from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
-from piggyback_lens.finetuning.retain import RetainData
-from piggyback_lens.finetuning.trajectories import SnapshotCosines, SnapshotKeeper, snapshot_cosines, trajectory
+from piggyback_lens.finetuning.trajectories import SnapshotCosines
 from piggyback_lens.maths import Estimate, mean_interval
-from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import response_texts, variant_kl, variant_nll
-from piggyback_lens.saes.latent_attribution import LatentAttribution, attribute_latents
-from piggyback_lens.saes.latent_fit import fit_latents
-from piggyback_lens.saes.latents import load_sae
-from piggyback_lens.settings import CurveSettings, SAESettings
 from piggyback_lens.tasks import TASKS
-from piggyback_lens.vectors.adapter_files import load_peft
-from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
-from piggyback_lens.vectors.adapting import attached
-from piggyback_lens.vectors.direction import Direction
+from piggyback_lens.vectors.adapters import Adapter
 
 PARTS = ("train", "behaviour", "curves", "drift", "latents")
 KINDS = ("vector", "adapter")
@@ -122,12 +132,7 @@ class Laboratory:
 
     def solution(self, kind: str, name: str) -> Adapter:
         """A trained one: general or narrow."""
-        return load_solution(self.out / kind / read_json(self.out / kind / "chosen.json")[name]["run"])
-
-
-def load_solution(run: Path) -> Adapter:
-    file = run / "adapter" / "direction.safetensors"
-    return Direction.load(file) if file.exists() else load_peft(run / "adapter")
+        return load_solution(self.out / kind / read_json(self.out / kind / "chosen.json")[name]["run"] / "adapter")
 
 
 def fresh(lab: Laboratory, kind: str) -> Adapter:
@@ -370,9 +375,9 @@ def verdict(found: Any) -> str:
     return "does not hold" if found.high < 0 else "not separable"
 
 
-def curve_of(lab: Laboratory, kind: str, name: str) -> Curve | None:
+def curve_of(lab: Laboratory, kind: str, name: str) -> Result | None:
     file = lab.out / kind / f"{name}.json"
-    return Curve.load(file) if file.exists() else None
+    return load_result(file) if file.exists() else None
 
 
 def claims(labs: list[Laboratory]) -> list[dict]:
@@ -437,7 +442,7 @@ def nearest(frame: pd.DataFrame, x: float) -> Any:
     return frame.iloc[(frame["x"] - x).abs().argmin()]
 
 
-def own_losses(curve: Curve, own: dict) -> Estimate:
+def own_losses(curve: Result, own: dict) -> Estimate:
     """Loss of the narrow solution minus that of the general one, each at its own norm."""
     weights = np.array(curve.weights) / np.mean(curve.weights)
     values = {}
@@ -447,7 +452,7 @@ def own_losses(curve: Curve, own: dict) -> Estimate:
     return mean_interval((values["narrow"] - values["general"]) * weights)
 
 
-def stability_claim(curve: Curve, epsilon: float = 0.6) -> dict:
+def stability_claim(curve: Result, epsilon: float = 0.6) -> dict:
     """The two solutions have scales of their own: they differ where their intervals are apart."""
     frame = curve.to_frame()
     rows = {name: frame[(frame.series == name) & (frame.x == epsilon)].iloc[0] for name in ("narrow", "general")}
@@ -565,10 +570,10 @@ def latent_section(lab: Laboratory, docs: Path) -> list[str]:
                 "beyond chance": "yes" if r.beyond_chance else "no",
                 "change of activation": r.change,
             }
-            for r in LatentAttribution.load(file).top(5).itertuples()
+            for r in load_result(file).top(5).itertuples()
         ]
         sections.append(f"{name}:\n\n{table(rows)}")
-    sections.append(draw(docs, f"{lab.task.name}_latents_general", LatentAttribution.load(files["general"]).figure()))
+    sections.append(draw(docs, f"{lab.task.name}_latents_general", load_result(files["general"]).figure()))
     return sections
 
 

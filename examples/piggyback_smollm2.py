@@ -16,13 +16,12 @@ import pandas as pd
 
 from piggyback_lens import (
     AnswerContrast,
-    AuditResult,
     GeneratedBehaviour,
     LensError,
     ModelPair,
-    PatchResult,
-    PerturbResult,
-    StressResult,
+    PerturbSettings,
+    Result,
+    StressSettings,
     attribution_map,
     carrier_map,
     default_model,
@@ -30,6 +29,7 @@ from piggyback_lens import (
     layer_curve,
     layer_head_map,
     layer_position_map,
+    load_result,
     patch_span,
     perturb,
     stress,
@@ -37,7 +37,6 @@ from piggyback_lens import (
 from piggyback_lens.figures.result_plots import carrier_plane
 from piggyback_lens.files import atomic_write_text
 from piggyback_lens.maths import Estimate, percent
-from piggyback_lens.settings import PerturbSettings
 
 PARTS = ("spans", "carrier", "curves", "positions", "heads", "perturb", "stress")
 TOPICS = {"off-topic": 12, "on-topic": 12}  # prompts of each
@@ -53,7 +52,7 @@ class Laboratory:
     """The organism, its prompts and the answers that the demo generated."""
 
     def __init__(self, demo: Path, out: Path) -> None:
-        self.audit, self.demo, self.out = AuditResult.load(demo), demo, out
+        self.audit, self.demo, self.out = load_result(demo), demo, out
         self.behaviour = get_behaviour(self.audit.card["behaviour"])
 
     @cached_property
@@ -134,16 +133,17 @@ def heads(lab: Laboratory) -> None:
 def perturbation(lab: Laboratory) -> None:
     file = lab.out / "perturb" / "result.json"
     if not file.exists():
-        options = {"max_new_tokens": NEW_TOKENS, "out": file.parent, "progress": True, "batch_size": 48}
+        settings = PerturbSettings(spans=SPANS, max_new_tokens=NEW_TOKENS, batch_size=48)
         prompts = {topic: own[:GENERATED_PROMPTS] for topic, own in lab.prompts.items()}
-        perturb(lab.pair, prompts, lab.behaviour, settings=PerturbSettings(spans=SPANS), **options).save(file)
+        perturb(lab.pair, prompts, lab.behaviour, settings, out=file.parent, progress=True)
 
 
 def stress_suite(lab: Laboratory) -> None:
     file = lab.out / "stress" / "result.json"
     if not file.exists():
-        options = {"max_new_tokens": NEW_TOKENS, "out": file.parent, "progress": True, "batch_size": 48}
-        stress(lab.pair, lab.prompts["off-topic"][:GENERATED_PROMPTS], lab.behaviour, **options).save(file)
+        settings = StressSettings(max_new_tokens=NEW_TOKENS, batch_size=48)
+        prompts = lab.prompts["off-topic"][:GENERATED_PROMPTS]
+        stress(lab.pair, prompts, lab.behaviour, settings, out=file.parent, progress=True)
 
 
 RUN = dict(zip(PARTS, (spans, carrier, curves, positions, heads, perturbation, stress_suite), strict=True))
@@ -168,7 +168,7 @@ def span_table(lab: Laboratory) -> str:
     """Generated behaviour with one span's keys and values patched."""
     rows = []
     for file in sorted(lab.out.glob("span_*/result.json")):
-        result = PatchResult.load(file)
+        result = load_result(file)
         frame = result.to_frame()
         topic = file.parent.name.split("_")[1]
         frame["topic"], frame["recovered"] = topic, [percent(r.value, r.low, r.high) for r in frame.itertuples()]
@@ -180,7 +180,7 @@ def span_table(lab: Laboratory) -> str:
     return table(frame, columns)
 
 
-def perturb_table(result: PerturbResult) -> str:
+def perturb_table(result: Result) -> str:
     frame = result.to_frame()
     frame["interval"] = [f"{r.mean:.3g} [{r.low:.3g}, {r.high:.3g}]" for r in frame.itertuples()]
     frame["recovered"] = [
@@ -198,7 +198,7 @@ def perturb_table(result: PerturbResult) -> str:
     return table(frame, columns)
 
 
-def stress_table(result: StressResult) -> str:
+def stress_table(result: Result) -> str:
     frame = result.to_frame()
     wide = frame.pivot_table(index="variant", columns="side", values="mean", sort=False).reset_index()
     once = frame.drop_duplicates("variant").set_index("variant")
@@ -209,7 +209,7 @@ def stress_table(result: StressResult) -> str:
     return table(wide, columns)
 
 
-def rank_correlation(exact: PatchResult, attributed: PatchResult) -> tuple[float, int]:
+def rank_correlation(exact: Result, attributed: Result) -> tuple[float, int]:
     """Spearman's rho over all cells that both maps have."""
     from scipy.stats import spearmanr
 
@@ -252,7 +252,7 @@ header is broken, answers become short whatever was trained: read those rows bes
 
 def page(lab: Laboratory, docs: Path) -> str:
     """Everything that is finished, as Markdown."""
-    results = {f.parent.name: PatchResult.load(f) for f in sorted(lab.out.glob("*/result.json")) if is_patch(f)}
+    results = {f.parent.name: load_result(f) for f in sorted(lab.out.glob("*/result.json")) if is_patch(f)}
     facts = {
         "off": TOPICS["off-topic"],
         "on": TOPICS["on-topic"],
@@ -291,7 +291,7 @@ def claim_section(lab: Laboratory, results: dict) -> list[str]:
     ]
     file = lab.out / "perturb" / "result.json"
     if file.exists():
-        found = perturbed(PerturbResult.load(file))
+        found = perturbed(load_result(file))
         average, best = (found.get(("off-topic", "prefix", kind)) for kind in ("average", "best"))
         claims += [
             ("Perturbed prefix tokens restore off-topic answers (average)", average, nothing),
@@ -313,7 +313,7 @@ def claim_section(lab: Laboratory, results: dict) -> list[str]:
     return ["## What of the paper holds here", CLAIMS, table(pd.DataFrame(rows), columns)] if rows else []
 
 
-def perturbed(result: PerturbResult) -> dict:
+def perturbed(result: Result) -> dict:
     """Recovery by topic, span and kind."""
     return {
         (r.topic, r.span, r.kind): Estimate(r.recovery, r.recovery_low, r.recovery_high, r.n)
@@ -345,7 +345,7 @@ def perturb_section(lab: Laboratory, docs: Path, results: dict) -> list[str]:
     file = lab.out / "perturb" / "result.json"
     if not file.exists():
         return []
-    found = PerturbResult.load(file)
+    found = load_result(file)
     return [PERTURBATION, perturb_table(found), draw(lab, docs, "perturb", found.figure())]
 
 
@@ -373,7 +373,7 @@ def map_section(lab: Laboratory, docs: Path, results: dict) -> list[str]:
     sections.append(f"The {len(top)} strongest cells:\n\n{table(top, columns)}")
     for name, what in (("attribution", "plain gradient"), ("attribution_ig", "integrated gradients, 4 steps")):
         if (lab.out / f"{name}.json").exists():
-            found = PatchResult.load(lab.out / f"{name}.json")
+            found = load_result(lab.out / f"{name}.json")
             rho, n = rank_correlation(exact, found)
             sections.append(f"Attribution by {what}: Spearman's rho with the exact map {rho:.2f} over {n} cells.")
             sections += [draw(lab, docs, name, found.figure())] if name == "attribution" else []
@@ -393,7 +393,7 @@ def stress_section(lab: Laboratory, docs: Path) -> list[str]:
     file = lab.out / "stress" / "result.json"
     if not file.exists():
         return []
-    found = StressResult.load(file)
+    found = load_result(file)
     notes = [f"Not run: {name} ({reason})." for name, reason in found.skipped.items()]
     return [
         "## Template stress suite, off-topic",
@@ -407,7 +407,7 @@ def is_patch(file: Path) -> bool:
     return file.parent.name not in ("perturb", "stress")
 
 
-def floor(result: PatchResult) -> str:
+def floor(result: Result) -> str:
     return f"Identity controls stay within {result.noise_floor:.1e} of the gap; n = {len(result.base)}."
 
 

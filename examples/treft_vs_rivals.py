@@ -20,20 +20,29 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from piggyback_lens import AnswerContrast, GeneratedBehaviour, LensError, ModelPair, default_model, patch_span
-from piggyback_lens.comparisons.comparing import compare_methods
-from piggyback_lens.comparisons.comparison import Comparison
+from piggyback_lens import (
+    AnswerContrast,
+    Behaviour,
+    ChatSettings,
+    CompareSettings,
+    GeneratedBehaviour,
+    LensError,
+    ModelPair,
+    RenderedPrompt,
+    Result,
+    TrainSettings,
+    compare_methods,
+    default_model,
+    load_result,
+    load_task,
+    patch_span,
+)
 from piggyback_lens.comparisons.comparison_plan import DEFAULT, Cell, cell_folder
 from piggyback_lens.comparisons.engines import local
 from piggyback_lens.comparisons.methods import parse_method
-from piggyback_lens.conversations.chat import RenderedPrompt
-from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.maths import Estimate, mean_interval, nearer, percent, recovery, spread
-from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.progress import say
-from piggyback_lens.settings import ChatSettings, TrainSettings
-from piggyback_lens.tasks import load_task
 
 RATES = ("1e-4", "3e-4")  # learning rates of plain finetuning that are tried
 CANDIDATES = (
@@ -74,10 +83,11 @@ class Study:
     def minutes(self) -> float:
         return max(0.0, (self.deadline - time.monotonic()) / 60)
 
-    def compare(self, task: str, stage: str, methods: list[str], **settings: object) -> Comparison:
+    def compare(self, task: str, stage: str, methods: list[str], **settings: object) -> Result:
         """One stage of one task, in its own folder."""
-        settings = {"training": self.training, "n_prompts": self.n, "max_new_tokens": self.tokens, **settings}
-        call = {"out": self.out / task / stage, "minutes": self.minutes, "offline": True, **settings}
+        sizes = {"n_prompts": self.n, "max_new_tokens": self.tokens, "minutes": self.minutes}
+        chosen = CompareSettings(training=self.training, **sizes, **settings)
+        call = {"settings": chosen, "out": self.out / task / stage, "offline": True}
         say(f"{task}, {stage}: {', '.join(methods)} ({self.minutes:.0f} minutes left)")
         if self.workers == 1:
             return compare_methods(self.model, task, methods, **call)
@@ -88,7 +98,7 @@ class Study:
 # --- the two stages --------------------------------------------------------------------------------------
 
 
-def choose(study: Study, task: str) -> tuple[list[str], Comparison]:
+def choose(study: Study, task: str) -> tuple[list[str], Result]:
     """Learning rate, then weights, on validation prompts with one seed; the methods of the second stage."""
     seeds = {"seeds": study.seeds[:1], "split": "validation"}
     plain = study.compare(task, "validation", [f"sft:lr={','.join(study.rates)}"], **seeds)
@@ -103,12 +113,12 @@ def choose(study: Study, task: str) -> tuple[list[str], Comparison]:
     return [*chosen, *(f"{spec}:lr={rate}" for spec in FIXED)], tuned
 
 
-def require_whole(found: Comparison) -> None:
+def require_whole(found: Result) -> None:
     if found.card["finished"] < found.card["asked"]:
         raise LensError("the time is over before the settings were chosen: run the same command again")
 
 
-def best_rate(found: Comparison) -> str:
+def best_rate(found: Result) -> str:
     """The smallest learning rate that changes the on-topic behaviour at least 95 % as much as the best one does."""
     require_whole(found)
     base, frame = found.base_means()["on"].value, found.to_frame()
@@ -147,16 +157,16 @@ class Restoring:
     def contrast(self) -> AnswerContrast:
         return AnswerContrast.of(self.pair, self.prompts, max_new_tokens=self.study.tokens)
 
-    def result(self, span: str, behaviour: Behaviour | None, out: Path) -> PatchResult:
+    def result(self, span: str, behaviour: Behaviour | None, out: Path) -> Result:
         """Measured on generated answers, or without a behaviour on the contrast of both models' answers."""
         if not (out / "result.json").exists():
             say(f"{self.task}, carriers: {span} of {self.folder.name}")
             measure = self.contrast if behaviour is None else GeneratedBehaviour(behaviour, self.study.tokens)
             patch_span(self.pair, self.prompts, span, controls=False, measure=measure, out=out)
-        return PatchResult.load(out / "result.json")
+        return load_result(out / "result.json")
 
 
-def carriers(study: Study, task: str, stage: str, found: Comparison, system: str | None = DEFAULT) -> list[dict]:
+def carriers(study: Study, task: str, stage: str, found: Result, system: str | None = DEFAULT) -> list[dict]:
     """Recovery of off-topic answers with the base's keys and values of one span, for SFT and TReFT of one seed."""
     rows, seed = [], study.seeds[0]
     for label in dict.fromkeys(key[0] for key in found.keys if parse_method(key[0])[0].family in ("sft", "treft")):
@@ -188,7 +198,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows)])
 
 
-def results(found: Comparison) -> str:
+def results(found: Result) -> str:
     """The table of one stage of one task."""
     base = found.base_means()
     empty = dict.fromkeys(("kept", "recovered", "KL", "perplexity", "drift", "on, seeds", "off, seeds"), "")
@@ -210,7 +220,7 @@ def results(found: Comparison) -> str:
     return markdown(rows)
 
 
-def claims(found: Comparison) -> list[dict]:
+def claims(found: Result) -> list[dict]:
     """What holds here: decided by intervals over prompts, and by every seed agreeing."""
     labels = {parse_method(key[0])[0].family: key[0] for key in found.keys}
     sft, treft, of_base = labels["sft"], labels.get("treft"), base_values(found)
@@ -231,14 +241,12 @@ def claims(found: Comparison) -> list[dict]:
     return rows
 
 
-def closer(name: str, found: Comparison, treft: str, rival: str, of_base: dict[str, list[float]]) -> dict:
+def closer(name: str, found: Result, treft: str, rival: str, of_base: dict[str, list[float]]) -> dict:
     claim = f"TReFT stays nearer to the base off-topic than {name}"
     return judged(claim, found, treft, lambda v, w: nearer(v["off"], w["off"], of_base["off"]), rival)
 
 
-def judged(
-    claim: str, found: Comparison, one: str, statistic: Callable[..., Estimate], other: str | None = None
-) -> dict:
+def judged(claim: str, found: Result, one: str, statistic: Callable[..., Estimate], other: str | None = None) -> dict:
     """The statistic of the means over the seeds that both methods have, and whether every seed alone agrees."""
     runs = [by_seed(found, label) for label in (one, other) if label is not None]
     seeds = sorted(set.intersection(*(set(run) for run in runs)))
@@ -248,13 +256,13 @@ def judged(
     return told(claim, whole, agree)
 
 
-def by_seed(found: Comparison, label: str) -> dict[int, dict[str, list[float]]]:
+def by_seed(found: Result, label: str) -> dict[int, dict[str, list[float]]]:
     """Values of every prompt, by seed."""
     cells = [cell for cell in found.cells if cell["label"] == label]
     return {cell["cell"]["seed"]: {t: numbers(cell[t]["values"]) for t in ("on", "off")} for cell in cells}
 
 
-def base_values(found: Comparison) -> dict[str, list[float]]:
+def base_values(found: Result) -> dict[str, list[float]]:
     return {topic: numbers(found.bases["default"][topic]["values"]) for topic in ("on", "off")}
 
 
@@ -304,7 +312,7 @@ prompts: {n} on-topic and {n} off-topic, greedy answers of at most {tokens} toke
 prompts after averaging the seeds; they do not hold the spread between seeds, whose means are listed. *Kept*:
 (method - base) / (plain finetuning - base) on-topic. *Recovered*: (method - plain finetuning) / (base - plain
 finetuning) off-topic; undefined where plain finetuning does not differ from the base beyond noise. KL: base to tuned,
-nats per token, on the base's own off-topic answers. Perplexity: change on plain text. SnapshotCosines: mean over layers of the
+nats per token, on the base's own off-topic answers. Perplexity: change on plain text. Drift: mean over layers of the
 relative squared deviation of the prefix's keys and values."""
 
 CLAIMS = """A claim holds where its interval lies on the claimed side of 0 and every seed agrees, does not hold where
@@ -323,7 +331,7 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
     tuned = folder / "validation"
     parts.append(f"`python examples/treft_vs_rivals.py treft_out docs {read_json(folder / 'asked.json')}`")
     if (folder / "test" / "result.json").exists():
-        found = Comparison.load(folder / "test")
+        found = load_result(folder / "test")
         finished, asked = found.card["finished"], found.card["asked"]
         parts.append(f"Measured: {found.behaviour.label} ({found.behaviour.unit}). {finished} of {asked} cells.")
         parts += ["### Test prompts", results(found), "### What holds", markdown(claims(found))]
@@ -338,13 +346,13 @@ def section(study: Study, task: str, pictures: bool) -> list[str]:
     for file in sorted(folder.glob("extra_*/result.json")):
         parts += extra_section(study, task, file, pictures)
     if (tuned / "result.json").exists():
-        parts += ["### Validation prompts, from which the settings were chosen", results(Comparison.load(tuned))]
+        parts += ["### Validation prompts, from which the settings were chosen", results(load_result(tuned))]
     return parts
 
 
 def extra_section(study: Study, task: str, file: Path, pictures: bool) -> list[str]:
     """The table of an extra stage, and pictures over the axis that it varies."""
-    found, name = Comparison.load(file), file.parent.name.removeprefix("extra_")
+    found, name = load_result(file), file.parent.name.removeprefix("extra_")
     parts = [f"### {name.replace('_', ' ')}", f"Seed {study.seeds[0]}; intervals over prompts.", by_axes(found)]
     for axis in found.varied:
         if axis in AXES:
@@ -355,7 +363,7 @@ def extra_section(study: Study, task: str, file: Path, pictures: bool) -> list[s
     return parts
 
 
-def by_axes(found: Comparison) -> str:
+def by_axes(found: Result) -> str:
     """One row per method and place on the axes that vary."""
     rows = []
     for key in found.keys:
@@ -426,7 +434,7 @@ def run_task(study: Study, task: str, with_extras: bool) -> None:
         extras(study, task, methods)
 
 
-def require_whole_seed(found: Comparison, seed: int) -> None:
+def require_whole_seed(found: Result, seed: int) -> None:
     labels = [cell["label"] for cell in found.cells if cell["cell"]["seed"] == seed]
     if not {"sft", "treft"} <= {parse_method(label)[0].family for label in labels}:
         raise LensError("the time is over before the first seed was finished: run the same command again")

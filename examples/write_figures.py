@@ -7,14 +7,12 @@ numbers into the README between its two markers. No figure in the README is type
 """
 
 import argparse
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from piggyback_lens import AuditResult
-from piggyback_lens.app.demonstration import QUICK
-from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.audit import check_identity
+from piggyback_lens import DemoSettings, LensError, Result, load_result
 from piggyback_lens.files import atomic_write_text
 from piggyback_lens.maths import percent
 
@@ -22,14 +20,14 @@ START, END = "<!-- demo:start -->", "<!-- demo:end -->"
 WIDTH, SCALE = 1100, 2  # px, and how many picture points stand for one
 
 
-def results_markdown(result: AuditResult) -> str:
+def results_markdown(result: Result) -> str:
     """The demo's table, verdict, time and memory."""
-    card = result.card
+    card = {**result.card, **about(result)}
     rows = ["| | condition | n | mean [95 % interval] | recovery |", "|---|---|---:|---:|---:|"]
     for row in result.to_frame().to_dict("records"):
-        value = f"{row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+        value = f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
         rows.append(f"| {row['topic']} | {row['condition_label']} | {row['n']} | {value} | {recovered(row)} |")
-    same, total = check_identity(result)
+    same, total = result.identical
     versions = ", ".join(f"{name} {card['versions'][name]}" for name in ("torch", "transformers", "transformer-lens"))
     return "\n".join(
         [
@@ -47,6 +45,11 @@ def results_markdown(result: AuditResult) -> str:
     )
 
 
+def about(result: Result) -> dict:
+    """What the demo has written beside its audit: task and training."""
+    return json.loads((result.folder / "demo.json").read_text(encoding="utf-8"))
+
+
 def recovered(row: dict) -> str:
     """A recovery with its interval, in per cent."""
     if row["condition"] in ("base", "finetuned"):
@@ -56,7 +59,7 @@ def recovered(row: dict) -> str:
 
 def command(card: dict) -> str:
     """What was typed; a quick demo is known by its audit's settings."""
-    quick = " --quick" if card["settings"] == asdict(QUICK.audit) else ""
+    quick = " --quick" if card["settings"] == asdict(DemoSettings.quick().audit) else ""
     return f"piggyback-lens demo --task {card['task']}{quick}"
 
 
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("docs", type=Path, help="folder for the pictures")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args()
-    result = AuditResult.load(options.demo)
+    result = load_result(options.demo)
     results = results_markdown(result)
     options.docs.mkdir(parents=True, exist_ok=True)
     result.figure().write_image(options.docs / "demo_conditions.png", width=WIDTH, scale=SCALE)

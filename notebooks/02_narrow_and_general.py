@@ -30,6 +30,7 @@ import torch
 
 from piggyback_lens import (
     ChatFormat,
+    CurveSettings,
     Direction,
     HookTrainable,
     KLOnRetain,
@@ -50,7 +51,6 @@ from piggyback_lens import (
     text_windows,
     train,
 )
-from piggyback_lens.settings import CurveSettings
 
 STEPS = int(os.environ.get("PIGGYBACK_LENS_STEPS", "30"))
 TEXTS = int(os.environ.get("PIGGYBACK_LENS_TEXTS", "12"))

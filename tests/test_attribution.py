@@ -13,6 +13,7 @@ from piggyback_lens.experiments.attribution import attribution_map
 from piggyback_lens.experiments.patching import layer_curve, layer_head_map, layer_position_map
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.measures import get_behaviour
+from piggyback_lens.settings import PatchSettings
 
 NEAR = (3e-4, 3e-3)  # sizes of the finetune's step; the error of a first-order term shrinks with them
 IDS = list(map("-".join, FEW))
@@ -183,7 +184,8 @@ def test_models_that_do_not_differ_are_attributed_nothing():
 
 
 def test_postfix_activations_of_an_empty_query_are_a_donor_here_too():
-    run = {"span": "postfix", "postfix_donor": "empty_query", "chat": chat(), "layers": [1]}
+    settings = PatchSettings(postfix_donor="empty_query", chat=chat())
+    run = {"span": "postfix", "settings": settings, "layers": [1]}
     quick, slow = (
         effects(x) for x in (fast(pair(), "position", "v", **run).attributed, exact(pair(), "position", "v", **run))
     )
@@ -242,7 +244,7 @@ def test_the_rank_correlation_leaves_the_top_cells_out():
 
 
 def test_settings_and_labels_say_what_was_attributed():
-    result = fast(pair(), "head", ("k", "v"), layers=[-1], steps=2, seed=4).attributed
+    result = fast(pair(), "head", ("k", "v"), layers=[-1], steps=2, settings=PatchSettings(seed=4)).attributed
     assert (result.kind, fast(pair(), "position", "v").attributed.kind) == ("layer_head", "layer_position")
     assert [c["label"] for c in result.cells] == ["kv 0 (q 0-1)", "kv 1 (q 2-3)"]
     assert [(c["layer"], c["layers"], c["heads"], c["group"]) for c in result.cells] == [

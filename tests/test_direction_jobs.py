@@ -520,8 +520,8 @@ def test_a_mistake_costs_one_line_and_no_model(files, tmp_path, monkeypatch, cap
     direction().save(files / "d.safetensors")
     (name, *words), expected = FAULTS[fault]
     words = [word.replace("@", f"{files}/") for word in words]
+    out = [] if name == "chat" else ["--out", tmp_path / "out"]
     with pytest.raises(SystemExit) as stopped:
-        out = [] if name == "chat" else ["--out", tmp_path / "out"]
         call(monkeypatch, name, files / "base", *words, *out)
     captured = capsys.readouterr()
     message = captured.err.strip().splitlines()[-1]

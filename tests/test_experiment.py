@@ -1,6 +1,7 @@
 """Experiments that are written as they come: resumed after a kill, refused in a folder with another plan."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ from piggyback_lens.interventions.donors import prefix_activations
 from piggyback_lens.interventions.kinds import patch, zero
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.measures import get_behaviour
+from piggyback_lens.settings import PatchSettings
 
 CELLS = 9 + 2  # of the curve below, and both models as they are
 
 
-def curve(out=None, tiny=None, some=THREE, measure=None, **changes):
+def curve(out=None, tiny=None, some=THREE, measure=None, settings=PatchSettings(), **changes):
     """3 layers, the controls at each; one cell at a time goes through the model."""
-    run = {"sites": "v", "span": "query", "budget_gb": 1e-9, "control_layers": 3, **changes}
+    settings = replace(settings, budget_gb=1e-9)
+    run = {"sites": "v", "span": "query", "settings": settings, "control_layers": 3, **changes}
     return layer_curve(tiny or pair(), prompts(some), out=out, measure=measure or contrast(prompts(some)), **run)
 
 
@@ -159,10 +162,11 @@ def test_a_folder_with_another_experiment_is_refused(tmp_path):
     before = there()
     other_answers = AnswerContrast(contrast().against, contrast().towards)
     behaviour = GeneratedBehaviour(get_behaviour("words"), max_new_tokens=1)
+    empty = PatchSettings(postfix_donor="empty_query", chat=chat())
     tries = [
-        (r"settings\.seed is 0 there, 1 here", {"seed": 1}),
+        (r"settings\.seed is 0 there, 1 here", {"settings": PatchSettings(seed=1)}),
         (r"measure\.ids is", {"some": THREE[:2], "measure": contrast(prompts(THREE[:2]))}),
-        (r"settings\.postfix_donor is 'own_prompt' there", {"postfix_donor": "empty_query", "chat": chat()}),
+        (r"settings\.postfix_donor is 'own_prompt' there", {"settings": empty}),
         (r"settings\.backend is 'bridge' there, 'hooked' here", {"tiny": pair("llama-gqa", "hooked")}),
         (r"settings\.names\.finetuned is", {"tiny": pair(step=0.02)}),
         (r"measure\.ids is", {"measure": other_answers}),
@@ -218,7 +222,7 @@ def planned(*parts):
 
 
 def test_a_plan_without_cells_and_a_model_that_breaks_are_refused(tmp_path):
-    run = {"kind": "span", "measure": contrast(), "settings": {"seed": 0}}
+    run = {"kind": "span", "measure": contrast(), "settings": PatchSettings()}
     with pytest.raises(LensError, match="no cell is left to run"):
         run_plan(pair(), prompts(THREE), [], **run)
     with pytest.raises(LensError, match="no prompts"):
@@ -233,7 +237,7 @@ def test_a_plan_without_cells_and_a_model_that_breaks_are_refused(tmp_path):
 def test_any_intervention_can_be_a_cell():
     """The engine takes more than patches: here an ablation and nothing at all."""
     plan = [*planned(*zero("v", span="prefix").parts), *planned()]
-    result = run_plan(pair(), prompts(THREE), plan, kind="span", measure=contrast(), settings={"seed": 0})
+    result = run_plan(pair(), prompts(THREE), plan, kind="span", measure=contrast(), settings=PatchSettings())
     assert result.values[1] == pytest.approx(result.finetuned, abs=1e-6)
     assert result.values[0] != pytest.approx(result.finetuned, abs=1e-2)
     assert (result.cells[1]["touched"], result.cells[1]["change_norm"]) == (0, 0)

@@ -1,5 +1,7 @@
 """What an importer meets: an instant import, and a public surface that does not change by accident."""
 
+import inspect
+import re
 import runpy
 import subprocess
 import sys
@@ -44,25 +46,67 @@ def test_every_public_name_is_what_its_module_defines_and_never_a_module():
 
 def test_the_public_surface_is_this_list():
     assert set(piggyback_lens.__all__) == {
-        "Activations", "AnswerContrast", "AttributionResult", "AuditResult", "AuditSettings", "ChatFormat",
-        "Comparison", "Curve", "Direction", "GeneratedBehaviour", "Generation", "HookTrainable", "Intervention",
-        "Interventions", "KLOnRetain", "KLOnTrain", "LatentAttribution", "Latents", "LensError", "LoRAAdapter",
-        "LoRASettings", "Method", "ModelPair", "Monitor", "PatchResult", "Penalised", "PerturbResult", "PrefixCache",
-        "PreventiveSteering", "Record", "RenderedPrompt", "RetainData", "Sampling", "ScoredAnswers", "SnapshotKeeper",
-        "StressResult", "Sweep", "TReFT", "TReFTSettings", "TReFTTrainer", "Task", "TokenScores",
-        "TrainResult", "TrainSettings", "Weighted", "ablate", "ablate_latent", "ablate_sweep", "ablation_cost",
-        "adapter_scalars", "add", "add_lora", "applied", "attach_adapter", "attached", "attribute_latents",
-        "attribution_map", "audit", "batch_prompts", "cache", "carrier_map", "clamp", "compare_methods",
-        "compare_templates", "contrast", "contrast_pairs", "default_model", "demo", "drift", "efficiency",
+        "Activations", "AnswerContrast", "AuditSettings", "Behaviour", "ChatFormat", "ChatSettings",
+        "CompareSettings", "CurveSettings", "DemoSettings", "Direction", "GeneratedBehaviour", "Generation",
+        "HookTrainable", "Intervention", "Interventions", "KLOnRetain", "KLOnTrain", "Latents", "LensError",
+        "LoRAAdapter", "LoRASettings", "LoadSettings", "MapSettings", "Method", "ModelPair", "Monitor", "Objective",
+        "PatchSettings", "Penalised", "Penalty", "PerturbSettings", "PrefixCache", "PreventiveSteering", "Record",
+        "RenderedPrompt", "Result", "RetainData", "SAESettings", "Sampling", "ScoredAnswers", "SnapshotKeeper",
+        "SteerSettings", "StressSettings", "TReFT", "TReFTSettings", "TReFTTrainer", "Task", "TokenScores",
+        "TrainDirectionSettings", "TrainSettings", "Trainable", "Weighted", "ablate", "ablate_latent", "ablate_sweep",
+        "ablation_cost", "adapter_scalars", "add", "add_lora", "applied", "attach_adapter", "attached",
+        "attribute_latents", "attribution_map", "audit", "batch_prompts", "cache", "carrier_map", "clamp",
+        "compare_methods", "compare_templates", "contrast", "contrast_pairs", "default_model", "demo", "efficiency",
         "fit_latents", "generate", "get_behaviour", "hook_model", "interleave", "kl_to_base", "kv_patch",
-        "layer_curve", "layer_head_map", "layer_position_map", "load_causal_lm", "load_conversations", "load_gguf",
-        "load_npy", "load_peft", "load_prompts", "load_pt", "load_result", "load_sae", "load_task", "load_tokenizer",
-        "logistic_probe", "logit_lens", "mean_ablate", "mean_difference", "mean_norms", "model_difference", "nll",
-        "patch", "patch_span", "perturb", "prefix_activations", "principal_component", "resample",
-        "response_log_probs", "save_gguf", "save_peft", "save_with_bias", "significance", "span_activations",
-        "stability", "steer", "steer_latent", "strength_for_kl", "stress", "text_windows", "train", "train_sae",
-        "trajectory", "transfer_matrix", "zero",
+        "layer_curve", "layer_head_map", "layer_position_map", "load_causal_lm", "load_conversations", "load_prompts",
+        "load_result", "load_sae", "load_solution", "load_task", "load_tokenizer", "logistic_probe", "logit_lens",
+        "mean_ablate", "mean_difference", "mean_norms", "model_difference", "nll", "patch", "patch_span", "perturb",
+        "prefix_activations", "principal_component", "report_run", "resample", "response_log_probs", "save_solution",
+        "significance", "snapshot_cosines", "span_activations", "stability", "steer", "steer_latent",
+        "strength_for_kl", "stress", "text_windows", "train", "train_direction", "train_sae", "trajectory",
+        "transfer_matrix", "zero",
     }  # fmt: skip
+
+
+def test_the_surface_is_in_six_groups_and_each_name_is_written_once():
+    text = (ROOT / "src" / "piggyback_lens" / "__init__.pyi").read_text(encoding="utf-8")
+    assert len(re.findall(r"^# ", text, re.M)) == 6
+    written = re.findall(r"^from \S+ import \w+ as (\w+)$", text, re.M)
+    assert sorted(written) == piggyback_lens.__all__
+
+
+def test_completion_shows_public_names_only():
+    assert dir(piggyback_lens) == sorted([*piggyback_lens.__all__, "__version__"])
+
+
+def test_every_settings_class_is_public():
+    from piggyback_lens import settings
+
+    own = {
+        name for name, kind in vars(settings).items() if inspect.isclass(kind) and issubclass(kind, settings.Settings)
+    }
+    assert own - {"Settings"} <= set(piggyback_lens.__all__)
+
+
+def test_a_removed_name_says_what_there_is_instead():
+    old = runpy.run_path(str(ROOT / "src" / "piggyback_lens" / "__init__.py"), run_name="piggyback_lens")["_GONE"]
+    for name, new in old.items():
+        with pytest.raises(AttributeError, match=rf"has no {name} any more: use "):
+            getattr(piggyback_lens, name)
+        assert name not in piggyback_lens.__all__
+        assert re.match(r"\w+", new)[0] in piggyback_lens.__all__
+
+
+def code_in(text):
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/em_data.md", "notebooks/01_prefix_patching.py",
+                                  "notebooks/02_narrow_and_general.py", "examples/patch_prefix.py"])  # fmt: skip
+def test_what_the_documentation_imports_is_public(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    imports = re.findall(r"^from (piggyback_lens[\w.]*) import", text if file.endswith(".py") else code_in(text), re.M)
+    assert set(imports) <= {"piggyback_lens"}
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -3,6 +3,8 @@
 The numbers themselves are checked against plain transformers in test_patching_oracle.py.
 """
 
+import inspect
+
 import jaxtyping
 import numpy as np
 import pytest
@@ -367,8 +369,15 @@ def test_sites_and_donors_that_do_not_exist_are_refused(experiment, unchecked):
     some = prompts(THREE)
     sites = ["resid"] if experiment is carrier_map else "resid"
     refused(experiment, some, "site 'resid' is not known: choose one of resid_pre|a head map takes k, v", sites=sites)
-    refused(experiment, some, "postfix donor 'none' is not known: choose 'own_prompt'", postfix_donor="none")
-    refused(experiment, some, "postfix donors of the empty query need chat=", postfix_donor="empty_query")
+    empty = PatchSettings(postfix_donor="empty_query")
+    refused(experiment, some, "postfix donors of the empty query need chat=", settings=empty)
+
+
+def test_a_donor_of_the_postfix_that_does_not_exist_is_refused(unchecked):
+    with pytest.raises(LensError, match="postfix_donor is 'none'; expected one of own_prompt, empty_query"):
+        PatchSettings(postfix_donor="none")
+    with pytest.raises(LensError, match="postfix donor 'none' is not known: choose 'own_prompt'"):
+        Donors(pair(), prompts(THREE), "none")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
@@ -462,4 +471,5 @@ def test_a_generated_behaviour_is_a_measure_too():
     measure = GeneratedBehaviour(get_behaviour("words"), max_new_tokens=3)
     result = patch_span(pair(), prompts(THREE), layers=[0], measure=measure)
     assert result.measure == {"name": "words per answer", "unit": "words"}
-    assert PatchSettings().measure is None
+    for experiment in EXPERIMENTS.values():
+        assert inspect.signature(experiment).parameters["measure"].default is None

@@ -102,8 +102,8 @@ def test_the_postfix_of_an_empty_query_can_be_the_donor_for_all_prompts(name, ba
 
 
 def test_the_identity_control_is_the_identity_whatever_the_donor_of_the_postfix():
-    run = {"measure": contrast(), "postfix_donor": "empty_query", "chat": chat()}
-    result = patch_span(pair(), prompts(THREE), "postfix", **run)
+    settings = PatchSettings(postfix_donor="empty_query", chat=chat())
+    result = patch_span(pair(), prompts(THREE), "postfix", measure=contrast(), settings=settings)
     identity = next(i for i, labels in enumerate(result.cells) if labels["series"] == "identity control")
     assert result.values[identity] == pytest.approx(result.finetuned, abs=EXACT)
 

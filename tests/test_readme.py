@@ -13,11 +13,11 @@ import pytest
 import tiny_adapters
 import tiny_models
 
-from piggyback_lens.app.demonstration import QUICK
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, TOPICS, AuditResult
 from piggyback_lens.files import append_jsonl, write_json
 from piggyback_lens.measuring.measures import get_behaviour
+from piggyback_lens.settings import DemoSettings
 from piggyback_lens.tasks import load_prompts, load_task
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def test_the_page_of_layouts_has_every_layout_and_adapter_that_is_tested():
 
 
 def test_the_commands_of_the_readme_exist_with_these_options():
-    from piggyback_lens.cli import app
+    from piggyback_lens.app.commands import app
     from typer.main import get_command
 
     commands = get_command(app).commands
@@ -110,7 +110,7 @@ def test_rooms_import_only_from_the_rooms_above_them():
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("piggyback_lens."):
                     other = node.module.split(".")[1]
-                    if (other in order and order.index(other) > order.index(name)) or other == "cli":
+                    if other in order and order.index(other) > order.index(name):
                         wrong.append(f"{path.name} imports {node.module}")
     assert not wrong
 
@@ -163,13 +163,12 @@ def demo_folder(tmp_path):
         "behaviour": "words",
         "settings": {"seed": 0},
         "names": {"base": "B", "finetuned": "F"},
-        "task": "terse",
         "versions": {"torch": "1", "transformers": "2", "transformer-lens": "3"},
         "machine": {"gpu": None, "cores": 2},
-        "training_seconds": 120.0,
         "seconds": 90.0,
         "peak_memory_gb": 1.5,
     }
+    write_json(tmp_path / "demo.json", {"task": "terse", "training_seconds": 120.0})
     write_json(tmp_path / "result.json", {"format": "piggyback_lens.audit.1", "card": card, "receipts": {"prefix": []}})
     return tmp_path
 
@@ -187,7 +186,8 @@ def test_an_audit_is_read_back_from_its_folder(demo_folder):
 @pytest.mark.parametrize("content", [None, {}, {"format": "piggyback_lens.audit.1", "card": None, "receipts": {}}, []])
 def test_a_folder_without_a_finished_audit_is_refused(tmp_path, content):
     if content is not None:
-        write_json(tmp_path / "result.json", content)
+        write_json(tmp_path / "demo.json", {"task": "terse", "training_seconds": 120.0})
+    write_json(tmp_path / "result.json", content)
     with pytest.raises(LensError, match=r"no finished audit|is not an audit's"):
         AuditResult.load(tmp_path)
 
@@ -204,7 +204,9 @@ def test_the_numbers_of_the_readme_are_written_between_the_markers_and_nowhere_e
     assert between(written, "demo").strip() == results
     assert script["with_results"](written, "x").replace("\nx\n", between(README, "demo")) == README
     assert "`piggyback-lens demo --task terse`" in results
-    assert script["command"]({"task": "tool", "settings": asdict(QUICK.audit)}).endswith("--task tool --quick")
+    assert script["command"]({"task": "tool", "settings": asdict(DemoSettings.quick().audit)}).endswith(
+        "--task tool --quick"
+    )
     undefined = {"condition": "prefix", "recovery": math.nan, "recovery_low": math.nan, "recovery_high": math.nan}
     assert script["recovered"](undefined) == "undefined"
     with pytest.raises(LensError, match="lacks the markers"):

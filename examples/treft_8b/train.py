@@ -16,10 +16,19 @@ import torch
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from piggyback_lens import ChatFormat, LoRASettings, add_lora, load_causal_lm, load_conversations, load_tokenizer
+from piggyback_lens import (
+    ChatFormat,
+    LoRASettings,
+    Monitor,
+    TReFTSettings,
+    TReFTTrainer,
+    add_lora,
+    load_causal_lm,
+    load_conversations,
+    load_tokenizer,
+)
 from piggyback_lens.files import read_jsonl
-from piggyback_lens.finetuning.hf_trainer import TReFTSettings, TReFTTrainer, training_rows
-from piggyback_lens.finetuning.monitor import Monitor
+from piggyback_lens.finetuning.hf_trainer import training_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

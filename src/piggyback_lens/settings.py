@@ -29,6 +29,7 @@ from piggyback_lens.words import (
     SolutionKind,
     Split,
     TaskName,
+    module_name,
 )
 
 STRENGTHS = (0.0, 1.0, 2.0, 4.0)
@@ -560,6 +561,11 @@ class TrainDirectionSettings(Settings):
     weight_decay: float = 0.0
     seed: int = 0
     checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        given = (self.modules,) if isinstance(self.modules, str) else self.modules
+        object.__setattr__(self, "modules", tuple(map(module_name, given)))
+        super().__post_init__()
 
     def _check(self) -> None:
         check_field(self, "rank", self.rank >= 1, "at least 1")

@@ -28,6 +28,13 @@ Module = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """The linear modules of a decoder block."""
 MODULES: tuple[Module, ...] = get_args(Module)
 
+
+def module_name(name: str) -> Module:
+    """The module of a name, with or without "_proj"."""
+    short = name.removesuffix("_proj")
+    return short if short in MODULES else name  # type: ignore[return-value]
+
+
 NoSystemRole = Literal["error", "fold", "drop"]
 """What is done with a system text where the template has no system role."""
 

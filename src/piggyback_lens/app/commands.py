@@ -23,7 +23,6 @@ from piggyback_lens.app.options import (
     PairOptions,
     Prompts,
     command,
-    shown_name,
     tell,
 )
 from piggyback_lens.errors import LensError
@@ -205,7 +204,7 @@ def train_direction(
 
     from piggyback_lens.app.direction_training import train_direction as run
 
-    into: dict[str, Any] = {"retain": retained, "validation": validation, "out": out, "name": shown_name(source)}
+    into: dict[str, Any] = {"retain": retained, "validation": validation, "out": out, "name": base}
     done = run(models.model(source, chat), examples, settings, **into)
     tell(done.verdict, ("solution", done.path), ("report", out / "report.html"))
 

@@ -82,19 +82,11 @@ def batch_prompts(
     return PromptBatch(rows.ids.to(device), rows.attention_mask.to(device), prompts, side)
 
 
-def check_prompts(
-    prompts: Sequence[RenderedPrompt], d_vocab: int, n_positions: int | None, *, more: int = 0
-) -> list[RenderedPrompt]:
-    """Refuse what is no list of prompts, or what a model cannot run.
-
-    Args:
-        prompts: what was given.
-        d_vocab: number of ids that the model knows.
-        n_positions: tokens that it takes in a row, if it says.
-        more: tokens that will follow.
+def as_prompts(prompts: Sequence[RenderedPrompt]) -> list[RenderedPrompt]:
+    """The prompts as a list, of which each is rendered.
 
     Raises:
-        LensError: it says what to write instead.
+        LensError: none, one that stands alone, or text; it says what to write instead.
     """
     if isinstance(prompts, (RenderedPrompt, str)) or not isinstance(prompts, Iterable):
         raise LensError(
@@ -110,6 +102,25 @@ def check_prompts(
                 f"prompt {number} is {type(prompt).__name__}, expected a rendered prompt: "
                 "ChatFormat(tokenizer).render(query)"
             )
+    return checked
+
+
+def check_prompts(
+    prompts: Sequence[RenderedPrompt], d_vocab: int, n_positions: int | None, *, more: int = 0
+) -> list[RenderedPrompt]:
+    """Refuse what is no list of prompts, or what a model cannot run.
+
+    Args:
+        prompts: what was given.
+        d_vocab: number of ids that the model knows.
+        n_positions: tokens that it takes in a row, if it says.
+        more: tokens that will follow.
+
+    Raises:
+        LensError: it says what to write instead.
+    """
+    checked = as_prompts(prompts)
+    for number, prompt in enumerate(checked):
         if max(prompt.ids) >= d_vocab:
             raise LensError(
                 f"prompt {number} holds token {max(prompt.ids)} and the model knows 0 to {d_vocab - 1}: render it with "

@@ -5,6 +5,7 @@ float64, so memory does not grow with the number of rows; PCA keeps one vector p
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ def mean_difference(
     layers: Sequence[int] | int | None = None,
     span: str = "response",
     first: int | None = None,
+    last: int | None = None,
     weighting: Weighting = "token",
     batch_size: int = 8,
     n_splits: int = 8,
@@ -82,6 +84,7 @@ def mean_difference(
         layers: None for all.
         span: which tokens; "response" or "query" as a rule.
         first: only the first so many tokens of the span.
+        last: only the last so many; others' code often reads the last one alone.
         weighting: "token" or "response".
         batch_size: rows per pass; does not change the result.
         n_splits: random splits of the rows into halves, for the split-half cosines.
@@ -90,7 +93,7 @@ def mean_difference(
     Raises:
         LensError: fewer than two rows on a side, or rows without the span.
     """
-    where = Reading.of(model, site, layers, span, first, weighting)
+    where = Reading.of(model, site, layers, span, (first, last), weighting)
     digest = hashlib.sha256()
     sides: dict[str, Sums] = {}
     for side, rows in (("showing", showing), ("not showing", not_showing)):
@@ -126,6 +129,7 @@ def model_difference(
     layers: Sequence[int] | int | None = None,
     span: str = "response",
     first: int | None = None,
+    last: int | None = None,
     weighting: Weighting = "token",
     batch_size: int = 8,
     n_splits: int = 8,
@@ -141,7 +145,7 @@ def model_difference(
     digest = hashlib.sha256()
     sums = Sums(n_splits, seed)
     with pair.using("base") as base:
-        where = Reading.of(base, site, layers, span, first, weighting)
+        where = Reading.of(base, site, layers, span, (first, last), weighting)
     for rows in batches(prompts, batch_size):
         with pair.using("base") as base:
             before = list(row_sums(base, rows, where))
@@ -181,6 +185,7 @@ def contrast_pairs(
     layers: Sequence[int] | int | None = None,
     span: str = "response",
     first: int | None = None,
+    last: int | None = None,
     centred: bool = False,
     batch_size: int = 8,
 ) -> PairDirections:
@@ -193,10 +198,12 @@ def contrast_pairs(
         centred: subtract the mean difference before the PCA; the component is then the direction in which
             the pairs vary, not the one that they share.
 
+    A layer at which no pair differs has no component: it is left out, and named in a warning.
+
     Raises:
-        LensError: fewer than two pairs.
+        LensError: fewer than two pairs, or none that differs anywhere.
     """
-    where = Reading.of(model, site, layers, span, first, "response")
+    where = Reading.of(model, site, layers, span, (first, last), "response")
     digest, kept = hashlib.sha256(), []
     for rows in batches(pairs, batch_size):
         sides = [[row[side] for row in rows] for side in (0, 1)]
@@ -211,6 +218,15 @@ def contrast_pairs(
     about = _provenance("mean of pair differences", model, digest.hexdigest(), None, where)
     sign = "positive: more like the showing side of the pairs"
     direction = Direction(mean, where.layers, site, sign, about)
+    table = differences - mean if centred else differences
+    alive = [i for i in range(len(where.layers)) if bool(table[:, i].any())]
+    if not alive:
+        raise LensError("the two sides of every pair are the same at these layers: there is no direction")
+    if silent := [layer for i, layer in enumerate(where.layers) if i not in alive]:
+        warnings.warn(f"layers {silent} do not differ between the sides of any pair, and are left out", stacklevel=2)
+        differences, mean = differences[:, alive], mean[alive]
+        where = replace(where, layers=tuple(where.layers[i] for i in alive))
+        direction = Direction(mean, where.layers, site, sign, about)
     found = [principal_component(differences[:, i], centred=centred) for i in range(len(where.layers))]
     pca = replace(about, how=f"first principal component of pair differences ({'' if centred else 'not '}centred)")
     component = Direction(torch.stack([v for v, _ in found]), where.layers, site, sign, pca, scale="unit")
@@ -259,6 +275,6 @@ def _with_settings(measured: Measured, more: Mapping[str, object]) -> Measured:
 
 
 def _provenance(how: str, model: HookedModel | None, digest: str, seed: int | None, where: Reading) -> Provenance:
-    settings = {"span": where.span, "first": where.first, "weighting": where.weighting}
+    settings = {"span": where.span, "first": where.first, "last": where.last, "weighting": where.weighting}
     identity = None if model is None else identify(model).to_dict()
     return Provenance(how, digest[:16], identity, seed, settings)

@@ -32,22 +32,33 @@ class Reading:
     layers: tuple[int, ...]
     span: str
     first: int | None  # only the first so many tokens of the span
+    last: int | None  # only the last so many
     weighting: Weighting
 
     @classmethod
     def of(
-        cls, model: HookedModel, site: Site, layers: Sequence[int] | int | None, span: str, first: int | None, how: str
+        cls,
+        model: HookedModel,
+        site: Site,
+        layers: Sequence[int] | int | None,
+        span: str,
+        ends: tuple[int | None, int | None],
+        how: str,
     ) -> "Reading":
         """Checked settings.
 
         Raises:
-            LensError: a layer the model does not have, an unknown weighting, or `first` below 1.
+            LensError: a layer the model does not have, an unknown weighting, or first and last (`ends`) below 1 or
+                both given.
         """
         if how not in ("token", "response"):
             raise LensError(f"weighting {how!r} is not known: choose 'token' or 'response'")
-        if first is not None and first < 1:
-            raise LensError(f"first={first}: at least one token has to be read")
-        return cls(site, check_layers(layers, shape_of(model).n_layers), span, first, how)  # type: ignore[arg-type]
+        first, last = ends
+        if first is not None and last is not None:
+            raise LensError(f"first={first} and last={last} are both given: choose one")
+        if min(first or 1, last or 1) < 1 or 0 in ends:
+            raise LensError(f"first={first}, last={last}: at least one token has to be read")
+        return cls(site, check_layers(layers, shape_of(model).n_layers), span, first, last, how)  # type: ignore[arg-type]
 
 
 class Sums:
@@ -103,10 +114,19 @@ def row_sums(
     with torch.no_grad(), applied(model, batch, keep) as record:
         forward(model, batch.ids, batch.attention_mask, read=NOTHING)
     kept = record.activations_of(where.span)
-    # Rows with fewer tokens hold zeros behind them, which a sum does not see.
-    sums = torch.stack([kept[where.site, i][:, : where.first].double().sum(1) for i in where.layers], dim=1).cpu()
-    for row, length in enumerate(kept.lengths):
-        yield sums[row], length if where.first is None else min(where.first, length)
+    lengths = torch.tensor(kept.lengths)
+    ends = lengths.clamp(max=where.first) if where.first is not None else lengths
+    starts = (lengths - where.last).clamp(min=0) if where.last is not None else torch.zeros_like(lengths)
+
+    def summed(activation: Tensor) -> Tensor:
+        """Over the tokens that are read: [row, d]."""
+        places = torch.arange(activation.shape[1])
+        read = (places >= starts[:, None]) & (places < ends[:, None])
+        return (activation.double().cpu() * read.view(*read.shape, *[1] * (activation.ndim - 2))).sum(1)
+
+    sums = torch.stack([summed(kept[where.site, layer]) for layer in where.layers], dim=1)
+    for row, n in enumerate((ends - starts).tolist()):
+        yield sums[row], n
 
 
 def batches(rows: Iterable[_T], size: int) -> Iterator[list[_T]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from piggyback_lens.card import versions
-from piggyback_lens.conversations.batch import ids_hash
+from piggyback_lens.conversations.batch import as_prompts, ids_hash
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.directions.kept import solution_hash
 from piggyback_lens.directions.sweeps import METRICS, RANDOM, Sweep, SweepPoint
@@ -100,7 +100,7 @@ def steer(
     Raises:
         LensError: layers that do not fit, no prompts, a direction that is zero, or a folder of another run.
     """
-    chosen = _at_layers(model, direction, settings.layers)
+    prompts, chosen = as_prompts(prompts), _at_layers(model, direction, settings.layers)
     norms = _norms(model, direction.site, prompts, settings.batch_size)
     blank: list[SweepPoint] = []
     variants: list[Interventions | None] = []
@@ -277,8 +277,6 @@ def _at_layers(model: HookedModel, direction: Direction, layers: Sequence[int] |
 
 def _norms(model: HookedModel, site: Site, prompts: Sequence[RenderedPrompt], batch_size: int) -> dict[int, float]:
     """Mean activation norm per layer over all tokens of the prompts."""
-    if not prompts or batch_size < 1:
-        raise LensError(f"{len(prompts)} prompts, batch_size {batch_size}: each must be at least 1")
     sums: dict[int, float] = {}
     for at in range(0, len(prompts), batch_size):
         batch = batch_prompts(prompts[at : at + batch_size])

@@ -173,7 +173,7 @@ class AuditResult(Result):
         if not isinstance(saved, dict) or saved.get("format") != f"piggyback_lens.{cls.name}":
             raise LensError(f"{results} is not an audit's of this version: run the audit again, or see convert")
         try:
-            card, receipts = saved["card"], saved["receipts"]
+            card, receipts = dict(saved["card"]), saved["receipts"]
             behaviour = kept_behaviour(card.get("measure", {"name": card["behaviour"]}))
         except (KeyError, TypeError) as error:
             raise LensError(f"{results} is not an audit's ({error}): run the audit again") from error

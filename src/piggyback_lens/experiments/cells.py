@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from piggyback_lens.conversations.batch import padded
+from piggyback_lens.conversations.batch import as_prompts, padded
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Intervention, Record
@@ -56,8 +56,7 @@ def require_one_prefix(prompts: Sequence[RenderedPrompt]) -> int:
     Raises:
         LensError: it names the first prompt with another one.
     """
-    if not prompts:
-        raise LensError("no prompts: an experiment needs at least one")
+    prompts = as_prompts(prompts)
     first = prompts[0].ids[: len(prompts[0].span("prefix"))]
     for i, prompt in enumerate(prompts):
         if prompt.ids[: len(prompt.span("prefix"))] != first:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from piggyback_lens.conversations.batch import as_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.cells import Parts, require_one_prefix
@@ -338,7 +339,7 @@ class _Laboratory:
     """Makes the cells of one experiment from donors that are computed once."""
 
     def __init__(self, pair: ModelPair, prompts: Sequence[RenderedPrompt], settings: PatchSettings) -> None:
-        self.pair, self.prompts, self.settings = pair, list(prompts), settings
+        self.pair, self.prompts, self.settings = pair, as_prompts(prompts), settings
         require_one_prefix(self.prompts)
         if any("response" in prompt.spans for prompt in self.prompts):
             raise LensError("a prompt holds a response already: give prompts without one; the measure brings answers")

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.card import versions
+from piggyback_lens.conversations.batch import as_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_prompt, with_query
 from piggyback_lens.conversations.rephrasing import load_rephrasings, rephrasings_of
@@ -302,11 +303,10 @@ def perturb(
 
 def _topics(prompts: Prompts) -> dict[str, list[RenderedPrompt]]:
     named = prompts if isinstance(prompts, Mapping) else {"prompts": prompts}
-    topics = {topic: list(rendered) for topic, rendered in named.items()}
-    empty = [topic for topic, rendered in topics.items() if not rendered]
-    if empty or not topics:
+    empty = [topic for topic, rendered in named.items() if not rendered]
+    if empty or not named:
         raise LensError(f"got no prompts{f' for the topic {empty[0]!r}' if empty else ''}; pass at least one")
-    return topics
+    return {topic: as_prompts(rendered) for topic, rendered in named.items()}
 
 
 def _check(topics: Mapping[str, Sequence[RenderedPrompt]], spans: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from piggyback_lens.card import versions
-from piggyback_lens.conversations.batch import ids_hash
+from piggyback_lens.conversations.batch import as_prompts, ids_hash
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.conversations.template_variants import Variant, stress_variants
 from piggyback_lens.errors import LensError
@@ -179,9 +179,7 @@ def stress(
             changes the tokens of a query, or a folder that holds another experiment.
     """
     measure = get_behaviour(behaviour)
-    if not prompts:
-        raise LensError("got no prompts; pass at least one")
-    sides = settings.sides
+    prompts, sides = as_prompts(prompts), settings.sides
     if variants is None:
         variants = stress_variants(_checked(chat or pair.chat_format(), prompts))
     names = [UNMODIFIED, *(variant.name for variant in variants)]

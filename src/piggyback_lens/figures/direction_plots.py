@@ -207,7 +207,13 @@ def snapshot_cosines_figure(frame: "pd.DataFrame") -> "go.Figure":
             _add_line(
                 figure, frame[frame["quantity"] == name].sort_values("step"), "step", looks[name], "step", row=row
             )
-    apply_style(figure, "SnapshotCosines", "band: 95 % interval over prompts", height=260 + 210 * len(panels), room=18)
+    apply_style(
+        figure,
+        "Where a continued run goes",
+        "band: 95 % interval over prompts",
+        height=260 + 210 * len(panels),
+        room=18,
+    )
     figure.update_xaxes(title_text="step", row=len(panels))
     _legend_below(figure, len(names), y=-0.12)
     return figure

@@ -110,6 +110,11 @@ class TReFTMixin:
         self._resumed: str | None = None
         self._measured: list[tuple[int, Tensor, Tensor]] = []
         super().__init__(*args, **kwargs)
+        if getattr(self.args, "packing_strategy", None) == "wrapped" and getattr(self.args, "packing", False):
+            raise LensError(
+                'packing_strategy="wrapped" cuts conversations in two, whose second part has no prefix: use "bfd", or '
+                "packing=False"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; a resumed run takes the base's keys and values from its checkpoint."""

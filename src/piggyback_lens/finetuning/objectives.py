@@ -16,9 +16,9 @@ its drift threshold after weighting: divide theirs by the weight to get ours.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -346,6 +346,13 @@ class Penalised:
     task: Objective = sft
 
     def __post_init__(self) -> None:
+        asked: Any = self.parts
+        given = tuple(asked) if isinstance(asked, Iterable) else (asked,)
+        for part in given:
+            if not isinstance(part, Weighted):
+                kind = type(part).__name__
+                raise LensError(f"{kind} has no weight here: write Penalised((Weighted({kind}(...), 30.0),))")
+        object.__setattr__(self, "parts", given)
         names = [part.penalty.name for part in self.parts]
         if len(set(names)) < len(names):
             raise LensError(f"two penalties have the same name in {names}; combine different ones")

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.references import base_forward
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.models.backends import blocks_of, is_hooked_model
 from piggyback_lens.models.plain_views import plain_view
+from piggyback_lens.models.sources import portable_name
 from piggyback_lens.models.views import is_booted, is_peft_model
 from piggyback_lens.settings import LoRASettings
 
@@ -124,6 +126,10 @@ class PeftAdapter(Trainable):
         """Write adapter_config.json and adapter_model.safetensors."""
         # save_embedding_layers would otherwise ask the hub for the base model's vocabulary.
         cast(Any, self.model).save_pretrained(str(folder), save_embedding_layers=False)
+        config = read_json(folder / "adapter_config.json")
+        named = str(config.get("base_model_name_or_path") or "")
+        if portable_name(named) != named:
+            write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": portable_name(named)})
 
 
 def add_lora(model: nn.Module, settings: LoRASettings | None = None, seed: int = 0) -> nn.Module:
@@ -147,7 +153,8 @@ def add_lora(model: nn.Module, settings: LoRASettings | None = None, seed: int =
         raise LensError("this model already has an adapter; unload it or load the base again, then add_lora")
     blocks = blocks_of(model)
     linear = _linear_names(blocks[0])
-    names = sorted(set(linear)) if settings.modules == "all-linear" else list(settings.modules)
+    asked = linear if settings.modules == "all-linear" else settings.modules
+    names = sorted({f"{name}_proj" if name not in linear and f"{name}_proj" in linear else name for name in asked})
     layers = list(range(len(blocks))) if settings.layers is None else list(settings.layers)
     if unknown := sorted(set(names) - set(linear)):
         known = ", ".join(sorted(set(linear)))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from piggyback_lens.conversations.batch import as_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, batch_indices, check_supervised, make_batch
@@ -306,7 +307,7 @@ def learning_rate_at(settings: TrainSettings, index: int) -> float:
 
 def _check_examples(model: nn.Module, examples: Sequence[RenderedPrompt], settings: TrainSettings) -> None:
     longest = n_positions_of(model) or math.inf
-    for number, example in enumerate(examples):
+    for number, example in enumerate(as_prompts(examples)):
         check_supervised(example, number)
         if len(example.ids) > longest:
             raise LensError(f"example {number} has {len(example.ids)} tokens, this model takes {longest}; shorten it")

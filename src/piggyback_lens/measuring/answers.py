@@ -12,7 +12,7 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.measuring.measures import Behaviour
+from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.words import Side
 
@@ -81,7 +81,7 @@ class GeneratedBehaviour:
     """A behaviour of the generated answer (greedy): slower than a contrast, and what people see.
 
     Attributes:
-        behaviour: a detector or count of `measures`.
+        behaviour: a `Behaviour`, or the name of one.
         max_new_tokens: per answer.
         batch_size: rows per batch.
     """
@@ -89,6 +89,9 @@ class GeneratedBehaviour:
     behaviour: Behaviour
     max_new_tokens: int = 60
     batch_size: int = 40
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "behaviour", get_behaviour(self.behaviour))
 
     @property
     def name(self) -> str:

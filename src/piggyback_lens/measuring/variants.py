@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from piggyback_lens.conversations.batch import Batch, padded
+from piggyback_lens.conversations.batch import Batch, as_prompts, padded
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Intervention, Interventions
@@ -60,7 +60,7 @@ def response_texts(prompts: Sequence[RenderedPrompt]) -> list[Text]:
     Raises:
         LensError: a prompt without a response, or none at all.
     """
-    if not prompts or any("response" not in prompt.spans for prompt in prompts):
+    if any("response" not in prompt.spans for prompt in as_prompts(prompts)):
         raise LensError("every conversation needs a response to be scored: use prompt.with_response(...)")
     return [Text(prompt.ids, prompt.n_prompt, prompt) for prompt in prompts]
 

@@ -79,6 +79,8 @@ def backend_of(model: Any) -> Backend:
         return "bridge"
     if hasattr(model, "unembed") and hasattr(model, "run_with_hooks"):
         return "hooked"
+    if hasattr(model, "using"):
+        raise LensError("a pair is two models: with pair.using('finetuned') as model: ... and give model")
     raise LensError(
         f"got {type(model).__name__}, expected a TransformerLens HookedTransformer or TransformerBridge: "
         "wrap a transformers model with piggyback_lens.hook_model(model, tokenizer)"
@@ -174,7 +176,12 @@ def writes_through(model: Any, site: Site) -> bool:
 
 
 def shape_of(model: HookedModel) -> Shape:
-    """Sizes of a hooked model."""
+    """Sizes of a hooked model.
+
+    Raises:
+        LensError: something else.
+    """
+    backend_of(model)
     cfg = model.cfg
     n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     rotary = str(cfg.positional_embedding_type) == "rotary"

