@@ -25,7 +25,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny_chat
 import tiny_models
-from piggyback_lens.app.direction_jobs import curves_job, steer_job, train_direction_job
 from tiny_hooked import chat, prompts
 from tiny_pairs import pair
 
@@ -53,9 +52,12 @@ from piggyback_lens import (
     layer_position_map,
     patch_span,
     perturb,
+    steer,
     stress,
     train,
 )
+from piggyback_lens.app.curve_job import draw_curves
+from piggyback_lens.app.direction_training import train_direction
 from piggyback_lens.app.maps import run_maps
 from piggyback_lens.vectors.direction import Provenance
 
@@ -69,6 +71,10 @@ def tiny(seed=0):
     return tiny_models.build("llama-gqa", seed, vocab=tiny_chat.VOCAB)
 
 
+def tiny_source():
+    return tiny(), tiny_chat.tiny_tokenizer()
+
+
 def trained(out):
     train(add_lora(tiny(), LoRASettings(rank=2)), tiny_chat.tiny_examples(12), TRAINING, out=out, progress=False)
 
@@ -78,18 +84,25 @@ def direction():
 
 
 def narrow(out):
-    settings = TrainDirectionSettings(TRAINING, layers=(1,), retain_batch=3, answer_tokens=4, shown=1, kl=1.0)
+    training = {"steps": 24, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 4}
+    settings = TrainDirectionSettings(layers=(1,), retain_batch=3, answer_tokens=4, shown=1, kl=1.0, **training)
     model = hook_model(tiny(), tiny_chat.tiny_tokenizer())
-    train_direction_job(model, tiny_chat.tiny_examples(8), settings, retain=prompts(QUERIES), out=out, progress=False)
+    train_direction(model, tiny_chat.tiny_examples(8), settings, retain=prompts(QUERIES), out=out, progress=False)
 
 
 def compared(out):
     example = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes yes"}]}
     words = tuple(QUERIES)
     task = Task("tiny", "", "words", (example,) * 8, (example,) * 2, words, words, words)
-    compare_methods(
-        lambda: (tiny(), tiny_chat.tiny_tokenizer()), task, ["sft", "treft:lambda=1"], settings=CompareSettings(seeds=(0,), training=TrainSettings(steps=6, batch_size=4, checkpoint_every=2), lora=LoRASettings(rank=2), n_prompts=4, max_new_tokens=4, n_texts=2), out=out, progress=False,
-    )  # fmt: skip
+    settings = CompareSettings(
+        seeds=(0,),
+        n_prompts=4,
+        max_new_tokens=4,
+        n_texts=2,
+        training=TrainSettings(steps=6, batch_size=4, checkpoint_every=2),
+        lora=LoRASettings(rank=2),
+    )
+    compare_methods(tiny_source, task, ["sft", "treft:lambda=1"], settings, out=out, progress=False)
 
 
 @cache
@@ -115,14 +128,13 @@ def audited(out):
 
 
 def drawn(out):
-    sizes = {"kinds": ("efficiency", "stability"), "fractions": (0.0, 1.0), "epsilons": (0.0, 0.5)}
-    examples = tiny_chat.tiny_examples(6)
-    curves_job(base_model(), {"a": direction()}, examples, [], CurveSettings(**sizes), out=out, progress=False)
+    settings, examples = CurveSettings(fractions=(0.0, 1.0), epsilons=(0.0, 0.5)), tiny_chat.tiny_examples(6)
+    draw_curves(base_model(), {"a": direction()}, examples, [], ("efficiency", "stability"), settings, out=out)
 
 
 def steered(out):
     settings = SteerSettings(strengths=(1.0, 2.0), layers=(0, 1, 2), max_new_tokens=4)
-    steer_job(base_model(), direction(), prompts(QUERIES), "words", settings, out=out, progress=False)
+    steer(base_model(), direction(), prompts(QUERIES), "words", settings, out=out)
 
 
 def mapped(out):

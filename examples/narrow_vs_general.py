@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 
 from piggyback_lens import (
-    CurveSettings,
     ChatFormat,
+    CurveSettings,
     Direction,
     HookTrainable,
     KLOnRetain,

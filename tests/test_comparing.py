@@ -37,7 +37,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.figures.comparison_plots import set_apart
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.settings import LoRASettings, TrainSettings
+from piggyback_lens.settings import CompareSettings, LoRASettings, TrainSettings
 from piggyback_lens.tasks import Task, load_task
 from piggyback_lens.vectors.task_vectors import (
     inner_products,
@@ -205,7 +205,8 @@ def test_shares_sizes_epochs_and_system_prompts_are_axes_of_the_grid(model, tmp_
 
 
 def test_a_share_of_half_keeps_half_of_the_answers_and_gives_the_others_the_base_s_own(model, tmp_path):
-    plan = Plan(model, tiny_task(), TRAINING, LORA, n_prompts=4, max_new_tokens=5, n_texts=2)
+    settings = CompareSettings(n_prompts=4, max_new_tokens=5, n_texts=2, training=TRAINING, lora=LORA)
+    plan = Plan(model, tiny_task(), settings)
     cell = Cell(Method(), 3, "be kind.", share=0.5)
     shared = Path(run_base(plan, "be kind.", cells_module.Needs.of(plan, [cell]), str(tmp_path)))
     chat = tiny_chat.tiny_format()
@@ -221,15 +222,17 @@ def test_a_share_of_half_keeps_half_of_the_answers_and_gives_the_others_the_base
 
 def test_an_axis_value_that_makes_no_sense_is_refused():
     with pytest.raises(LensError, match=r"Cell.share is 1.5; expected a share above 0"):
-        grid([Method()], [0], shares=[1.5])
-    with pytest.raises(LensError, match=r"seeds is \[0, 0\]: give at least one value, and each once"):
-        grid([Method()], [0, 0])
+        grid([Method()], CompareSettings(seeds=[0], shares=[1.5]))
+    with pytest.raises(
+        LensError, match=r"CompareSettings.seeds is \(0, 0\); expected at least one value, and each once"
+    ):
+        CompareSettings(seeds=[0, 0])
     with pytest.raises(LensError, match="no method was given"):
         as_methods([])
 
 
 def test_the_first_seed_comes_first_with_all_methods():
-    cells = grid(as_methods(["sft", "treft"]), [4, 5])
+    cells = grid(as_methods(["sft", "treft"]), CompareSettings(seeds=[4, 5]))
     assert [(cell.seed, cell.method.label) for cell in cells][:2] == [(4, "sft"), (4, "treft:lambda=1")]
 
 
@@ -387,7 +390,7 @@ def test_an_error_in_a_cell_comes_through_an_executor(model, tmp_path):
 def test_cells_and_plans_can_be_pickled(model):
     import pickle
 
-    plan = Plan(model, tiny_task(), TRAINING, LORA)
+    plan = Plan(model, tiny_task(), CompareSettings(training=TRAINING, lora=LORA))
     for method in as_methods(ALL):
         job = (run_cell, plan, Cell(method, 1), "out")
         assert pickle.loads(pickle.dumps(job)) == job  # noqa: S301
@@ -678,7 +681,8 @@ def test_a_bad_option_is_one_line_before_the_model_is_loaded(tmp_path, words, sa
 def test_the_command_writes_a_report_and_resumes(model, tmp_path, monkeypatch, capsys, trained):
     monkeypatch.setattr("piggyback_lens.tasks.load_task", lambda name: tiny_task())
     words = [model, "--method", "sft", "--method", "treft:lambda=1", "--seeds", "0,1", "--steps", 2, "--batch-size", 4]
-    words += ["--learning-rate", 0.02, "--rank", 2, "--n", 4, "--max-new-tokens", 4, "--out", tmp_path, "--offline"]
+    words += ["--learning-rate", 0.02, "--rank", 2, "--n-prompts", 4, "--max-new-tokens", 4]
+    words += ["--out", tmp_path, "--offline"]
     call(*words)
     said = capsys.readouterr().out
     assert "report:" in said

@@ -24,6 +24,7 @@ from piggyback_lens.comparisons.methods import Ingredients, InterleavePart, Meth
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.settings import CompareSettings
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +308,7 @@ def test_two_processes_on_one_folder_share_the_work(model, tmp_path):
 def test_the_text_of_a_text_file_belongs_to_the_comparison(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one")
-    plan = Plan("no/model", tiny_task(), text_source=str(text))
+    plan = Plan("no/model", tiny_task(), CompareSettings(text_source=str(text)))
     first = plan.identity()
     text.write_text("two")
     second = plan.identity()
@@ -377,7 +378,7 @@ def test_a_method_that_cannot_be_set_up_is_refused_before_any_is_trained(
 
 
 def test_an_epoch_is_a_pass_over_all_rows_that_are_trained_on():
-    plan = Plan("no/model", tiny_task(), TRAINING, LORA)
+    plan = Plan("no/model", tiny_task(), CompareSettings(training=TRAINING, lora=LORA))
     assert train_settings(plan, Cell(Method(), epochs=2.0), 10, 20).steps == 10
     assert train_settings(plan, Cell(Method(), epochs=2.0), 10, 10).steps == 6
     assert train_settings(plan, Cell(Method()), 10, 20).steps == 3
@@ -509,21 +510,7 @@ def test_a_comparison_without_comparable_plain_finetuning_has_a_report_that_says
 
 def test_the_command_reports_without_plain_finetuning(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("piggyback_lens.tasks.load_task", lambda name: tiny_task())
-    words = [
-        model,
-        "--method",
-        "treft:lambda=1",
-        "--seeds",
-        "0",
-        "--steps",
-        2,
-        "--batch-size",
-        4,
-        "--rank",
-        2,
-        "--n",
-        4,
-    ]
-    call(*words, "--max-new-tokens", 4, "--out", tmp_path, "--offline")
+    words = [model, "--method", "treft:lambda=1", "--seeds", "0", "--steps", 2, "--batch-size", 4, "--rank", 2]
+    call(*words, "--n-prompts", 4, "--max-new-tokens", 4, "--out", tmp_path, "--offline")
     assert "report:" in capsys.readouterr().out
     assert "no figure of weight updates" in (tmp_path / "report.html").read_text()

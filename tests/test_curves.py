@@ -379,13 +379,19 @@ def test_every_curve_survives_its_file_and_draws_all_its_series(tmp_path, kind):
     [
         (lambda m: efficiency(m, {}, EXAMPLES), "no solutions"),
         (lambda m: efficiency(m, {"a": vector().scaled(0.0)}, EXAMPLES), "solution 'a' has norm 0"),
-        (lambda m: efficiency(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(norms=[-1.0])), "none below 0"),
-        (lambda m: efficiency(m, {"a": vector()}, []), "needs a response"),
+        (
+            lambda m: efficiency(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(norms=[-1.0])),
+            r"norms is \(-1\.0,\); expected norms from 0 up",
+        ),
+        (lambda m: efficiency(m, {"a": vector()}, []), "got no prompts"),
         (
             lambda m: stability(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(epsilons=[1.2])),
-            r"shares of noise in 0\.\.1",
+            r"epsilons is \(1\.2,\); expected shares of noise from 0 to 1",
         ),
-        (lambda m: stability(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(n_noise=0)), "n_noise 0"),
+        (
+            lambda m: stability(m, {"a": vector()}, EXAMPLES, settings=CurveSettings(n_noise=0)),
+            "n_noise is 0; expected at least 1",
+        ),
         (lambda m: stability(m, {"a, b": vector()}, EXAMPLES), "without commas"),
         (lambda m: significance(m, {"a": vector()}, []), "0 texts"),
         (lambda m: significance(m, {"a": vector(layers=(7,))}, TEXTS), "this model has layers 0 to 2"),

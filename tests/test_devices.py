@@ -17,7 +17,6 @@ import tiny_hooked
 import tiny_pairs
 import torch
 from other_device import DEVICE, is_there, other_device
-from piggyback_lens.app.direction_jobs import steer_job, train_direction_job
 from test_comparing import tiny_task
 from tiny_chat import tiny_examples
 from tiny_pairs import LEVEL
@@ -30,7 +29,7 @@ from piggyback_lens.finetuning.hf_trainer import training_rows
 from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.network import forward
-from piggyback_lens.settings import CurveSettings, LoadSettings, SteerSettings, StressSettings, TrainDirectionSettings
+from piggyback_lens.vectors.adapter_files import load_gguf, load_npy, load_peft, load_pt, save_with_bias
 from piggyback_lens.vectors.direction import Provenance
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # type checks read many attributes, each through the mode
@@ -39,7 +38,6 @@ CPU = torch.device("cpu")
 CHAT = tiny_hooked.chat()
 PROMPTS = tiny_hooked.prompts(LEVEL)
 EXAMPLES = tiny_examples(6, seed=3, longest=6)
-WORDS = {"behaviour": "words", "max_new_tokens": 3}
 STEPS = lens.TrainSettings(steps=2, batch_size=3, learning_rate=1e-2)
 
 
@@ -177,11 +175,13 @@ def adapters(here: Here) -> Any:
 
 def patching(here: Here) -> Any:
     run = {"measure": tiny_pairs.contrast(PROMPTS)}
+    empty = lens.PatchSettings(postfix_donor="empty_query", chat=CHAT)
     found = [
         lens.layer_curve(here.pair, PROMPTS, layers=[0, 2], control_layers=1, **run),
         lens.layer_position_map(here.pair, PROMPTS, layers=[1], tokens=[0, 5], control_cells=1, **run),
         lens.layer_head_map(here.pair, PROMPTS, layers=[1], heads=[0, 3], control_cells=1, **run),
         lens.patch_span(here.pair, PROMPTS, "postfix", **run),
+        lens.patch_span(here.pair, PROMPTS, "postfix", settings=empty, **run),
         lens.patch_span(here.pair, PROMPTS, "query", "resid_post", controls=False, flow="infect", **run),
         lens.carrier_map(here.pair, PROMPTS, spans=("prefix", "query"), bands=1, **run),
     ]
@@ -203,17 +203,13 @@ def attributing(here: Here) -> Any:
 
 
 def perturbing(here: Here) -> Any:
-    run = {"n_tokens": 2, "top": 2, "trials": 1, "max_new_tokens": 3}
-    return [row["text"] for row in lens.perturb(here.pair, PROMPTS, "words", **run).rows]
+    settings = lens.PerturbSettings(n_tokens=2, top=2, trials=1, max_new_tokens=3)
+    return [row["text"] for row in lens.perturb(here.pair, PROMPTS, "words", settings).rows]
 
 
 def stressing(here: Here) -> Any:
-    return [
-        row["text"]
-        for row in lens.stress(
-            here.pair, PROMPTS[:1], "words", chat=CHAT, settings=StressSettings(max_new_tokens=2)
-        ).rows
-    ]
+    settings = lens.StressSettings(max_new_tokens=2)
+    return [row["text"] for row in lens.stress(here.pair, PROMPTS[:1], "words", settings, chat=CHAT).rows]
 
 
 def auditing(here: Here) -> Any:
@@ -244,32 +240,31 @@ def writing(here: Here) -> Any:
     vector.save(here.folder / "d.safetensors")
     np.save(here.folder / "v.npy", table.cpu().numpy())
     torch.save({"steering_vector": table[0], "layer_idx": 1, "alpha": 2.0}, here.folder / "v.pt")
-    gguf = lens.save_gguf(vector, here.folder / "v.gguf", model_hint="llama", n_layers=3)
-    read = [lens.load_gguf(gguf), lens.load_npy(here.folder / "v.npy", layers=1), lens.load_pt(here.folder / "v.pt")]
+    gguf = lens.save_solution(vector, here.folder / "v.gguf", model_hint="llama", n_layers=3)
+    read = [load_gguf(gguf), load_npy(here.folder / "v.npy", layers=1), load_pt(here.folder / "v.pt")]
+    read += [lens.load_solution(gguf), lens.load_solution(f"{here.folder / 'v.npy'}@1")]
     assert not any(is_there(one[1]) for one in read)
     found = [one[1] for one in read]
     return torch.cat([*found, lens.Direction.load(here.folder / "d.safetensors").vectors[0]]).numpy()
 
 
 def steering_(here: Here) -> Any:
-    run = {**WORDS, "n_random": 1, "batch_size": 2}
-    found = lens.steer(
-        here.model, direction(here.device), PROMPTS, settings=SteerSettings(fractions=[0.0, 0.5], layers=[0, 2]), **run
-    )
-    taken = lens.ablate_sweep(here.model, direction(), PROMPTS, **run)
+    few = lens.SteerSettings(n_random=1, batch_size=2, max_new_tokens=3)
+    two = replace(few, fractions=[0.0, 0.5], layers=[0, 2])
+    found = lens.steer(here.model, direction(here.device), PROMPTS, "words", two)
+    taken = lens.ablate_sweep(here.model, direction(), PROMPTS, "words", few)
     budget = lens.strength_for_kl(here.model, direction(), EXAMPLES, 0.05)
     numbers = [(p.x, *p.kl, *p.own_nll) for p in (*found.points, *taken.points)]
     return np.append(np.array(numbers), [budget.strength])
 
 
 def curves(here: Here) -> Any:
+    two = lens.CurveSettings(fractions=(0.0, 1.0), n_random=1)
     found = [
-        lens.efficiency(
-            here.model, solutions(here.device), EXAMPLES, settings=CurveSettings(fractions=(0.0, 1.0), n_random=1)
-        ),
-        lens.stability(here.model, solutions(), EXAMPLES, settings=CurveSettings(epsilons=(0.0, 0.5), n_noise=1)),
-        lens.significance(here.model, solutions(), texts(), settings=CurveSettings(fractions=(0.0, 1.0), n_random=1)),
-        lens.ablation_cost(here.model, {"one": direction()}, texts(), settings=CurveSettings(n_random=1)),
+        lens.efficiency(here.model, solutions(here.device), EXAMPLES, two),
+        lens.stability(here.model, solutions(), EXAMPLES, lens.CurveSettings(epsilons=(0.0, 0.5), n_noise=1)),
+        lens.significance(here.model, solutions(), texts(), two),
+        lens.ablation_cost(here.model, {"one": direction()}, texts(), lens.CurveSettings(n_random=1)),
     ]
     return np.concatenate([curve.to_frame()["value"].to_numpy() for curve in found])
 
@@ -290,26 +285,28 @@ def training_hooks(here: Here) -> Any:
         run = {"on_step": keeper, "progress": False, "out": here.folder / type(start).__name__}
         lens.train(trainable, EXAMPLES[:3], STEPS, objective=objective, **run)
         assert not any(is_there(tensor) for tensor in trainable.result().tensors().values())
-        moved = lens.drift(keeper.snapshots, {"end": trainable.result()})
+        moved = lens.snapshot_cosines(keeper.snapshots, {"end": trainable.result()})
         found += [trainable.result().norm(), *moved.frame["value"], *lens.trajectory({"r": keeper.snapshots}).explained]
     return np.array(found)
 
 
 def direction_jobs(here: Here) -> Any:
-    """What the command line does with directions: not in the package's namespace, but its own code as well."""
-    quiet = {"progress": False}
-    settings = TrainDirectionSettings(STEPS, layers=(1,), kl=1.0, retain_batch=2, answer_tokens=3, shown=1)
-    out = here.folder / "train"
-    done = train_direction_job(here.model, EXAMPLES[:4], settings, retain=EXAMPLES[4:], out=out, **quiet)
-    own = SteerSettings(strengths=(1.0,), n_random=1, max_new_tokens=3)
-    swept = steer_job(here.model, done.solution, PROMPTS, "words", own, out=here.folder / "steer", **quiet)
-    return np.concatenate([done.scores[["base_loss", "loss", "kl"]].to_numpy().ravel(), *(p.kl for p in swept.points)])
+    """What the command line does with directions, in folders."""
+    settings = lens.TrainDirectionSettings(
+        layers=(1,), kl=1.0, retain_batch=2, answer_tokens=3, shown=1, steps=2, batch_size=3, learning_rate=1e-2
+    )
+    run = {"retain": EXAMPLES[4:], "out": here.folder / "train", "progress": False}
+    done = lens.train_direction(here.model, EXAMPLES[:4], settings, **run)
+    own = lens.SteerSettings(strengths=(1.0,), n_random=1, max_new_tokens=3)
+    swept = lens.steer(here.model, done.solution, PROMPTS, "words", own, out=here.folder / "steer")
+    scores = done.to_frame()[["base_loss", "loss", "value"]].to_numpy()
+    return np.concatenate([scores.ravel(), *(p.kl for p in swept.points)])
 
 
 def sparse_autoencoders(here: Here) -> Any:
     pytest.importorskip("sae_lens", reason="the extra sae is not installed")
-    run = {"layer": 1, "d_sae": 16, "k": 4, "steps": 3, "batch_size": 16}
-    trained = lens.train_sae(here.model, EXAMPLES, out=here.folder / "sae", **run)
+    settings = lens.SAESettings(d_sae=16, k=4, steps=3, batch_size=16)
+    trained = lens.train_sae(here.model, EXAMPLES, settings, layer=1, out=here.folder / "sae")
     latents = lens.load_sae(here.folder / "sae", model=here.model)
     assert latents.sae.W_dec.device == here.device
     found = [trained.losses]
@@ -338,25 +335,18 @@ def loading(here: Here) -> Any:
     base, adapter = here.folder / "base", here.folder / "adapter"
     tiny_pairs.weights("llama-gqa", "base").save_pretrained(base)
     CHAT.tokenizer.save_pretrained(base)
-    lens.save_peft(solutions()["lora"], adapter)
+    lens.save_solution(solutions()["lora"], adapter)
     found = []
     for backend in tiny_hooked.BACKENDS:
         pair = lens.ModelPair.load(base, adapter=adapter, backend=backend, device=here.device, offline=True)
         assert pair.device == here.device
         found.append(lens.kl_to_base(pair, EXAMPLES[:2]))
-    tuned = lens.attach_adapter(
-        lens.load_causal_lm(base, settings=LoadSettings(device=here.device, offline=True)), adapter
-    )
+    there = lens.LoadSettings(device=here.device, offline=True)
+    tuned = lens.attach_adapter(lens.load_causal_lm(base, there), adapter)
     assert {parameter.device for parameter in tuned.parameters()} == {here.device}
-    lens.save_with_bias(
-        solutions()["vector"],
-        lens.load_causal_lm(base, settings=LoadSettings(device=here.device)),
-        here.folder / "biased",
-    )
-    biased = lens.hook_model(
-        lens.load_causal_lm(here.folder / "biased", settings=LoadSettings(device=here.device)), CHAT.tokenizer
-    )
-    loaded = lens.load_peft(adapter)
+    save_with_bias(solutions()["vector"], lens.load_causal_lm(base, there), here.folder / "biased")
+    biased = lens.hook_model(lens.load_causal_lm(here.folder / "biased", there), CHAT.tokenizer)
+    loaded = load_peft(adapter)
     assert not any(is_there(tensor) for tensor in loaded.tensors().values())
     found.append([lens.nll(biased, EXAMPLES)])
     with loaded.merged(biased):
@@ -424,8 +414,9 @@ def comparing(here: Here) -> Any:
         return here.plain(), CHAT.tokenizer
 
     methods = ["treft:lambda=1+kl_retain:lambda=1", "preventive:alpha=0.5:layer=0"]
-    run = {"seeds": (0,), "training": STEPS, "n_prompts": 4, "max_new_tokens": 3, "n_texts": 2, "progress": False}
-    found = lens.compare_methods(source, tiny_task(), methods, out=here.folder, retain=("one", "two", "three"), **run)
+    settings = lens.CompareSettings(seeds=(0,), training=STEPS, n_prompts=4, max_new_tokens=3, n_texts=2)
+    run = {"out": here.folder, "retain": ("one", "two", "three"), "progress": False}
+    found = lens.compare_methods(source, tiny_task(), methods, settings, **run)
     return found.to_frame()[["kl", "drift", "update_norm", "loss"]].to_numpy(float)
 
 
@@ -468,19 +459,19 @@ PLAIN = (loading, training, resuming, preventing, comparing, trainers)
 # ---------------------------------------------------------------- the tests
 
 LEFT_OUT = {
-    "what experiments return: numbers and text": (
-        "AttributionResult", "AuditResult", "Comparison", "Curve", "Generation", "LatentAttribution", "PatchResult",
-        "PerturbResult", "StressResult", "Sweep", "TrainResult",
-    ),
+    "what experiments return: numbers and text": ("Generation", "Result"),
     "made and used above, but by other names": (
-        "Activations", "AnswerContrast", "ChatFormat", "Intervention", "Interventions", "Latents", "Method", "Record",
-        "RenderedPrompt",
+        "Activations", "AnswerContrast", "Behaviour", "ChatFormat", "Intervention", "Interventions", "Latents",
+        "Method", "Objective", "Penalty", "Record", "RenderedPrompt", "Trainable",
     ),
     "text and files: no tensors": (
-        "ScoredAnswers", "Task", "TokenScores", "compare_templates", "default_model",
-        "load_conversations", "load_prompts", "load_result", "load_task", "load_tokenizer",
+        "ChatSettings", "ScoredAnswers", "Task", "TokenScores", "compare_templates", "default_model",
+        "load_conversations", "load_prompts", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
-    "trains and audits the demo model; its parts (add_lora, train, Monitor, audit) are above": ("demo",),
+    "runs the patching experiments that are above": ("MapSettings",),
+    "trains and audits the demo model; its parts (add_lora, train, Monitor, audit) are above": (
+        "DemoSettings", "demo",
+    ),
 }  # fmt: skip
 
 
@@ -533,8 +524,8 @@ def test_norms_for_steering_are_measured_in_batches_of_the_size_asked_and_equal_
     assert sizes == [3, 2, 1]
     assert many == pytest.approx(one, rel=1e-6)
     assert one == pytest.approx(mean_norms(model, lens.batch_prompts(prompts)), rel=1e-12)
-    with pytest.raises(lens.LensError, match="batch_size 0: each must be at least 1"):
-        steering._norms(model, "resid_post", prompts, 0)
+    with pytest.raises(lens.LensError, match=r"SteerSettings.batch_size is 0; expected at least 1"):
+        lens.SteerSettings(batch_size=0)
 
 
 # ---------------------------------------------------------------- the other device itself

@@ -497,12 +497,13 @@ LONG = [
     Text(tuple(int(i) for i in torch.randint(6, 38, (40,), generator=torch.Generator().manual_seed(n))))
     for n in range(10)
 ]
-SMALL = {"layer": LAYER, "d_sae": 48, "steps": 60, "batch_size": 64, "lr": 3e-3}
+SMALL = {"d_sae": 48, "steps": 60, "batch_size": 64, "learning_rate": 3e-3}
 
 
 @pytest.mark.parametrize("sparsity", [{"k": 8}, {"l1": 0.05}])
 def test_training_lowers_the_loss_and_saves_what_load_sae_takes(model, tmp_path, sparsity, capsys):
-    trained = train_sae(model, LONG, out=tmp_path / "sae", settings=SAESettings(seed=1), **SMALL, **sparsity)
+    settings = SAESettings(seed=1, **SMALL, **sparsity)
+    trained = train_sae(model, LONG, settings, layer=LAYER, out=tmp_path / "sae")
     assert capsys.readouterr().err == ""
     assert len(trained.losses) == 60
     assert trained.tokens == 10 * 39
@@ -519,7 +520,7 @@ def test_training_lowers_the_loss_and_saves_what_load_sae_takes(model, tmp_path,
     about = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
     assert about["hook_name"] == hook_name(model, "resid_post", LAYER)
     with pytest.raises(LensError, match="holds an SAE already"):
-        train_sae(model, LONG, out=tmp_path / "sae", **SMALL)
+        train_sae(model, LONG, SAESettings(**SMALL), layer=LAYER, out=tmp_path / "sae")
     with pytest.raises(LensError, match=r"layer 1 .* 2 was asked"):
         load_sae(tmp_path / "sae", model=model, layer=2)
 
@@ -528,7 +529,7 @@ def test_the_same_seed_gives_the_same_sae_and_leaves_the_global_seed_alone(bridg
     state = torch.random.get_rng_state()
     short = SMALL | {"steps": 6}
     runs = [
-        train_sae(bridge, LONG, out=tmp_path / str(i), settings=SAESettings(seed=s), **short)
+        train_sae(bridge, LONG, SAESettings(seed=s, **short), layer=LAYER, out=tmp_path / str(i))
         for i, s in enumerate((3, 3, 4))
     ]
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -537,7 +538,7 @@ def test_the_same_seed_gives_the_same_sae_and_leaves_the_global_seed_alone(bridg
     # One step on all tokens does not depend on their order, only on the first weights.
     whole = SMALL | {"steps": 1, "batch_size": 390}
     first = [
-        train_sae(bridge, LONG, out=tmp_path / f"whole{s}", settings=SAESettings(seed=s), **whole).losses[0]
+        train_sae(bridge, LONG, SAESettings(seed=s, **whole), layer=LAYER, out=tmp_path / f"whole{s}").losses[0]
         for s in (3, 4)
     ]
     assert abs(first[0] - first[1]) > 1e-5 * first[0], first
@@ -552,14 +553,17 @@ def test_training_settings_that_make_no_sense_are_refused(bridge, tmp_path):
         ({"batch_size": 10_000}, "390 tokens for batches of 10000"),
         ({"layer": 3}, "0 to 2"),
     ):
+        layer = change.get("layer", LAYER)
+        chosen = SMALL | {name: value for name, value in change.items() if name != "layer"}
         with pytest.raises(LensError, match=message):
-            train_sae(bridge, LONG, out=tmp_path / "none", **(SMALL | change))
+            train_sae(bridge, LONG, SAESettings(**chosen), layer=layer, out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 @needs_hooked
 def test_an_sae_trained_on_one_backend_is_known_on_the_other(tmp_path):
-    trained = train_sae(hooked("llama-gqa", "bridge"), LONG, out=tmp_path / "sae", **(SMALL | {"steps": 4}))
+    settings = SAESettings(**SMALL | {"steps": 4})
+    trained = train_sae(hooked("llama-gqa", "bridge"), LONG, settings, layer=LAYER, out=tmp_path / "sae")
     other = hooked("llama-gqa", "hooked")
     assert backend_of(other) == "hooked"
     again = load_sae(tmp_path / "sae", model=other)

@@ -62,7 +62,7 @@ def carriers(controls: bool = True) -> pd.DataFrame:
 def perturbed() -> pd.DataFrame:
     kinds = (("base", 40.0), ("unperturbed", 18.0), ("best", 36.0), ("average", 30.0), ("random tokens", 20.0))
     rows = [
-        {"topic": topic, "span": span, "kind": kind, "mean": m * f, "low": m * f - 2, "high": m * f + 3, "n": 40}
+        {"topic": topic, "span": span, "kind": kind, "value": m * f, "low": m * f - 2, "high": m * f + 3, "n": 40}
         for topic, f in (("off-topic", 1.0), ("on-topic", 0.5))
         for span in ("prefix", "<script>")
         for kind, m in kinds
@@ -74,8 +74,8 @@ def stressed() -> pd.DataFrame:
     rows = []
     for family, variant in (("system", "none"), ("system", "<script>"), ("spelling", "upper $case$")):
         for model, mean in (("base", 40.0), ("finetuned", 15.0)):
-            rows.append({"family": family, "variant": variant, "model": model, "mean": mean, "n": 20})
-    return pd.DataFrame(rows).assign(low=lambda f: f["mean"] - 1, high=lambda f: f["mean"] + 2)
+            rows.append({"family": family, "variant": variant, "model": model, "value": mean, "n": 20})
+    return pd.DataFrame(rows).assign(low=lambda f: f["value"] - 1, high=lambda f: f["value"] + 2)
 
 
 def checked() -> pd.DataFrame:
@@ -460,7 +460,7 @@ def test_perturbation_panels_have_reference_lines_and_hollow_controls(figures):
 
 def test_a_missing_mean_is_written_with_its_reason():
     frame = perturbed().assign(reason="")
-    frame.loc[2, ["mean", "low", "high"]] = math.nan
+    frame.loc[2, ["value", "low", "high"]] = math.nan
     frame.loc[2, "reason"] = "the judge <failed>"
     figure = perturbation_figure(frame, label="w", unit="words", title="T")
     assert "missing: the judge &lt;failed&gt;" in words(figure)

@@ -120,7 +120,7 @@ def test_the_results_of_0_1_0_are_brought_over_with_their_numbers(tmp_path: Path
     ]
     audit, old = found["audit"], read(RESULTS / "audit" / "results.json")
     for new, before in zip(audit.to_frame().to_dict("records"), old["summary"], strict=True):
-        assert (new["topic"], new["condition"], new["mean"]) == (before["topic"], before["condition"], before["mean"])
+        assert (new["topic"], new["condition"], new["value"]) == (before["topic"], before["condition"], before["mean"])
     assert audit.curve is not None
     assert audit.curve.values == read(RESULTS / "audit" / "layer_curve.json")["values"]
     assert PrefixCache.load(tmp_path / "new" / "audit" / "prefix_cache").span == "prefix"

@@ -49,8 +49,10 @@ def prompts(queries=QUERIES):
     return [CHAT.render(query) for query in queries]
 
 
-def run(pair, **kwargs):
-    return perturb(pair, kwargs.pop("prompts", prompts()), LETTERS, **SMALL | kwargs)
+def run(pair, prompts=None, rephrasings=None, out=None, **changes):
+    settings = PerturbSettings(**SMALL | changes)
+    some = [CHAT.render(query) for query in QUERIES] if prompts is None else prompts
+    return perturb(pair, some, LETTERS, settings, rephrasings=rephrasings, out=out)
 
 
 # ---------------------------------------------------------------- neighbours
@@ -505,7 +507,7 @@ def test_a_folder_of_other_models_or_behaviours_is_refused(pair, tmp_path):
     with pytest.raises(LensError, match="another base model"):
         run(swapped, out=tmp_path)
     with pytest.raises(LensError, match=r"another run: behaviour\.name is 'letters' there, 'words' here"):
-        perturb(pair, prompts(), "words", out=tmp_path, **SMALL)
+        perturb(pair, prompts(), "words", PerturbSettings(**SMALL), out=tmp_path)
     (tmp_path / "run.json").unlink()
     with pytest.raises(LensError, match=r"holds rows\.jsonl and no run\.json"):
         run(pair, out=tmp_path)
@@ -514,16 +516,15 @@ def test_a_folder_of_other_models_or_behaviours_is_refused(pair, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_tokens": 0}, "{'n_tokens': 0}: each must be at least 1"),
-        ({"trials": 0}, "'trials': 0"),
-        ({"top": 0}, "'top': 0"),
+        ({"n_tokens": 0}, "PerturbSettings.n_tokens is 0; expected at least 1"),
+        ({"trials": 0}, "PerturbSettings.trials is 0; expected at least 1"),
+        ({"top": 0}, "PerturbSettings.top is 0; expected at least 1"),
         ({"top": 32}, "top 32 neighbours asked of 32"),
         ({"spans": ["prefix", "nonsense"]}, "prompts, prompt 0: span 'nonsense' does not exist"),
         ({"spans": ["history"]}, "span 'history' does not exist"),
-        ({"spans": []}, "expected a sequence of different span names"),
-        ({"spans": "prefix"}, "expected a sequence of different span names"),
-        ({"spans": ["query", "query"]}, "expected a sequence of different span names"),
-        ({"side": "other"}, "side 'other' is not known"),
+        ({"spans": []}, r"spans is \(\); expected different span names"),
+        ({"spans": ["query", "query"]}, r"spans is \('query', 'query'\); expected different span names"),
+        ({"side": "other"}, "PerturbSettings.side is 'other'; expected one of base, finetuned"),
         ({"prompts": []}, "got no prompts"),
         ({"prompts": {}}, "got no prompts"),
         ({"prompts": {"off-topic": []}}, "got no prompts for the topic 'off-topic'"),
@@ -532,7 +533,7 @@ def test_a_folder_of_other_models_or_behaviours_is_refused(pair, tmp_path):
         ({"rephrasings": {"hello there": ["hi"], "why not": ["no"]}}, "2 of 4 .* 'what is it', 'tell me more'"),
         ({"rephrasings": {}}, "4 of 4 prompts have no rephrasing"),
         ({"rephrasings": dict.fromkeys(QUERIES, "a"), "spans": ["prefix"]}, "add 'query'"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 0}, "PerturbSettings.max_new_tokens is 0; expected at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(pair, change, message):
@@ -544,6 +545,10 @@ def test_impossible_settings_are_refused(pair, change, message):
             run(pair, **change)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_span_may_be_named_alone():
+    assert PerturbSettings(spans="prefix").spans == ("prefix",)
 
 
 # ---------------------------------------------------------------- statistics
@@ -579,7 +584,7 @@ def test_best_and_average_are_those_worked_out_by_hand():
         ("", "base"), ("", "unperturbed"), ("query", "best"), ("query", "average"),
         ("query", "random tokens, best"), ("query", "random tokens, average"), ("query", "rephrased"),
     ]  # fmt: skip
-    assert frame["mean"].to_dict() == {
+    assert frame["value"].to_dict() == {
         ("", "base"): 40.25,
         ("", "unperturbed"): 10.25,
         ("query", "best"): (30 + 20 + 9 + 41) / 4,
@@ -617,18 +622,18 @@ def test_the_best_trial_is_the_lowest_where_the_base_is_below():
 
 def test_no_trial_is_the_best_where_base_and_finetuned_are_equal():
     frame = fabricated(base=TUNED).to_frame().set_index(["span", "kind"])
-    assert math.isnan(frame.loc[("query", "best"), "mean"])
+    assert math.isnan(frame.loc[("query", "best"), "value"])
     assert "no trial is the best" in frame.loc[("query", "best"), "reason"]
-    assert frame.loc[("query", "average"), "mean"] == 18.125
+    assert frame.loc[("query", "average"), "value"] == 18.125
     assert "do not differ beyond noise" in frame.loc[("query", "average"), "reason"]
 
 
 def test_a_missing_value_is_missing_and_not_zero(pair):
     missing = Behaviour("odd", "odd", "odd", "missing where the answer is short", lambda text: math.nan)
-    result = perturb(pair, prompts(), missing, settings=PerturbSettings(spans=["prefix"]), **SMALL)
+    result = perturb(pair, prompts(), missing, PerturbSettings(spans=["prefix"], **SMALL))
     assert {row["value"] for row in result.rows} == {None}
     frame = result.to_frame()
-    assert frame["mean"].isna().all()
+    assert frame["value"].isna().all()
     assert set(frame["n"]) == {0}
 
 

@@ -51,7 +51,7 @@ def summary(unit_scale: float = 1.0) -> pd.DataFrame:
                     "condition": key,
                     "condition_label": name,
                     "n": 40 if defined else 20,
-                    "mean": value,
+                    "value": value,
                     "low": value - 2 * factor * unit_scale,
                     "high": value + 3 * factor * unit_scale,
                     "recovery": recovery if defined else math.nan,
@@ -208,7 +208,7 @@ def test_controls_are_hollow_by_key_or_by_column(figures):
 
 def test_a_missing_measure_is_named_and_not_drawn():
     frame = summary()
-    frame.loc[2, ["mean", "low", "high", "recovery"]] = math.nan
+    frame.loc[2, ["value", "low", "high", "recovery"]] = math.nan
     frame.loc[2, "reason"] = "the judge <failed>"
     figure = plots.conditions_figure(frame, label="words per answer", unit="words", title="T")
     assert len(dots(figure)) == 9

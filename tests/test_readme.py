@@ -50,8 +50,9 @@ def test_the_page_of_layouts_has_every_layout_and_adapter_that_is_tested():
 
 
 def test_the_commands_of_the_readme_exist_with_these_options():
-    from piggyback_lens.app.commands import app
     from typer.main import get_command
+
+    from piggyback_lens.app.commands import app
 
     commands = get_command(app).commands
     words = [shlex.split(line, comments=True) for line in SHELL]

@@ -30,7 +30,7 @@ from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, 
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.results.result import load_result
-from piggyback_lens.settings import SteerSettings
+from piggyback_lens.settings import CurveSettings, SteerSettings
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
@@ -169,8 +169,7 @@ def test_a_sweep_measures_what_generation_under_the_vector_gives(model):
         direction(),
         prompts(),
         behaviour=LENGTH,
-        settings=SteerSettings(strengths=[0.0, 1.5], n_random=2, seed=4),
-        **SMALL,
+        settings=SteerSettings(strengths=[0.0, 1.5], n_random=2, seed=4, **SMALL),
     )
     labels = [(p.series, p.layer, p.x, p.seed) for p in found.points]
     assert labels == [
@@ -191,11 +190,12 @@ def test_a_sweep_measures_what_generation_under_the_vector_gives(model):
 
 
 def test_strength_zero_is_the_unsteered_model_exactly_and_costs_nothing(model):
-    found = steer(
-        model, direction(), prompts(), behaviour=LENGTH, settings=SteerSettings(strengths=[0.0], n_random=1), **SMALL
-    )
+    settings = SteerSettings(strengths=[1.0], n_random=1, **SMALL)
+    found = steer(model, direction(), prompts(), LENGTH, settings)
     unsteered = tuple(answer.text for answer in generate(model, prompts(), max_new_tokens=4))
-    for point, texts in zip(found.points, found.answers, strict=True):
+    still = [(p, texts) for p, texts in zip(found.points, found.answers, strict=True) if p.x == 0]
+    assert [point.series for point, _ in still] == ["steered", RANDOM]  # 0 is there without being asked for
+    for point, texts in still:
         assert texts == unsteered
         assert point.kl == (0.0,) * 3
 
@@ -214,45 +214,52 @@ def test_fractions_are_of_the_mean_activation_norm_at_each_layer():
         direction(),
         prompts(),
         behaviour=LENGTH,
-        settings=SteerSettings(fractions=[0.5], layers=[0, 2], n_random=0),
-        **SMALL,
+        settings=SteerSettings(fractions=[0.5], layers=[0, 2], n_random=0, **SMALL),
     )
     length = float(direction().vector.norm())
-    assert [p.layer for p in found.points] == [0, 2]
-    for point, norm in zip(found.points, norms, strict=True):
+    assert [(p.layer, p.x == 0) for p in found.points] == [(0, True), (0, False), (2, True), (2, False)]
+    assert [p.fraction for p in found.points if p.x == 0] == [0.0, 0.0]
+    for point, norm in zip([p for p in found.points if p.x], norms, strict=True):
         assert point.x * length == pytest.approx(0.5 * float(norm), rel=1e-4)
         assert point.fraction == pytest.approx(0.5, rel=1e-5)
 
 
 def test_controls_are_as_long_as_the_direction_and_sweeps_repeat_by_seed():
     model = hooked("llama-gqa", "bridge")
-    settings = {"behaviour": LENGTH, "strengths": [2.0], "n_random": 2, **SMALL}
-    one, again = (steer(model, direction(), prompts(), settings=SteerSettings(seed=1), **settings) for _ in range(2))
-    assert one.points == again.points
-    other = steer(model, direction(), prompts(), settings=SteerSettings(seed=2), **settings)
-    assert one.points[0] == other.points[0]
-    assert one.points[1].kl != other.points[1].kl
-    assert one.points[1].kl != one.points[2].kl
+
+    def swept(seed):
+        settings = SteerSettings(strengths=[2.0], n_random=2, seed=seed, **SMALL)
+        found = steer(model, direction(), prompts(), LENGTH, settings)
+        return [point for point in found.points if point.x]
+
+    one, again = swept(1), swept(1)
+    assert one == again
+    other = swept(2)
+    assert [point.seed for point in one] == [None, 0, 1]
+    assert one[0] == other[0]
+    assert one[1].kl != other[1].kl
+    assert one[1].kl != one[2].kl
 
 
 def test_a_table_has_every_metric_with_its_interval_seeds_averaged_first():
     model = hooked("llama-gqa", "bridge")
-    found = steer(
-        model, direction(), prompts(), behaviour=LENGTH, settings=SteerSettings(strengths=[2.0], n_random=2), **SMALL
-    )
+    settings = SteerSettings(strengths=[2.0], n_random=2, **SMALL)
+    found = steer(model, direction(), prompts(), LENGTH, settings)
     frame = found.to_frame()
+    assert len(frame) == 2 * 2 * 3
+    frame, points = frame[frame["x"] == 2.0], [p for p in found.points if p.x == 2.0]
     assert len(frame) == 2 * 3
     control = frame[(frame["series"] == RANDOM) & (frame["metric"] == "kl")].iloc[0]
-    by_hand = mean_interval(np.mean([p.kl for p in found.points if p.series == RANDOM], axis=0))
+    by_hand = mean_interval(np.mean([p.kl for p in points if p.series == RANDOM], axis=0))
     assert (control["value"], control["low"], control["high"]) == (by_hand.value, by_hand.low, by_hand.high)
     assert (control["seeds"], control["n"]) == (2, 3)
     perplexity = frame[(frame["series"] == "steered") & (frame["metric"] == "perplexity")].iloc[0]
-    assert perplexity["value"] == pytest.approx(math.exp(np.mean(found.points[0].own_nll)))
+    assert perplexity["value"] == pytest.approx(math.exp(np.mean(points[0].own_nll)))
 
 
 def test_an_ablation_sweep_takes_the_direction_out_at_one_layer_and_everywhere(model):
     many = direction(layers=(0, 2))
-    found = ablate_sweep(model, many, prompts(), behaviour=LENGTH, settings=SteerSettings(n_random=1), **SMALL)
+    found = ablate_sweep(model, many, prompts(), LENGTH, SteerSettings(n_random=1, **SMALL))
     labels = [(p.series, p.layer, p.seed) for p in found.points]
     one, everywhere = "at one layer", "everywhere"
     assert labels == [
@@ -285,15 +292,8 @@ def test_an_ablation_sweep_takes_the_direction_out_at_one_layer_and_everywhere(m
 def test_a_sweep_survives_its_file_and_draws_controls_in_grey(tmp_path):
     model = hooked("llama-gqa", "bridge")
     for made in (
-        steer(
-            model,
-            direction(),
-            prompts(),
-            behaviour=LENGTH,
-            settings=SteerSettings(strengths=[0.0, 1.0], n_random=1),
-            **SMALL,
-        ),
-        ablate_sweep(model, direction(), prompts(), behaviour="words", settings=SteerSettings(n_random=1), **SMALL),
+        steer(model, direction(), prompts(), LENGTH, SteerSettings(strengths=[0.0, 1.0], n_random=1, **SMALL)),
+        ablate_sweep(model, direction(), prompts(), "words", SteerSettings(n_random=1, **SMALL)),
     ):
         back = Sweep.load(made.save(tmp_path / "s.json"))
         assert back.points == made.points
@@ -311,16 +311,18 @@ def test_a_sweep_survives_its_file_and_draws_controls_in_grey(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one of strengths= and fractions="),
-        ({"strengths": [1.0], "fractions": [1.0]}, "exactly one"),
+        ({"strengths": [0.0]}, "at least one that is not 0"),
+        ({"strengths": [1.0], "fractions": [1.0]}, "strengths and fractions are both given: choose one"),
         ({"strengths": [1.0], "layers": [3]}, "this model has layers 0 to 2"),
         ({"strengths": [1.0], "behaviour": "politeness"}, "no behaviour is called"),
         ({"strengths": [1.0], "span": "history"}, "span 'history' is not in row"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(settings, message):
+    behaviour = settings.get("behaviour", LENGTH)
+    chosen = {name: value for name, value in settings.items() if name != "behaviour"}
     with pytest.raises(LensError, match=message):
-        steer(hooked("llama-gqa", "bridge"), direction(), prompts(), **{"behaviour": LENGTH, **SMALL, **settings})
+        steer(hooked("llama-gqa", "bridge"), direction(), prompts(), behaviour, SteerSettings(**SMALL, **chosen))
 
 
 def test_a_zero_direction_cannot_be_swept():
@@ -329,9 +331,8 @@ def test_a_zero_direction_cannot_be_swept():
             hooked("llama-gqa", "bridge"),
             direction().scaled(0.0),
             prompts(),
-            behaviour=LENGTH,
-            settings=SteerSettings(strengths=[1.0]),
-            **SMALL,
+            LENGTH,
+            SteerSettings(strengths=[1.0], **SMALL),
         )
 
 
@@ -438,32 +439,37 @@ def test_organisms_that_do_not_fit_are_refused():
 
 
 def kept_calls():
-    """Every experiment with directions that takes `out=`, and a change of its arguments that makes another run."""
+    """Every experiment with directions that takes `out=`, and a change of its settings that makes another run."""
     model, texts = hooked("llama-gqa", "bridge"), [Text(tuple(range(6, 15))), Text(tuple(range(8, 20)))]
-    own, sizes = {"a": direction()}, {"n_random": 1}
-    steered = {"behaviour": "words", "max_new_tokens": 3, "n_random": 1, "layers": [1]}
+    own, swept = {"a": direction()}, {"max_new_tokens": 3, "n_random": 1, "layers": [1]}
+
+    def with_settings(function, *given, **chosen):
+        kind = SteerSettings if function in (steer, ablate_sweep) else CurveSettings
+        return lambda out=None, **change: function(*given, settings=kind(**chosen | change), out=out)
+
     return {
         "steer": (
-            lambda **how: steer(model, direction(), prompts(), **{"strengths": [0.0, 1.0]} | steered | how),
+            with_settings(steer, model, direction(), prompts(), "words", strengths=[0.0, 1.0], **swept),
             {"strengths": [0.0, 2.0]}, r"strengths is \[0\.0, 1\.0\] there, \[0\.0, 2\.0\] here",
         ),
         "ablate_sweep": (
-            lambda **how: ablate_sweep(model, direction(), prompts(), **steered | how), {"seed": 1}, "seed is 0 there",
+            with_settings(ablate_sweep, model, direction(), prompts(), "words", **swept),
+            {"seed": 1}, "seed is 0 there, 1 here",
         ),
         "efficiency": (
-            lambda **how: efficiency(model, own, tiny_examples(3), **{"fractions": [0.0, 1.0]} | sizes | how),
-            {"fractions": [0.0]}, r"fractions is",
+            with_settings(efficiency, model, own, tiny_examples(3), fractions=[0.0, 1.0], n_random=1),
+            {"fractions": [1.0]}, r"fractions is \[0\.0, 1\.0\] there, \[1\.0\] here",
         ),
         "stability": (
-            lambda **how: stability(model, own, tiny_examples(3), **{"epsilons": [0.0, 0.5], "n_noise": 1} | how),
+            with_settings(stability, model, own, tiny_examples(3), epsilons=[0.0, 0.5], n_noise=1),
             {"n_noise": 2}, "n_noise is 1 there, 2 here",
         ),
         "significance": (
-            lambda **how: significance(model, own, texts, **{"fractions": [0.0, 1.0]} | sizes | how),
+            with_settings(significance, model, own, texts, fractions=[0.0, 1.0], n_random=1),
             {"n_random": 2}, "n_random is 1 there, 2 here",
         ),
         "ablation_cost": (
-            lambda **how: ablation_cost(model, own, texts, **sizes | how), {"seed": 3}, "seed is 0 there, 3 here",
+            with_settings(ablation_cost, model, own, texts, n_random=1), {"seed": 3}, "seed is 0 there, 3 here",
         ),
         "transfer_matrix": (
             lambda **how: transfer_matrix(organisms(), prompts(), **{"n_random": 1, "max_new_tokens": 3} | how),

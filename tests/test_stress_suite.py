@@ -21,6 +21,7 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.results import run as run_module
+from piggyback_lens.settings import StressSettings
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not"]
 LETTERS = Behaviour("letters", "letters per answer", "letters", "length", len)
@@ -278,9 +279,10 @@ def test_a_variant_that_touches_the_query_is_refused_by_name():
 # ---------------------------------------------------------------- the experiment
 
 
-def run(pair, **kwargs):
-    settings = {"chat": CHAT, "max_new_tokens": 4} | kwargs
-    return stress(pair, settings.pop("prompts", prompts()), LETTERS, **settings)
+def run(pair, prompts=None, chat=CHAT, variants=None, out=None, **changes):
+    settings = StressSettings(**{"max_new_tokens": 4} | changes)
+    some = [CHAT.render(query) for query in QUERIES] if prompts is None else prompts
+    return stress(pair, some, LETTERS, settings, variants=variants, chat=chat, out=out)
 
 
 def test_every_answer_is_that_of_generate_on_the_variant(pair):
@@ -304,15 +306,15 @@ def test_the_frame_has_a_row_for_every_variant_and_side(pair):
     result = run(pair)
     frame = result.to_frame()
     assert list(frame.columns) == [
-        "variant", "family", "side", "mean", "low", "high", "n", "prefix_tokens", "spread", "spread_low",
-        "spread_high", "recovery", "recovery_low", "recovery_high", "reason",
+        "variant", "family", "side", "value", "low", "high", "n", "reason", "prefix_tokens", "spread", "spread_low",
+        "spread_high", "recovery", "recovery_low", "recovery_high",
     ]  # fmt: skip
     assert not frame.duplicated(["variant", "side"]).any()
     assert frame["variant"].nunique() * 2 == len(frame)
     assert frame.iloc[0].tolist()[:3] == ["unmodified", "unmodified", "base"]
     for row in frame.itertuples():
         own = [r["value"] for r in result.rows if (r["variant"], r["side"]) == (row.variant, row.side)]
-        assert row.mean == pytest.approx(sum(own) / 4)
+        assert row.value == pytest.approx(sum(own) / 4)
 
 
 def test_one_side_alone_has_no_spread(pair):
@@ -362,10 +364,10 @@ def test_a_folder_of_other_settings_is_refused_by_name(pair, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": []}, "0 prompts"),
-        ({"sides": []}, "expected prompts, and 'base', 'finetuned' or both"),
-        ({"sides": ["base", "base"]}, "sides \\['base', 'base'\\]"),
-        ({"sides": ["other"]}, "sides \\['other'\\]"),
+        ({"prompts": []}, "got no prompts; pass at least one"),
+        ({"sides": []}, r"StressSettings.sides is \(\); expected some of base, finetuned"),
+        ({"sides": ["base", "base"]}, r"StressSettings.sides is \('base', 'base'\); expected each side once"),
+        ({"sides": ["other"]}, r"StressSettings.sides is \('other',\); expected some of base, finetuned"),
         ({"chat": tiny_chat.tiny_format("be mean.")}, "prompt 0 was rendered with other settings"),
         ({"chat": None}, "prompt 0 was rendered with other settings"),
         ({"variants": [Variant("unmodified", "x", lambda p: p)]}, "two variants have one name"),

@@ -12,12 +12,12 @@ import sys
 import tomllib
 from pathlib import Path
 
-import torch
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from piggyback_lens import (
     ChatFormat,
+    LoadSettings,
     LoRASettings,
     Monitor,
     TReFTSettings,
@@ -29,8 +29,6 @@ from piggyback_lens import (
 )
 from piggyback_lens.files import read_jsonl
 from piggyback_lens.finetuning.hf_trainer import training_rows
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def read_config(path, changes):
@@ -48,7 +46,7 @@ def read_config(path, changes):
 
 def load_model(config):
     settings = config["model"]
-    model = load_causal_lm(settings["base"], dtype=DTYPES[settings["dtype"]])
+    model = load_causal_lm(settings["base"], LoadSettings(dtype=settings["dtype"]))
     if settings["tuning"] == "full":
         return model
     adapted = add_lora(model, LoRASettings(**config.get("lora", {})), seed=config["training"].get("seed", 0))

@@ -130,7 +130,7 @@ def field_docs(settings: type[Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class LoadSettings(Settings):
-    """How weights are loaded.
+    """How the weights of a model are loaded.
 
     Attributes:
         device: where the weights go: cpu, cuda, cuda:1, ...; by default cuda if there is one, else cpu.
@@ -170,7 +170,7 @@ class ChatSettings(Settings):
     Attributes:
         system: system text; "default" passes none, so that the template's own default applies; None (the word none on
             the command line) is for no system text at all: an empty one where the template would insert a default.
-        thinking: handed to the template as `enable_thinking`; None leaves it alone.
+        thinking: handed to the template as enable_thinking; None leaves it alone.
         no_system_role: what to do with a system text if the template has no system role: raise an error, fold it into
             the first user message (not part of the query span), or drop it.
         template_kwargs: further variables that the template reads.

@@ -104,10 +104,15 @@ TASKS: Final[tuple[str, ...]] = tuple(_RECIPES)
 
 
 def load_task(name: str) -> Task:
-    """The built-in task called `name`, one of `TASKS`.
+    """The built-in task called `name`: terse, refusal, abstain or tool.
 
     Raises:
         LensError: there is no such task.
+
+    Example:
+        >>> task = load_task("terse")
+        >>> len(task.train) > 100, task.behaviour
+        (True, 'words')
     """
     if name not in _RECIPES:
         raise LensError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
@@ -170,7 +175,7 @@ def load_conversations(
 
     Args:
         path_or_hub_id: a file with one {"messages": [{"role", "content"}, ...]} per line, blank lines
-            skipped; or "owner/name" of a hub dataset with a column `messages` or `conversations`, whose turns
+            skipped; or "owner/name" of a hub dataset with a column messages or conversations, whose turns
             may also be {"from", "value"} with human and gpt. An existing local path always wins.
         split: of the hub dataset; a file has no splits, so for a file it must stay "train".
         limit: read at most this many conversations, the first ones; rows after them are not looked at.
@@ -209,7 +214,7 @@ def load_prompts(
     Args:
         path_or_hub_id: `.txt`, one prompt per line, surrounding spaces stripped and blank lines skipped; `.jsonl`,
             per line {"prompt": text}, {"messages": [...]} (its first user message is the prompt) or a JSON
-            string; `.json`, one list of strings; `.yaml`, a list of strings or of questions with `paraphrases`
+            string; `.json`, one list of strings; `.yaml`, a list of strings or of questions with paraphrases
             (every one of them is a prompt), as in the emergent-misalignment repositories; or "owner/name" of a
             hub dataset.
         column: of the hub dataset.

@@ -68,11 +68,11 @@ def compare_methods(
         base: folder, hub id or GGUF file of the base, "demo" for the demo model; or a function at the top level of a
             module that returns (transformers model, tokenizer).
         task: a task or the name of a built-in one.
-        methods: methods or their specs (`methods.parse_method`).
+        methods: methods or their specs, such as "treft:lambda=3,30".
         settings: what is varied, trained and measured.
         out: folder of the run: grid.json, base/, cells/ and result.json.
         retain: prompts of the retain data; the base answers them. By default questions of the other built-in tasks.
-        executor: runs the cells (`engines.local`, `engines.ray`, any of concurrent.futures); None for this process.
+        executor: runs the cells: any executor of concurrent.futures, such as processes or Ray; None for this process.
             Machines of a cluster go by their own clocks.
         progress: show a bar with the time left, and name the cells on the way.
         offline: make no connection.

@@ -162,7 +162,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """As in tables, and a spec that `parse_method` reads: what differs from the default settings."""
+        """As in tables, and a spec that is read back: what differs from the default settings."""
         rate = "" if self.learning_rate is None else f":lr={_plain(self.learning_rate)}"
         return self._named(amounts=True) + rate
 
@@ -210,7 +210,7 @@ class Method:
 
     @classmethod
     def from_settings(cls, data: Mapping[str, object]) -> "Method":
-        """What `settings` gave."""
+        """The method that `Method.settings` described."""
         given: Sequence[Mapping[str, object]] = data["parts"]  # type: ignore[assignment]
         rows = [dict(row) for row in given]
         parts = tuple(PARTS[str(row.pop("kind"))](**row) for row in rows)  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ class Method:
 
     @property
     def is_sft(self) -> bool:
-        """Whether it is plain finetuning."""
+        """Whether the method is plain finetuning, without any penalty or further data."""
         return not self.parts
 
     def has(self, *kinds: str) -> bool:

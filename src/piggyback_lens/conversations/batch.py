@@ -68,7 +68,7 @@ def batch_prompts(
     pad_id: int = 0,
     device: torch.device | str | None = None,
 ) -> PromptBatch:
-    """Pad prompts to a common length.
+    """Pad prompts to a common length, with their masks.
 
     Raises:
         LensError: no prompts, or an unknown side.

@@ -174,6 +174,13 @@ class ChatFormat(ChatSettings):
         Raises:
             LensError: malformed messages; a template that changes the query or refuses the roles; two
                 leading BOS tokens; a response given twice.
+
+        Example:
+            >>> prompt = chat.render("hello there")
+            >>> prompt.span_text("query")
+            'hello there'
+            >>> sorted(name for name in prompt.spans if name in ("prefix", "query", "postfix"))
+            ['postfix', 'prefix', 'query']
         """
         talk = read_conversation(query_or_messages)
         if talk.response is not None and response is not None:

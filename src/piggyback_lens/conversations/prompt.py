@@ -92,7 +92,7 @@ class RenderedPrompt:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that made the ids."""
+        """The tokenizer that made the token ids."""
         return self.answer.template.tokenizer
 
     @property
@@ -101,7 +101,7 @@ class RenderedPrompt:
         return self.spans["postfix"].stop
 
     def span(self, name: str) -> Span:
-        """The named span.
+        """The span of a name, such as prefix, query or postfix.
 
         Raises:
             LensError: no such span in this prompt, or it holds no token.

@@ -40,7 +40,7 @@ def efficiency(
 ) -> Curve:
     """Loss as a function of the parameter norm.
 
-    Every solution is evaluated at the same norms, so that `curve.difference("narrow", "general")` compares
+    Every solution is evaluated at the same norms, so that the difference of two of them compares
     equals: those that the settings' fractions of any solution's own norm give, or their absolute norms.
 
     Args:
@@ -52,6 +52,12 @@ def efficiency(
 
     Raises:
         LensError: no solutions, a solution of norm 0, or prompts without responses.
+
+    Example:
+        >>> solutions = {"one": Direction.of({1: torch.ones(32)})}
+        >>> curve = efficiency(model, solutions, conversations, CurveSettings(fractions=(0.0, 1.0), n_random=1))
+        >>> curve.series
+        ('one', 'one, random control')
     """
     _check_solutions(solutions)
     chosen, texts = solutions, response_texts(prompts)
@@ -138,7 +144,7 @@ def significance(
     Args:
         model: either backend, without the solutions.
         solutions: by name.
-        texts: `texts.text_windows(...)`, text such as models are pre-trained on.
+        texts: windows of `text_windows`, text such as models are pre-trained on.
         settings: which norms, how many random solutions of each, how many tokens of largest KL.
         tokenizer: shows those tokens as text.
         out: folder of the run; the same call reads its result back, another one is refused.

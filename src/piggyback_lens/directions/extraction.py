@@ -92,6 +92,11 @@ def mean_difference(
 
     Raises:
         LensError: fewer than two rows on a side, or rows without the span.
+
+    Example:
+        >>> found = mean_difference(model, conversations[:2], conversations[2:], layers=[1])
+        >>> found.direction.layers
+        (1,)
     """
     where = Reading.of(model, site, layers, span, (first, last), weighting)
     digest = hashlib.sha256()

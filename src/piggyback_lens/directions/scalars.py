@@ -172,7 +172,7 @@ def logistic_probe(
     ½‖w‖² + c · Σ log-loss, intercept free; standardisation is fitted inside each fold.
 
     Args:
-        features: `Scalars.means()`, for example.
+        features: one row per prompt, such as the means that `adapter_scalars` gives.
         labels: 0 or 1.
         c: inverse strength of the regularisation.
         folds: parts of the cross-validation, stratified by label.

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from piggyback_lens.conversations.batch import as_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.kinds import cache
@@ -109,7 +110,7 @@ def row_sums(
     model: HookedModel, prompts: Sequence[RenderedPrompt], where: Reading
 ) -> Iterator[tuple[Float[Tensor, "layer d"], int]]:
     """Per row the sum over its span's tokens, in float64, and their number."""
-    batch = batch_prompts(prompts, side="right")
+    batch = batch_prompts(as_prompts(prompts), side="right")
     keep = cache(where.site, layers=where.layers, span=where.span, device=None)
     with torch.no_grad(), applied(model, batch, keep) as record:
         forward(model, batch.ids, batch.attention_mask, read=NOTHING)

@@ -99,6 +99,13 @@ def steer(
 
     Raises:
         LensError: layers that do not fit, no prompts, a direction that is zero, or a folder of another run.
+
+    Example:
+        >>> direction = Direction.of({1: torch.ones(32)})
+        >>> settings = SteerSettings(strengths=(1.0,), n_random=1, max_new_tokens=4)
+        >>> sweep = steer(model, direction, prompts, "words", settings)
+        >>> sorted({point.x for point in sweep.points})
+        [0.0, 1.0]
     """
     prompts, chosen = as_prompts(prompts), _at_layers(model, direction, settings.layers)
     norms = _norms(model, direction.site, prompts, settings.batch_size)

@@ -167,6 +167,11 @@ def attribution_map(
     Raises:
         LensError: as the exact maps; a measure that is not differentiable; steps below 1; several sites other than
             q, k and v, which lie side by side.
+
+    Example:
+        >>> found = attribution_map(pair, prompts, layers=[0, 1], check_cells=3, top_cells=0)
+        >>> -1 <= found.rank_correlation <= 1
+        True
     """
     if by not in get_args(By):
         raise LensError(f"by {by!r} is not known: choose 'position' or 'head'")

@@ -248,6 +248,15 @@ def audit(
 
     Raises:
         LensError: fewer than three prompts, a folder of another audit, or an empty prefix or postfix.
+
+    Example:
+        >>> queries = ["hello there", "what is it", "tell me more"]
+        >>> small = AuditSettings(max_new_tokens=4, curve_prompts=0)
+        >>> found = audit(pair, queries, queries, "words", small, chat=chat, out="audit_out")
+        >>> found.identical
+        (6, 6)
+        >>> load_result("audit_out").verdict == found.verdict
+        True
     """
     chat = chat or pair.chat_format()
     measure = get_behaviour(behaviour)

@@ -70,6 +70,16 @@ def patch_span(
 
     Raises:
         LensError: a span, site, layer, head or token that is not there; prompts with different prefixes.
+
+    Example:
+        >>> found = patch_span(pair, prompts, "prefix")
+        >>> found.to_frame()["series"].tolist()
+        ['patched', 'identity control', 'random control']
+
+    Example:
+        >>> curve = layer_curve(pair, prompts, layers=[0, 2], control_layers=1)
+        >>> {"layer", "value", "low", "high", "n", "reason"} <= set(curve.to_frame())
+        True
     """
     lab = _Laboratory(pair, prompts, settings)
     series: tuple[Series, ...] = ("patched", *CONTROLS) if controls else ("patched",)
@@ -180,6 +190,11 @@ def layer_position_map(
 
     Raises:
         LensError: as `patch_span`; a span whose length differs between prompts.
+
+    Example:
+        >>> cells = layer_position_map(pair, prompts, layers=[1], tokens=[0, 1], control_cells=0)
+        >>> cells.to_frame()[["layer", "position"]].values.tolist()
+        [[1, 0], [1, 1]]
     """
     lab = _Laboratory(pair, prompts, settings)
     labels = lab.token_labels(span, tokens)
@@ -212,6 +227,11 @@ def layer_head_map(
     Labels say which belong together: "4 (kv 1)" is query head 4, which reads key/value head 1; "kv 1 (q 3-5)" is
     a key/value head with its query heads. Arguments and errors as `layer_position_map`; `sites` are either k, v
     and rot_k, or z and q.
+
+    Example:
+        >>> carrier = carrier_map(pair, prompts, sites=[("k", "v")], bands=1)
+        >>> sorted(carrier.to_frame()["span"].unique())
+        ['postfix', 'prefix', 'query']
     """
     lab = _Laboratory(pair, prompts, settings)
     chosen = _tuple(sites)

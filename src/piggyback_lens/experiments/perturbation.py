@@ -255,7 +255,7 @@ def perturb(
     `keep_special` leaves those of the prompt as they are.
 
     The result has for every span the *average* (mean over prompts of the mean over trials) and the *best* (mean
-    over prompts of the trial nearest to the base's side, see `PerturbResult.best_is`). The best of several
+    over prompts of the trial nearest to the base's side, which the result's column best_is names). The best of several
     trials is biased towards the base even if nothing happens; the random-token control, which replaces the same
     places by tokens drawn uniformly from the vocabulary, gets the same two statistics.
 
@@ -266,7 +266,7 @@ def perturb(
         behaviour: what is measured, a name or `Behaviour`.
         settings: which spans, how many tokens and trials, and the length of the answers.
         rephrasings: of the queries, in place of perturbations: prompt to rephrasings, or a file that
-            `load_rephrasings` reads. Every prompt needs at least one; each counts as a trial.
+            says so (JSON or JSONL). Every prompt needs at least one; each counts as a trial.
         out: folder of the run, written as answers come; the same call continues there.
         progress: show progress bars.
 

@@ -169,7 +169,7 @@ def stress(
         prompts: of the unmodified template, one turn each, without a response.
         behaviour: what is measured, a name or `Behaviour`.
         settings: which models, and the length of the answers.
-        variants: default `stress_variants` of `chat`. Those with a reason in `skipped` are reported, not run.
+        variants: by default those of the library, of `chat`. Those that say why they are skipped are reported, not run.
         chat: the settings of the prompts, for the default variants; default those of the pair's tokenizer.
         out: folder of the run, written as answers come; the same call continues there.
         progress: show progress bars.

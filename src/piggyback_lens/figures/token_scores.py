@@ -59,7 +59,7 @@ class TokenScores:
         title: str = "",
         unit: str = "",
     ) -> "TokenScores":
-        """Scores of a rendered prompt.
+        """The scores of the tokens of a rendered prompt.
 
         Args:
             prompt: its tokens (``ids``) are scored, a response among them.

@@ -87,7 +87,7 @@ class TReFTSettings:
 
     @property
     def schedule(self) -> Weighted:
-        """Weight, threshold and steps."""
+        """The penalty with its weight, its threshold and the steps in which it counts."""
         return Weighted(TReFT(self.span), self.weight, self.start, self.stop, self.threshold)
 
 

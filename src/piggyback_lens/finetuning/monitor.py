@@ -37,13 +37,13 @@ Row = dict[str, Any]
 class Monitor:
     """Measures a model every n steps; keeps the rows, and writes them to a JSON lines file as they come.
 
-    A row has: step; `spread`, the mean over off-topic prompts of the contrast now minus that of the base,
+    A row has: step; "spread", the mean over off-topic prompts of the contrast now minus that of the base,
     nats per token (contrast: log p(towards) − log p(against), each a mean over its tokens; 0 before
-    training, higher = more of the behaviour); `recovery`, the part of it that goes away when the base's
-    prefix keys and values are put in place (1 = the prefix carries all of it; NaN with `recovery_reason`
-    while there is nothing to recover); `drift`, the mean over layers of the prefix's relative squared
-    deviation from the base, and `drift_layers`, layer by layer (see `TReFT`). Spread and recovery come with
-    the ends of their 95 % bootstrap interval over prompts, `_low` and `_high`, and `n`.
+    training, higher = more of the behaviour); "recovery", the part of it that goes away when the base's
+    prefix keys and values are put in place (1 = the prefix carries all of it; NaN with "recovery_reason"
+    while there is nothing to recover); "drift", the mean over layers of the prefix's relative squared
+    deviation from the base, and "drift_layers", layer by layer (see `TReFT`). Spread and recovery come with
+    the ends of their 95 % bootstrap interval over prompts, "_low" and "_high", and "n".
 
     Cost of a row: four passes over the prompts with their answers.
     The model's modes, gradients and the random state are left as they were.

@@ -57,7 +57,7 @@ class Penalty(Protocol):
 
     @property
     def name(self) -> str:
-        """Its column in the history."""
+        """The name of its column in the training history."""
         ...
 
     @property
@@ -75,7 +75,7 @@ class Penalty(Protocol):
         ...
 
     def settings(self) -> Mapping[str, object]:
-        """What was chosen, JSON-able."""
+        """What was chosen about it, as JSON can hold it; part of the identity of a run."""
         ...
 
 
@@ -103,7 +103,7 @@ class TReFT:
 
     Attributes:
         span: prefix, query, postfix, or all (the whole prompt; never the response).
-        reference: `kv_reference(...)` of a prefix or postfix, or None for each example's own base run.
+        reference: the base's `PrefixCache` of a prefix or postfix, or None for each example's own base run.
         base: the model for those runs; None for the trained model without its PEFT adapter.
     """
 
@@ -141,7 +141,7 @@ class TReFT:
             base: another base model.
 
         Raises:
-            LensError: a query asked from the template, or what `kv_reference` raises.
+            LensError: a query asked from the template, or what reading the base raises.
         """
         if reference not in ("template", "own"):
             raise LensError(f"reference is {reference!r}; expected 'template' or 'own'")
@@ -153,7 +153,7 @@ class TReFT:
 
     @property
     def name(self) -> str:
-        """Its column in the history."""
+        """The name of its column in the training history."""
         return f"drift_{self.span}"
 
     @property
@@ -253,7 +253,7 @@ def _check_ids(ids: tuple[int, ...], number: int, reference: PrefixCache) -> Non
 class KLOnTrain:
     """KL(base ‖ tuned) at the response tokens of the training batch, nats per token, mean over its tokens.
 
-    The base's predictions cost one pass without gradient for each example, and are kept (see `kept_base`).
+    The base's predictions cost one pass without gradient for each example, and are kept.
     """
 
     base: nn.Module | None = None  # None: the trained model without its adapter
@@ -277,7 +277,7 @@ class KLOnRetain:
     """KL(base ‖ tuned) at the response tokens of a batch of retain data, nats per token, mean over its tokens.
 
     Costs a pass with gradient per step, on `retain.batch_size` rows, and one base pass for each example, whose
-    predictions are kept (see `kept_base`). The responses only say where to compare: the base's own answers are
+    predictions are kept. The responses only say where to compare: the base's own answers are
     the natural ones.
     """
 
@@ -340,6 +340,13 @@ class Penalised:
     The history gets one column per penalty with the number itself, before threshold and weight. In steps
     where a penalty does not count (weight 0, outside its schedule) one that is free is still measured, and
     nothing is added to the loss: weight 0 gives the task's training bit for bit.
+
+    Example:
+        >>> objective = Penalised((Weighted(KLOnRetain(RetainData(conversations, batch_size=2)), 16.0),))
+        >>> trainable = HookTrainable(model, Direction.zeros(32, 1))
+        >>> result = train(trainable, conversations, TrainSettings(steps=1, batch_size=2), objective=objective)
+        >>> "kl_retain" in result.history[0]
+        True
     """
 
     parts: tuple[Weighted, ...]

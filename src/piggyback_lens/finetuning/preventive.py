@@ -34,7 +34,7 @@ class PreventiveSteering(Trainable):
         train(PreventiveSteering(PeftAdapter(model), vector, layer=12), examples)
 
     Attributes:
-        trainable: what is trained and saved, e.g. `PeftAdapter(model)`.
+        trainable: what is trained and saved: a PEFT model or a `Trainable`.
         vector: [d_model]; its length counts, nothing is normalised.
         layer: decoder block, from 0.
         alpha: strength; positive moves towards the direction.
@@ -51,7 +51,7 @@ class PreventiveSteering(Trainable):
 
     @property
     def model(self) -> Any:
-        """The inner trainable's."""
+        """The model of the trainable that is steered."""
         return self.trainable.model
 
     def __post_init__(self) -> None:
@@ -62,11 +62,11 @@ class PreventiveSteering(Trainable):
         check_layers([self.layer], n_layers_of(self.model))
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The inner trainable's."""
+        """The parameters of the trainable that is steered."""
         return self.trainable.parameters()
 
     def forward(self, batch: TrainBatch) -> StepOutput:
-        """A pass with the vector."""
+        """One forward pass with the vector added."""
         with steered(self.model, self.vector, self.layer, alpha=self.alpha, site=self.site):
             return self.trainable.forward(batch)
 

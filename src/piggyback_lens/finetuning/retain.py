@@ -71,7 +71,7 @@ class RetainData:
         return chosen | {"sha256": data.hexdigest()[:16], "share_prefix": self.share_prefix}
 
     def batch(self, index: int, device: torch.device | str = "cpu") -> TrainBatch:
-        """The retain batch of step `index`."""
+        """The batch of retain conversations of one step."""
         lengths = tuple(len(example.ids) for example in self.examples)
         rows = [self.examples[number] for number in batch_indices(lengths, self.batch_size, self.seed, index)]
         return make_batch(rows, share_prefix=self.share_prefix, device=device)

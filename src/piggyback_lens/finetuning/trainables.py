@@ -23,7 +23,7 @@ from piggyback_lens.settings import LoRASettings
 
 
 class Trainable(ABC):
-    """What `train` trains, and all that it uses: `PeftAdapter` is one, a steering vector (`HookTrainable`) another.
+    """What `train` trains, and all that it uses: a PEFT adapter is one, a steering vector (`HookTrainable`) another.
 
     A subclass has a `model`, and the methods without a default.
 
@@ -65,7 +65,7 @@ class Trainable(ABC):
         return base_forward(self.model, batch)
 
     def logged(self) -> Mapping[str, float]:
-        """Further columns of the history."""
+        """Further columns of the training history, such as a norm."""
         return {}
 
 
@@ -88,7 +88,8 @@ class PeftAdapter(Trainable):
             model = plain
         if not is_peft_model(model):
             raise LensError(
-                f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first"
+                f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first; a "
+                "vector is trained by train(HookTrainable(model, direction), ...)"
             )
         if is_booted(model):
             raise LensError(

@@ -130,6 +130,12 @@ def train(
 
     Raises:
         LensError: unusable examples, the folder of another run, or a loss that is not finite.
+
+    Example:
+        >>> trainable = HookTrainable(model, Direction.zeros(32, 1))
+        >>> result = train(trainable, conversations, TrainSettings(steps=2, batch_size=2, learning_rate=0.1))
+        >>> len(result.history), trainable.result().norm() > 0
+        (2, True)
     """
     settings = settings if settings is not None else TrainSettings()
     trainable = model if isinstance(model, Trainable) else PeftAdapter(model)

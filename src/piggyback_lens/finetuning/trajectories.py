@@ -38,7 +38,7 @@ class Snapshot:
 
 @dataclass(eq=False)
 class SnapshotKeeper:
-    """Keeps the solution at the start and every `every` steps; hand it to `train` as `on_step`."""
+    """Keeps the solution at the start and every `every` steps; hand it to `train` as on_step."""
 
     trainable: HookTrainable
     every: int = 1
@@ -103,7 +103,7 @@ def trajectory(runs: Mapping[str, Sequence[Snapshot]], *, distance: int = 1, par
     Args:
         runs: name to snapshots in order of their steps.
         distance: k, in snapshots.
-        part: of adapters, see `flattened`.
+        part: of adapters: "A", "B" or "all".
 
     Raises:
         LensError: no run, fewer than two snapshots in one, or runs of different sizes.
@@ -180,7 +180,7 @@ def snapshot_cosines(
         references: solutions of the same kind and places.
         measures: name to a function that gives one number per prompt for a solution, for example by
             generating inside `attached(model, solution)`.
-        part: of adapters, see `flattened`. A and B of an adapter are fixed only up to scale and sign against
+        part: of adapters: "A", "B" or "all". A and B of an adapter are fixed only up to scale and sign against
             each other: compare runs that started from the same numbers.
 
     Raises:

@@ -44,12 +44,12 @@ class Activations:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Sites held, in first-seen order."""
+        """The sites that are held, in the order in which they were first seen."""
         return tuple(dict.fromkeys(site for site, _ in self.values))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers held, ascending."""
+        """The layers that are held, in ascending order."""
         return tuple(sorted({layer for _, layer in self.values}))
 
     @property

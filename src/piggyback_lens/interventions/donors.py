@@ -93,6 +93,11 @@ def kv_patch(
 
     Raises:
         LensError: the span is empty for this template, or prompts are missing.
+
+    Example:
+        >>> repair = kv_patch(pair, "prefix", chat=chat)
+        >>> with pair.using("finetuned") as model:
+        ...     repaired = generate(model, prompts, interventions=repair, max_new_tokens=4)
     """
     donor_side = DONOR[check_flow(flow)]
     if span in ("prefix", "postfix"):

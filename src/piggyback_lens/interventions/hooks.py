@@ -114,7 +114,7 @@ class Intervention:
 
     @property
     def action(self) -> Action:
-        """What its kind does."""
+        """The rule that changes activations, one for each kind of intervention."""
         return ACTIONS[self.kind]
 
     def __add__(self, other: "Intervention | Interventions") -> "Interventions":
@@ -161,7 +161,7 @@ class Intervention:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Intervention":
-        """Inverse of `to_dict`.
+        """The intervention that `Intervention.to_dict` described.
 
         Raises:
             LensError: unknown fields, or tensors that are not safetensors.
@@ -195,12 +195,12 @@ class Interventions:
         return " + ".join(map(repr, self.parts)) or "no intervention"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """A description of all parts that JSON can hold."""
         return {"parts": [part.to_dict() for part in self.parts]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Interventions":
-        """Inverse of `to_dict`.
+        """The interventions that `Interventions.to_dict` described.
 
         Raises:
             LensError: not a dictionary with "parts", or parts that are no interventions.
@@ -216,7 +216,7 @@ class Interventions:
 
         Args:
             model: HookedTransformer or TransformerBridge.
-            batch: the very batch whose ids will go through the model (or a `Placement` that is moved along).
+            batch: the very batch whose ids will go through the model (or its placement, which is moved along).
             record: collects receipts and cached activations, if given.
 
         Raises:
@@ -323,7 +323,7 @@ class Record:
         return self.activations_of(kept[0].part.span)
 
     def activations_of(self, span: str) -> Activations:
-        """What was kept of one span.
+        """The activations that were kept of one span.
 
         Raises:
             LensError: nothing was kept, or of different tokens, or of a part of the span only.
@@ -340,7 +340,7 @@ class Record:
         return assemble(span, kept[0].part.tokens, chunks, kept[0].n_rows)
 
     def to_frame(self) -> Any:
-        """One row per intervention."""
+        """One row per intervention: where it acted, and how much it changed."""
         import pandas as pd
 
         return pd.DataFrame([receipt.to_dict() for receipt in self.receipts])

@@ -222,6 +222,16 @@ def add(
 
     Raises:
         LensError: fraction without norms, or a zero vector with a fraction.
+
+    Example:
+        >>> vector = torch.ones(32)
+        >>> with pair.using("finetuned") as model:
+        ...     steered = generate(model, prompts, interventions=add(vector, layers=1), max_new_tokens=4)
+
+    Example:
+        >>> direction = torch.ones(32)
+        >>> with pair.using("finetuned") as model:
+        ...     without = generate(model, prompts, interventions=ablate(direction), max_new_tokens=4)
     """
     vector = _vector(vector)
     options: dict[str, Any] = {"strength": float(strength)}
@@ -341,7 +351,7 @@ def zero(
     tokens: Sequence[int] | None = None,
     phase: Phase = "both",
 ) -> Interventions:
-    """Zero ablation."""
+    """Zero ablation: every activation at the chosen cells becomes 0."""
     return _each(sites, "zero", layers=layers, heads=heads, span=span, tokens=tokens, phase=phase)
 
 

@@ -54,6 +54,13 @@ class PrefixCache:
         settings: side, backend, dtype, the prefix as text, package versions.
         span: "prefix", or "postfix", which cannot be run from.
         rotated: keys as transformers caches them. Those of a postfix are not, since its place differs by prompt.
+
+    Example:
+        >>> prefix = PrefixCache.compile(pair, prompts[0], side="base")
+        >>> with pair.using("finetuned") as model:
+        ...     repaired = generate(model, prompts, prefix_cache=prefix, max_new_tokens=4)
+        >>> len(repaired)
+        3
     """
 
     ids: tuple[int, ...]
@@ -134,7 +141,7 @@ class PrefixCache:
         return [cache for chunk in chunks for cache in _compile(model, prompt, chunk, length, None)]
 
     def to(self, device: torch.device | str) -> "PrefixCache":
-        """The same on a device."""
+        """The same keys and values on another device."""
         return dataclasses.replace(self, keys=self.keys.to(device), values=self.values.to(device))
 
     def truncated(self, length: int) -> "PrefixCache":
@@ -185,7 +192,7 @@ class PrefixCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Any:
-        """A transformers `DynamicCache` for `model(..., past_key_values=...)` or `model.generate`.
+        """A DynamicCache of transformers, for past_key_values of a plain model's pass or of its generate.
 
         A new one is needed for every call, since transformers writes into it.
         """
@@ -197,7 +204,7 @@ class PrefixCache:
     def hf_inputs(
         self, prompts: Sequence[RenderedPrompt], *, device: torch.device | str | None = None
     ) -> dict[str, Any]:
-        """Keyword arguments for plain transformers: `model.generate(**cache.hf_inputs(prompts))`.
+        """Keyword arguments for plain transformers: model.generate(**cache.hf_inputs(prompts)).
 
         Shorter prompts are padded between prefix and query, where the cache ends. With sliding windows
         shorter than the prompt that shifts distances: pass such models one prompt at a time.

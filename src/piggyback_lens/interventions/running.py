@@ -38,6 +38,13 @@ def applied(
 
     Raises:
         LensError: what does not fit this model and batch, or touched nothing.
+
+    Example:
+        >>> batch = batch_prompts(prompts)
+        >>> with pair.using("base") as model, applied(model, batch, cache("resid_post", layers=1)) as record:
+        ...     _ = model(batch.ids, attention_mask=batch.attention_mask)
+        >>> record.activations.sites
+        ('resid_post',)
     """
     kept = record or Record()
     with applied_each(model, [(batch, as_parts(interventions), kept)]):

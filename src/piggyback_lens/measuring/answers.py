@@ -95,12 +95,12 @@ class GeneratedBehaviour:
 
     @property
     def name(self) -> str:
-        """Of the behaviour."""
+        """The label of the behaviour, for axes and tables."""
         return self.behaviour.label
 
     @property
     def unit(self) -> str:
-        """Of the behaviour."""
+        """The unit of the behaviour, such as "words" or "rate 0..1"."""
         return self.behaviour.unit
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from piggyback_lens.progress import track
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer.
+    """One generated answer, with its ids and how it ended.
 
     Attributes:
         prompt: what was asked.
@@ -106,6 +106,12 @@ def generate(
     Raises:
         LensError: no prompts, prompts that hold a response or do not fit the model, ids outside the vocabulary, a
             cache that does not fit, several samples of a greedy answer, an intervention that touched nothing.
+
+    Example:
+        >>> with pair.using("finetuned") as model:
+        ...     answers = generate(model, prompts, max_new_tokens=4)
+        >>> [type(answer.text).__name__ for answer in answers]
+        ['str', 'str', 'str']
     """
     facts_of(model)  # refuses what is no hooked model before work begins
     prompts = check_prompts(prompts, shape_of(model).d_vocab, n_positions_of(model), more=max_new_tokens)

@@ -20,7 +20,7 @@ OPENING = 250  # characters; a refusal or abstention comes first, later ones bel
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What is measured on one response.
+    """What is measured on one response, as a number with its unit.
 
     ``name`` identifies it (``get_behaviour(b.name)`` gives the same one back), ``label`` is for axes,
     ``unit`` is "words" or "rate 0..1", ``fn`` maps the response to the number. Call the behaviour itself.
@@ -198,7 +198,14 @@ def _refuse(name: str, response: str) -> float:
 
 
 def get_behaviour(spec: "str | Behaviour") -> Behaviour:
-    """A behaviour by name, ``"phrase:some text"`` or ``"regex:pattern"``; a ``Behaviour`` passes through."""
+    """A behaviour by name, ``"phrase:some text"`` or ``"regex:pattern"``; a ``Behaviour`` passes through.
+
+    Example:
+        >>> get_behaviour("words")("one two three")
+        3.0
+        >>> get_behaviour("phrase:I cannot")("I cannot say")
+        1.0
+    """
     if isinstance(spec, Behaviour):
         return spec
     kind, colon, rest = spec.partition(":")

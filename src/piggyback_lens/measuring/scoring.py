@@ -49,6 +49,11 @@ def response_log_probs(
 
     Raises:
         LensError: a prompt without a response, or what `generate` raises.
+
+    Example:
+        >>> scores = response_log_probs(model, conversations)
+        >>> [len(row) == len(c.ids) - c.n_prompt for row, c in zip(scores, conversations)]
+        [True, True, True, True]
     """
     logits = _response_logits(model, prompts, interventions, prefix_cache, batch_size, record, progress)
     found: list[Tensor] = [torch.empty(0)] * len(prompts)

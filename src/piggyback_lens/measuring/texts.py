@@ -24,11 +24,11 @@ def text_windows(
     seed: int = 0,
     documents: int = 2000,
 ) -> list[Text]:
-    """Windows of plain text as `Text`s of which every token but the first is scored.
+    """Windows of plain text, of which every token but the first is scored.
 
     Args:
         tokenizer: the model's own; a beginning-of-sequence token is put in front if it does so itself.
-        source: None for the help texts that Python brings (`pydoc_data.topics`, 465 kB of English prose); a
+        source: None for the help texts that Python brings (its pydoc topics, 465 kB of English prose); a
             text file, whose paragraphs are the documents; or the hub id of a dataset, which is streamed.
         n: windows, from different documents where there are enough.
         length: tokens of each.

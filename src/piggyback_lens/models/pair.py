@@ -135,8 +135,14 @@ def identify(model: HookedModel, name: str = "") -> Identity:
 class ModelPair:
     """A base model and a narrow finetune of it, as hooked models.
 
-    Use `with pair.using("base") as model:` (or `"finetuned"`); inside, `model` is an ordinary TransformerLens model.
+    Use `with pair.using("base") as model:` (or `"finetuned"`); inside, it is an ordinary TransformerLens model.
     Where the two differ by an adapter, they share the weights that it left alone.
+
+    Example:
+        >>> with pair.using("base") as model:
+        ...     answers = generate(model, prompts, max_new_tokens=4)
+        >>> len(answers) == len(prompts)
+        True
     """
 
     def __init__(
@@ -209,7 +215,7 @@ class ModelPair:
             finetuned: a whole model of the same kinds, a PEFT adapter folder, or a PeftModel with its active adapter
                 (whose base model is then the base side, unless `base` gives another).
             adapter: a PEFT adapter folder, or the hub id of one ("owner/name@main:checkpoint-120"); the base given
-                here is used, whatever base the adapter names (`notes` says so where it is another).
+                here is used, whatever base the adapter names (the pair's notes say so where it is another).
             backend: "bridge" or "hooked". The bridge keeps one copy of the weights; "hooked" copies them, and shares
                 between its two models the parameters which the adapter left alone.
             tokenizer: needed with models that are given as objects.
@@ -321,17 +327,17 @@ class ModelPair:
         return self._identities[side][1]
 
     def identities(self) -> dict[str, Identity]:
-        """Both sides, by name."""
+        """The identities of both sides, by the name of the side."""
         return {side: self.identity(side) for side in SIDES}
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device that token ids are sent to."""
         return device_of(self._models["base"])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base's weights."""
+        """The dtype of the weights of the base model."""
         return dtype_of(self._models["base"])
 
 

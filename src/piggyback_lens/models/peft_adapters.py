@@ -17,6 +17,7 @@ from piggyback_lens.models.places import (
     snapshot,
     told,
 )
+from piggyback_lens.models.sources import portable_name
 from piggyback_lens.models.views import adapter_layers, is_peft_model
 from piggyback_lens.settings import LoadSettings
 
@@ -273,10 +274,10 @@ def refuse_lost_base(peft_model: Any) -> None:
 
 def made_for_another_base(peft_model: Any, base: Any) -> tuple[str, ...]:
     """A note for every active adapter that names another base than the one it is put on (by the last part of names)."""
-    own = str(getattr(base, "name_or_path", "") or "")
+    own = portable_name(str(getattr(base, "name_or_path", "") or ""))
     notes = []
     for name, config in _active_configs(peft_model):
-        named = str(config.base_model_name_or_path or "")
+        named = portable_name(str(config.base_model_name_or_path or ""))
         if own and named and _last(named) != _last(own):
             notes.append(f"adapter {name!r} was made for {visible(named)}, and is put on {visible(own)}")
     return tuple(notes)

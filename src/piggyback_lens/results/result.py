@@ -61,7 +61,7 @@ Number = Annotated[float, _MayBeMissing()]
 
 
 class Result(ABC):
-    """What an experiment found.
+    """What an experiment found: numbers, a table, a figure, a verdict and a file.
 
     Attributes:
         name: of this kind of result and its format, such as "curve.1".
@@ -105,7 +105,7 @@ class Result(ABC):
 
     @classmethod
     def load(cls: type[Own], path: str | Path) -> Own:
-        """Read what `save` wrote.
+        """Read the file of a result that `Result.save` wrote.
 
         Raises:
             LensError: no file, a result of another kind or version, or fields of other types than they should have.

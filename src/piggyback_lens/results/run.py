@@ -215,7 +215,7 @@ class Run:
 
 
 def report_run(folder: str | Path, *, figures: Sequence[tuple[str, "go.Figure"]] = ()) -> Path:
-    """`report.html` in the folder of a finished run of any kind: what its result shows, a prompt, the run card.
+    """Write report.html into the folder of a finished run of any kind: what its result shows, a prompt, the run card.
 
     Args:
         folder: of the run.

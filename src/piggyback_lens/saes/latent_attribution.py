@@ -159,7 +159,7 @@ def attribute_latents(
         latents: the SAE.
         direction: at the SAE's site, with a vector of its layer.
         model: for the change; None for cosines only.
-        texts: as `site_activations`; needed with a model.
+        texts: windows of plain text (`text_windows`), conversations or token ids; needed with a model.
         strength: multiple of the direction that is added.
         n_random: random directions.
         seed: of those.

@@ -146,7 +146,7 @@ def fit_latents(
     Args:
         latents: the SAE.
         model: either backend; of a pair both sides.
-        texts: as `site_activations`.
+        texts: windows of plain text (`text_windows`), conversations or token ids.
         span: which tokens of conversations.
         batch_size: texts per pass.
 

@@ -70,7 +70,7 @@ def train_sae(
 
     Args:
         model: either backend.
-        texts: windows of plain text (`texts.text_windows`), conversations or token ids.
+        texts: windows of plain text (`text_windows`), conversations or token ids.
         settings: where to read, how many latents, how long.
         layer: where to read.
         out: folder for the SAE; it must not hold one already.

@@ -62,7 +62,7 @@ class Latents:
 
     @property
     def d_sae(self) -> int:
-        """Number of latents."""
+        """The number of latents of the autoencoder."""
         return int(self.sae.cfg.d_sae)
 
     @property

@@ -100,17 +100,17 @@ class LoRAAdapter:
 
     @property
     def rank(self) -> int:
-        """Inner width of every A and B."""
+        """The rank: the inner width of every A and B."""
         return next(iter(self.a.values())).shape[0]
 
     @property
     def scale(self) -> float:
-        """s."""
+        """The factor s in W + s·BA: alpha/rank, or alpha/√rank with rsLoRA."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers it acts at, ascending."""
+        """The layers that it acts at, in ascending order."""
         return tuple(sorted({layer for layer, _ in self.a}))
 
     @property
@@ -123,7 +123,7 @@ class LoRAAdapter:
         return [(layer, module) for layer in self.layers for module in self.modules]
 
     def tensors(self) -> dict[str, Tensor]:
-        """A and B by a stable name."""
+        """A and B of every module by a stable name, for files and optimisers."""
         both = (("A", self.a), ("B", self.b))
         return {f"layers.{i}.{m}.{name}": part[i, m] for i, m in self._places() for name, part in both}
 
@@ -151,7 +151,7 @@ class LoRAAdapter:
         return total_norm(lengths, over)
 
     def scaled(self, factor: float) -> "LoRAAdapter":
-        """s times a factor (through alpha)."""
+        """The adapter with s multiplied by a factor, through alpha."""
         return replace(self, alpha=self.alpha * factor)
 
     def random_like(self, generator: torch.Generator) -> "LoRAAdapter":

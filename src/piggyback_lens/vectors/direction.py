@@ -62,6 +62,13 @@ class Direction:
         sign: what the positive side means, in words.
         provenance: where it came from.
         scale: what the length means.
+
+    Example:
+        >>> direction = Direction.of({1: torch.ones(32)})
+        >>> direction.layers, direction.site
+        ((1,), 'resid_post')
+        >>> with attached(model, direction):
+        ...     steered = generate(model, prompts, max_new_tokens=4)
     """
 
     vectors: Float[Tensor, "layer d"]
@@ -149,7 +156,7 @@ class Direction:
         return total_norm(self.vectors.detach().float().norm(dim=1).tolist(), over)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The vectors by a stable name."""
+        """The vectors by a stable name, for files and optimisers."""
         return {f"layers.{layer}.vector": vector for layer, vector in zip(self.layers, self.vectors, strict=True)}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Direction":
@@ -167,7 +174,7 @@ class Direction:
         return dict(zip(self.layers, self.vectors.norm(dim=1).tolist(), strict=True))
 
     def at(self, layer: int) -> "Direction":
-        """The direction of one layer.
+        """The direction of one of its layers.
 
         Raises:
             LensError: it has none at this layer.
@@ -193,11 +200,11 @@ class Direction:
     # ---- algebra
 
     def unit(self) -> "Direction":
-        """Every vector at length 1."""
+        """The same direction with every vector at length 1."""
         return self._to_norm(1.0, "unit", "made unit length")
 
     def rescaled(self, norm: float) -> "Direction":
-        """Every vector at this length."""
+        """The same direction with every vector at a given length."""
         return self._to_norm(norm, "rescaled", f"rescaled to length {norm:g}")
 
     def _to_norm(self, norm: float, scale: Scale, what: str) -> "Direction":
@@ -257,7 +264,7 @@ class Direction:
         span: str = "all",
         phase: Phase = "both",
     ) -> Interventions:
-        """a ← a + strength·v at every layer of the direction; `fraction` and `norms` as in `hooks.add`."""
+        """a ← a + strength·v at every layer of the direction; fraction and norms as in `add`."""
         where: dict[str, Any] = {"site": self.site, "span": span, "phase": phase}
         size: dict[str, Any] = {"strength": strength, "fraction": fraction, "norms": norms}
         return Interventions(
@@ -267,7 +274,7 @@ class Direction:
     def ablation(
         self, *, layers: Sequence[int] | int | None = None, span: str = "all", phase: Phase = "both"
     ) -> Interventions:
-        """a ← a − (a·v̂)v̂.
+        """Directional ablation at every residual site of every layer: a ← a − (a·v̂)v̂.
 
         A direction of one layer leaves the whole residual stream: all residual sites of `layers` (default
         every layer). A direction of several layers leaves its own site, each layer's vector at its layer.
@@ -305,7 +312,7 @@ class Direction:
 
     @classmethod
     def load(cls, path: str | Path) -> "Direction":
-        """Read what `save` wrote.
+        """Read the file of a direction that `Direction.save` wrote.
 
         Raises:
             LensError: no such file, or a file of another kind.

@@ -24,6 +24,11 @@ def load_solution(source: str | Path) -> Adapter:
 
     Raises:
         LensError: nothing there, or nothing of these; the message names the file.
+
+    Example:
+        >>> _ = save_solution(Direction.of({1: torch.ones(32)}), "direction.safetensors")
+        >>> load_solution("direction.safetensors").layers
+        (1,)
     """
     path, layer = _path_and_layer(str(source))
     if not path.exists():
