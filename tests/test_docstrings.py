@@ -1,4 +1,4 @@
-"""What a stranger reads in `help(...)`: full first lines, names that exist, a sentence for every field, examples that run."""
+"""What a stranger reads in `help(...)`: full first lines, names that exist, every field explained, examples that run."""
 
 import builtins
 import dataclasses
@@ -52,7 +52,7 @@ def members(value):
 
 
 def resolves(name, owner, function):
-    """Whether a name in backticks is public, the owner's own, a parameter, a word of the library, or somebody else's."""
+    """Whether a name in backticks is public, the owner's own, a parameter, a word of the library, or of others."""
     head, _, rest = name.partition(".")
     if head in INSTANCES and rest:
         return rest.split(".")[0] in members(getattr(lens, INSTANCES[head]))

@@ -351,7 +351,7 @@ def test_prompts_that_do_not_fit_are_refused(experiment, unchecked):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_an_experiment_without_prompts_is_refused(experiment, unchecked):
-    refused(experiment, [], "no prompts: an experiment needs at least one")
+    refused(experiment, [], "got no prompts; pass at least one RenderedPrompt")
 
 
 @pytest.mark.parametrize("experiment", ONE.values(), ids=ONE)

@@ -16,6 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from piggyback_lens.errors import LensError
 from piggyback_lens.words import (
     SIDES,
+    TEXT_CURVES,
+    CurveKind,
     Flow,
     MapKind,
     Module,
@@ -98,8 +100,15 @@ def _check_value(settings: object, name: str, kind: Any, value: Any) -> None:
         words = get_args(part) if get_origin(part) is Literal else ()
         if words:
             check_field(settings, name, len(value) > 0 and set(value) <= set(words), f"some of {', '.join(words)}")
-        elif part in _NUMBERS:
-            check_field(settings, name, all(_is(part, x) for x in value), f"{_NUMBERS[part]}s")
+            return
+        one = [kind for kind in get_args(part) or (part,) if kind is not type(None)]
+        if one[0] in _NUMBERS:
+            good = all(x is None or _is(one[0], x) for x in value) and (
+                type(None) in get_args(part) or None not in value
+            )
+            check_field(settings, name, good, f"{_NUMBERS[one[0]].removeprefix('a ')}s")
+        if origin is tuple and ... not in args:
+            check_field(settings, name, len(value) == len(args), f"{len(args)} numbers")
     elif kind in _NUMBERS:
         check_field(settings, name, _is(kind, value), _NUMBERS[kind])
     elif kind in (bool, str):
@@ -110,8 +119,9 @@ _NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def _is(kind: type, value: Any) -> bool:
-    numbers: type = Integral if kind is int else Real
-    return isinstance(value, numbers) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        return False
+    return math.isfinite(float(value))
 
 
 def field_docs(settings: type[Any]) -> dict[str, str]:
@@ -402,7 +412,23 @@ class CurveSettings(Settings):
         check_field(self, "epsilons", good, "shares of noise from 0 to 1, at least one")
         check_field(self, "n_noise", self.n_noise >= 1, "at least 1")
         check_field(self, "n_random", self.n_random is None or self.n_random >= 0, "at least 0, or None")
+        check_field(self, "top", self.top >= 0, "at least 0")
         check_field(self, "rows_per_pass", self.rows_per_pass >= 1, "at least 1")
+
+    def random_of(self, kind: CurveKind) -> int:
+        """Random controls per point of a curve."""
+        return (5 if kind in TEXT_CURVES else 3) if self.n_random is None else self.n_random
+
+    def deciding(self, kind: CurveKind) -> dict[str, Any]:
+        """What decides the numbers of one curve."""
+        if kind == "stability":
+            names = ("epsilons", "n_noise", "noise_on", "seed")
+            return {name: getattr(self, name) for name in names}
+        by_norm = {} if kind == "ablation" else {"fractions": self.fractions, "norm_over": self.norm_over}
+        if by_norm and self.norms is not None:
+            by_norm = {"norms": self.norms, "norm_over": self.norm_over}
+        top = {"top": self.top} if kind == "significance" else {}
+        return {**by_norm, **top, "n_random": self.random_of(kind), "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -503,12 +529,14 @@ class LoRASettings(Settings):
 
     rank: int = 8
     alpha: float = 16.0
-    modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    modules: Sequence[str] | Literal["all-linear"] = "all-linear"
     layers: tuple[int, ...] | None = None
     rslora: bool = False
     dropout: float = 0.0
 
     def _check(self) -> None:
+        if not isinstance(self.modules, str):
+            object.__setattr__(self, "modules", tuple(self.modules))
         check_field(self, "rank", self.rank >= 1, "an integer of at least 1")
         check_field(self, "alpha", 0 < self.alpha < math.inf, "a positive number")
         check_field(self, "dropout", 0 <= self.dropout < 1, "between 0 and 1, 1 excluded")
@@ -651,7 +679,7 @@ class CompareSettings(Settings):
             values = getattr(self, name)
             once = len(values) > 0 and len(set(values)) == len(values)
             check_field(self, name, once, "at least one value, and each once")
-        for name in ("n_prompts", "max_new_tokens", "rows_per_pass", "n_texts", "direction_examples"):
+        for name in ("n_prompts", "max_new_tokens", "rows_per_pass", "n_texts", "text_length", "direction_examples"):
             check_field(self, name, getattr(self, name) >= 1, "an integer of at least 1")
 
 

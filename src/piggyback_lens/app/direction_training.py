@@ -1,6 +1,7 @@
 """Train a direction as a job: a vector or an adapter, general or narrow, scored and reported."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -125,7 +126,8 @@ class TrainedDirection(Result):
         try:
             if saved["format"] != f"piggyback_lens.{cls.name}":
                 raise LensError(f"{folder} holds {saved['format']!r}, expected {cls.name}")
-            path, rows, examples = folder / Path(saved["solution"]).name, saved["rows"], saved["examples"]
+            path, examples = folder / Path(saved["solution"]).name, saved["examples"]
+            rows = [{name: math.nan if x is None else x for name, x in row.items()} for row in saved["rows"]]
             training = TrainResult.load(folder / "training" / RESULT)
             return cls(load_solution(folder), path, training, tuple(rows), saved["settings"], tuple(examples))
         except (KeyError, TypeError) as error:

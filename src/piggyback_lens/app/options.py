@@ -247,7 +247,9 @@ def _read(name: str, hint: Any) -> tuple[Any, Callable[[Any], Any]]:
         choices = StrEnum(name, {str(value): str(value) for value in get_args(first)})  # type: ignore[misc]
         return maybe(choices), lambda chosen: getattr(chosen, "value", chosen)
     if origin in (tuple, Sequence):
-        return _read_sequence(name, get_args(first)[0], maybe)
+        whole = [word for part in parts[1:] for word in get_args(part)]  # a word for all of them, such as all-linear
+        kind, read = _read_sequence(name, get_args(first)[0], maybe)
+        return kind, lambda given: given if given in whole else read(given)
     if origin is Mapping:
         return list[str] | None, _variables
     if first is str and optional:

@@ -22,14 +22,12 @@ from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.settings import CurveSettings
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.direction import Direction
-from piggyback_lens.words import NormOver
+from piggyback_lens.words import CurveKind, NormOver
 
 Draft = tuple[CurvePoint, Adapter | None]
-ON_CONVERSATIONS, ON_TEXT = 3, 5
-"""Random controls per point, where the settings say none."""
 
 
-@kept(Curve)
+@kept(Curve, lambda settings: settings.deciding("efficiency"))
 def efficiency(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
@@ -61,14 +59,14 @@ def efficiency(
     """
     _check_solutions(solutions)
     chosen, texts = solutions, response_texts(prompts)
-    grid = _norm_grid(chosen, settings)
+    grid, n_random = _norm_grid(chosen, settings), settings.random_of("efficiency")
     drafts = [
         draft
         for number, (name, own) in enumerate(chosen.items())
-        for draft in _by_norm(name, own, grid, settings, ON_CONVERSATIONS, _seed(settings.seed, number))
+        for draft in _by_norm(name, own, grid, settings, n_random, _seed(settings.seed, number))
     ]
     points, base = _losses(model, texts, drafts, settings.rows_per_pass)
-    facts = _chosen(settings, ON_CONVERSATIONS) | _about(chosen, settings.norm_over)
+    facts = _chosen(settings, "efficiency") | _about(chosen, settings.norm_over)
     x_label = (
         "norm of the vector" if _only_vectors(chosen) else f"norm of the solution ({settings.norm_over} over modules)"
     )
@@ -76,7 +74,7 @@ def efficiency(
     return Curve("efficiency", x_label, "loss (nats per token)", points, base, {}, weights, facts)
 
 
-@kept(Curve)
+@kept(Curve, lambda settings: settings.deciding("stability"))
 def stability(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
@@ -129,7 +127,7 @@ def stability(
     )
 
 
-@kept(Curve)
+@kept(Curve, lambda settings: settings.deciding("significance"))
 def significance(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
@@ -154,11 +152,11 @@ def significance(
     """
     _check_solutions(solutions)
     chosen = solutions
-    grid = _norm_grid(chosen, settings)
+    grid, n_random = _norm_grid(chosen, settings), settings.random_of("significance")
     drafts = [
         draft
         for number, (name, own) in enumerate(chosen.items())
-        for draft in _by_norm(name, own, grid, settings, ON_TEXT, _seed(settings.seed, number))
+        for draft in _by_norm(name, own, grid, settings, n_random, _seed(settings.seed, number))
     ]
     found = variant_kl(model, texts, [adapter for _, adapter in drafts], rows_per_pass=settings.rows_per_pass)
     points = [_measured(point, [float(v.mean()) for v in kl]) for (point, _), kl in zip(drafts, found, strict=True)]
@@ -167,7 +165,7 @@ def significance(
         own_points = [i for i, (point, _) in enumerate(drafts) if point.series == name]
         nearest = min(own_points, key=lambda i: abs((points[i].fraction or 0.0) - 1))
         maxima += _maxima(name, points[nearest].x, found[nearest], texts, settings.top, tokenizer)
-    facts = _chosen(settings, ON_TEXT) | _about(chosen, settings.norm_over)
+    facts = _chosen(settings, "significance") | _about(chosen, settings.norm_over)
     x_label = (
         "norm of the vector" if _only_vectors(chosen) else f"norm of the solution ({settings.norm_over} over modules)"
     )
@@ -177,7 +175,7 @@ def significance(
     return Curve("significance", x_label, y_label, tuple(points), base, {}, weights, facts, tuple(maxima))
 
 
-@kept(Curve)
+@kept(Curve, lambda settings: settings.deciding("ablation"))
 def ablation_cost(
     model: HookedModel,
     directions: Mapping[str, Direction],
@@ -193,7 +191,7 @@ def ablation_cost(
 
     Args and errors as `significance`.
     """
-    n_random = _n_random(settings, ON_TEXT)
+    n_random = settings.random_of("ablation")
     if not directions:
         raise LensError("no directions: give at least one by name, {'narrow': direction}")
     drafts: list[tuple[CurvePoint, Interventions]] = []
@@ -228,12 +226,8 @@ def _check_solutions(solutions: Mapping[str, Adapter]) -> None:
             raise LensError(f"solution {name!r} has norm 0: there is nothing to scale")
 
 
-def _n_random(settings: CurveSettings, default: int) -> int:
-    return default if settings.n_random is None else settings.n_random
-
-
-def _chosen(settings: CurveSettings, default: int) -> dict[str, Any]:
-    return {"n_random": _n_random(settings, default), "seed": settings.seed, "norm_over": settings.norm_over}
+def _chosen(settings: CurveSettings, kind: CurveKind) -> dict[str, Any]:
+    return {"n_random": settings.random_of(kind), "seed": settings.seed, "norm_over": settings.norm_over}
 
 
 def _norm_grid(chosen: Mapping[str, Adapter], settings: CurveSettings) -> list[float]:
@@ -243,10 +237,10 @@ def _norm_grid(chosen: Mapping[str, Adapter], settings: CurveSettings) -> list[f
 
 
 def _by_norm(
-    name: str, own: Adapter, grid: Sequence[float], settings: CurveSettings, default: int, start: int
+    name: str, own: Adapter, grid: Sequence[float], settings: CurveSettings, n_random: int, start: int
 ) -> list[Draft]:
     """A solution and its random controls at every norm."""
-    length, n_random = own.norm(settings.norm_over), _n_random(settings, default)
+    length = own.norm(settings.norm_over)
     controls = [own.random_like(torch.Generator().manual_seed(start + draw)) for draw in range(n_random)]
     drafts: list[Draft] = []
     for series, draw, adapter in [

@@ -32,8 +32,12 @@ def solution_hash(solution: Adapter) -> str:
     return digest.hexdigest()[:16]
 
 
-def kept(result: type[R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def kept(
+    result: type[R], deciding: Callable[[Any], Mapping[str, Any]] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Give `out=` to a function that makes such a result: a folder that the same call reads back.
+
+    Of its settings, `deciding` says which decide the numbers.
 
     The function names `out` among its arguments, for its signature; it never gets one.
     """
@@ -49,6 +53,8 @@ def kept(result: type[R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if out is None:
                 return function(*args, **kwargs)
             models: dict[str, Identity] = {}
+            if deciding is not None:
+                given.arguments["settings"] = deciding(given.arguments["settings"])
             facts = {n: _described(x, n, models) for n, x in given.arguments.items() if n not in NOT_DECIDING}
             if "model" in given.arguments:
                 models["model"] = identify(given.arguments["model"])

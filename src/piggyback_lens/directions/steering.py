@@ -6,7 +6,7 @@ model, beside random directions of the same length.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,9 @@ from piggyback_lens.results.run import Row, Run
 from piggyback_lens.settings import SteerSettings
 from piggyback_lens.vectors.direction import Direction
 from piggyback_lens.words import Site
+
+Points = list[tuple[SweepPoint, Interventions | None]]
+"""What is measured: each point without its numbers, and what acts there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,20 +111,25 @@ def steer(
         [0.0, 1.0]
     """
     prompts, chosen = as_prompts(prompts), _at_layers(model, direction, settings.layers)
-    norms = _norms(model, direction.site, prompts, settings.batch_size)
-    blank: list[SweepPoint] = []
-    variants: list[Interventions | None] = []
     for own in chosen:
-        layer, length = own.layers[0], next(iter(own.norms.values()))
-        if length == 0:
-            raise LensError(f"the direction is zero at layer {layer}: there is nothing to add")
-        scale = 1.0 if settings.fractions is None else norms[layer] / length
-        for number, vector in _with_controls(own, settings):
-            series = "steered" if number is None else RANDOM
-            for x in (size * scale for size in settings.sizes):
-                blank.append(SweepPoint(series, layer, x, abs(x) * length / norms[layer], number, (), (), ()))
-                variants.append(vector.steer(x, span=settings.span, phase=settings.phase) if x else None)
-    return _swept("steer", model, direction, prompts, behaviour, settings, (blank, variants), out, progress)
+        if own.norm() == 0:
+            raise LensError(f"the direction is zero at layer {own.layers[0]}: there is nothing to add")
+
+    def plan() -> Points:
+        norms = _norms(model, direction.site, prompts, settings.batch_size)
+        found: Points = []
+        for own in chosen:
+            layer, length = own.layers[0], next(iter(own.norms.values()))
+            scale = 1.0 if settings.fractions is None else norms[layer] / length
+            for number, vector in _with_controls(own, settings):
+                series = "steered" if number is None else RANDOM
+                for x in (size * scale for size in settings.sizes):
+                    point = SweepPoint(series, layer, x, abs(x) * length / norms[layer], number, (), (), ())
+                    parts = vector.steer(x, span=settings.span, phase=settings.phase) if x else None
+                    found.append((point, parts))
+        return found
+
+    return _swept("steer", model, direction, prompts, get_behaviour(behaviour), settings, plan, (out, progress))
 
 
 def ablate_sweep(
@@ -141,21 +149,25 @@ def ablate_sweep(
 
     Args and errors as `steer`.
     """
-    blank: list[SweepPoint] = []
-    variants: list[Interventions | None] = []
+    prompts, chosen = as_prompts(prompts), _at_layers(model, direction, settings.layers)
     where: dict[str, Any] = {"span": settings.span, "phase": settings.phase}
-    chosen = _at_layers(model, direction, settings.layers)
-    for own in chosen:
-        for number, vector in _with_controls(own, settings):
-            series = "ablated at one layer" if number is None else f"{RANDOM} at one layer"
-            blank.append(SweepPoint(series, own.layers[0], 1.0, None, number, (), (), ()))
-            variants.append(ablate(vector.vector, site=own.site, layers=own.layers[0], **where))
-    for own in chosen if len(direction.layers) > 1 else [direction]:
-        for number, vector in _with_controls(own, settings):
-            series = "ablated everywhere" if number is None else f"{RANDOM} everywhere"
-            blank.append(SweepPoint(series, own.layers[0], 1.0, None, number, (), (), ()))
-            variants.append(vector.ablation(**where))
-    return _swept("ablate", model, direction, prompts, behaviour, settings, (blank, variants), out, progress)
+
+    def plan() -> Points:
+        found: Points = []
+        for own in chosen:
+            for number, vector in _with_controls(own, settings):
+                series = "ablated at one layer" if number is None else f"{RANDOM} at one layer"
+                point = SweepPoint(series, own.layers[0], 1.0, None, number, (), (), ())
+                found.append((point, ablate(vector.vector, site=own.site, layers=own.layers[0], **where)))
+        for own in chosen if len(direction.layers) > 1 else [direction]:
+            for number, vector in _with_controls(own, settings):
+                series = "ablated everywhere" if number is None else f"{RANDOM} everywhere"
+                found.append(
+                    (SweepPoint(series, own.layers[0], 1.0, None, number, (), (), ()), vector.ablation(**where))
+                )
+        return found
+
+    return _swept("ablate", model, direction, prompts, get_behaviour(behaviour), settings, plan, (out, progress))
 
 
 def _swept(
@@ -163,31 +175,32 @@ def _swept(
     model: HookedModel,
     direction: Direction,
     prompts: Sequence[RenderedPrompt],
-    behaviour: str | Behaviour,
+    measure: Behaviour,
     settings: SteerSettings,
-    plan: tuple[list[SweepPoint], list[Interventions | None]],
-    out: str | Path | None,
-    progress: bool,
+    plan: Callable[[], Points],
+    run_in: tuple[str | Path | None, bool],
 ) -> Sweep:
-    """Measure the points of a plan, each kept as it comes."""
-    measure, (blank, variants) = get_behaviour(behaviour), plan
-    own = identify(model)
+    """Measure the points of a plan, each kept as it comes; `run_in` is the folder, and whether progress is shown."""
+    own, (out, progress) = identify(model), run_in
     deciding = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     identity = {"settings": deciding, "direction": solution_hash(direction), "behaviour": measure.name}
     identity |= {"prompts": ids_hash(prompts), **facts_of(model)}
     with Run.open(out, kind, identity, models={"model": own}, keys=("point",), prompt=prompts[0]) as run:
-        missing = [i for i in range(len(blank)) if (i,) not in run.rows]
+        if (done := run.result(Sweep.load)) is not None:
+            return done
+        points = plan()
+        missing = [i for i in range(len(points)) if (i,) not in run.rows]
         if missing:
             bench = _Bench.of(model, prompts, measure, settings)
-            costs = bench.kl([variants[i] for i in missing])
+            costs = bench.kl([points[i][1] for i in missing])
             for i, kl in zip(track(missing, kind if progress else None), costs, strict=True):
-                run.add([{"point": i, **bench.point(variants[i], kl)}])
-        rows = [run.rows[i,] for i in range(len(blank))]
-        points = tuple(_filled(point, row) for point, row in zip(blank, rows, strict=True))
+                run.add([{"point": i, **bench.point(points[i][1], kl)}])
+        rows = [run.rows[i,] for i in range(len(points))]
+        filled = tuple(_filled(point, row) for (point, _), row in zip(points, rows, strict=True))
         facts = deciding | {"direction": repr(direction), "prompts": [prompt.query for prompt in prompts]}
         facts |= {"template": prompts[0].fingerprint, "notes": _foreign(direction, own), "versions": versions()}
         about = {"name": measure.name, "label": measure.label, "unit": measure.unit}
-        return run.finish(Sweep(kind, about, points, facts, tuple(tuple(row["answers"]) for row in rows)))
+        return run.finish(Sweep(kind, about, filled, facts, tuple(tuple(row["answers"]) for row in rows)))
 
 
 def _filled(point: SweepPoint, row: Row) -> SweepPoint:
@@ -248,6 +261,7 @@ def strength_for_kl(
         LensError: a budget or tolerance that is not positive, or one that is not met in `max_steps`.
     """
     direction.check(model)
+    prompts = as_prompts(prompts)
     if not (budget > 0 and tolerance > 0):
         raise LensError(f"budget {budget:g}, tolerance {tolerance:g}: both must be above 0")
     if any("response" not in prompt.spans for prompt in prompts):
