@@ -1,4 +1,4 @@
-"""What a stranger reads in `help(...)`: full first lines, names that exist, every field explained, examples that run."""
+"""What a stranger reads in `help(...)`: full first lines, names that exist, fields explained, examples that run."""
 
 import builtins
 import dataclasses

@@ -39,7 +39,7 @@ WORKS = {
     'add_lora(fresh(), LoRASettings(modules=("down",))) is not None': True,
     "SteerSettings(layers=3).layers": [3],
     'LoadSettings(dtype="bfloat16") == LoadSettings(dtype=torch.bfloat16)': True,
-    "len(train(HookTrainable(model, Direction.zeros(32, 1)), examples, TrainSettings(steps=1, batch_size=2)).history)": 1,
+    "len(train(HookTrainable(model, Direction.zeros(32, 1)), examples, short).history)": 1,
 }
 SCRIPT = """
 import json, sys, warnings
@@ -53,7 +53,8 @@ def fresh():
 
 model, prompt = tiny_hooked.hooked("llama-gqa", "bridge"), tiny_chat.tiny_format().render("hello there")
 peft = add_lora(fresh(), LoRASettings(rank=2))
-pair, examples = ModelPair.load(finetuned=peft, tokenizer=tiny_chat.tiny_tokenizer()), tiny_chat.tiny_examples(4, seed=3)
+pair = ModelPair.load(finetuned=peft, tokenizer=tiny_chat.tiny_tokenizer())
+examples, short = tiny_chat.tiny_examples(4, seed=3), TrainSettings(steps=1, batch_size=2)
 found = {}
 for code in json.load(sys.stdin):
     try:
