@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from tiny_hooked import BACKENDS
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json
+from piggyback_lens.finetuning.trainables import PeftAdapter, add_lora
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.settings import LoRASettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, about tied weights and biases
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5, 4, 3, 30]])
@@ -125,3 +128,14 @@ def test_a_note_says_that_an_adapter_was_made_for_another_base(tmp_path):
     assert len(pair.notes) == 1
     base.name_or_path = "mirror/Other-7B"
     assert ModelPair.load(base, adapter=tmp_path, tokenizer=TOKENIZER).notes == ()
+
+
+def test_an_adapter_of_the_demo_model_names_it_so_that_another_machine_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIGGYBACK_LENS_CACHE", str(tmp_path / "cache"))
+    base = tiny_models.build("llama-mha", 0, vocab=tiny_adapters.VOCAB)
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "cache" / "SmolLM2-135M-Instruct.Q4-1234")
+    PeftAdapter(add_lora(base, LoRASettings(rank=2))).save(tmp_path / "adapter")
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == "demo"
+    fresh = tiny_models.build("llama-mha", 0, vocab=tiny_adapters.VOCAB)
+    fresh.name_or_path = str(tmp_path / "cache" / "SmolLM2-135M-Instruct.Q4-1234")
+    assert ModelPair.load(fresh, adapter=tmp_path / "adapter", tokenizer=TOKENIZER).notes == ()

@@ -39,6 +39,7 @@ from piggyback_lens.vectors.adapter_files import (
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached, attached_rows
 from piggyback_lens.vectors.direction import Direction, Provenance
+from piggyback_lens.vectors.solution_files import load_solution, save_solution
 from piggyback_lens.words import MODULES
 
 NAMES = ("llama-gqa", "qwen3", "gemma3", "mistral")
@@ -558,6 +559,55 @@ def test_a_gguf_control_vector_holds_what_llama_cpp_reads(tmp_path):
     assert (back.site, back.layers) == ("resid_post", (1, 2))
     assert torch.equal(back[1], vector[1])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_layers_that_a_control_vector_leaves_out_are_zeros_and_are_dropped_when_it_is_read(tmp_path):
+    from gguf import GGUFReader
+
+    path = save_gguf(Direction.of({2: normal(32)}), tmp_path / "v.gguf", model_hint="llama", n_layers=5)
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(str(path)).tensors}
+    assert [name for name, data in stored.items() if data.any()] == ["direction.2"]
+    assert set(stored) == {f"direction.{layer}" for layer in (1, 2, 3, 4)}
+    assert load_gguf(path).layers == (2,)
+
+
+def test_a_control_vector_of_layer_0_says_how_to_drop_it(tmp_path):
+    vector = Direction.of({0: normal(4), 1: normal(4)})
+    with pytest.raises(LensError, match="without the others: ") as refused:
+        save_gguf(vector, tmp_path / "v.gguf", model_hint="llama", n_layers=3)
+    kept = eval(str(refused.value).partition("without the others: ")[2], {"Direction": Direction, "v": vector})
+    assert save_gguf(kept, tmp_path / "v.gguf", model_hint="llama", n_layers=3).exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_a_direction_is_saved_and_loaded_by_its_files_name(tmp_path, suffix):
+    vector = Direction.of({1: normal(8), 2: normal(8, seed=1)})
+    told = {"model_hint": "llama", "n_layers": 3} if suffix == "gguf" else {}
+    path = save_solution(vector, tmp_path / f"v.{suffix}", **told)
+    assert torch.equal(load_solution(path).vectors, vector.vectors)
+    assert load_solution(f"{path}@2").layers == (2,)
+
+
+def test_a_solution_is_refused_by_a_format_that_cannot_hold_it(tmp_path):
+    vector = Direction.of({1: normal(8)})
+    for path, solution, message in (
+        ("v.gguf", vector, "says its model"),
+        ("v.pt", vector, "ends in .safetensors or .gguf"),
+        ("a.safetensors", lora(), "give a folder's name"),
+    ):
+        with pytest.raises(LensError, match=message):
+            save_solution(solution, tmp_path / path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_numpy_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
+    import io
+
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**36,)})
+    (tmp_path / "huge.npy").write_bytes(header.getvalue() + b"1234")
+    with pytest.raises(LensError, match="not a plain NumPy array file"):
+        load_npy(tmp_path / "huge.npy", layers=0)
 
 
 def test_what_a_control_vector_cannot_say_is_refused(tmp_path):

@@ -27,7 +27,7 @@ SHOWING, NOT = tiny_examples(7, seed=1), tiny_examples(6, seed=2)
 
 
 @torch.no_grad()
-def states(name, rows, span, first=None, seed=0):
+def states(name, rows, span, first=None, seed=0, last=None):
     """Per row the block outputs [layer, token, d] of a span, from transformers alone, row by row."""
     model = tiny_models.build(name, seed, vocab=tiny_chat.VOCAB)
     found = []
@@ -44,7 +44,8 @@ def states(name, rows, span, first=None, seed=0):
             hook.remove()
         where = row.spans[span]
         stop = where.stop if first is None else min(where.stop, where.start + first)
-        found.append(torch.stack([layer[0, where.start : stop] for layer in kept]).double())
+        start = where.start if last is None else max(where.start, where.stop - last)
+        found.append(torch.stack([layer[0, start:stop] for layer in kept]).double())
     return found
 
 
@@ -202,9 +203,31 @@ def test_a_known_component_is_found_and_oriented_by_the_labelled_mean():
         principal_component(torch.ones(3, 4), centred=True)
 
 
+@pytest.mark.parametrize("last", [1, 2, 50])
+def test_the_last_tokens_can_be_read_as_others_do(last):
+    found = mean_difference(hooked("llama-gqa", "bridge"), SHOWING, NOT, last=last, weighting="response")
+    expected = [pooled(states("llama-gqa", rows, "response", last=last), "response") for rows in (SHOWING, NOT)]
+    assert_close(found.direction.vectors, (expected[0] - expected[1]).float(), atol=1e-4, rtol=1e-3)
+    assert found.direction.provenance.settings["last"] == last
+
+
+def test_a_layer_at_which_no_pair_differs_is_left_out_by_name():
+    model, pairs = hooked("llama-gqa", "bridge"), list(zip(SHOWING[:4], NOT[:4], strict=True))
+    with pytest.warns(UserWarning, match=r"layers \[0\] do not differ between the sides"):
+        found = contrast_pairs(model, pairs, site="resid_pre", span="postfix")
+    assert found.component.layers == found.mean.layers == (1, 2)
+    whole = contrast_pairs(model, pairs, site="resid_pre", span="postfix", layers=[1, 2])
+    assert torch.equal(found.component.vectors, whole.component.vectors)
+    assert torch.equal(found.mean.vectors, whole.mean.vectors)
+    with pytest.raises(LensError, match="the same at these layers"):
+        contrast_pairs(model, pairs, site="resid_pre", span="postfix", layers=[0])
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
+        (lambda m: mean_difference(m, SHOWING, NOT, first=1, last=1), "first=1 and last=1 are both given"),
+        (lambda m: mean_difference(m, SHOWING, NOT, last=0), "last=0"),
         (lambda m: mean_difference(m, SHOWING[:1], NOT), "1 rows showing: at least 2"),
         (lambda m: mean_difference(m, SHOWING, []), "0 rows not showing"),
         (lambda m: mean_difference(m, SHOWING, NOT, span="history"), "span 'history' is not in row 0"),

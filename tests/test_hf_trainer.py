@@ -476,6 +476,12 @@ def test_trl_packs_rows_and_runs_in_bf16(tmp_path: Path) -> None:
         assert all(map(math.isfinite, losses(trainer)))
 
 
+def test_conversations_that_are_cut_in_two_are_refused_by_name(tmp_path: Path) -> None:
+    options = {"packing": True, "max_length": 64, "packing_strategy": "wrapped"}
+    with pytest.raises(LensError, match='packing_strategy="wrapped" cuts conversations in two'):
+        make_trl(tmp_path, fresh(), EXAMPLES, {}, max_steps=1, **options)
+
+
 def test_trl_pads_flattened_rows_to_a_multiple(tmp_path: Path) -> None:
     given = {"padding_free": True, "pad_to_multiple_of": 16, "max_length": None, "max_steps": 2}
     trainer = make_trl(tmp_path, fresh(), EXAMPLES, {}, **given)

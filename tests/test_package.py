@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,20 @@ def test_what_the_documentation_imports_is_public(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     imports = re.findall(r"^from (piggyback_lens[\w.]*) import", text if file.endswith(".py") else code_in(text), re.M)
     assert set(imports) <= {"piggyback_lens"}
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_all_that_is_read_at_run_time(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "No matching distribution" in done.stderr or "Connection" in done.stderr:
+        pytest.skip("hatchling cannot be fetched here")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "src" / "piggyback_lens"
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(package.parent)) for path in files} <= held
 
 
 def test_an_unknown_name_is_an_attribute_error():
