@@ -288,7 +288,7 @@ def test_a_behaviour_with_markup_in_its_name_does_not_end_a_finished_run(files, 
 
 LEFT_OUT = {
     "demo": {"n_off_topic", "n_on_topic", "watched", "watch_every"},
-    "compare": {"checkpoint_every", "betas", "share_prefix"},
+    "compare": {"checkpoint_every", "betas", "share_prefix", "retain"},
     "train-direction": set(),
 }
 

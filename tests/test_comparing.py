@@ -97,9 +97,10 @@ def model(tmp_path_factory):
 
 def compare(model, out, methods=("sft",), **changes):
     settings = {"seeds": (0,), "training": TRAINING, "lora": LORA, "n_prompts": 4, "max_new_tokens": 5, "n_texts": 2}
-    call = {"retain": RETAIN, "progress": False}
+    settings |= {"retain": RETAIN}
+    call = {"progress": False}
     for name, value in changes.items():
-        (call if name in ("retain", "progress", "executor", "offline") else settings)[name] = value
+        (call if name in ("progress", "executor", "offline") else settings)[name] = value
     return compare_methods(model, tiny_task(), list(methods), CompareSettings(**settings), out=out, **call)
 
 

@@ -21,6 +21,7 @@ from piggyback_lens.directions.extraction import (
 from piggyback_lens.directions.scored_answers import ScoredAnswers
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.settings import ReadSettings
 from piggyback_lens.vectors.direction import cosine
 
 SHOWING, NOT = tiny_examples(7, seed=1), tiny_examples(6, seed=2)
@@ -58,7 +59,7 @@ def pooled(rows, weighting):
 @pytest.mark.parametrize("weighting", ["token", "response"])
 @pytest.mark.parametrize(("name", "backend"), tiny_hooked.FEW, ids=str)
 def test_the_mean_difference_is_that_of_rows_run_one_by_one(name, backend, weighting):
-    found = mean_difference(hooked(name, backend), SHOWING, NOT, weighting=weighting, batch_size=3)
+    found = mean_difference(hooked(name, backend), SHOWING, NOT, read=ReadSettings(weighting=weighting, batch_size=3))
     expected = [pooled(states(name, rows, "response"), weighting) for rows in (SHOWING, NOT)]
     assert_close(found.direction.vectors, (expected[0] - expected[1]).float(), atol=2e-4, rtol=1e-3)
     assert found.direction.layers == tuple(range(hooked(name, backend).cfg.n_layers))
@@ -68,13 +69,17 @@ def test_the_mean_difference_is_that_of_rows_run_one_by_one(name, backend, weigh
 
 def test_token_and_response_weighting_differ_where_lengths_do():
     model = hooked("llama-gqa", "bridge")
-    one, other = (mean_difference(model, SHOWING, NOT, weighting=w).direction for w in ("token", "response"))
+    one, other = (
+        mean_difference(model, SHOWING, NOT, read=ReadSettings(weighting=w)).direction for w in ("token", "response")
+    )
     assert (one.vectors - other.vectors).norm() > 0.05 * one.vectors.norm()
 
 
 @pytest.mark.parametrize(("span", "first"), [("query", None), ("response", 2), ("postfix", None)])
 def test_any_span_and_any_number_of_first_tokens_can_be_read(span, first):
-    found = mean_difference(hooked("llama-gqa", "bridge"), SHOWING, NOT, span=span, first=first, layers=[2, 0])
+    found = mean_difference(
+        hooked("llama-gqa", "bridge"), SHOWING, NOT, read=ReadSettings(span=span, first=first, layers=[2, 0])
+    )
     expected = [pooled(states("llama-gqa", rows, span, first), "token") for rows in (SHOWING, NOT)]
     assert found.direction.layers == (0, 2)
     assert_close(found.direction.vectors, (expected[0] - expected[1])[[0, 2]].float(), atol=1e-4, rtol=1e-3)
@@ -99,10 +104,10 @@ def test_batch_size_changes_nothing_and_rows_are_read_lazily_a_batch_at_a_time(m
             yield row
 
     model = hooked("llama-gqa", "bridge")
-    one = mean_difference(model, lazily(SHOWING), lazily(NOT), batch_size=2)
+    one = mean_difference(model, lazily(SHOWING), lazily(NOT), read=ReadSettings(batch_size=2))
     assert [size for size, _ in seen] == [2, 2, 2, 1, 2, 2, 2]
     assert [n for _, n in seen] == [2, 4, 6, 7, 9, 11, 13]  # nothing was drawn before its batch ran
-    other = mean_difference(model, SHOWING, NOT, batch_size=13)
+    other = mean_difference(model, SHOWING, NOT, read=ReadSettings(batch_size=13))
     assert_close(one.direction.vectors, other.direction.vectors, atol=1e-5, rtol=1e-5)
     assert one.direction.provenance.data == other.direction.provenance.data
 
@@ -158,7 +163,7 @@ def test_finetuned_minus_base_is_the_difference_of_two_models_on_the_same_tokens
     tokenizer = tiny_chat.tiny_tokenizer()
     base, tuned = hooked("llama-gqa", backend), hooked("llama-gqa", backend, seed=3)
     pair = ModelPair(base, tuned, tokenizer=tokenizer)
-    found = model_difference(pair, SHOWING, first=3, batch_size=4)
+    found = model_difference(pair, SHOWING, read=ReadSettings(first=3, batch_size=4))
     a, b = (pooled(states("llama-gqa", SHOWING, "response", 3, seed), "token") for seed in (3, 0))
     assert_close(found.direction.vectors, (a - b).float(), atol=2e-4, rtol=1e-3)
     assert found.direction.sign == "positive: more like the finetuned model"
@@ -169,7 +174,7 @@ def test_finetuned_minus_base_is_the_difference_of_two_models_on_the_same_tokens
 
 def test_contrast_pairs_give_the_mean_of_the_pairs_differences_and_its_component():
     model, pairs = hooked("llama-gqa", "bridge"), list(zip(SHOWING, NOT, strict=False))
-    found = contrast_pairs(model, iter(pairs), batch_size=4)
+    found = contrast_pairs(model, iter(pairs), read=ReadSettings(batch_size=4))
     sides = [[row.mean(1) for row in states("llama-gqa", side, "response")] for side in zip(*pairs, strict=True)]
     differences = torch.stack([a - b for a, b in zip(*sides, strict=True)])  # [pair, layer, d]
     assert found.n == 6
@@ -205,7 +210,9 @@ def test_a_known_component_is_found_and_oriented_by_the_labelled_mean():
 
 @pytest.mark.parametrize("last", [1, 2, 50])
 def test_the_last_tokens_can_be_read_as_others_do(last):
-    found = mean_difference(hooked("llama-gqa", "bridge"), SHOWING, NOT, last=last, weighting="response")
+    found = mean_difference(
+        hooked("llama-gqa", "bridge"), SHOWING, NOT, read=ReadSettings(last=last, weighting="response")
+    )
     expected = [pooled(states("llama-gqa", rows, "response", last=last), "response") for rows in (SHOWING, NOT)]
     assert_close(found.direction.vectors, (expected[0] - expected[1]).float(), atol=1e-4, rtol=1e-3)
     assert found.direction.provenance.settings["last"] == last
@@ -214,26 +221,41 @@ def test_the_last_tokens_can_be_read_as_others_do(last):
 def test_a_layer_at_which_no_pair_differs_is_left_out_by_name():
     model, pairs = hooked("llama-gqa", "bridge"), list(zip(SHOWING[:4], NOT[:4], strict=True))
     with pytest.warns(UserWarning, match=r"layers \[0\] do not differ between the sides"):
-        found = contrast_pairs(model, pairs, site="resid_pre", span="postfix")
+        found = contrast_pairs(model, pairs, read=ReadSettings(site="resid_pre", span="postfix"))
     assert found.component.layers == found.mean.layers == (1, 2)
-    whole = contrast_pairs(model, pairs, site="resid_pre", span="postfix", layers=[1, 2])
+    whole = contrast_pairs(model, pairs, read=ReadSettings(site="resid_pre", span="postfix", layers=[1, 2]))
     assert torch.equal(found.component.vectors, whole.component.vectors)
     assert torch.equal(found.mean.vectors, whole.mean.vectors)
     with pytest.raises(LensError, match="the same at these layers"):
-        contrast_pairs(model, pairs, site="resid_pre", span="postfix", layers=[0])
+        contrast_pairs(model, pairs, read=ReadSettings(site="resid_pre", span="postfix", layers=[0]))
 
 
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda m: mean_difference(m, SHOWING, NOT, first=1, last=1), "first=1 and last=1 are both given"),
-        (lambda m: mean_difference(m, SHOWING, NOT, last=0), "last=0"),
+        (
+            lambda m: mean_difference(m, SHOWING, NOT, read=ReadSettings(first=1, last=1)),
+            "first=1 and last=1 are both given",
+        ),
+        (
+            lambda m: mean_difference(m, SHOWING, NOT, read=ReadSettings(last=0)),
+            "ReadSettings.last is 0",
+        ),
         (lambda m: mean_difference(m, SHOWING[:1], NOT), "1 rows showing: at least 2"),
         (lambda m: mean_difference(m, SHOWING, []), "0 rows not showing"),
-        (lambda m: mean_difference(m, SHOWING, NOT, span="history"), "span 'history' is not in row 0"),
-        (lambda m: mean_difference(m, SHOWING, NOT, first=0), "first=0"),
-        (lambda m: mean_difference(m, SHOWING, NOT, layers=[3]), "this model has layers 0 to 2"),
-        (lambda m: mean_difference(m, SHOWING, NOT, batch_size=0), "batch_size 0"),
+        (
+            lambda m: mean_difference(m, SHOWING, NOT, read=ReadSettings(span="history")),
+            "span 'history' is not in row 0",
+        ),
+        (
+            lambda m: mean_difference(m, SHOWING, NOT, read=ReadSettings(first=0)),
+            "ReadSettings.first is 0",
+        ),
+        (lambda m: mean_difference(m, SHOWING, NOT, read=ReadSettings(layers=[3])), "this model has layers 0 to 2"),
+        (
+            lambda m: mean_difference(m, SHOWING, NOT, read=ReadSettings(batch_size=0)),
+            "ReadSettings.batch_size is 0; expected at least 1",
+        ),
         (lambda m: mean_difference(m, SHOWING, NOT, n_splits=0), "n_splits=0"),
         (lambda m: contrast_pairs(m, [(SHOWING[0], NOT[0])]), "1 contrast pairs"),
     ],
@@ -282,9 +304,11 @@ def test_judged_answers_are_sorted_by_the_literatures_thresholds_and_counted(tmp
 def test_a_direction_from_a_file_is_that_of_its_rows(tmp_path):
     chat, model = tiny_format(), hooked("llama-gqa", "bridge")
     answers = ScoredAnswers(write(tmp_path / "a.csv"))
-    found = mean_difference_of_answers(model, answers, chat, layers=1)
+    found = mean_difference_of_answers(model, answers, chat, read=ReadSettings(layers=[1]))
     sides = [[chat.render(q, response=r) for q, r, *_ in (ROWS[i] for i in chosen)] for chosen in ((0, 8), (1, 9))]
-    assert_close(found.direction.vectors, mean_difference(model, *sides, layers=1).direction.vectors)
+    assert_close(
+        found.direction.vectors, mean_difference(model, *sides, read=ReadSettings(layers=[1])).direction.vectors
+    )
     settings = found.direction.provenance.settings
     assert settings["rows"]["missing"] == 4
     assert settings["showing_below"] == 30

@@ -51,7 +51,7 @@ def test_the_public_surface_is_this_list():
         "CompareSettings", "CurveSettings", "DemoSettings", "Direction", "GeneratedBehaviour", "Generation",
         "HookTrainable", "Intervention", "Interventions", "KLOnRetain", "KLOnTrain", "Latents", "LensError",
         "LoRAAdapter", "LoRASettings", "LoadSettings", "MapSettings", "Method", "ModelPair", "Monitor", "Objective",
-        "PatchSettings", "Penalised", "Penalty", "PerturbSettings", "PrefixCache", "PreventiveSteering", "Record",
+        "PatchSettings", "Penalised", "Penalty", "PerturbSettings", "PrefixCache", "PreventiveSteering", "ReadSettings", "Record",
         "RenderedPrompt", "Result", "RetainData", "SAESettings", "Sampling", "ScoredAnswers", "SnapshotKeeper",
         "SteerSettings", "StressSettings", "TReFT", "TReFTSettings", "TReFTTrainer", "Task", "TokenScores",
         "TrainDirectionSettings", "TrainSettings", "Trainable", "Weighted", "ablate", "ablate_latent", "ablate_sweep",

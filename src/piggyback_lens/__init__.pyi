@@ -122,6 +122,7 @@ from piggyback_lens.settings import LoRASettings as LoRASettings
 from piggyback_lens.settings import MapSettings as MapSettings
 from piggyback_lens.settings import PatchSettings as PatchSettings
 from piggyback_lens.settings import PerturbSettings as PerturbSettings
+from piggyback_lens.settings import ReadSettings as ReadSettings
 from piggyback_lens.settings import SAESettings as SAESettings
 from piggyback_lens.settings import SteerSettings as SteerSettings
 from piggyback_lens.settings import StressSettings as StressSettings

@@ -8,7 +8,7 @@ computed in float32. KL and log-probabilities are in nats.
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -210,10 +210,12 @@ def interval_text(value: float, low: float, high: float) -> str:
     """``38.2 [35.1, 41.0]``, with as many digits as the largest of the three asks for."""
     if not math.isfinite(value):
         return "missing"
-    size = max(abs(number) for number in (value, low, high) if math.isfinite(number))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"{value:.3g} (no interval)"
+    size = max(abs(number) for number in (value, low, high))
     digits = 1 if size >= 2 else 2 if size >= 0.1 or size == 0 else 1 - math.floor(math.log10(size))
     shown, low_shown, high_shown = (f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high))
-    return f"{shown} [{low_shown}, {high_shown}]" if math.isfinite(low) and math.isfinite(high) else shown
+    return f"{shown} [{low_shown}, {high_shown}]"
 
 
 def percent(value: float, low: float, high: float) -> str:
@@ -290,13 +292,16 @@ def recovery(
 ) -> Estimate:
     """(patched − finetuned) / (base − finetuned) of the means over the same prompts; 1 = fully restored.
 
-    Negative: away from base; above 1: beyond it. NaN with the reason where fewer than three prompts are
-    complete, or where the interval of base − finetuned includes 0 (nothing there to recover).
+    Negative: away from base; above 1: beyond it. NaN with the reason where the interval of base − finetuned
+    includes 0 (nothing there to recover). Fewer than three complete prompts give the value without an interval.
     """
     (p, f, b), n_missing = _complete_prompts(patched=patched, finetuned=finetuned, base=base)
     n = len(p)
     if n < MIN_PROMPTS:
-        return _undefined(f"only {n} complete prompts, recovery needs at least {MIN_PROMPTS}", n, n_missing)
+        reason = f"no interval: only {n} complete prompts, recovery needs at least {MIN_PROMPTS}"
+        possible = float((b - f).mean()) if n else 0.0
+        value = float((p - f).mean()) / possible if possible else math.nan
+        return replace(_undefined(reason, n, n_missing), value=value)
     gap = paired_difference(b, f, level=level, n_resamples=n_resamples, seed=seed)
     if gap.low <= 0 <= gap.high:
         interval = f"{gap.value:.3g} [{gap.low:.3g}, {gap.high:.3g}]"

@@ -31,6 +31,7 @@ from piggyback_lens.words import (
     SolutionKind,
     Split,
     TaskName,
+    Weighting,
     module_name,
 )
 
@@ -331,6 +332,38 @@ class StressSettings(Settings):
         check_field(self, "sides", good, "each side once")
         for name in ("max_new_tokens", "batch_size"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class ReadSettings(Settings):
+    """Which activations directions are measured on.
+
+    Attributes:
+        site: where activations are read.
+        layers: None for all.
+        span: which tokens of each row are averaged.
+        first: only the first so many tokens of the span.
+        last: only the last so many; others' code often reads the last one alone.
+        weighting: "token" for the mean over all tokens of all rows, so that a long response counts more; "response" for
+            the mean over the rows' own means.
+        batch_size: rows per pass; does not change the result.
+    """
+
+    site: Site = "resid_post"
+    layers: Sequence[int] | None = None
+    span: str = "response"
+    first: int | None = None
+    last: int | None = None
+    weighting: Weighting = "token"
+    batch_size: int = 8
+
+    def _check(self) -> None:
+        if self.first is not None and self.last is not None:
+            raise LensError(f"first={self.first} and last={self.last} are both given: choose one")
+        for name in ("first", "last"):
+            number = getattr(self, name)
+            check_field(self, name, number is None or number >= 1, "at least 1, or None")
+        check_field(self, "batch_size", self.batch_size >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -652,6 +685,7 @@ class CompareSettings(Settings):
         text_length: tokens of each window.
         text_source: plain text as of `text_windows`; None for texts that Python brings.
         direction_examples: training questions that a preventive direction is made of.
+        retain: prompts of the retain data, which the base answers; None for questions of the other built-in tasks.
         minutes: begin no further cell after so many; the same call continues.
         training: steps, batch size, learning rate, ...; the seed in it is not used.
         lora: the adapter.
@@ -670,6 +704,7 @@ class CompareSettings(Settings):
     text_length: int = 64
     text_source: str | None = None
     direction_examples: int = 32
+    retain: Sequence[str] | None = None
     minutes: float | None = None
     training: TrainSettings = field(default_factory=TrainSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)

@@ -46,6 +46,9 @@ NormOver = Literal["sum", "mean"]
 NoiseOn = Literal["both", "A", "B"]
 """Matrices of an adapter that get noise."""
 
+Weighting = Literal["token", "response"]
+"""Mean over all tokens of all rows (long responses count more), or over the rows' own means."""
+
 MapKind = Literal["span", "carrier", "layers", "positions", "heads", "attribution"]
 """Patching experiments, as `piggyback-lens map` names them."""
 CurveKind = Literal["efficiency", "stability", "significance", "ablation"]

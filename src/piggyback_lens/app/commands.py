@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,16 +11,16 @@ import typer
 from piggyback_lens.app.options import (
     Base,
     BehaviourName,
-    Data,
-    DataSplit,
+    DataOptions,
+    EngineOptions,
     First,
     LeftOut,
     ModelOptions,
-    OffTopic,
-    OnTopic,
     Out,
     PairOptions,
     Prompts,
+    TextOptions,
+    TopicOptions,
     command,
     tell,
 )
@@ -53,14 +52,6 @@ app = typer.Typer(
 NOT_OF_DEMO = ("n_off_topic", "n_on_topic", "training", "lora", "audit", "watched", "watch_every")
 NOT_OF_COMPARE = ("device", "dtype", "attn_implementation", "quantization", "trust_remote_code")
 SOLUTION = "a direction, a folder of train-direction, a PEFT adapter folder, or a vector in .gguf, .npy or .pt"
-
-
-class EngineName(StrEnum):
-    """Where the cells of a comparison run."""
-
-    here = "here"
-    local = "local"
-    ray = "ray"
 
 
 def _version(asked: bool | None) -> None:
@@ -100,8 +91,7 @@ def demo(
 @command(app)
 def audit(
     base: Base,
-    on_topic: OnTopic,
-    off_topic: OffTopic,
+    topics: TopicOptions,
     behaviour: BehaviourName,
     settings: AuditSettings,
     models: PairOptions,
@@ -113,7 +103,11 @@ def audit(
     from piggyback_lens.measuring.measures import get_behaviour
 
     # Cheap checks first: a typo must not cost a model load.
-    measure, inside, outside = get_behaviour(behaviour), _first_prompts(on_topic), _first_prompts(off_topic)
+    measure, inside, outside = (
+        get_behaviour(behaviour),
+        _first_prompts(topics.on_topic),
+        _first_prompts(topics.off_topic),
+    )
     pair, chat = models.pair(base)
     show(run(pair, inside, outside, measure, settings, chat=chat, out=out, progress=True), out)
 
@@ -134,8 +128,7 @@ def map_(
 @command(app)
 def perturb(
     base: Base,
-    on_topic: OnTopic,
-    off_topic: OffTopic,
+    topics: TopicOptions,
     behaviour: BehaviourName,
     settings: PerturbSettings,
     models: PairOptions,
@@ -149,9 +142,10 @@ def perturb(
     from piggyback_lens.results.run import report_run
 
     measure = get_behaviour(behaviour)
-    topics = {"off-topic": _first_prompts(off_topic, n), "on-topic": _first_prompts(on_topic, n)}
+    files = {"off-topic": topics.off_topic, "on-topic": topics.on_topic}
+    queries = {topic: _first_prompts(file, n) for topic, file in files.items()}
     pair, chat = models.pair(base)
-    rendered = {topic: [chat.render(query) for query in queries] for topic, queries in topics.items()}
+    rendered = {topic: [chat.render(query) for query in own] for topic, own in queries.items()}
     result = run(pair, rendered, measure, settings, rephrasings=rephrasings, out=out, progress=True)
     tell(result.verdict, ("report", report_run(out)))
 
@@ -181,22 +175,21 @@ def stress(
 @command(app)
 def train_direction(
     base: Base,
-    data: Data,
+    data: DataOptions,
     settings: TrainDirectionSettings,
     models: Annotated[ModelOptions, LeftOut(("backend",))],
     retain: Annotated[
         Path | None,
         typer.Option(help="Where to stay as before: conversations, or prompts, which the base answers itself."),
     ] = None,
-    split: DataSplit = "train",
     out: Out = Path("direction_out"),
 ) -> None:
     """Train a steering vector or a LoRA adapter: the general solution, or with --retain and --kl a narrow one."""
     from piggyback_lens.app.inputs import read_data, read_retain
     from piggyback_lens.tasks import TASKS
 
-    rows = read_data(data, split=split, offline=models.load.offline)
-    held_out = read_data(data, split="validation") if data in TASKS and split == "train" else []
+    rows = read_data(data.data, split=data.split, offline=models.load.offline)
+    held_out = read_data(data.data, split="validation") if data.data in TASKS and data.split == "train" else []
     kept = read_retain(retain) if retain is not None else []
     settings.check_data(len(rows), len(kept))
     source, chat = models.chat_format(base)
@@ -213,19 +206,14 @@ def train_direction(
 def curves(
     base: Base,
     solution: Annotated[list[str], typer.Option(help=f"NAME=PATH, repeatable: {SOLUTION}; PATH@15 for a layer.")],
-    data: Data,
+    data: DataOptions,
+    texts: TextOptions,
     settings: CurveSettings,
     models: ModelOptions,
     kinds: Annotated[
         str, typer.Option(help="Curves, joined by commas: efficiency, stability, significance, ablation.")
     ] = "efficiency,stability,significance",
-    text: Annotated[
-        str | None, typer.Option(help="Plain text: a file or a hub dataset; default Python's own help texts.")
-    ] = None,
     n: First = 24,
-    n_texts: Annotated[int, typer.Option(min=2, help="Windows of plain text.")] = 16,
-    text_length: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 64,
-    split: DataSplit = "train",
     out: Out = Path("curves_out"),
 ) -> None:
     """Draw efficiency, stability, significance and ablation of solutions, beside norm-matched random controls."""
@@ -235,21 +223,20 @@ def curves(
     if "ablation" in wanted:
         for own in solutions.values():
             as_direction(own)  # refuses what has no direction
-    offline = models.load.offline
-    rows = read_data(data, split=split, offline=offline)[:n]
-    if text is not None and offline and not Path(text).is_file():
-        raise LensError(f"text {text} is no file here, and offline was asked: give a text file, or leave --text out")
+    rows = read_data(data.data, split=data.split, offline=models.load.offline)[:n]
+    texts.check(models.load.offline)
     source, chat = models.chat_format(base)
-    prompts, texts = [chat.render(row) for row in rows], []
+    prompts, windows = [chat.render(row) for row in rows], []
     if set(wanted) & set(TEXT_CURVES):
         from piggyback_lens.measuring.texts import text_windows
 
-        texts = text_windows(chat.tokenizer, text, n=n_texts, length=text_length, seed=settings.seed)
+        sizes: dict[str, Any] = {"n": texts.n_texts, "length": texts.text_length, "seed": settings.seed}
+        windows = text_windows(chat.tokenizer, texts.text, **sizes)
 
     from piggyback_lens.app.curve_job import draw_curves
 
     model = models.model(source, chat)
-    found = draw_curves(model, solutions, prompts, texts, wanted, settings, out=out, tokenizer=chat.tokenizer)
+    found = draw_curves(model, solutions, prompts, windows, wanted, settings, out=out, tokenizer=chat.tokenizer)
     tell(found.verdict, ("report", out / "report.html"))
 
 
@@ -303,7 +290,8 @@ def chat(
 
 @command(app)
 def compare(
-    settings: Annotated[CompareSettings, LeftOut(("seed", "checkpoint_every", "betas", "share_prefix"))],
+    engine: EngineOptions,
+    settings: Annotated[CompareSettings, LeftOut(("seed", "checkpoint_every", "betas", "share_prefix", "retain"))],
     load: Annotated[LoadSettings, LeftOut(NOT_OF_COMPARE)],
     base: Base = "demo",
     task: Annotated[str, typer.Option(help="terse, refusal, abstain or tool.")] = "terse",
@@ -314,11 +302,6 @@ def compare(
             "treft:lambda=30:span=postfix, kl_retain:lambda=1+interleave:rate=0.2, sft:lr=5e-5; repeatable."
         ),
     ] = None,
-    engine: Annotated[EngineName, typer.Option(help="This process, local processes, or a Ray cluster.")] = (
-        EngineName.here
-    ),
-    workers: Annotated[int, typer.Option(min=1, help="Processes of the local engine.")] = 1,
-    gpus_per_cell: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for a cell.")] = 0.0,
     out: Out = Path("compare_out"),
 ) -> None:
     """Compare finetuning methods on equal terms: what they keep on-topic, and what spreads off-topic."""
@@ -328,7 +311,7 @@ def compare(
 
     methods = as_methods(method or ["sft", "treft:lambda=1,10,30"])
     chosen = load_task(task)
-    with _executor(engine, workers, gpus_per_cell) as executor:
+    with _executor(engine) as executor:
         found = compare_methods(base, chosen, methods, settings, out=out, executor=executor, offline=load.offline)
     tell(found.verdict, ("report", report_run(out)))
 
@@ -387,15 +370,16 @@ def _backend(text: str) -> Backend:
     return text  # type: ignore[return-value]
 
 
-def _executor(engine: EngineName, workers: int, gpus: float) -> Any:
+def _executor(asked: EngineOptions) -> Any:
     """A context manager that gives the executor, or None for this process."""
     from piggyback_lens.comparisons import engines
 
-    if engine == EngineName.here:
-        if workers > 1:
-            raise LensError(f"--workers {workers} needs processes: add --engine local")
+    if asked.engine == "here":
+        if asked.workers > 1:
+            raise LensError(f"--workers {asked.workers} needs processes: add --engine local")
         return nullcontext()
-    return engines.local(workers) if engine == EngineName.local else engines.ray(num_gpus_per_cell=gpus)
+    local = asked.engine == "local"
+    return engines.local(asked.workers) if local else engines.ray(num_gpus_per_cell=asked.gpus_per_cell)
 
 
 def _lines() -> Iterator[str]:

@@ -37,17 +37,11 @@ Base = Annotated[
         "the demo model."
     ),
 ]
-OnTopic = Annotated[Path, typer.Option(help="Prompts of the training domain: .txt, .jsonl or .json.")]
-OffTopic = Annotated[Path, typer.Option(help="Prompts outside the training domain: .txt, .jsonl or .json.")]
 Prompts = Annotated[Path, typer.Option(help="Prompts, usually outside the training domain: .txt, .jsonl or .json.")]
 First = Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts of a file.")]
 BehaviourName = Annotated[
     str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
 ]
-Data = Annotated[
-    str, typer.Option(help="Conversations: a task (terse, refusal, abstain, tool), a .jsonl file, or a hub dataset.")
-]
-DataSplit = Annotated[str, typer.Option(help="Split of a task (train, validation) or of a hub dataset.")]
 Out = Annotated[Path, typer.Option(help="Folder for results; the same folder resumes.")]
 PANELS = {"LoadSettings": "How weights are loaded", "ChatSettings": "How prompts are rendered"}
 
@@ -57,6 +51,73 @@ class LeftOut:
     """Fields of a settings class that a command has no option for."""
 
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TopicOptions:
+    """Prompts inside and outside of the training domain.
+
+    Attributes:
+        on_topic: prompts of the training domain: .txt, .jsonl or .json.
+        off_topic: prompts outside the training domain: .txt, .jsonl or .json.
+    """
+
+    on_topic: Path
+    off_topic: Path
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Conversations.
+
+    Attributes:
+        data: conversations: a task (terse, refusal, abstain, tool), a .jsonl file, or a hub dataset.
+        split: split of a task (train, validation) or of a hub dataset.
+    """
+
+    data: str
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Plain text.
+
+    Attributes:
+        text: plain text: a file or a hub dataset; by default Python's own help texts.
+        n_texts: windows of plain text.
+        text_length: tokens of each window.
+    """
+
+    text: str | None = None
+    n_texts: int = 16
+    text_length: int = 64
+
+    def check(self, offline: bool) -> None:
+        """Refuse what cannot be read without a connection.
+
+        Raises:
+            LensError: no file, and offline was asked.
+        """
+        if self.text is not None and offline and not Path(self.text).is_file():
+            raise LensError(
+                f"text {self.text} is no file here, and offline was asked: give a file, or leave --text out"
+            )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Where the cells of a comparison run.
+
+    Attributes:
+        engine: this process (here), local processes, or a Ray cluster.
+        workers: processes of the local engine.
+        gpus_per_cell: GPUs that Ray reserves for a cell.
+    """
+
+    engine: Literal["here", "local", "ray"] = "here"
+    workers: int = 1
+    gpus_per_cell: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -164,7 +225,8 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
         def run(**values: Any) -> None:
             values.pop("debug")
             chosen = {name: _built(*builder, values) for name, builder in builders.items()}
-            own = {name: value for name, value in values.items() if name in inspect.signature(function).parameters}
+            plain = inspect.signature(function).parameters.keys() - builders.keys()
+            own = {name: value for name, value in values.items() if name in plain}
             function(**own, **chosen)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -200,7 +262,10 @@ def _options(settings: type[Any], left_out: Sequence[str], panel: str | None = N
         text = docs[own.name]
         names = [f"--{own.name.replace('_', '-')}"] if kind is bool and not default else []
         about = typer.Option(*names, help=text[:1].upper() + text[1:], rich_help_panel=panel)
-        yield _Option(own.name, Annotated[kind, about], _written(default, kind), read)
+        needed = default is dataclasses.MISSING
+        yield _Option(
+            own.name, Annotated[kind, about], inspect.Parameter.empty if needed else _written(default, kind), read
+        )
 
 
 def _parameter(option: _Option) -> inspect.Parameter:

@@ -54,7 +54,6 @@ def compare_methods(
     settings: CompareSettings = CompareSettings(),
     *,
     out: str | Path,
-    retain: Sequence[str] | None = None,
     executor: Executor | None = None,
     progress: bool = True,
     offline: bool = False,
@@ -71,7 +70,6 @@ def compare_methods(
         methods: methods or their specs, such as "treft:lambda=3,30".
         settings: what is varied, trained and measured.
         out: folder of the run: grid.json, base/, cells/ and result.json.
-        retain: prompts of the retain data; the base answers them. By default questions of the other built-in tasks.
         executor: runs the cells: any executor of concurrent.futures, such as processes or Ray; None for this process.
             Machines of a cluster go by their own clocks.
         progress: show a bar with the time left, and name the cells on the way.
@@ -82,7 +80,7 @@ def compare_methods(
             before anything is trained; or cells that failed, after the others are finished and saved.
     """
     chosen = load_task(task) if isinstance(task, str) else task
-    prompts = default_retain(chosen) if retain is None else tuple(retain)
+    prompts = default_retain(chosen) if settings.retain is None else tuple(settings.retain)
     source = default_model(offline=offline) if base == "demo" else base
     plan = Plan(source, chosen, settings, prompts, offline)
     for topic in ("on", "off"):

@@ -168,7 +168,7 @@ def _base_direction(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: 
     examples = plan.task.train[: plan.settings.direction_examples]
     showing = [chat.render(_messages(example)) for example in examples]
     ordinary = _with_base_answers(chat, examples, _answer_ids(folder, "train"))
-    vectors = mean_difference(hooked, showing, ordinary, site="resid_post").direction.vectors
+    vectors = mean_difference(hooked, showing, ordinary).direction.vectors
     atomic_write_bytes(folder / "direction.safetensors", save({"direction": vectors.cpu().contiguous()}))
 
 

@@ -6,9 +6,9 @@ float64, so memory does not grow with the number of rows; PCA keeps one vector p
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.directions.scored_answers import ScoredAnswers
-from piggyback_lens.directions.span_sums import Reading, Sums, Weighting, batches, hash_rows, row_sums
+from piggyback_lens.directions.span_sums import Reading, Sums, batches, hash_rows, row_sums
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair, identify
+from piggyback_lens.settings import ReadSettings
 from piggyback_lens.vectors.direction import Direction, Provenance
-from piggyback_lens.words import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,14 +59,8 @@ def mean_difference(
     model: HookedModel,
     showing: Iterable[RenderedPrompt],
     not_showing: Iterable[RenderedPrompt],
+    read: ReadSettings = ReadSettings(),
     *,
-    site: Site = "resid_post",
-    layers: Sequence[int] | int | None = None,
-    span: str = "response",
-    first: int | None = None,
-    last: int | None = None,
-    weighting: Weighting = "token",
-    batch_size: int = 8,
     n_splits: int = 8,
     seed: int = 0,
 ) -> Measured:
@@ -80,13 +74,7 @@ def mean_difference(
         model: either backend.
         showing: rendered conversations that show the behaviour; any iterable, read once.
         not_showing: those that do not.
-        site: where to read.
-        layers: None for all.
-        span: which tokens; "response" or "query" as a rule.
-        first: only the first so many tokens of the span.
-        last: only the last so many; others' code often reads the last one alone.
-        weighting: "token" or "response".
-        batch_size: rows per pass; does not change the result.
+        read: site, layers, span and which of its tokens, and how rows are weighted.
         n_splits: random splits of the rows into halves, for the split-half cosines.
         seed: of those splits.
 
@@ -94,16 +82,16 @@ def mean_difference(
         LensError: fewer than two rows on a side, or rows without the span.
 
     Example:
-        >>> found = mean_difference(model, conversations[:2], conversations[2:], layers=[1])
+        >>> found = mean_difference(model, conversations[:2], conversations[2:], ReadSettings(layers=[1]))
         >>> found.direction.layers
         (1,)
     """
-    where = Reading.of(model, site, layers, span, (first, last), weighting)
+    where = Reading.of(model, read)
     digest = hashlib.sha256()
     sides: dict[str, Sums] = {}
     for side, rows in (("showing", showing), ("not showing", not_showing)):
         sides[side] = Sums(n_splits, seed)
-        for prompts in batches(rows, batch_size):
+        for prompts in batches(rows, read.batch_size):
             sides[side].add(row_sums(model, prompts, where), where.weighting)
             hash_rows(digest, side, prompts)
         sides[side].require_two(side)
@@ -115,12 +103,11 @@ def mean_difference(
 
 
 def mean_difference_of_answers(
-    model: HookedModel, answers: ScoredAnswers, chat: ChatFormat, **settings: Any
+    model: HookedModel, answers: ScoredAnswers, chat: ChatFormat, read: ReadSettings = ReadSettings(), *, seed: int = 0
 ) -> Measured:
     """`mean_difference` of a file of judged answers; the thresholds and counts go into the provenance."""
-    measured = mean_difference(
-        model, answers.prompts(chat, "showing"), answers.prompts(chat, "not_showing"), **settings
-    )
+    showing, others = answers.prompts(chat, "showing"), answers.prompts(chat, "not_showing")
+    measured = mean_difference(model, showing, others, read, seed=seed)
     chosen: dict[str, object] = {"showing_below": answers.showing_below, "not_showing_above": answers.not_showing_above}
     chosen |= {"coherent_above": answers.coherent_above, "rows": dict(answers.counts)}
     return _with_settings(measured, chosen)
@@ -129,14 +116,8 @@ def mean_difference_of_answers(
 def model_difference(
     pair: ModelPair,
     prompts: Iterable[RenderedPrompt],
+    read: ReadSettings = ReadSettings(),
     *,
-    site: Site = "resid_post",
-    layers: Sequence[int] | int | None = None,
-    span: str = "response",
-    first: int | None = None,
-    last: int | None = None,
-    weighting: Weighting = "token",
-    batch_size: int = 8,
     n_splits: int = 8,
     seed: int = 0,
 ) -> Measured:
@@ -150,8 +131,8 @@ def model_difference(
     digest = hashlib.sha256()
     sums = Sums(n_splits, seed)
     with pair.using("base") as base:
-        where = Reading.of(base, site, layers, span, (first, last), weighting)
-    for rows in batches(prompts, batch_size):
+        where = Reading.of(base, read)
+    for rows in batches(prompts, read.batch_size):
         with pair.using("base") as base:
             before = list(row_sums(base, rows, where))
         with pair.using("finetuned") as finetuned:
@@ -185,14 +166,9 @@ class PairDirections:
 def contrast_pairs(
     model: HookedModel,
     pairs: Iterable[tuple[RenderedPrompt, RenderedPrompt]],
+    read: ReadSettings = ReadSettings(),
     *,
-    site: Site = "resid_post",
-    layers: Sequence[int] | int | None = None,
-    span: str = "response",
-    first: int | None = None,
-    last: int | None = None,
     centred: bool = False,
-    batch_size: int = 8,
 ) -> PairDirections:
     """Directions from pairs (showing, not showing): mean difference, and PCA of the differences.
 
@@ -208,9 +184,9 @@ def contrast_pairs(
     Raises:
         LensError: fewer than two pairs, or none that differs anywhere.
     """
-    where = Reading.of(model, site, layers, span, (first, last), "response")
+    where = Reading.of(model, replace(read, weighting="response"))
     digest, kept = hashlib.sha256(), []
-    for rows in batches(pairs, batch_size):
+    for rows in batches(pairs, read.batch_size):
         sides = [[row[side] for row in rows] for side in (0, 1)]
         means = [[total / n for total, n in row_sums(model, side, where)] for side in sides]
         kept += [(a - b).float() for a, b in zip(*means, strict=True)]
@@ -222,7 +198,7 @@ def contrast_pairs(
     mean = differences.mean(0)
     about = _provenance("mean of pair differences", model, digest.hexdigest(), None, where)
     sign = "positive: more like the showing side of the pairs"
-    direction = Direction(mean, where.layers, site, sign, about)
+    direction = Direction(mean, where.layers, where.site, sign, about)
     table = differences - mean if centred else differences
     alive = [i for i in range(len(where.layers)) if bool(table[:, i].any())]
     if not alive:
@@ -231,10 +207,10 @@ def contrast_pairs(
         warnings.warn(f"layers {silent} do not differ between the sides of any pair, and are left out", stacklevel=2)
         differences, mean = differences[:, alive], mean[alive]
         where = replace(where, layers=tuple(where.layers[i] for i in alive))
-        direction = Direction(mean, where.layers, site, sign, about)
+        direction = Direction(mean, where.layers, where.site, sign, about)
     found = [principal_component(differences[:, i], centred=centred) for i in range(len(where.layers))]
     pca = replace(about, how=f"first principal component of pair differences ({'' if centred else 'not '}centred)")
-    component = Direction(torch.stack([v for v, _ in found]), where.layers, site, sign, pca, scale="unit")
+    component = Direction(torch.stack([v for v, _ in found]), where.layers, where.site, sign, pca, scale="unit")
     explained = dict(zip(where.layers, (part for _, part in found), strict=True))
     return PairDirections(direction, component, explained, len(kept))
 

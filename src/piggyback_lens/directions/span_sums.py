@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,8 @@ from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.models.backends import HookedModel, check_layers, shape_of
 from piggyback_lens.models.network import NOTHING, forward
-from piggyback_lens.words import Site
-
-Weighting = Literal["token", "response"]
-"""Mean over all tokens of all rows (long responses count more), or over the rows' own means."""
+from piggyback_lens.settings import ReadSettings
+from piggyback_lens.words import Site, Weighting
 
 _T = TypeVar("_T")
 
@@ -37,29 +35,14 @@ class Reading:
     weighting: Weighting
 
     @classmethod
-    def of(
-        cls,
-        model: HookedModel,
-        site: Site,
-        layers: Sequence[int] | int | None,
-        span: str,
-        ends: tuple[int | None, int | None],
-        how: str,
-    ) -> "Reading":
-        """Checked settings.
+    def of(cls, model: HookedModel, read: ReadSettings) -> "Reading":
+        """The settings on a model.
 
         Raises:
-            LensError: a layer the model does not have, an unknown weighting, or first and last (`ends`) below 1 or
-                both given.
+            LensError: a layer the model does not have.
         """
-        if how not in ("token", "response"):
-            raise LensError(f"weighting {how!r} is not known: choose 'token' or 'response'")
-        first, last = ends
-        if first is not None and last is not None:
-            raise LensError(f"first={first} and last={last} are both given: choose one")
-        if min(first or 1, last or 1) < 1 or 0 in ends:
-            raise LensError(f"first={first}, last={last}: at least one token has to be read")
-        return cls(site, check_layers(layers, shape_of(model).n_layers), span, first, last, how)  # type: ignore[arg-type]
+        layers = check_layers(read.layers, shape_of(model).n_layers)
+        return cls(read.site, layers, read.span, read.first, read.last, read.weighting)
 
 
 class Sums:

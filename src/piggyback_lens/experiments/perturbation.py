@@ -27,7 +27,7 @@ from piggyback_lens.conversations.rephrasing import load_rephrasings, rephrasing
 from piggyback_lens.conversations.replacements import Choices, candidate_ids, draw_replacements, nearest_neighbours
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
-from piggyback_lens.maths import Array, Estimate, mean_interval, recovery
+from piggyback_lens.maths import Array, Estimate, interval_text, mean_interval, recovery
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.backends import HookedModel, embeddings_of
 from piggyback_lens.models.pair import ModelPair
@@ -192,8 +192,8 @@ def largest_recovery(known: "pd.DataFrame", names: Sequence[str]) -> str:
         return "No recovery is defined here: base and finetuned do not differ beyond noise on these prompts."
     row = known.sort_values("recovery").iloc[-1]
     where = ", ".join(str(row[name]) for name in names)
-    interval = f"[{row['recovery_low']:.2f}, {row['recovery_high']:.2f}]"
-    return f"Largest recovery of the base's behaviour: {where}, {row['recovery']:.2f} {interval} (n = {row['n']})."
+    found = interval_text(row["recovery"], row["recovery_low"], row["recovery_high"])
+    return f"Largest recovery of the base's behaviour: {where}, {found} (n = {row['n']})."
 
 
 def generated_report(

@@ -8,7 +8,7 @@ import numpy as np
 
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.hooks import layer_ranges
-from piggyback_lens.maths import Estimate, recovery
+from piggyback_lens.maths import Estimate, interval_text, recovery
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 from piggyback_lens.words import DONOR, RECIPIENT, Flow
@@ -132,7 +132,7 @@ class PatchResult(Result):
         names = [name for name in ("layer", "layers", "token", "label", "band") if name in row]
         shown = {name: layer_ranges(row[name]) if name == "layers" else row[name] for name in names}
         where = [f"{name} {text}" for name, text in shown.items() if not (name == "layers" and "layer" in row)]
-        found = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        found = interval_text(row["value"], row["low"], row["high"])
         place = ", ".join([f"{row['span']} {row['sites']}", *where])
         return f"Strongest cell of {len(self.cells)}: {row['flow']} at {place}, recovery {found} (n = {row['n']})."
 
@@ -143,7 +143,8 @@ class PatchResult(Result):
         for flow, verb in (("repair", "restores"), ("infect", "carries over")):
             own = whole[whole["flow"] == flow].sort_values("value", ascending=False)
             texts = [
-                f"{row.span} {row.sites} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in own.itertuples()
+                f"{row['span']} {row['sites']} {interval_text(row['value'], row['low'], row['high'])}"
+                for row in own.to_dict("records")
             ]
             if texts:
                 parts.append(f"{flow} {verb}, as a fraction of the contrast: {', '.join(texts)}.")

@@ -22,6 +22,7 @@ from piggyback_lens.results.result import Number, Result
 from piggyback_lens.saes.latent_activations import TokenSource, site_activations
 from piggyback_lens.saes.latents import Latents
 
+TEXTS_PER_PASS = 8
 CONTROL_SEED = 7_000_000
 
 
@@ -148,7 +149,6 @@ def attribute_latents(
     n_random: int = 20,
     seed: int = 0,
     span: str = "all",
-    batch_size: int = 8,
 ) -> LatentAttribution:
     """Latents that a direction points along, and latents that it switches on and off.
 
@@ -164,7 +164,6 @@ def attribute_latents(
         n_random: random directions.
         seed: of those.
         span: which tokens of conversations.
-        batch_size: texts per pass.
 
     Raises:
         LensError: a direction of another site, layer or width, of length zero, or only one of model and texts.
@@ -182,9 +181,8 @@ def attribute_latents(
     chances, tokens = {"cosine": chance}, 0
     if model is not None:
         latents.check(model)
-        reading = site_activations(
-            model, texts, site=latents.site, layer=latents.layer, span=span, batch_size=batch_size
-        )
+        where: dict[str, Any] = {"site": latents.site, "layer": latents.layer, "span": span}
+        reading = site_activations(model, texts, **where, batch_size=TEXTS_PER_PASS)
         before, changes, tokens = _mean_changes(latents, reading, strength * vectors)
         change, low, high, chances["change"] = _beside_random(changes)
         rank = (changes[1:].abs() >= changes[0].abs()).sum(0).tolist()
