@@ -261,7 +261,6 @@ def head_map_figure(
     x_title: str = "head",
     labels: Mapping[object, str] | None = None,
     noise_floor: float | None = None,
-    colorbar_title: str = "recovery (fraction)",
     text: bool = False,
 ) -> "go.Figure":
     """Layer × head. Where query heads share a key-value group, lines separate the groups.
@@ -275,7 +274,6 @@ def head_map_figure(
         x_title: name of the axis.
         labels: what to write for each head, instead of the head or its group.
         noise_floor: as in ``recovery_map_figure``.
-        colorbar_title: as in ``recovery_map_figure``.
         text: as in ``recovery_map_figure``.
 
     Raises:
@@ -302,7 +300,6 @@ def head_map_figure(
         subtitle=subtitle,
         x_title=x_title,
         noise_floor=noise_floor,
-        colorbar_title=colorbar_title,
         text=text,
     )
     if shared:
