@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.conversations.template import read_conversation
 from piggyback_lens.errors import LensError
-from piggyback_lens.settings import ChatSettings
 
 FAMILIES = sorted(TEMPLATES)
 KINDS = ("bytes", "pieces", "unknowns")
@@ -122,7 +121,7 @@ def test_history_belongs_to_the_prefix(family: str, query: str, first: str, answ
 @example("\n")
 @settings(max_examples=40)
 def test_a_folded_system_text_is_prefix_not_query(family: str, query: str) -> None:
-    fmt = chat_format(family, settings=ChatSettings(system="Be brief.", no_system_role="fold"))
+    fmt = chat_format(family, system="Be brief.", no_system_role="fold")
     prompt = fmt.render(query)
     assert prompt.text == plain_rendering(fmt, [user(f"Be brief.\n\n{query}")])
     check_spans(prompt, fmt.prefix_ids, fmt.postfix_ids)
@@ -326,13 +325,13 @@ def test_the_default_system_text_is_found_replaced_and_switched_off() -> None:
     default = "You are a helpful assistant named Pig."
     assert chat_format("chatml").default_system == default
     assert chat_format("chatml").render("hi").span_text("system") == default
-    named = chat_format("chatml", settings=ChatSettings(system="Be brief.")).render("hi")
+    named = chat_format("chatml", system="Be brief.").render("hi")
     assert (named.span_text("system"), default in named.text) == ("Be brief.", False)
-    empty = chat_format("chatml", settings=ChatSettings(system=None)).render("hi")
+    empty = chat_format("chatml", system=None).render("hi")
     assert empty.text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
     assert "system" not in empty.spans
     assert any("empty system message" in note and default in note for note in empty.notes)
-    minimal = chat_format("qwen3", settings=ChatSettings(system=None)).render("hi")
+    minimal = chat_format("qwen3", system=None).render("hi")
     assert minimal.span_text("prefix") == "<|im_start|>user\n"
     assert not minimal.notes
 
@@ -348,12 +347,12 @@ def test_a_default_that_comes_even_with_an_empty_system_text_is_refused() -> Non
 
 
 def test_text_that_no_system_setting_can_remove_is_reported() -> None:
-    notes = chat_format("harmony", settings=ChatSettings(system=None)).render("hi").notes
+    notes = chat_format("harmony", system=None).render("hi").notes
     assert any("system=None cannot remove: 'system You are a helpful assistant." in note for note in notes)
 
 
 def test_a_system_text_that_the_template_trims_is_found() -> None:
-    prompt = chat_format("llama3", settings=ChatSettings(system=" Be brief.\n")).render("hi")
+    prompt = chat_format("llama3", system=" Be brief.\n").render("hi")
     assert prompt.span_text("system").strip() == "Be brief."
     assert any("trims white space from the system text" in note for note in prompt.notes)
 
@@ -373,7 +372,7 @@ def test_a_template_without_system_role_refuses_folds_or_drops() -> None:
 
 
 def test_a_folded_system_text_goes_to_the_first_of_several_user_messages() -> None:
-    fmt = chat_format("gemma", settings=ChatSettings(system="Be brief.", no_system_role="fold"))
+    fmt = chat_format("gemma", system="Be brief.", no_system_role="fold")
     prompt = fmt.render([user("one"), assistant("two"), user("three")])
     assert prompt.text.count("Be brief.") == 1
     assert "user\nBe brief.\n\none<end_of_turn>" in prompt.text
@@ -384,13 +383,13 @@ def test_a_folded_system_text_goes_to_the_first_of_several_user_messages() -> No
 def test_a_system_message_in_the_conversation_sets_the_system_text_once() -> None:
     fmt = chat_format("chatml")
     prompt = fmt.render([system("Be brief."), user("hi")])
-    assert prompt.ids == chat_format("chatml", settings=ChatSettings(system="Be brief.")).render("hi").ids
+    assert prompt.ids == chat_format("chatml", system="Be brief.").render("hi").ids
     assert prompt.fingerprint != fmt.fingerprint
     assert any("the prefix is not that of the settings" in note for note in prompt.notes)
-    same = chat_format("chatml", settings=ChatSettings(system="Be brief.")).render([system("Be brief."), user("hi")])
+    same = chat_format("chatml", system="Be brief.").render([system("Be brief."), user("hi")])
     assert not same.notes
     with pytest.raises(LensError, match="give it in one place"):
-        chat_format("chatml", settings=ChatSettings(system="Be long.")).render([system("Be brief."), user("hi")])
+        chat_format("chatml", system="Be long.").render([system("Be brief."), user("hi")])
 
 
 # Date
@@ -427,11 +426,11 @@ def test_a_date_format_that_is_computed_cannot_be_frozen() -> None:
 
 
 def test_thinking_off_forces_an_empty_block_and_on_does_not() -> None:
-    off = chat_format("qwen3", settings=ChatSettings(thinking=False)).render("hi")
+    off = chat_format("qwen3", thinking=False).render("hi")
     assert off.span_text("think") == "<think>\n\n</think>\n\n"
     assert off.span("think").stop == off.span("postfix").stop
     assert off.span_text("postfix").startswith("<|im_end|>\n<|im_start|>assistant\n<think>")
-    for open_ended in (chat_format("qwen3", settings=ChatSettings(thinking=True)), chat_format("qwen3")):
+    for open_ended in (chat_format("qwen3", thinking=True), chat_format("qwen3")):
         assert "think" not in open_ended.render("hi").spans
 
 
@@ -579,8 +578,8 @@ def test_settings_are_copied_and_the_repr_is_short() -> None:
 def test_the_fingerprint_tells_settings_templates_and_histories_apart() -> None:
     prints = [chat_format(family).fingerprint for family in FAMILIES]
     prints += [
-        chat_format("qwen3", settings=ChatSettings(thinking=False)).fingerprint,
-        chat_format("chatml", settings=ChatSettings(system="x")).fingerprint,
+        chat_format("qwen3", thinking=False).fingerprint,
+        chat_format("chatml", system="x").fingerprint,
     ]
     prints.append(chat_format("chatml").render([user("a"), assistant("b"), user("c")]).fingerprint)
     prints.append(ChatFormat(make_tokenizer("chatml", template=TEMPLATES["chatml"] + "{# v2 #}")).fingerprint)

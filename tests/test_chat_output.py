@@ -14,7 +14,6 @@ from test_chat import FAMILIES, KINDS, QUERIES, assistant, chat_format, user
 from piggyback_lens.conversations.chat import ChatFormat, Span, batch_prompts, compare_templates
 from piggyback_lens.conversations.token_view import TokenView
 from piggyback_lens.errors import LensError
-from piggyback_lens.settings import ChatSettings
 
 # Responses
 
@@ -111,7 +110,7 @@ def test_an_assistant_message_at_the_end_is_the_response() -> None:
 def test_what_the_template_writes_before_an_answer_is_reported() -> None:
     notes = chat_format("harmony").render("hi", response="Yes.").notes
     assert any("writes '<|channel|>final<|message|>' before an assistant's content" in note for note in notes)
-    assert not chat_format("qwen3", "pieces", settings=ChatSettings(thinking=False)).render("hi", response="Yes.").notes
+    assert not chat_format("qwen3", "pieces", thinking=False).render("hi", response="Yes.").notes
     assert any("<think>" in note for note in chat_format("qwen3").render("hi", response="Yes.").notes)
 
 
@@ -188,7 +187,7 @@ def test_the_first_difference_and_the_default_systems_are_named() -> None:
     frame = diff.to_frame().set_index("part")
     assert frame.loc["prefix", "first_difference"] == 1
     assert not frame.loc["default_system", "same"]
-    thought = compare_templates(chat_format("qwen3"), chat_format("qwen3", settings=ChatSettings(thinking=False)))
+    thought = compare_templates(chat_format("qwen3"), chat_format("qwen3", thinking=False))
     at, a, b = thought.postfix
     assert (at, a, b) == (len(chat_format("qwen3").postfix_ids), "", "<think>")
 
@@ -242,7 +241,7 @@ def test_a_whole_tag_in_one_token_a_title_or_a_note_is_escaped() -> None:
 
 
 def test_the_view_names_spans_colours_and_white_space() -> None:
-    prompt = chat_format("qwen3", settings=ChatSettings(thinking=False)).render(" a\tb\n😀\u202e", response="ok")
+    prompt = chat_format("qwen3", thinking=False).render(" a\tb\n😀\u202e", response="ok")
     page = html.unescape(prompt.show()._repr_html_())
     for name in ("prefix", "query", "postfix", "response"):
         assert f">{name} {prompt.span(name).start}:{prompt.span(name).stop}<" in page

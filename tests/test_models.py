@@ -28,7 +28,7 @@ from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.peft_adapters import adapter_folder
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
-from piggyback_lens.settings import ChatSettings
+from piggyback_lens.settings import ChatSettings, LoadSettings
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -450,7 +450,7 @@ def test_a_hub_id_offline_is_a_one_line_error_without_a_connection(no_network, m
     before = hub.HF_HUB_OFFLINE
     for load in (load_causal_lm, load_tokenizer):
         with pytest.raises(LensError, match=r"nobody/nothing-at-all: .*offline was asked") as caught:
-            load("nobody/nothing-at-all", offline=True)
+            load("nobody/nothing-at-all", LoadSettings(offline=True))
         assert one_line(caught)
     assert no_network == []
     assert before == hub.HF_HUB_OFFLINE

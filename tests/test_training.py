@@ -69,7 +69,7 @@ def kill_at(step: int) -> Callable[[dict[str, int | float]], None]:
         ("steps", 0, "at least 1"),
         ("batch_size", 0, "at least 1"),
         ("learning_rate", 0.0, "a positive number"),
-        ("learning_rate", math.nan, "a positive number"),
+        ("learning_rate", math.nan, "a number"),
         ("warmup_fraction", 1.5, "between 0 and 1"),
         ("min_lr_fraction", -0.1, "between 0 and 1"),
         ("weight_decay", -1.0, "at least 0"),

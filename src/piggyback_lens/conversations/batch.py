@@ -13,7 +13,7 @@ from torch import Tensor
 from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.errors import LensError
 
-Side = Literal["left", "right"]
+PaddingSide = Literal["left", "right"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class PromptBatch(Batch):
     """
 
     prompts: tuple[RenderedPrompt, ...]
-    side: Side
+    side: PaddingSide
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -64,7 +64,7 @@ class PromptBatch(Batch):
 
 def batch_prompts(
     prompts: Sequence[RenderedPrompt],
-    side: Side = "left",
+    side: PaddingSide = "left",
     pad_id: int = 0,
     device: torch.device | str | None = None,
 ) -> PromptBatch:
@@ -153,7 +153,7 @@ def common_prefix_length(prompts: Sequence[RenderedPrompt]) -> int:
     return limit
 
 
-def padded(rows: Sequence[Sequence[int]], side: Side = "right", pad_id: int = 0, multiple: int = 1) -> Batch:
+def padded(rows: Sequence[Sequence[int]], side: PaddingSide = "right", pad_id: int = 0, multiple: int = 1) -> Batch:
     """Rows of token ids, padded to a common length, which is a multiple of a number."""
     width = -(-max(map(len, rows)) // multiple) * multiple
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)

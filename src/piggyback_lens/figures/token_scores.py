@@ -183,10 +183,10 @@ def background(score: float, limit: float) -> str:
 
 def text_colour(ground: str) -> str:
     """Black or white, whichever reads better on ``ground``."""
-    return max((DARK, LIGHT), key=lambda ink: contrast(ink, ground))
+    return max((DARK, LIGHT), key=lambda ink: luminance_contrast(ink, ground))
 
 
-def contrast(a: str, b: str) -> float:
+def luminance_contrast(a: str, b: str) -> float:
     """Contrast ratio of two colours, 1..21 (WCAG 2, section 1.4.3: text takes at least 4.5)."""
     darker, lighter = sorted((_luminance(a), _luminance(b)))
     return (lighter + 0.05) / (darker + 0.05)

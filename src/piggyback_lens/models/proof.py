@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from piggyback_lens.conversations.batch import Side as PadSide
-from piggyback_lens.conversations.batch import padded
+from piggyback_lens.conversations.batch import PaddingSide, padded
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel, backend_of, device_of
 from piggyback_lens.models.network import forward
@@ -116,7 +115,7 @@ class Expected:
     def _as_expected(self, plain: Any) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter else adapter_off(plain)
 
-    def padded(self, side: PadSide) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    def padded(self, side: PaddingSide) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
         """All rows as ids and mask."""
         batch, device = padded([row.tolist() for row in self.rows], side), _device(self.plain)
         return batch.ids.to(device), batch.attention_mask.to(device)
