@@ -161,9 +161,9 @@ class LoadSettings(Settings):
     offline: bool = False
 
     def _check(self) -> None:
-        if not isinstance(self.dtype, str) and getattr(self.dtype, "is_floating_point", False) is True:
+        if getattr(self.dtype, "is_floating_point", False) is True:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        if self.dtype not in DTYPES and not str(self.dtype).startswith("float"):
+        if self.dtype not in (*DTYPES, "float64"):
             raise LensError(f"dtype={self.dtype!r} is not known: choose one of {', '.join(DTYPES)}, or a torch.dtype")
         if isinstance(self.quantization, str) and self.quantization not in QUANTIZATIONS:
             raise LensError(f"quantization={self.quantization!r}: expected '4bit', '8bit' or a config of transformers")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -38,9 +38,6 @@ from piggyback_lens.settings import (
     TrainDirectionSettings,
 )
 from piggyback_lens.words import TEXT_CURVES, Backend, CurveKind
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="piggyback-lens",
@@ -103,11 +100,8 @@ def audit(
     from piggyback_lens.measuring.measures import get_behaviour
 
     # Cheap checks first: a typo must not cost a model load.
-    measure, inside, outside = (
-        get_behaviour(behaviour),
-        _first_prompts(topics.on_topic),
-        _first_prompts(topics.off_topic),
-    )
+    measure = get_behaviour(behaviour)
+    inside, outside = _first_prompts(topics.on_topic), _first_prompts(topics.off_topic)
     pair, chat = models.pair(base)
     show(run(pair, inside, outside, measure, settings, chat=chat, out=out, progress=True), out)
 
