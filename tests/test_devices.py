@@ -221,7 +221,7 @@ def auditing(here: Here) -> Any:
 
 def extracting(here: Here) -> Any:
     measured = [
-        lens.mean_difference(here.model, EXAMPLES[:3], EXAMPLES[3:]),
+        lens.mean_difference(here.model, EXAMPLES[:3], EXAMPLES[3:], lens.ReadSettings(last=2)),
         lens.model_difference(here.pair, EXAMPLES),
         lens.contrast_pairs(here.model, list(zip(EXAMPLES[:3], EXAMPLES[3:], strict=True))),
     ]
@@ -414,8 +414,10 @@ def comparing(here: Here) -> Any:
         return here.plain(), CHAT.tokenizer
 
     methods = ["treft:lambda=1+kl_retain:lambda=1", "preventive:alpha=0.5:layer=0"]
-    settings = lens.CompareSettings(seeds=(0,), training=STEPS, n_prompts=4, max_new_tokens=3, n_texts=2)
-    run = {"out": here.folder, "retain": ("one", "two", "three"), "progress": False}
+    settings = lens.CompareSettings(
+        seeds=(0,), training=STEPS, n_prompts=4, max_new_tokens=3, n_texts=2, retain=("one", "two", "three")
+    )
+    run = {"out": here.folder, "progress": False}
     found = lens.compare_methods(source, tiny_task(), methods, settings, **run)
     return found.to_frame()[["kl", "drift", "update_norm", "loss"]].to_numpy(float)
 

@@ -365,8 +365,8 @@ def test_recovery_is_undefined_with_the_reason_where_there_is_nothing_to_recover
     assert noise.n == 20
     assert "differ" in maths.recovery([0.0] * 5, [0.0] * 5, [0.0] * 5).reason
     few = maths.recovery([1.0, 1.0, math.nan], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
-    assert math.isnan(few.value)
-    assert "only 2 complete prompts" in few.reason
+    assert (few.value, math.isnan(few.low), math.isnan(few.high)) == (1.0, True, True)
+    assert "no interval: only 2 complete prompts" in few.reason
     assert few.n_missing == 1
 
 

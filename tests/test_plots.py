@@ -220,7 +220,7 @@ def test_a_mean_without_interval_has_no_bar():
     frame.loc[2, ["low", "high"]] = math.nan
     figure = plots.conditions_figure(frame, label="words per answer", unit="words", title="T")
     assert dots(figure)[2].error_x.array is None
-    assert any(note.text == "38.0" for note in figure.layout.annotations)
+    assert any(note.text == "38.0 (no interval)" for note in figure.layout.annotations)
 
 
 def test_a_rate_is_drawn_on_its_whole_scale_and_units_are_on_the_axis():

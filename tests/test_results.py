@@ -207,7 +207,7 @@ def test_the_reference_of_a_curve_and_controls_are_never_its_strongest_cell():
     assert f"layer {best['layer']}, recovery {best['value']:.2f}" in result.verdict
     assert "np." not in result.verdict
     few = small(cells=(cell(),), values=[FINETUNED[:2]], base=BASE[:2], finetuned=FINETUNED[:2])
-    assert few.verdict == "No recovery is defined here: only 2 complete prompts, recovery needs at least 3."
+    assert few.verdict == "Strongest cell of 1: repair at prefix k+v, layers 0, recovery 0.00 (no interval) (n = 2)."
 
 
 def test_a_table_for_spreadsheets_holds_no_formula(tmp_path):

@@ -210,12 +210,11 @@ def interval_text(value: float, low: float, high: float) -> str:
     """``38.2 [35.1, 41.0]``, with as many digits as the largest of the three asks for."""
     if not math.isfinite(value):
         return "missing"
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"{value:.3g} (no interval)"
-    size = max(abs(number) for number in (value, low, high))
+    size = max(abs(number) for number in (value, low, high) if math.isfinite(number))
     digits = 1 if size >= 2 else 2 if size >= 0.1 or size == 0 else 1 - math.floor(math.log10(size))
     shown, low_shown, high_shown = (f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high))
-    return f"{shown} [{low_shown}, {high_shown}]"
+    interval = f"[{low_shown}, {high_shown}]" if math.isfinite(low) and math.isfinite(high) else "(no interval)"
+    return f"{shown} {interval}"
 
 
 def percent(value: float, low: float, high: float) -> str:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -122,8 +122,8 @@ class Identity:
 
 
 def identify(model: HookedModel, name: str = "") -> Identity:
-    """The identity of a hooked model in its present state (adapter on or off)."""
-    shape = shape_of(model)
+    """The identity of a hooked model in its present state (adapter on or off), by default under its own name."""
+    shape, name = shape_of(model), name or PurePath(str(model.cfg.model_name)).name
     ids = ((torch.arange(12) * 9973 + 11) % shape.d_vocab).to(device_of(model))[None]
     wanted = torch.linspace(0, shape.d_vocab - 1, 48).long()
     with torch.no_grad():
