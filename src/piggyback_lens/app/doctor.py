@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.card import machine, versions
+from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _model(base: str, models: "PairOptions") -> Iterator[str]:
         f"{shape.n_layers} layers of width {shape.d_model}, {shape.n_heads} heads, {shape.n_kv_heads} key/value heads"
     )
     yield _line(models.backend, sizes)
-    yield _line("parity", _parity(loaded, hooked, prompt.ids))
+    yield _line("parity", _parity(loaded, hooked, prompt))
     yield from _limits(hooked)
     if models.adapter is not None or models.finetuned is not None:
         pair, _ = models.pair(base)
@@ -95,15 +96,23 @@ def _model(base: str, models: "PairOptions") -> Iterator[str]:
         yield from (_line("note", note) for note in pair.notes)
 
 
-def _parity(loaded: Any, hooked: Any, ids: tuple[int, ...]) -> str:
-    """Largest difference of the logits on a prompt, against the size of the logits."""
+def _parity(loaded: Any, hooked: Any, prompt: RenderedPrompt) -> str:
+    """Largest difference of the logits on a prompt, against the size of the logits.
+
+    A hook that keeps one activation makes the pass go through the hooked model: without any it would be transformers'.
+    """
     import torch
 
+    from piggyback_lens.conversations.batch import batch_prompts
+    from piggyback_lens.interventions.kinds import cache
+    from piggyback_lens.interventions.running import applied
     from piggyback_lens.models.network import forward
 
-    row = torch.tensor([ids], device=loaded.device)
+    batch = batch_prompts([prompt], device=loaded.device)
+    with torch.no_grad(), applied(hooked, batch, cache("resid_pre", layers=0)):
+        own = forward(hooked, batch.ids, batch.attention_mask).float()
     with torch.no_grad():
-        own, theirs = forward(hooked, row, torch.ones_like(row)).float(), loaded(row).logits.float()
+        theirs = loaded(batch.ids).logits.float()
     worst = float((own - theirs).abs().max())
     return f"logits differ from transformers' by at most {worst:.1e} (they reach {float(theirs.abs().max()):.3g})"
 
