@@ -44,8 +44,12 @@ class ChatFormat(ChatSettings):
 
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
-        system: system text; "default" passes none, None is for no system text at all. This and what follows are the
-            fields of `ChatSettings`, by keyword.
+        system: system text; "default" passes none, so that the template's own default applies; None is for no system
+            text at all. This and the following are the fields of `ChatSettings`, and are given by keyword.
+        thinking: handed to the template as enable_thinking; None leaves it alone.
+        no_system_role: what to do with a system text if the template has no system role: "error", "fold" or "drop".
+        template_kwargs: further variables that the template reads.
+        date: ISO day; freezes the clock of templates which write today's date.
 
     Raises:
         LensError: no fast tokenizer, no chat template, variables or a thinking switch that the template
