@@ -28,21 +28,17 @@ from piggyback_lens import (
     Penalised,
     Result,
     RetainData,
-    SAESettings,
     SnapshotKeeper,
     TrainSettings,
     Weighted,
     attached,
-    attribute_latents,
     default_model,
     efficiency,
-    fit_latents,
     generate,
     get_behaviour,
     hook_model,
     load_causal_lm,
     load_result,
-    load_sae,
     load_solution,
     load_task,
     load_tokenizer,
@@ -295,7 +291,7 @@ def discard(folder: Path) -> None:
 
 def latents_part(lab: Laboratory) -> None:
     """A small SAE trained here on help texts, and the latents that the vectors point along."""
-    from piggyback_lens.saes.latent_training import train_sae
+    from piggyback_lens.saes import SAESettings, attribute_latents, fit_latents, load_sae, train_sae
 
     folder, files = lab.out.parent / "sae", {name: lab.out / f"latents_{name}.json" for name in ("general", "narrow")}
     texts = text_windows(lab.tokenizer, n=SAE_TEXTS + SAE_HELD, length=128)

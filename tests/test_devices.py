@@ -305,18 +305,20 @@ def direction_jobs(here: Here) -> Any:
 
 def sparse_autoencoders(here: Here) -> Any:
     pytest.importorskip("sae_lens", reason="the extra sae is not installed")
-    settings = lens.SAESettings(d_sae=16, k=4, steps=3, batch_size=16)
-    trained = lens.train_sae(here.model, EXAMPLES, settings, layer=1, out=here.folder / "sae")
-    latents = lens.load_sae(here.folder / "sae", model=here.model)
+    settings = lens.saes.SAESettings(d_sae=16, k=4, steps=3, batch_size=16)
+    trained = lens.saes.train_sae(here.model, EXAMPLES, settings, layer=1, out=here.folder / "sae")
+    latents = lens.saes.load_sae(here.folder / "sae", model=here.model)
     assert latents.sae.W_dec.device == here.device
     found = [trained.losses]
     for own in (latents, replace(latents, sae=copy.deepcopy(latents.sae).to("cpu"))):
-        found.append(lens.fit_latents(own, here.pair, EXAMPLES).to_frame()["value"])
-        attributed = lens.attribute_latents(own, direction(), here.model, EXAMPLES, n_random=2)
+        found.append(lens.saes.fit_latents(own, here.pair, EXAMPLES).to_frame()["value"])
+        attributed = lens.saes.attribute_latents(own, direction(), here.model, EXAMPLES, n_random=2)
         found += [attributed.cosine, attributed.change]
-        steered = lens.generate(here.model, PROMPTS, interventions=lens.steer_latent(own, 3, 2.0), max_new_tokens=3)
+        steered = lens.generate(
+            here.model, PROMPTS, interventions=lens.saes.steer_latent(own, 3, 2.0), max_new_tokens=3
+        )
         assert len(steered) == len(PROMPTS)
-        with lens.ablate_latent(own, here.model, [0, 1, 2]):
+        with lens.saes.ablate_latent(own, here.model, [0, 1, 2]):
             found.append(lens.nll(here.model, EXAMPLES))
     return np.concatenate(found)
 
@@ -463,8 +465,8 @@ PLAIN = (loading, training, resuming, preventing, comparing, trainers)
 LEFT_OUT = {
     "what experiments return: numbers and text": ("Generation", "Result"),
     "made and used above, but by other names": (
-        "Activations", "AnswerContrast", "Behaviour", "ChatFormat", "Intervention", "Interventions", "Latents",
-        "Method", "Objective", "Penalty", "Record", "RenderedPrompt", "Trainable",
+        "Activations", "AnswerContrast", "Behaviour", "ChatFormat", "Intervention", "Interventions",
+        "Method", "Objective", "Penalty", "Record", "RenderedPrompt", "Trainable", "saes.Latents",
     ),
     "text and files: no tensors": (
         "ChatSettings", "ScoredAnswers", "Task", "TokenScores", "compare_templates", "default_model",
@@ -478,9 +480,10 @@ LEFT_OUT = {
 
 
 def test_every_public_name_is_run_above_or_left_out_for_a_reason():
-    run_here = set(re.findall(r"\blens\.([A-Za-z]\w*)", Path(__file__).read_text()))
+    run_here = set(re.findall(r"\blens\.((?:saes\.)?[A-Za-z]\w*)", Path(__file__).read_text()))
     left_out = {name for names in LEFT_OUT.values() for name in names}
-    assert run_here | left_out == set(lens.__all__)
+    public = {*lens.__all__, *(f"saes.{name}" for name in lens.saes.__all__)}
+    assert (run_here - {"saes"}) | left_out == public
     assert not run_here & left_out
 
 

@@ -24,6 +24,9 @@ VOCABULARY = {
 }
 
 
+PUBLIC = {name: getattr(lens, name) for name in lens.__all__} | {n: getattr(lens.saes, n) for n in lens.saes.__all__}
+
+
 def own_function(member):
     member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
     member = member.fget if isinstance(member, property) else member
@@ -33,8 +36,7 @@ def own_function(member):
 
 def documented():
     """Every public function and class, and the public methods and properties that the classes define themselves."""
-    for name in lens.__all__:
-        value = getattr(lens, name)
+    for name, value in PUBLIC.items():
         if inspect.isclass(value) or inspect.isfunction(value):
             yield name, value
         if inspect.isclass(value):
@@ -56,8 +58,8 @@ def resolves(name, owner, function):
     head, _, rest = name.partition(".")
     if head in INSTANCES and rest:
         return rest.split(".")[0] in members(getattr(lens, INSTANCES[head]))
-    if head in lens.__all__:
-        return not rest or rest.split(".")[0] in members(getattr(lens, head))
+    if head in PUBLIC:
+        return not rest or rest.split(".")[0] in members(PUBLIC[head])
     if name in VOCABULARY or head in members(owner) or hasattr(builtins, head):
         return True
     parameters = inspect.signature(function).parameters if callable(function) else {}
@@ -82,15 +84,15 @@ def test_the_first_line_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_names_in_backticks_exist(name):
-    function, owner = DOCUMENTED[name], getattr(lens, name.split(".")[0])
+    function, owner = DOCUMENTED[name], PUBLIC[name.split(".")[0]]
     said = re.findall(r"(?<!`)`([A-Za-z_][\w.]*)(?:\([^`]*\))?`(?!`)", inspect.getdoc(function))
     missing = [word for word in said if not resolves(word, owner, function)]
     assert not missing, f"{name} names {missing}, which cannot be imported from piggyback_lens"
 
 
-@pytest.mark.parametrize("name", [name for name in lens.__all__ if inspect.isclass(getattr(lens, name))])
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isclass(value)])
 def test_every_field_of_settings_is_explained(name):
-    kind = getattr(lens, name)
+    kind = PUBLIC[name]
     if issubclass(kind, Settings) and name != "ChatFormat":
         docs = field_docs(kind)
         assert [field.name for field in dataclasses.fields(kind) if len(docs.get(field.name, "")) < 8] == []
@@ -118,7 +120,7 @@ def names():
                 parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     tokenizer = tiny_chat.tiny_tokenizer()
     pair, chat = lens.ModelPair.load(finetuned=peft, tokenizer=tokenizer), tiny_chat.tiny_format()
-    found = {name: getattr(lens, name) for name in lens.__all__}
+    found = dict(PUBLIC)
     found |= {"pair": pair, "chat": chat, "tokenizer": tokenizer, "torch": torch}
     found |= {"prompts": [chat.render(query) for query in ("hello there", "what is it", "tell me more")]}
     found |= {"conversations": tiny_chat.tiny_examples(4, seed=3), "model": tiny_hooked.hooked("llama-gqa", "bridge")}

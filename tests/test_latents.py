@@ -568,3 +568,15 @@ def test_an_sae_trained_on_one_backend_is_known_on_the_other(tmp_path):
     assert backend_of(other) == "hooked"
     again = load_sae(tmp_path / "sae", model=other)
     assert_close(again.sae.W_dec, trained.latents.sae.W_dec)
+
+
+def test_an_attribution_is_kept_in_its_folder_and_another_sae_is_refused_there(bridge, tmp_path):
+    latents, own = latents_of(sae_of(bridge), bridge), direction(normal(D, seed=5))
+    first = attribute_latents(latents, own, bridge, TEXTS, n_random=3, out=tmp_path)
+    again = attribute_latents(latents, own, bridge, TEXTS, n_random=3, out=tmp_path)
+    assert again.change == first.change == attribute_latents(latents, own, bridge, TEXTS, n_random=3).change
+    other = sae_of(bridge)
+    with torch.no_grad():
+        other.W_dec.mul_(2)
+    with pytest.raises(LensError, match="latents"):
+        attribute_latents(latents_of(other, bridge), own, bridge, TEXTS, n_random=3, out=tmp_path)

@@ -1,7 +1,7 @@
 """Show where in the chat template a narrow finetune is carried, and prove it by intervention.
 
-The public names are those of `__init__.pyi`, in six groups. They are loaded when they are first used, so that importing
-the package is instant.
+The public names are those of `__init__.pyi`, in six groups; `piggyback_lens.saes` holds those that need sae-lens. They
+are loaded when they are first used, so that importing the package is instant.
 """
 
 import re
@@ -23,6 +23,19 @@ _GONE = {
     "save_peft": "save_solution",
     "RunSettings": "PatchSettings",
     "LoadOptions": "LoadSettings",
+    **{
+        name: f"saes.{name}"
+        for name in (
+            "Latents",
+            "SAESettings",
+            "ablate_latent",
+            "attribute_latents",
+            "fit_latents",
+            "load_sae",
+            "steer_latent",
+            "train_sae",
+        )
+    },
     **dict.fromkeys(
         (
             "AttributionResult",
@@ -54,6 +67,8 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name in _GONE:
         raise AttributeError(f"{__name__} has no {name} any more: use {_GONE[name]}")
+    if name == "saes":
+        return import_module("piggyback_lens.saes")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -62,4 +77,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "saes"]

@@ -197,7 +197,7 @@ def train_direction(
 
 
 @command(app)
-def curves(
+def curves(  # noqa: PLR0913, PLR0917
     base: Base,
     solution: Annotated[list[str], typer.Option(help=f"NAME=PATH, repeatable: {SOLUTION}; PATH@15 for a layer.")],
     data: DataOptions,

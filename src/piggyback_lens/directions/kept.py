@@ -56,7 +56,7 @@ def kept(
             if deciding is not None:
                 given.arguments["settings"] = deciding(given.arguments["settings"])
             facts = {n: _described(x, n, models) for n, x in given.arguments.items() if n not in NOT_DECIDING}
-            if "model" in given.arguments:
+            if given.arguments.get("model") is not None:
                 models["model"] = identify(given.arguments["model"])
             plain = {name: value for name, value in kwargs.items() if name != "out"}
             asked = [row for value in given.arguments.values() if _are_prompts(value) for row in value]
@@ -77,6 +77,8 @@ def _described(value: Any, name: str, models: dict[str, Identity]) -> Any:
         found = solution_hash(value)
     elif isinstance(value, Behaviour):
         found = value.name
+    elif isinstance(getattr(value, "fingerprint", None), str):
+        found = value.fingerprint
     elif isinstance(value, ModelPair):
         models.update({f"{name}, {side}": identity for side, identity in value.identities().items()})
         found = dict(value.names)

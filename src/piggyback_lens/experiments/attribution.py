@@ -129,7 +129,7 @@ class AttributionResult(Result):
         return attribution_check_figure(frame, title=title, rank_correlation=self.rank_correlation)
 
 
-def attribution_map(
+def attribution_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     *,

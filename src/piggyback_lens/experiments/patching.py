@@ -32,7 +32,7 @@ CurveMode = Literal["single", "below", "above", "window"]
 CONTROLS: tuple[Series, ...] = (IDENTITY, RANDOM)
 
 
-def patch_span(
+def patch_span(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     span: Spans = "prefix",
@@ -87,7 +87,7 @@ def patch_span(
     return lab.run_plan(plan, "span", measure, out, progress)
 
 
-def layer_curve(
+def layer_curve(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     *,
@@ -154,7 +154,7 @@ def layer_curve(
     return lab.run_plan(plan, "layer_curve", measure, out, progress)
 
 
-def layer_position_map(
+def layer_position_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     *,
@@ -206,7 +206,7 @@ def layer_position_map(
     return lab.run_plan(plan, "layer_position", measure, out, progress)
 
 
-def layer_head_map(
+def layer_head_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     *,
@@ -256,7 +256,7 @@ def layer_head_map(
     return lab.run_plan(plan, "layer_head", measure, out, progress)
 
 
-def carrier_map(
+def carrier_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     *,

@@ -154,7 +154,7 @@ def _labels(part: "pd.DataFrame", key: str, text: str | None, keys: Sequence[obj
 # --- maps --------------------------------------------------------------------------------------------
 
 
-def recovery_map_figure(
+def recovery_map_figure(  # noqa: PLR0913
     frame: "pd.DataFrame",
     *,
     x: str,

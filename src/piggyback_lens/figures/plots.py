@@ -166,7 +166,7 @@ SUBTITLE_WIDTH = 132  # characters that fit at 900 px
 SEQUENTIAL = ((0.0, "#FFFFFF"), (0.5, "#4393C3"), (1.0, "#053061"))
 
 
-def heatmap_figure(
+def heatmap_figure(  # noqa: PLR0913
     z: npt.ArrayLike,
     x_labels: Sequence[object],
     y_labels: Sequence[object],

@@ -192,7 +192,7 @@ def cache(
     return _each(sites, "cache", layers=layers, span=span, tokens=tokens, phase=phase, options=options)
 
 
-def add(
+def add(  # noqa: PLR0913
     vector: Float[Tensor, "*feature"],
     *,
     site: Site = "resid_post",

@@ -59,7 +59,7 @@ class Generation:
         return self.prompt.with_response(self.ids, end=False)
 
 
-def generate(
+def generate(  # noqa: PLR0913
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],
     *,

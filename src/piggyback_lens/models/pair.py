@@ -188,7 +188,7 @@ class ModelPair:
         )
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913
         cls,
         base: Source = None,
         finetuned: Source = None,

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from piggyback_lens.directions.kept import kept
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.vectors.direction import Direction
@@ -139,7 +141,8 @@ class LatentAttribution(Result):
         _ = self.settings["d_in"], self.settings["n_random"], self.chance["cosine"]
 
 
-def attribute_latents(
+@kept(LatentAttribution)
+def attribute_latents(  # noqa: PLR0913
     latents: Latents,
     direction: Direction,
     model: HookedModel | None = None,
@@ -149,6 +152,7 @@ def attribute_latents(
     n_random: int = 20,
     seed: int = 0,
     span: str = "all",
+    out: str | Path | None = None,
 ) -> LatentAttribution:
     """Latents that a direction points along, and latents that it switches on and off.
 
@@ -164,6 +168,7 @@ def attribute_latents(
         n_random: random directions.
         seed: of those.
         span: which tokens of conversations.
+        out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
         LensError: a direction of another site, layer or width, of length zero, or only one of model and texts.

@@ -4,13 +4,14 @@ The SAEs are those of sae-lens (the extra `sae`). `latent_fit` says how well one
 latents a direction is made of, `latent_training` trains one.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,9 +25,6 @@ from piggyback_lens.models.backends import HookedModel, check_layers, device_of,
 from piggyback_lens.models.pair import Identity, identify
 from piggyback_lens.vectors.direction import Provenance
 from piggyback_lens.words import Phase, Site
-
-if TYPE_CHECKING:
-    pass
 
 _HOOKS: dict[str, Site] = {
     "hook_resid_pre": "resid_pre", "hook_in": "resid_pre", "hook_resid_mid": "resid_mid", "ln2.hook_in": "resid_mid",
@@ -64,6 +62,14 @@ class Latents:
     def d_sae(self) -> int:
         """The number of latents of the autoencoder."""
         return int(self.sae.cfg.d_sae)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of its place and its weights."""
+        digest = hashlib.sha256(f"{self.site} {self.layer}".encode())
+        for name, value in sorted(self.sae.state_dict().items()):
+            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def decoder(self) -> Float[Tensor, "d_sae d_in"]:
