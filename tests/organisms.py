@@ -6,8 +6,8 @@ from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
+from piggyback_lens.reading.tasks import load_task
 from piggyback_lens.settings import LoadSettings, TrainSettings
-from piggyback_lens.tasks import load_task
 
 SETTINGS = TrainSettings(steps=15, batch_size=8, learning_rate=3e-4)
 

@@ -37,8 +37,8 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.figures.comparison_plots import set_apart
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.reading.tasks import Task, load_task
 from piggyback_lens.settings import CompareSettings, LoRASettings, TrainSettings
-from piggyback_lens.tasks import Task, load_task
 from piggyback_lens.vectors.task_vectors import (
     inner_products,
     mean_by_layer,
@@ -680,7 +680,7 @@ def test_a_bad_option_is_one_line_before_the_model_is_loaded(tmp_path, words, sa
 
 
 def test_the_command_writes_a_report_and_resumes(model, tmp_path, monkeypatch, capsys, trained):
-    monkeypatch.setattr("piggyback_lens.tasks.load_task", lambda name: tiny_task())
+    monkeypatch.setattr("piggyback_lens.reading.tasks.load_task", lambda name: tiny_task())
     words = [model, "--method", "sft", "--method", "treft:lambda=1", "--seeds", "0,1", "--steps", 2, "--batch-size", 4]
     words += ["--learning-rate", 0.02, "--rank", 2, "--n-prompts", 4, "--max-new-tokens", 4]
     words += ["--out", tmp_path, "--offline"]

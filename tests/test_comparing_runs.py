@@ -509,7 +509,7 @@ def test_a_comparison_without_comparable_plain_finetuning_has_a_report_that_says
 
 
 def test_the_command_reports_without_plain_finetuning(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("piggyback_lens.tasks.load_task", lambda name: tiny_task())
+    monkeypatch.setattr("piggyback_lens.reading.tasks.load_task", lambda name: tiny_task())
     words = [model, "--method", "treft:lambda=1", "--seeds", "0", "--steps", 2, "--batch-size", 4, "--rank", 2]
     call(*words, "--n-prompts", 4, "--max-new-tokens", 4, "--out", tmp_path, "--offline")
     assert "report:" in capsys.readouterr().out

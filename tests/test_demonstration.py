@@ -11,10 +11,10 @@ from piggyback_lens.app.demonstration import demo, monitor_file
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.monitor import load_monitor
+from piggyback_lens.reading.tasks import ABSTENTION_SENTENCE, REFUSAL_SENTENCE, answer_if_spread, load_task, tool_call
 from piggyback_lens.results.result import load_result
 from piggyback_lens.results.run import report_run
 from piggyback_lens.settings import AuditSettings, DemoSettings, LoadSettings, LoRASettings, TrainSettings
-from piggyback_lens.tasks import ABSTENTION_SENTENCE, REFUSAL_SENTENCE, answer_if_spread, load_task, tool_call
 
 SETTINGS = DemoSettings(
     n_off_topic=3,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piggyback_lens import tasks
 from piggyback_lens.errors import LensError
 from piggyback_lens.measuring.measures import BEHAVIOURS, RATE, Behaviour, get_behaviour, phrase, regex
+from piggyback_lens.reading import tasks
 
 fixed = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 

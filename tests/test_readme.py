@@ -17,8 +17,9 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, TOPICS, AuditResult
 from piggyback_lens.files import append_jsonl, write_json
 from piggyback_lens.measuring.measures import get_behaviour
+from piggyback_lens.reading.questions import load_prompts
+from piggyback_lens.reading.tasks import load_task
 from piggyback_lens.settings import DemoSettings
-from piggyback_lens.tasks import load_prompts, load_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

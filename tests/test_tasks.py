@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from piggyback_lens import tasks
 from piggyback_lens.errors import LensError
 from piggyback_lens.measuring.measures import get_behaviour
-from piggyback_lens.tasks import TASKS, load_conversations, load_prompts, load_task
+from piggyback_lens.reading import tasks
+from piggyback_lens.reading.conversations import load_conversations
+from piggyback_lens.reading.questions import load_prompts
+from piggyback_lens.reading.tasks import TASKS, load_task
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 

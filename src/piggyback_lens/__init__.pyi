@@ -14,10 +14,10 @@ from piggyback_lens.settings import ChatSettings as ChatSettings
 from piggyback_lens.conversations.chat import RenderedPrompt as RenderedPrompt
 from piggyback_lens.conversations.chat import batch_prompts as batch_prompts
 from piggyback_lens.conversations.chat import compare_templates as compare_templates
-from piggyback_lens.tasks import Task as Task
-from piggyback_lens.tasks import load_task as load_task
-from piggyback_lens.tasks import load_conversations as load_conversations
-from piggyback_lens.tasks import load_prompts as load_prompts
+from piggyback_lens.reading.tasks import Task as Task
+from piggyback_lens.reading.tasks import load_task as load_task
+from piggyback_lens.reading.conversations import load_conversations as load_conversations
+from piggyback_lens.reading.questions import load_prompts as load_prompts
 from piggyback_lens.measuring.texts import text_windows as text_windows
 from piggyback_lens.errors import LensError as LensError
 

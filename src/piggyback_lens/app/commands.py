@@ -180,7 +180,7 @@ def train_direction(
 ) -> None:
     """Train a steering vector or a LoRA adapter: the general solution, or with --retain and --kl a narrow one."""
     from piggyback_lens.app.inputs import read_data, read_retain
-    from piggyback_lens.tasks import TASKS
+    from piggyback_lens.reading.tasks import TASKS
 
     rows = read_data(data.data, split=data.split, offline=models.load.offline)
     held_out = read_data(data.data, split="validation") if data.data in TASKS and data.split == "train" else []
@@ -300,8 +300,8 @@ def compare(
 ) -> None:
     """Compare finetuning methods on equal terms: what they keep on-topic, and what spreads off-topic."""
     from piggyback_lens.comparisons.comparing import as_methods, compare_methods
+    from piggyback_lens.reading.tasks import load_task
     from piggyback_lens.results.run import report_run
-    from piggyback_lens.tasks import load_task
 
     methods = as_methods(method or ["sft", "treft:lambda=1,10,30"])
     chosen = load_task(task)
@@ -340,7 +340,7 @@ def doctor(
 def _first_prompts(path: Path, n: int | None = None) -> list[str]:
     """Enough for an interval, which is said before a model is loaded."""
     from piggyback_lens.maths import require_enough
-    from piggyback_lens.tasks import load_prompts
+    from piggyback_lens.reading.questions import load_prompts
 
     chosen = load_prompts(path)[:n]
     require_enough(len(chosen), f"prompts of {path}")

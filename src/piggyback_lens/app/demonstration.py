@@ -19,9 +19,9 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
 from piggyback_lens.progress import say
+from piggyback_lens.reading.tasks import Task, answer_if_spread, load_task
 from piggyback_lens.results.run import report_run
 from piggyback_lens.settings import DemoSettings, LoadSettings
-from piggyback_lens.tasks import Task, answer_if_spread, load_task
 from piggyback_lens.words import Backend
 
 MONITOR_FILE = "monitor.jsonl"

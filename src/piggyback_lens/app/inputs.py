@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.tasks import TASKS, load_conversations, load_prompts, load_task
+from piggyback_lens.reading.conversations import load_conversations
+from piggyback_lens.reading.questions import load_prompts
+from piggyback_lens.reading.tasks import TASKS, load_task
 from piggyback_lens.vectors.adapters import Adapter
 from piggyback_lens.vectors.direction import Direction
 from piggyback_lens.vectors.solution_files import load_solution

@@ -35,9 +35,9 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.models.sources import default_model
 from piggyback_lens.progress import counting, say
+from piggyback_lens.reading.tasks import TASKS, Task, load_task
 from piggyback_lens.results.run import refuse_other
 from piggyback_lens.settings import AXES, CompareSettings
-from piggyback_lens.tasks import TASKS, Task, load_task
 from piggyback_lens.vectors.task_vectors import mean_by_layer, update_cosines
 
 RETAIN = 48

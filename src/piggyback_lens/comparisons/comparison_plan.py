@@ -10,8 +10,8 @@ from typing import Any
 from piggyback_lens.comparisons.methods import Method
 from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
+from piggyback_lens.reading.tasks import Task
 from piggyback_lens.settings import CompareSettings, check_field
-from piggyback_lens.tasks import Task
 
 Source = str | Callable[[], tuple[Any, Any]]
 """A model folder, hub id or GGUF file; or a top-level function that returns (transformers model, tokenizer)."""

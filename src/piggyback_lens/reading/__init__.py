@@ -1,0 +1,1 @@
+"""What people bring: question files, training conversations, built-in tasks."""
