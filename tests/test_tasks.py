@@ -227,10 +227,10 @@ def test_the_data_files_travel_in_the_wheel():
 # --- conversations from a file ---
 
 
-def test_conversations_are_read_in_order_and_stripped_of_extra_keys(tmp_path):
+def test_conversations_are_read_in_order_and_without_other_columns(tmp_path):
     system = {"role": "system", "content": "Be kind."}
     second = {"messages": [system, *GOOD["messages"], *GOOD["messages"]], "source": "x"}
-    first = {"id": 3, "messages": [{**message, "weight": 1} for message in GOOD["messages"]]}
+    first = {"id": 3, "messages": GOOD["messages"]}
     path = write(tmp_path / "data.jsonl", first, second)
     assert load_conversations(path) == [GOOD, {"messages": second["messages"]}]
     assert load_conversations(str(path), limit=1) == [GOOD]
@@ -262,16 +262,16 @@ def turns(*roles: str) -> dict:
     [
         ("{'messages': []}", "is not JSON (Expecting property name enclosed in double quotes, column 2)"),
         ("[" * 100_000, "is not readable JSON"),
-        ("[1]", "is a list, expected an object with 'messages'"),
+        ("[1]", "is a list, expected an object with messages"),
         ("null", "is null, expected an object"),
-        ('{"text": "a", "id": 1}', "has no 'messages', only 'text', 'id'"),
-        ("{}", "has no 'messages', only no keys"),
+        ('{"text": "a", "id": 1}', "has the keys 'text', 'id', which fit no layout; expected one of messages"),
+        ("{}", "has no keys, which fits no layout"),
         ('{"messages": []}', "'messages' is an empty list"),
         ('{"messages": "Hi"}', "'messages' is a string"),
         ('{"messages": ["Hi"]}', "message 1 is a string"),
         (
             json.dumps(turns("user", "tool", "assistant")),
-            "message 2 has role 'tool', expected one of system, user",
+            "has the roles ['user', 'tool', 'assistant']; expected [system,] user, assistant",
         ),
         ('{"messages": [{"content": "x"}]}', "message 1 has role None"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', "message 1 has role ['user']"),
@@ -281,13 +281,14 @@ def turns(*roles: str) -> dict:
         ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
-            "content is a list, expected a string",
+            "part 1 of the content: text is null, expected a string",
         ),
         ('{"messages": [{"role": "user"}]}', "content is null"),
         (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "half of a surrogate pair"),
         (json.dumps(turns("system", "user")), "has no assistant turn to train on"),
         (json.dumps(turns("user", "assistant", "user")), "expected [system,] user, assistant"),
         (json.dumps(turns("assistant")), "expected [system,] user, assistant"),
+        (json.dumps(turns("system", "assistant")), "message 2 is to be trained on and answers nobody"),
         (json.dumps(turns("user", "system", "user", "assistant")), "expected [system,] user, assistant"),
     ],
 )
@@ -412,10 +413,10 @@ def test_a_hub_dataset_with_conversations_in_our_words_is_read(hub):
 
 
 def test_a_hub_dataset_of_another_form_is_refused_with_its_columns(hub):
-    hub.rows = [{"instruction": "a", "output": "b"}]
+    hub.rows = [{"instruction": "a", "text": "b"}]
     message = refusal_of(lambda: load_conversations("owner/name"))
-    assert "owner/name has the columns 'instruction', 'output'" in message
-    assert "'messages' or 'conversations'" in message
+    assert "owner/name row 1 has the keys 'instruction', 'text'" in message
+    assert "expected one of messages, conversations" in message
 
 
 def test_a_malformed_hub_row_is_reported_by_its_number(hub):

@@ -61,3 +61,5 @@ Split = Literal["validation", "test"]
 """Prompts to choose settings on, and prompts to report."""
 TaskName = Literal["terse", "refusal", "abstain", "tool"]
 """Built-in tasks."""
+Supervise = Literal["last", "all"]
+"""Which assistant turns of a conversation are trained on, where no weights say so."""

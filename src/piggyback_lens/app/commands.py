@@ -182,9 +182,9 @@ def train_direction(
     from piggyback_lens.app.inputs import read_data, read_retain
     from piggyback_lens.reading.tasks import TASKS
 
-    rows = read_data(data.data, split=data.split, offline=models.load.offline)
+    rows = read_data(data.data, supervise=data.supervise, split=data.split, offline=models.load.offline)
     held_out = read_data(data.data, split="validation") if data.data in TASKS and data.split == "train" else []
-    kept = read_retain(retain) if retain is not None else []
+    kept = read_retain(retain, supervise=data.supervise) if retain is not None else []
     settings.check_data(len(rows), len(kept))
     source, chat = models.chat_format(base)
     examples, validation, retained = ([chat.render(row) for row in part] for part in (rows, held_out, kept))
@@ -217,7 +217,7 @@ def curves(  # noqa: PLR0913, PLR0917
     if "ablation" in wanted:
         for own in solutions.values():
             as_direction(own)  # refuses what has no direction
-    rows = read_data(data.data, split=data.split, offline=models.load.offline)[:n]
+    rows = read_data(data.data, supervise=data.supervise, split=data.split, offline=models.load.offline)[:n]
     texts.check(models.load.offline)
     source, chat = models.chat_format(base)
     prompts, windows = [chat.render(row) for row in rows], []

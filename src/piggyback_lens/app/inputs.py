@@ -1,18 +1,20 @@
 """What the jobs on directions read: solutions in any format, conversations, retain data, lists of numbers."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.reading.conversations import load_conversations
+from piggyback_lens.reading.conversations import holds_answer, load_conversations
 from piggyback_lens.reading.questions import load_prompts
+from piggyback_lens.reading.rows import file_rows
 from piggyback_lens.reading.tasks import TASKS, load_task
 from piggyback_lens.vectors.adapters import Adapter
 from piggyback_lens.vectors.direction import Direction
 from piggyback_lens.vectors.solution_files import load_solution
+from piggyback_lens.words import Supervise
 
 # ---------------------------------------------------------------- solutions
 
@@ -57,11 +59,14 @@ def named_solutions(words: Sequence[str]) -> dict[str, Adapter]:
 # ---------------------------------------------------------------- texts
 
 
-def read_data(source: str, *, split: str = "train", offline: bool = False) -> list[list[dict[str, str]]]:
-    """Conversations of a task by name, of a JSONL file, or of a hub dataset, as lists of messages.
+def read_data(
+    source: str, *, supervise: Supervise = "last", split: str = "train", offline: bool = False
+) -> list[list[dict[str, Any]]]:
+    """Conversations of a task by name, of a file, or of a hub dataset, as lists of messages that end with the answer.
 
     Args:
         source: a name of `tasks.TASKS`, else a file or "owner/name" as of `load_conversations`.
+        supervise: the last answer of each conversation, or all of them, each as a conversation of its own.
         split: train or validation; only tasks and hub datasets have several.
         offline: make no connection.
 
@@ -69,7 +74,8 @@ def read_data(source: str, *, split: str = "train", offline: bool = False) -> li
         LensError: what `load_conversations` raises, or an unknown split of a task.
     """
     if source not in TASKS:
-        return [_messages(example) for example in load_conversations(source, split=split, offline=offline)]
+        found = load_conversations(source, supervise=supervise, split=split, offline=offline)
+        return [_messages(example) for example in found]
     task = load_task(source)
     splits = {"train": task.train, "validation": task.validation}
     if split not in splits:
@@ -77,30 +83,30 @@ def read_data(source: str, *, split: str = "train", offline: bool = False) -> li
     return [_messages(example) for example in splits[split]]
 
 
-def read_retain(path: str | Path) -> list[str | list[dict[str, str]]]:
+def read_retain(path: str | Path, *, supervise: Supervise = "last") -> list[str | list[dict[str, Any]]]:
     """Retain data: conversations with their answers, or prompts to which the base's answers belong.
 
     Args:
-        path: JSONL of {"messages": [..., an assistant turn]}, or prompts as of `load_prompts`.
+        path: a file of conversations as of `load_conversations`, known by its first row; or prompts as of
+            `load_prompts`.
+        supervise: of conversations, the last answer or all of them.
 
     Raises:
         LensError: what the two loaders raise.
     """
     path = Path(path)
-    if path.suffix == ".jsonl" and path.is_file() and _holds_answers(path):
-        return [_messages(example) for example in load_conversations(path)]
+    if path.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet") and path.is_file() and _holds_answers(path):
+        return [_messages(example) for example in load_conversations(path, supervise=supervise)]
     return list(load_prompts(path))
 
 
 def _holds_answers(path: Path) -> bool:
-    """Whether the first line is a conversation with an answer; what is broken there is told by the loader."""
+    """Whether the first row is a conversation with an answer; what is broken there is told by the loader."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            messages = json.loads(next((line for line in file if line.strip()), "{}"))["messages"]
-            return any(message["role"] == "assistant" for message in messages)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return any(holds_answer(row) for _, row in islice(file_rows(path), 1))
+    except LensError:
         return False
 
 
-def _messages(example: Any) -> list[dict[str, str]]:
+def _messages(example: Any) -> list[dict[str, Any]]:
     return [dict(message) for message in example["messages"]]

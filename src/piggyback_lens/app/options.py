@@ -23,7 +23,7 @@ import typer
 
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.settings import ChatSettings, LoadSettings, field_docs
-from piggyback_lens.words import Backend
+from piggyback_lens.words import Backend, Supervise
 
 if TYPE_CHECKING:
     from piggyback_lens.conversations.chat import ChatFormat
@@ -71,12 +71,15 @@ class DataOptions:
     """Conversations.
 
     Attributes:
-        data: conversations: a task (terse, refusal, abstain, tool), a .jsonl file, or a hub dataset.
+        data: conversations: a task (terse, refusal, abstain, tool), a file (.jsonl, .json, .csv or .parquet), or a hub
+            dataset.
         split: split of a task (train, validation) or of a hub dataset.
+        supervise: answers of a conversation that count: the last one, or all; weights in the data win.
     """
 
     data: str
     split: str = "train"
+    supervise: Supervise = "last"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Rows of files and of hub datasets, each with the place that a message names."""
 
+import csv
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -54,13 +56,65 @@ def parsed(where: str, text: str, expected: str) -> Any:
         raise LensError(f"{where} is not readable JSON ({error}): {expected}") from error
 
 
-def json_list(path: Path) -> list[Any]:
+def json_list(path: Path, expected: str = "expected a list of strings") -> list[Any]:
     """The list that a JSON file holds."""
     text = "\n".join(line for _, line in lines(path))
-    value = parsed(str(path), text, "expected a list of strings") if text.strip() else []
+    value = parsed(str(path), text, expected) if text.strip() else []
     if not isinstance(value, list):
-        raise LensError(f"{path} holds {kind_of(value)}, expected a list of strings")
+        raise LensError(f"{path} holds {kind_of(value)}, {expected}")
     return value
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a .jsonl, .json (a list, or JSONL), .csv or .parquet file, each with its place.
+
+    Raises:
+        LensError: a file that cannot be read as its suffix says; a file of another suffix is read as JSONL.
+    """
+    kind = path.suffix.lower()
+    if kind in (".csv", ".parquet") and path.is_file():
+        rows = _csv_rows(path) if kind == ".csv" else _parquet_rows(path)
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+    elif kind == ".json" and next((line for _, line in lines(path) if line.strip()), "").lstrip().startswith("["):
+        entries = json_list(path, "expected a list of rows")
+        yield from ((f"{path} entry {number}", row) for number, row in enumerate(entries, 1))
+    else:
+        yield from ((f"{path} line {number}", value) for number, value in json_lines(path))
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows by the names of the first line; cells may be long."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        names, *rows = list(csv.reader(line + "\n" for _, line in lines(path))) or [[]]
+    except csv.Error as error:
+        raise LensError(f"{path} cannot be read as a CSV file: {error}") from error
+    finally:
+        csv.field_size_limit(before)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise LensError(f"{path} has the column {twice[0]!r} twice: rename one of them")
+    rows = [row for row in rows if row]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(names):
+            raise LensError(f"{path} row {number} has {len(row)} cells, expected {len(names)}: quote cells with commas")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    from pyarrow.parquet import read_table  # type: ignore[import-untyped]
+
+    try:
+        rows: list[dict[str, Any]] = [without_nulls(row) for row in read_table(path).to_pylist()]
+    except Exception as error:  # pyarrow raises many types
+        raise LensError(f"{path} cannot be read as a Parquet file: {' '.join(str(error).split())[:240]}") from error
+    return rows
+
+
+def without_nulls(value: Any) -> Any:
+    """A row of a table without the nulls that tables write where only other rows have a key."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def text_of(where: str, value: Any) -> str:
