@@ -422,6 +422,123 @@ def test_a_date_format_that_is_computed_cannot_be_frozen() -> None:
     assert any("writes today's date" in note for note in notes)
 
 
+# Responses given as text
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("talk", [[user("hi")], [user("one"), assistant("two"), user("hi")]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_response_makes_the_turn_that_the_template_writes(family: str, talk: list[dict[str, str]]) -> None:
+    fmt = chat_format(family, "pieces")  # "bytes" splits the line ends before a word
+    prompt, full = fmt.render(talk), fmt.render([*talk, assistant("Yes, it is.")])
+    whole = fmt.tokenizer.apply_chat_template([*talk, assistant("Yes, it is.")], tokenize=False)
+    if family in DATED:
+        whole = re.sub(r"(Today Date: )([\d-]{10}|\d\d \w{3} \d{4})", rf"\g<1>{_written_date(family)}", whole)
+    ids = fmt.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert full.ids == tuple(ids[: len(full.ids)])
+    assert not fmt.tokenizer.decode(ids[len(full.ids) :]).strip()
+    assert full.ids[: full.n_prompt] == prompt.ids
+    opening = (
+        full.span_text("response").removesuffix(fmt.tokenizer.decode(fmt.turn_end_ids)).removesuffix("Yes, it is.")
+    )
+    assert opening == {
+        "harmony": "<|channel|>final<|message|>",
+        "mistral": " ",
+        "qwen3": "<think>\n\n</think>\n\n",
+    }.get(family, "")
+    assert any(f"begins with {opening!r}" in note for note in full.notes) == bool(opening)
+
+
+def _written_date(family: str) -> str:
+    return "26 Jul 2024" if family == "llama3" else DATE
+
+
+def test_response_ids_get_no_opening() -> None:
+    fmt = chat_format("harmony")
+    ids = fmt.tokenizer("<|channel|>analysis<|message|>Hm", add_special_tokens=False)["input_ids"]
+    assert fmt.render("hi", response=ids, end=False).ids == fmt.render("hi").ids + tuple(ids)
+    assert fmt.render("hi").ids[-len(fmt.postfix_ids) :] == fmt.postfix_ids
+
+
+def test_a_response_that_brings_its_own_thoughts_gets_no_second_block() -> None:
+    fmt = chat_format("qwen3")
+    text = "<think>\nhm\n</think>\n\nYes."
+    assert fmt.render("hi", response=text).span_text("response") == text + "<|im_end|>"
+    close = fmt.render("hi", response="<think>hm</think>Yes.")
+    assert close.span_text("response") == text + "<|im_end|>"
+    assert any("writes the response '<think>hm</think>Yes.' as" in note for note in close.notes)
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|>"
+    "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|>OPEN{% endif %}"
+)
+
+
+def test_a_generation_prompt_that_the_finished_turn_does_not_continue_is_reported() -> None:
+    forced = ChatFormat(make_tokenizer("qwen3", template=R1.replace("OPEN", "<think>\n"), eos_token="</s>"))
+    prompt = forced.render("hi", response="Yes.")
+    assert prompt.span_text("response") == "Yes.</s>"
+    assert any(r"has '<think>\n': the response follows the prompt as given" in note for note in prompt.notes)
+    bare = ChatFormat(make_tokenizer("qwen3", template=R1.replace("OPEN", ""), eos_token="</s>"))
+    assert not bare.render("hi", response="Yes.").notes
+    thoughtful = bare.render("hi", response="<think>hm</think>Yes.")
+    assert thoughtful.span_text("response") == "<think>hm</think>Yes.</s>"
+    assert any("would not write the response '<think>hm</think>Yes.' in full" in note for note in thoughtful.notes)
+
+
+def test_a_response_is_trimmed_as_the_template_trims_it() -> None:
+    for family, trimmed in (("gemma", "yes"), ("llama3", "yes"), ("chatml", " yes ")):
+        prompt = chat_format(family).render("hi", response=" yes ")
+        assert prompt.span_text("response") == trimmed + prompt.tokenizer.decode(chat_format(family).turn_end_ids)
+        assert any("trims the response: ' yes ' became 'yes'" in note for note in prompt.notes) == (trimmed == "yes")
+
+
+def test_a_turn_end_of_plain_text_is_written_out_and_followed_by_eos() -> None:
+    fmt = ChatFormat(make_tokenizer("chatml", template=PLAIN))
+    eos = fmt.tokenizer.eos_token_id
+    assert fmt.turn_end_ids == (*fmt.tokenizer("\n")["input_ids"], eos)
+    assert fmt.stop_ids == (eos,)
+    prompt = fmt.render("hi", response="Yes.")
+    assert prompt.span_text("response") == " Yes.\n<|im_end|>"
+    assert any(r"ends an assistant's turn with '\n', which is no special token" in note for note in prompt.notes)
+    assert not any("ends an assistant" in note for note in fmt.render("hi", response="Yes.", end=False).notes)
+    endless = ChatFormat(make_tokenizer("chatml", template=PLAIN, eos_token=None))
+    assert endless.render("hi").ids
+    with pytest.raises(LensError, match=r"set tokenizer\.eos_token"):
+        _ = endless.stop_ids
+
+
+def test_an_added_token_that_is_not_special_ends_a_turn_and_stops_generation() -> None:
+    tokenizer = make_tokenizer("chatml", template=PLAIN.replace("\n", "[end]\n"))
+    tokenizer.add_tokens("[end]")
+    fmt = ChatFormat(tokenizer)
+    end, eos = tokenizer.convert_tokens_to_ids("[end]"), tokenizer.eos_token_id
+    assert tokenizer.decode(fmt.turn_end_ids) == "[end]\n<|im_end|>"
+    assert fmt.stop_ids == (end, eos)
+    tokenizer.eos_token = None
+    assert (ChatFormat(tokenizer).turn_end_ids[0], ChatFormat(tokenizer).stop_ids) == (end, (end,))
+
+
+def test_a_template_that_writes_nothing_after_an_answer_falls_back_to_eos() -> None:
+    fmt = ChatFormat(make_tokenizer("chatml", template=PLAIN.replace("\n", "")))
+    assert fmt.turn_end_ids == fmt.stop_ids == (fmt.tokenizer.eos_token_id,)
+    assert not any("ends an assistant" in note for note in fmt.render("hi", response="Yes.").notes)
+
+
+def test_special_tokens_that_are_added_later_are_seen() -> None:
+    tokenizer = make_tokenizer("chatml")
+    fmt = ChatFormat(tokenizer)
+    assert not fmt.render("a ~late~ b").notes
+    tokenizer.add_special_tokens({"extra_special_tokens": ["~late~"]})
+    assert any("markers of the template: '~late~'" in note for note in fmt.render("a ~late~ b").notes)
+
+
 # Thinking
 
 
@@ -554,6 +671,9 @@ def test_offsets_that_do_not_give_the_query_back_are_refused(wrong: Callable[[in
 
         def __getattr__(self, name: str) -> object:
             return getattr(self.inner, name)
+
+        def __len__(self) -> int:
+            return len(self.inner)
 
         def __call__(self, text: str, **options: object) -> dict[str, object]:
             encoded = dict(self.inner(text, **options))

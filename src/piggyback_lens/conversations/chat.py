@@ -15,7 +15,7 @@ from typing import Any
 
 from piggyback_lens.conversations.batch import PromptBatch, batch_prompts
 from piggyback_lens.conversations.frame import Frame, SystemText, build_frame, lay_query, resolve_system
-from piggyback_lens.conversations.prompt import AnswerForm, RenderedPrompt
+from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.conversations.template import Template, Turn, check_text, read_conversation
 from piggyback_lens.conversations.tokens import Span, common_prefix, decode
 from piggyback_lens.errors import LensError
@@ -136,22 +136,18 @@ class ChatFormat(ChatSettings):
         """The system text that the template writes by itself, None if it writes none."""
         return self._template.default_system
 
-    @cached_property
-    def _answer(self) -> AnswerForm:
-        return AnswerForm(self._template)
-
     @property
     def turn_end_ids(self) -> tuple[int, ...]:
         """Ids that follow the assistant's content, up to and including the first special token.
 
-        The end-of-sequence token alone where the template ends an assistant turn without one.
+        Where the template ends a turn without one: all that it writes, and the end-of-sequence token.
         """
-        return self._answer.end_ids
+        return self._bare.answer.end_ids
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an assistant's turn: the template's turn end, and EOS."""
-        return self._answer.stop_ids
+        """Tokens that end an assistant's turn: EOS, and the template's turn end where it is no plain text."""
+        return self._bare.answer.stop_ids
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -208,7 +204,7 @@ class ChatFormat(ChatSettings):
             notes=(*notes, *layout.notes),
             fingerprint=frame.fingerprint,
             pieces=layout.tokens.pieces,
-            answer=self._answer,
+            answer=frame.answer,
         )
         answer = talk.response if response is None else response
         return prompt if answer is None else prompt.with_response(answer, end)

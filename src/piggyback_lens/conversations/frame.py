@@ -8,16 +8,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
-from piggyback_lens.conversations.template import Template, Turn, cut
+from piggyback_lens.conversations.prompt import AnswerForm
+from piggyback_lens.conversations.template import Template, Turn, cut, short
 from piggyback_lens.conversations.tokens import (
     Span,
     Tokens,
     common_prefix,
     common_suffix,
     decode,
-    special_ids,
+    special_texts,
     tokenise,
 )
 from piggyback_lens.errors import LensError
@@ -60,6 +62,11 @@ class Frame:
     landmarks: Mapping[str, tuple[int, int]]
     notes: tuple[str, ...]
     fingerprint: str
+
+    @cached_property
+    def answer(self) -> AnswerForm:
+        """How an assistant's answer is written after these turns."""
+        return AnswerForm(self.template, tuple(compose(self.system, [*self.history, ("user", "Hello")])))
 
 
 @dataclass(frozen=True)
@@ -274,17 +281,13 @@ def _locate(frame: Frame, query: str, text: str, notes: list[str]) -> tuple[int,
         if written.strip() == query.strip() and written in query:
             notes.append(f"the template trims the query: {query!r} became {written!r}")
             return start, stop
-        raise LensError(f"the chat template rewrites the query {_short(query)} as {_short(written)}; reword it")
+        raise LensError(f"the chat template rewrites the query {short(query)} as {short(written)}; reword it")
     expected = pre + query + post
     at = common_prefix(text, expected)
     raise LensError(
-        f"the chat template writes other text around the query {_short(query)}: at character {at} it has "
-        f"{_short(text[at:])} where {_short(expected[at:])} was expected; reword the query"
+        f"the chat template writes other text around the query {short(query)}: at character {at} it has "
+        f"{short(text[at:])} where {short(expected[at:])} was expected; reword the query"
     )
-
-
-def _short(text: str, limit: int = 40) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "…")
 
 
 def _border_notes(frame: Frame, tokens: Tokens, spans: Mapping[str, Span], start: int, stop: int) -> list[str]:
@@ -332,14 +335,14 @@ def _check(tokenizer: Any, tokens: Tokens, query: Span, start: int, stop: int) -
     if lost := tokens.uncovered:
         characters = "".join(tokens.text[i] for i in lost)
         if any(a == b for a, b in tokens.offsets):
-            raise LensError(_BAD_OFFSETS.format(_short(characters)))
-        notes.append(f"the tokenizer has no token for these characters and drops them: {_short(characters)}")
+            raise LensError(_BAD_OFFSETS.format(short(characters)))
+        notes.append(f"the tokenizer has no token for these characters and drops them: {short(characters)}")
     first = len("".join(pieces[: query.start]))
     last = first + len("".join(pieces[query.start : query.stop]))
     if outside := "".join(tokens.text[i] for i in range(start, stop) if not first <= i < last and i not in lost):
         # Special tokens may take white space in, and unknown characters may share one unknown token.
         if outside.strip() and tokenizer.unk_token_id not in ids[max(query.start - 1, 0) : query.stop + 1]:
-            raise LensError(_BAD_OFFSETS.format(_short(outside)))
+            raise LensError(_BAD_OFFSETS.format(short(outside)))
         notes.append(f"a neighbouring token outside the query span swallows {outside!r} of it")
     before = decode(tokenizer, ids[: query.start])
     if content not in decode(tokenizer, ids[: query.stop])[len(before) :]:
@@ -352,9 +355,8 @@ def _check(tokenizer: Any, tokens: Tokens, query: Span, start: int, stop: int) -
 
 def _marker_notes(frame: Frame, content: str) -> list[str]:
     tokenizer = frame.template.tokenizer
-    markers = set(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
-    markers |= set(_MARKER.findall(frame.pre[-80:] + frame.post))
-    found = sorted(m for m in markers if m in content)
+    markers = (*special_texts(tokenizer), *_MARKER.findall(frame.pre[-80:] + frame.post))
+    found = sorted({m for m in markers if m in content})
     return [f"the query contains markers of the template: {', '.join(map(repr, found))}"] if found else []
 
 

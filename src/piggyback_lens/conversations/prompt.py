@@ -6,57 +6,159 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from piggyback_lens.conversations.template import Template
+from piggyback_lens.conversations.template import Template, TemplateRefusal, Turn, cut, short
 from piggyback_lens.conversations.token_view import TokenView
-from piggyback_lens.conversations.tokens import Span, check_ids, common_prefix, pieces_of_ids, special_ids, tokenise
+from piggyback_lens.conversations.tokens import (
+    Span,
+    check_ids,
+    common_prefix,
+    fixed_ids,
+    pieces_of_ids,
+    special_ids,
+    tokenise,
+)
 from piggyback_lens.errors import LensError
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerForm:
-    """How a template writes an assistant's turn."""
+    """How a template writes an assistant's turn.
+
+    Attributes:
+        template: with its variables filled in.
+        turns: those before the answer: the system text, the history, and a question in place of the query.
+    """
 
     template: Template
+    turns: tuple[Turn, ...] = (("user", "Hello"),)
 
     @cached_property
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids that follow the assistant's content, up to and including the first special token."""
+    def _ending(self) -> tuple[int, ...]:
+        """Ids that the template writes after the assistant's content, up to and including the first special token."""
         tokenizer = self.template.tokenizer
         before, after = self.template.answer_cut
         tokens = tokenise(tokenizer, f"{before}yes{after}")
         border = len(before) + len("yes")
+        straddles = any(start < border < stop for start, stop in tokens.offsets)
+        ending = (
+            tokenise(tokenizer, after).ids
+            if straddles
+            else tuple(i for i, (start, _) in zip(tokens.ids, tokens.offsets, strict=True) if start >= border)
+        )
         special = special_ids(tokenizer)
-        ending: list[int] = []
-        for token, (start, _) in zip(tokens.ids, tokens.offsets, strict=True):
-            if start >= border:
-                ending.append(token)
-                if token in special:
-                    return tuple(ending)
-        if tokenizer.eos_token_id is None:
+        last = next((at for at, token in enumerate(ending) if token in special), len(ending) - 1)
+        return ending[: last + 1]
+
+    @property
+    def _own_stop(self) -> tuple[int, ...]:
+        """The special token that ends a turn; in its place the first added one that is no plain text."""
+        if self._ends_specially:
+            return self._ending[-1:]
+        fixed = fixed_ids(self.template.tokenizer)
+        return tuple(token for token in self._ending if token in fixed)[:1]
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that follow the assistant's content, up to and including the first special token.
+
+        Where the template ends a turn without one: all that it writes, and the tokenizer's EOS.
+        """
+        eos = self.template.tokenizer.eos_token_id
+        if self._ends_specially or (self.stop_ids and eos is None):
+            return self._ending
+        return (*self._ending, eos)
+
+    @property
+    def _ends_specially(self) -> bool:
+        return bool(self._ending) and self._ending[-1] in special_ids(self.template.tokenizer)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token that ends a turn, where it is no plain text, and the tokenizer's EOS."""
+        eos = self.template.tokenizer.eos_token_id
+        if eos is None and not self._own_stop:
             raise LensError(
                 "the chat template ends an assistant's turn without a special token and the tokenizer has "
                 "no EOS token; set tokenizer.eos_token"
             )
-        return (tokenizer.eos_token_id,)
+        return tuple(dict.fromkeys((*self._own_stop, *(() if eos is None else (eos,)))))
 
     @cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The last of `end_ids`, and the tokenizer's EOS."""
-        eos = self.template.tokenizer.eos_token_id
-        return tuple(dict.fromkeys((self.end_ids[-1], *(() if eos is None else (eos,)))))
-
-    @cached_property
-    def notes(self) -> tuple[str, ...]:
-        """What the template writes before an assistant's content where the prompt ends otherwise."""
-        before, _ = self.template.answer_cut
-        prompt = self.template.render([("user", "Hello")])
-        if before == prompt:
+    def end_notes(self) -> tuple[str, ...]:
+        """What is unusual about the end of a turn."""
+        if not self._ending or self._ends_specially:
             return ()
-        at = common_prefix(before, prompt)
+        tokenizer, text = self.template.tokenizer, self.template.answer_cut[1]
+        added = "" if tokenizer.eos_token is None else f"; {tokenizer.eos_token!r} is added to it"
+        stops = " and ".join(map(repr, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
         return (
-            f"the template writes {before[at:]!r} before an assistant's content where the prompt has "
-            f"{prompt[at:]!r}: the response follows the prompt as given",
+            f"the template ends an assistant's turn with {text!r}, which is no special token{added}; "
+            f"generation stops at {stops}",
         )
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """Text around the assistant's content where it answers these turns."""
+        return cut(
+            lambda text: self.template.render([*self.turns, ("assistant", text)], False),
+            "assistant's content",
+            (text for _, text in self.turns),
+        )
+
+    @cached_property
+    def _prompt(self) -> str:
+        return self.template.render(self.turns)
+
+    def written(self, response: str) -> tuple[str, tuple[str, ...]]:
+        """What follows the prompt for a response given as text, and notes.
+
+        The template's opening (what it writes between the prompt and the content of a finished turn: a channel, an
+        empty think block, a space) and the response as the template writes it. Where the finished turn does not
+        continue the prompt, the response alone.
+        """
+        before, after = self._around
+        prompt = self._prompt
+        shapes = dict.fromkeys((response, response.strip(), response.rstrip(), response.lstrip()))
+        try:
+            turn = self.template.render([*self.turns, ("assistant", response)], False)
+        except TemplateRefusal as error:
+            return response, (f"the response follows the prompt as given: {error}",)
+        content = next((shape for shape in shapes if turn == before + shape + after), None)
+        notes = []
+        if content not in (None, response):
+            notes.append(f"the template trims the response: {short(response)} became {short(content or '')}")
+        if not before.startswith(prompt):
+            at = common_prefix(before, prompt)
+            notes.append(
+                f"the template writes {before[at:]!r} before an assistant's content where the prompt has "
+                f"{prompt[at:]!r}: the response follows the prompt as given"
+            )
+            return response if content is None else content, tuple(notes)
+        if content is not None:
+            opening = before[len(prompt) :]
+            if opening:
+                notes.append(
+                    f"the response begins with {opening!r}, which the template writes before an assistant's content"
+                )
+            return opening + content, tuple(notes)
+        return self._rewritten(response, turn, after)
+
+    def _rewritten(self, response: str, turn: str, after: str) -> tuple[str, tuple[str, ...]]:
+        """A response with other text than usual around it: one that brings its own thoughts, for example."""
+        prompt = self._prompt
+        own = turn[len(prompt) : len(turn) - len(after)]
+        if not (turn.startswith(prompt) and turn.endswith(after) and _letters(response) in _letters(own)):
+            return response, (
+                f"the template would not write the response {short(response)} in full (thinking removed, for "
+                "example): it follows the prompt as given",
+            )
+        if own == response:
+            return own, ()
+        return own, (f"the template writes the response {short(response)} as {short(own)}",)
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +224,9 @@ class RenderedPrompt:
         """This prompt followed by a response, given as text or ids.
 
         Args:
-            response: text (tokenised where it stands, after the prompt) or token ids.
+            response: text, or the token ids that a model generated. Text is written as the template writes an
+                assistant's content: after the template's opening (a channel, an empty think block), without white
+                space that it trims, and tokenised where it stands. Ids are left as they are.
             end: append the template's end of an assistant's turn, unless the response brings a stop token.
 
         Raises:
@@ -132,8 +236,9 @@ class RenderedPrompt:
             raise LensError("this prompt has a response already; add another to the prompt without one")
         notes = list(self.notes)
         if isinstance(response, str):
-            ids, pieces = _tokenise_response(self, response, notes)
-            notes += self.answer.notes
+            text, told = self.answer.written(response)
+            notes += told
+            ids, pieces = _tokenise_response(self, text, notes) if text else ((), ())
         else:
             ids = check_ids(response, "the response's ids")
             pieces = pieces_of_ids(self.tokenizer, ids, self.ids[-1])
@@ -141,6 +246,7 @@ class RenderedPrompt:
             closing = self.answer.end_ids
             pieces += pieces_of_ids(self.tokenizer, closing, (self.ids + ids)[-1])
             ids += closing
+            notes += self.answer.end_notes
         if not ids:
             raise LensError("the response is empty; pass some text or ids, or end=True")
         n = len(self.ids)

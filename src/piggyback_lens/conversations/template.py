@@ -239,6 +239,11 @@ def _check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def short(text: str, limit: int = 40) -> str:
+    """The beginning of a text, quoted, for messages."""
+    return repr(text if len(text) <= limit else text[:limit] + "…")
+
+
 def spare_words(texts: Iterable[str]) -> tuple[str, str]:
     """Two words that occur in none of `texts`: stand-ins for a message's content."""
     joined = "\n".join(texts)

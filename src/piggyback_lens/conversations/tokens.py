@@ -1,13 +1,38 @@
 """Token spans of one text: half-open ranges, character offsets, common prefixes and suffixes."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from piggyback_lens.errors import LensError
 
 _LONGEST_CHARACTER = 4  # bytes of a character in UTF-8
+
+_MARK = re.compile(r"^\s*[<\[{|｜].*[>\]}|｜]\s*$", re.DOTALL)
+
+Found = TypeVar("Found")
+
+
+def kept_per_tokenizer(gather: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Keep what a function gathers from a tokenizer until tokens are added to it, or named otherwise.
+
+    Gathering takes milliseconds where there are thousands of added tokens. A token of the vocabulary that is only
+    marked as special afterwards, without a name such as EOS, is not noticed.
+    """
+    kept: WeakKeyDictionary[Any, tuple[object, Found]] = WeakKeyDictionary()
+
+    @wraps(gather)
+    def looked_up(tokenizer: Any) -> Found:
+        state = (len(tokenizer), tuple(tokenizer.all_special_ids))
+        if (found := kept.get(tokenizer)) is None or found[0] != state:
+            found = kept[tokenizer] = (state, gather(tokenizer))
+        return found[1]
+
+    return looked_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +126,27 @@ def pieces_of_ids(tokenizer: Any, ids: Sequence[int], before: int) -> tuple[str,
     return tuple(pieces)
 
 
-def special_ids(tokenizer: Any) -> set[int]:
+@kept_per_tokenizer
+def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of all special tokens, those included that have no name such as EOS."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    return frozenset(added) | frozenset(tokenizer.all_special_ids)
+
+
+@kept_per_tokenizer
+def fixed_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of special tokens, and of added ones that are marks (tags in brackets) and not words or white space.
+
+    Some tokenizers have runs of line ends or spaces as added tokens: those are ordinary text.
+    """
+    marks = (i for i, token in tokenizer.added_tokens_decoder.items() if _MARK.search(token.content))
+    return special_ids(tokenizer) | frozenset(marks)
+
+
+@kept_per_tokenizer
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of `special_ids`."""
+    return tuple(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
