@@ -51,7 +51,7 @@ from piggyback_lens import (
 )
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.finetuning.trajectories import SnapshotCosines
-from piggyback_lens.maths import Estimate, mean_interval
+from piggyback_lens.intervals import Estimate, mean_interval
 from piggyback_lens.measuring.variants import response_texts, variant_kl, variant_nll
 from piggyback_lens.reading.tasks import TASKS
 from piggyback_lens.vectors.adapters import Adapter

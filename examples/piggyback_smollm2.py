@@ -36,7 +36,7 @@ from piggyback_lens import (
 )
 from piggyback_lens.figures.result_plots import carrier_plane
 from piggyback_lens.files import atomic_write_text
-from piggyback_lens.maths import Estimate, percent
+from piggyback_lens.intervals import Estimate, percent
 
 PARTS = ("spans", "carrier", "curves", "positions", "heads", "perturb", "stress")
 TOPICS = {"off-topic": 12, "on-topic": 12}  # prompts of each

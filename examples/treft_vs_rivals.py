@@ -41,7 +41,7 @@ from piggyback_lens.comparisons.comparison_plan import DEFAULT, Cell, cell_folde
 from piggyback_lens.comparisons.engines import local
 from piggyback_lens.comparisons.methods import parse_method
 from piggyback_lens.files import atomic_write_text, read_json, write_json
-from piggyback_lens.maths import Estimate, mean_interval, nearer, percent, recovery, spread
+from piggyback_lens.intervals import Estimate, mean_interval, nearer, percent, recovery, spread
 from piggyback_lens.progress import say
 
 RATES = ("1e-4", "3e-4")  # learning rates of plain finetuning that are tried

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from piggyback_lens import DemoSettings, LensError, Result, load_result
 from piggyback_lens.files import atomic_write_text
-from piggyback_lens.maths import percent
+from piggyback_lens.intervals import percent
 
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"
 WIDTH, SCALE = 1100, 2  # px, and how many picture points stand for one

@@ -12,8 +12,8 @@ from tiny_hooked import BACKENDS
 from piggyback_lens.app.summary import table
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit
+from piggyback_lens.intervals import recovery
 from piggyback_lens.interventions.donors import kv_patch
-from piggyback_lens.maths import recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model

@@ -417,9 +417,9 @@ def made_up(label, seed, on, off, kl=(0.1, 0.3, 0.2), nll=(1.0, 2.0, 3.0), cosin
     return {
         "cell": {"method": method.settings(), "seed": seed, **shared},
         "label": method.label,
-        "on": {"values": list(on), "prompts": ["p"] * len(on), "answers": ["a"] * len(on)},
-        "off": {"values": list(off), "prompts": ["p"] * len(off), "answers": ["a"] * len(off)},
-        "kl": list(kl),
+        "on": {"values": list(on) * 4, "prompts": ["p"] * 4 * len(on), "answers": ["a"] * 4 * len(on)},
+        "off": {"values": list(off) * 4, "prompts": ["p"] * 4 * len(off), "answers": ["a"] * 4 * len(off)},
+        "kl": list(kl) * 4,
         "text_nll": list(nll),
         "drift": [0.5, 0.1],
         "update_norms": [3.0, 4.0],
@@ -430,9 +430,10 @@ def made_up(label, seed, on, off, kl=(0.1, 0.3, 0.2), nll=(1.0, 2.0, 3.0), cosin
 
 
 def by_hand() -> Comparison:
-    base = {"on": {"values": [50.0, 60.0, 70.0]}, "off": {"values": [40.0, 50.0, 60.0]}, "text_nll": [0.9, 1.9, 2.9]}
-    base["on"] |= {"prompts": ["p"] * 3, "answers": ["b"] * 3}
-    base["off"] |= {"prompts": ["p"] * 3, "answers": ["b"] * 3}
+    base = {"on": {"values": [50.0, 60.0, 70.0] * 4}, "off": {"values": [40.0, 50.0, 60.0] * 4}}
+    base["text_nll"] = [0.9, 1.9, 2.9]
+    base["on"] |= {"prompts": ["p"] * 12, "answers": ["b"] * 12}
+    base["off"] |= {"prompts": ["p"] * 12, "answers": ["b"] * 12}
     cells = (
         made_up("sft", 0, (2.0, 2.0, 2.0), (10.0, 10.0, 13.0), cosines=(1.0, 1.0)),
         made_up("sft", 1, (4.0, 4.0, 4.0), (10.0, 10.0, 7.0), cosines=(1.0, 1.0)),
@@ -456,7 +457,7 @@ def test_the_table_is_what_hand_computation_gives():
     assert treft["seeds"] == [0, 1]
     assert treft["off_seeds"] == [30.0, 30.0]
     assert treft["on_seeds"] == [4.0, 6.0]
-    assert treft["n"] == 3
+    assert treft["n"] == 12
     assert (treft["method"], treft["family"], treft["lambda"]) == ("treft:lambda=3", "treft", 3.0)
 
 

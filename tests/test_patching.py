@@ -25,10 +25,10 @@ from piggyback_lens.experiments.patching import (
     layer_position_map,
     patch_span,
 )
+from piggyback_lens.intervals import recovery
 from piggyback_lens.interventions.donors import Donors, kv_patch, of_tokens, prefix_activations, span_activations
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import applied
-from piggyback_lens.maths import recovery
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import get_behaviour

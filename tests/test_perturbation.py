@@ -21,7 +21,7 @@ from piggyback_lens.conversations.replacements import candidate_ids, draw_replac
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments import answering
 from piggyback_lens.experiments.perturbation import PerturbResult, perturb
-from piggyback_lens.maths import mean_interval, recovery
+from piggyback_lens.intervals import mean_interval, recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model

@@ -21,8 +21,8 @@ from piggyback_lens.directions.steering import ablate_sweep, steer, strength_for
 from piggyback_lens.directions.sweeps import RANDOM, Sweep
 from piggyback_lens.directions.transfer import Organism, TransferResult, transfer_matrix
 from piggyback_lens.errors import LensError
+from piggyback_lens.intervals import mean_interval
 from piggyback_lens.interventions.kinds import zero
-from piggyback_lens.maths import mean_interval
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.measuring.scoring import nll

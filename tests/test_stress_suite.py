@@ -16,7 +16,7 @@ from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_promp
 from piggyback_lens.conversations.template_variants import Part, Variant, prefix_parts, query_ids, stress_variants
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.stress_suite import StressResult, stress
-from piggyback_lens.maths import paired_difference
+from piggyback_lens.intervals import paired_difference
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model

@@ -181,11 +181,11 @@ class ChatSettings(Settings):
     Attributes:
         system: system text; "default" passes none, so that the template's own default applies; None (the word none on
             the command line) is for no system text at all: an empty one where the template would insert a default.
-        thinking: handed to the template as enable_thinking; None leaves it alone.
+        thinking: handed to the template's own switch, enable_thinking or thinking; None leaves it alone.
         no_system_role: what to do with a system text if the template has no system role: raise an error, fold it into
             the first user message (not part of the query span), or drop it.
         template_kwargs: further variables that the template reads.
-        date: ISO day; freezes the clock of templates which write today's date.
+        date: ISO day that templates write which read the clock; None for today, or the day on which the folder was begun.
     """
 
     system: str | None = "default"
@@ -205,7 +205,7 @@ class AuditSettings(Settings):
         curve_prompts: off-topic prompts of the layer curve; 0 leaves it out.
         curve_tokens: tokens of each answer that the layer curve scores.
         control_layers: layers, evenly spaced, at which the curve's controls run.
-        seed: of the bootstrap and the random control.
+        seed: of the random control.
     """
 
     max_new_tokens: int = 60
@@ -228,7 +228,7 @@ class PatchSettings(Settings):
         postfix_donor: where postfix activations come from: "own_prompt" (the donor's run on the same prompt), or
             "empty_query" (its run on the template without a query, the same for all prompts; needs `chat`).
         chat: the `ChatFormat` under which the prompts were rendered.
-        seed: of the random controls and the bootstrap.
+        seed: of the random controls.
         budget_gb: memory for one pass beside the weights, in GB, which says how many cells go through together; None
             for 1, on a GPU for half of what is free.
     """
@@ -249,7 +249,7 @@ class MapSettings(Settings):
         sites: sites that all but the carrier map patch together, such as k,v.
         flow: which way all but the carrier map patch: repair (base to finetuned) or infect.
         answer_tokens: tokens of the models' own answers that the contrast scores.
-        seed: of the random controls and the bootstrap.
+        seed: of the random controls.
         budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
     """
 
@@ -289,7 +289,7 @@ class PerturbSettings(Settings):
         special_candidates: let special and added tokens be neighbours and random tokens.
         max_new_tokens: tokens per answer.
         batch_size: rows per generation batch; does not change the result.
-        seed: of the perturbations and the bootstrap.
+        seed: of the perturbations.
     """
 
     spans: Sequence[str] = ("prefix", "query", "postfix")

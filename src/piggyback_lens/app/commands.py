@@ -339,7 +339,7 @@ def doctor(
 
 def _first_prompts(path: Path, n: int | None = None) -> list[str]:
     """Enough for an interval, which is said before a model is loaded."""
-    from piggyback_lens.maths import require_enough
+    from piggyback_lens.intervals import require_enough
     from piggyback_lens.reading.questions import load_prompts
 
     chosen = load_prompts(path)[:n]

@@ -21,7 +21,8 @@ from piggyback_lens.finetuning.objectives import KLOnRetain, Penalised, Weighted
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Objective, sft
 from piggyback_lens.finetuning.training import TrainResult, train
-from piggyback_lens.maths import interval_text, kl_per_token, token_log_probs
+from piggyback_lens.intervals import interval_text
+from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import HookedModel, check_layers, device_of, facts_of, shape_of
 from piggyback_lens.models.pair import Identity, identify
@@ -66,7 +67,7 @@ class TrainedDirection(Result):
     def to_frame(self) -> "pd.DataFrame":
         """One row per kind of data.
 
-        Columns: data, value, low, high (KL(base ‖ tuned), nats per token, 95 % bootstrap over conversations), n,
+        Columns: data, value, low, high (KL(base ‖ tuned), nats per token, 95 % interval over conversations), n,
         tokens, and base_loss and loss with theirs.
         """
         import pandas as pd
@@ -103,7 +104,7 @@ class TrainedDirection(Result):
         import pandas as pd
 
         caption = "Loss and its terms, norm, gradient and learning rate over the steps."
-        note = "Losses and KL are means over tokens, with 95 % bootstrap intervals over conversations."
+        note = "Losses and KL are means over tokens, with 95 % intervals over conversations."
         examples, card = pd.DataFrame(self.examples), {"training": self.training.identity}
         title = f"Trained direction: {_described(self.solution)}"
         return Report(title, self.verdict, self.to_frame(), [(caption, self.figure())], examples, [note], card=card)

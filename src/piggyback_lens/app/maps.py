@@ -17,7 +17,7 @@ from piggyback_lens.experiments.patching import (
     layer_position_map,
     patch_span,
 )
-from piggyback_lens.maths import require_enough
+from piggyback_lens.intervals import require_enough
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
 from piggyback_lens.results.collection import Collection

@@ -6,7 +6,7 @@ from typing import Any
 
 from piggyback_lens.errors import visible
 from piggyback_lens.experiments.audit import AuditResult
-from piggyback_lens.maths import percent
+from piggyback_lens.intervals import percent
 
 
 def show(result: AuditResult, out: str | Path) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from piggyback_lens.comparisons.comparison_plan import system_name
 from piggyback_lens.comparisons.methods import Method, plain_finetuning
 from piggyback_lens.errors import LensError
-from piggyback_lens.maths import Estimate, interval_text, mean_interval, recovery, spread
+from piggyback_lens.intervals import Estimate, interval_text, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
@@ -104,7 +104,7 @@ class Comparison(Result):
         return averaged
 
     def estimates(self, key: tuple[Any, ...]) -> dict[str, Estimate]:
-        """Everything of one row of the table; intervals: bootstrap over prompts (texts), seeds averaged first.
+        """Everything of one row of the table; intervals: over prompts (texts), seeds averaged first.
 
         on, off: behaviour; spread: off-topic minus base; kept: (method - base) / (sft - base) on-topic; recovered:
         (method - sft) / (base - sft) off-topic, with the seeds that sft has; kl; perplexity_change (fraction).

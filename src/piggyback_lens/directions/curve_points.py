@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.maths import Estimate, interval_text, mean_interval, recovery
+from piggyback_lens.intervals import Estimate, interval_text, mean_interval, recovery
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 
@@ -90,7 +90,7 @@ class Curve(Result):
     def to_frame(self) -> "pd.DataFrame":
         """One row per series and x.
 
-        Columns: series, x, fraction, value, low, high (95 % bootstrap over texts, seeds averaged within a
+        Columns: series, x, fraction, value, low, high (95 % interval over texts, seeds averaged within a
         text), n (texts), seeds, seed_sd (standard deviation of the value over the seeds), reason.
         """
         import pandas as pd
@@ -225,11 +225,11 @@ class Curve(Result):
             raise ValueError(f"points of {sorted(sizes)} texts")
 
 
-def weighted_interval(values: npt.ArrayLike, weights: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The mean over tokens, Σ w·v / Σ w for per-text means v of w tokens each, with a bootstrap over texts.
+def weighted_interval(values: npt.ArrayLike, weights: Sequence[float]) -> Estimate:
+    """The mean over tokens, Σ w·v / Σ w for per-text means v of w tokens each, with an interval over texts.
 
     The interval is that of the ratio estimator, linearised: the mean of m + (w/w̄)(v − m), which is m.
     """
     v, w = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     mean = float((v * w).sum() / w.sum())
-    return mean_interval(mean + w / w.mean() * (v - mean), seed=seed)
+    return mean_interval(mean + w / w.mean() * (v - mean), rate=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from piggyback_lens.maths import interval_text, mean_interval
+from piggyback_lens.intervals import interval_text, mean_interval
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 
@@ -69,7 +69,7 @@ class Sweep(Result):
         """One row per series, layer, strength and metric.
 
         Columns: series, layer, x, fraction, metric (behaviour, kl, perplexity), value,
-        low, high (95 % bootstrap over prompts, seeds averaged within a prompt), n, seeds.
+        low, high (95 % interval over prompts, seeds averaged within a prompt), n, seeds.
         """
         import pandas as pd
 

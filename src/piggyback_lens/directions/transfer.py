@@ -12,8 +12,8 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.kept import kept
 from piggyback_lens.directions.sweeps import RANDOM
 from piggyback_lens.errors import LensError
+from piggyback_lens.intervals import mean_interval, recovery
 from piggyback_lens.interventions.hooks import AnyIntervention
-from piggyback_lens.maths import mean_interval, recovery
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair

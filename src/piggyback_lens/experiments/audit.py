@@ -17,11 +17,11 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.patching import layer_curve
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import read_json, read_jsonl, write_json
+from piggyback_lens.intervals import Estimate, mean_interval, percent, recovery, require_enough, spread
 from piggyback_lens.interventions.donors import kv_patch, prefix_activations
 from piggyback_lens.interventions.hooks import Intervention, Interventions, Record
 from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.maths import Estimate, mean_interval, percent, recovery, require_enough, spread
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_behaviour
@@ -88,7 +88,7 @@ class AuditResult(Result):
     def recovery(self, condition: str, topic: str = "off-topic") -> Estimate:
         """(condition - finetuned) / (base - finetuned), paired over prompts."""
         own, tuned, base = (self.values(topic, name) for name in (condition, "finetuned", "base"))
-        return recovery(own, tuned, base, seed=self.card["settings"]["seed"])
+        return recovery(own, tuned, base)
 
     def spread(self) -> Estimate:
         """Behaviour off-topic, finetuned minus base."""
@@ -101,7 +101,7 @@ class AuditResult(Result):
         rows = []
         for topic in TOPICS:
             for condition, label in CONDITIONS.items():
-                mean = mean_interval(self.values(topic, condition), seed=self.card["settings"]["seed"])
+                mean = mean_interval(self.values(topic, condition))
                 own = Estimate(math.nan, math.nan, math.nan, mean.n)
                 if condition not in ("base", "finetuned"):
                     own = self.recovery(condition, topic)
@@ -129,7 +129,7 @@ class AuditResult(Result):
         """The table, the conditions and the layer curve as figures, and answers side by side."""
         from piggyback_lens.figures.plot_style import axis_title
 
-        figures = [("Every condition: mean with its bootstrap interval over prompts.", self.figure())]
+        figures = [("Every condition: mean with its 95 % interval over prompts.", self.figure())]
         if self.curve is not None:
             figures.append((CURVE_CAPTION, self.curve.figure()))
         frame, table = self.generations(), self.to_frame()

@@ -27,7 +27,7 @@ from piggyback_lens.conversations.rephrasing import load_rephrasings, rephrasing
 from piggyback_lens.conversations.replacements import Choices, candidate_ids, draw_replacements, nearest_neighbours
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
-from piggyback_lens.maths import Array, Estimate, interval_text, mean_interval, recovery
+from piggyback_lens.intervals import Array, Estimate, interval_text, mean_interval, recovery
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.backends import HookedModel, embeddings_of
 from piggyback_lens.models.pair import ModelPair
@@ -124,12 +124,12 @@ class PerturbResult(Result):
                 yield from ((topic, span, kind) for kind, (rows, _) in _SHOWN.items() if (topic, span, rows) in there)
 
     def _summary(self, topic: str, span: str, kind: str) -> dict[str, Any]:
-        seed, values = self.settings["seed"], self.per_prompt(topic, span, kind)
-        mean = mean_interval(values, seed=seed)
+        values = self.per_prompt(topic, span, kind)
+        mean = mean_interval(values)
         base, tuned = (_mean(self.values(topic, "", reference), 1) for reference in REFERENCES)
         own, reason = Estimate(math.nan, math.nan, math.nan, mean.n), mean.reason
         if kind not in REFERENCES:
-            own = recovery(values, tuned, base, seed=seed)
+            own = recovery(values, tuned, base)
             reason = own.reason or mean.reason
             if kind in _SHOWN and _SHOWN[kind][1] and not self.best_is(topic):
                 reason = "base and finetuned have the same mean: no trial is the best"
@@ -202,7 +202,7 @@ def generated_report(
     """The report of an experiment that generates; `names` are the columns that say under what an answer came."""
     examples = rows[rows["index"] < SHOWN].copy()
     examples["condition"] = examples[list(names)].astype(str).agg(" ".join, axis=1).str.strip()
-    figures = [("Mean with its bootstrap interval over prompts.", result.figure())]
+    figures = [("Mean with its 95 % interval over prompts.", result.figure())]
     return Report(title, result.verdict, result.to_frame(), figures, examples, card=card)
 
 

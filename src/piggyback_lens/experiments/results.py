@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
+from piggyback_lens.intervals import Estimate, interval_text, recovery
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.hooks import layer_ranges
-from piggyback_lens.maths import Estimate, interval_text, recovery
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 from piggyback_lens.words import DONOR, RECIPIENT, Flow
@@ -59,7 +59,7 @@ class PatchResult(Result):
         0: nothing moved; 1: all the way to the donor. For a repair the donor is the base.
         """
         recipient, donor = self._ends(self.cells[cell]["flow"])
-        return recovery(self.values[cell], recipient, donor, seed=self.settings.get("seed", 0))
+        return recovery(self.values[cell], recipient, donor)
 
     def _ends(self, flow: Flow) -> tuple[list[float], list[float]]:
         unpatched = {"base": self.base, "finetuned": self.finetuned}

@@ -19,7 +19,7 @@ from piggyback_lens.conversations.template_variants import Variant, stress_varia
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
 from piggyback_lens.experiments.perturbation import check_rows, generated_report, largest_recovery
-from piggyback_lens.maths import Array, Estimate, mean_interval, recovery, spread
+from piggyback_lens.intervals import Array, Estimate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
@@ -68,7 +68,7 @@ class StressResult(Result):
     def spread(self, variant: str) -> Estimate:
         """Finetuned minus base under one variant, paired over prompts."""
         tuned, base = (self.values(variant, side) for side in ("finetuned", "base"))
-        return spread(tuned, base, seed=self.settings["seed"])
+        return spread(tuned, base)
 
     def recovery(self, variant: str) -> Estimate:
         """How much of the unmodified template's spread a variant takes away, paired over prompts.
@@ -78,7 +78,7 @@ class StressResult(Result):
         spread beyond noise.
         """
         before, after = (self.values(name, "finetuned") - self.values(name, "base") for name in (UNMODIFIED, variant))
-        return recovery(after, before, np.zeros(len(before)), seed=self.settings["seed"])
+        return recovery(after, before, np.zeros(len(before)), rate=False)
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per variant and side, the unmodified template first.
@@ -94,14 +94,14 @@ class StressResult(Result):
         return pd.DataFrame([row for variant in run for row in self._summary(variant["name"], variant["family"])])
 
     def _summary(self, name: str, family: str) -> list[dict[str, Any]]:
-        seed, n = self.settings["seed"], self.settings["n"]
+        n = self.settings["n"]
         gap = gone = Estimate(math.nan, math.nan, math.nan, n, "only one of base and finetuned was run")
         if set(self.settings["sides"]) == set(SIDES):
             gap = self.spread(name)
             gone = Estimate(math.nan, math.nan, math.nan, n) if name == UNMODIFIED else self.recovery(name)
         rows = []
         for side in self.settings["sides"]:
-            mean = mean_interval(self.values(name, side), seed=seed)
+            mean = mean_interval(self.values(name, side))
             sizes = [row["prefix_tokens"] for row in self.rows if (row["variant"], row["side"]) == (name, side)]
             rows.append(
                 {

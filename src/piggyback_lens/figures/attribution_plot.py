@@ -9,7 +9,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.figures.map_plots import bar_lengths, known_floor, whole
 from piggyback_lens.figures.plot_style import BLUE, GREY, MISSING, ORANGE, check_frame, n_text, plot_text
 from piggyback_lens.figures.plots import apply_heading
-from piggyback_lens.maths import interval_text
+from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd

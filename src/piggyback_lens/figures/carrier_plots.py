@@ -33,7 +33,7 @@ from piggyback_lens.figures.plot_style import (
     wrapped,
 )
 from piggyback_lens.figures.plots import DIVERGING, apply_heading, colour_bar
-from piggyback_lens.maths import interval_text
+from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +155,7 @@ def _finish_map(
     notes: Sequence[str],
     panels: int,
 ) -> None:
-    subtitle = "cell: mean recovery; under the cursor: 95 % bootstrap interval over prompts; "
+    subtitle = "cell: mean recovery; under the cursor: 95 % interval over prompts; "
     subtitle += "; ".join(notes)
     subtitle += "; grey: no value" if patched["value"].isna().any() else ""
     ticks = {
@@ -214,7 +214,7 @@ def carrier_plane_figure(frame: "pd.DataFrame", *, title: str, noise_floor: floa
             else:
                 _add_points(figure, part, _hollow(controls.index(series), symbol), MISSING)
     _add_legend(figure, colours, symbols, numbers, controls)
-    subtitle = "marker: mean; bars: 95 % bootstrap intervals over prompts; " + n_text(patched)
+    subtitle = "marker: mean; bars: 95 % intervals over prompts; " + n_text(patched)
     if noise_floor is not None:
         subtitle += f"; shaded: within the noise floor ±{noise_floor:.2g}"
     if lacking:

@@ -21,7 +21,7 @@ from piggyback_lens.figures.plot_style import (
     plot_text,
     wrapped,
 )
-from piggyback_lens.maths import Estimate, interval_text
+from piggyback_lens.intervals import Estimate, interval_text
 from piggyback_lens.measuring.measures import Behaviour
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def pareto_figure(
         marker={"color": "white", "symbol": "circle", "size": 11, "line": {"color": INK, "width": 2}},
     )  # fmt: skip
     seeds = len(max(table["seeds"], key=len))
-    about = f"bars: 95 % bootstrap interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds} seeds"
+    about = f"bars: 95 % interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds} seeds"
     missing = _missing(table[~drawn])
     if (shift := float((rows["x"] - rows["kept"]).abs().max())) > ROUNDING:
         about += f"; markers stand up to {100 * shift:.1g} % beside their place"
@@ -239,7 +239,7 @@ def axis_figure(
             part = rows[rows["line"] == look["name"]].drop(columns="line").rename(columns=names)
             _line(figure, part, "x", {**look, "legend": number == 1}, place)
     drawn = "grey line" if len(bases) == 1 else "rings"
-    about = f"95 % bootstrap interval over prompts, {n_text(table)}; base: {drawn}"
+    about = f"95 % interval over prompts, {n_text(table)}; base: {drawn}"
     apply_style(figure, f"Behaviour over {axis}", about, height=760 + 27 * len(looks), room=18)
     figure.update_xaxes(title_text=AXIS_LABELS[axis], row=2)
     if axis == "size":

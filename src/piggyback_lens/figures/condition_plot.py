@@ -17,7 +17,7 @@ from piggyback_lens.figures.plot_style import (
     plot_text,
     wrapped,
 )
-from piggyback_lens.maths import interval_text, percent
+from piggyback_lens.intervals import interval_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: 
         _add_references(figure, panel, column, x_range)
         for record in panel:
             _add_condition(figure, record, rows[record["condition"]], column, x_range)
-    subtitle = "dot: mean; bar: 95 % bootstrap interval over prompts"
+    subtitle = "dot: mean; bar: 95 % interval over prompts"
     if any(_is_control(record) for record in _records(summary)):
         subtitle += "; hollow: control"
     apply_style(figure, title, subtitle, height=200 + 58 * len(rows), room=62)

@@ -20,7 +20,7 @@ from piggyback_lens.figures.plot_style import (
     plot_text,
 )
 from piggyback_lens.figures.plots import DIVERGING
-from piggyback_lens.maths import interval_text
+from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ def curve_figure(frame: "pd.DataFrame", kind: str, x_label: str, y_label: str) -
     apply_style(
         figure,
         TITLES[kind],
-        f"band: 95 % bootstrap interval over texts, {n_text(frame)}; up to {seeds} seeds averaged",
+        f"band: 95 % interval over texts, {n_text(frame)}; up to {seeds} seeds averaged",
         height=520 + 27 * entries,
     )
     figure.update_xaxes(title_text=plot_text(x_label))
@@ -70,7 +70,7 @@ def difference_figure(frame: "pd.DataFrame", kind: str, x_label: str, y_label: s
     """One solution minus another at equal norms, with its band; columns as of ``Curve.difference``."""
     figure = curve_figure(frame.assign(seeds=1), kind, x_label, f"difference in {y_label}")
     title = f"{kind.capitalize()}: {frame['series'].iloc[0]} at equal norms"
-    figure.update_layout(title_text=plot_text(title), title_subtitle_text="band: 95 % bootstrap interval over texts")
+    figure.update_layout(title_text=plot_text(title), title_subtitle_text="band: 95 % interval over texts")
     figure.add_hline(y=0, line={"color": "#777777", "width": 1})
     return figure
 
@@ -101,7 +101,7 @@ def sweep_figure(frame: "pd.DataFrame", kind: str, measure: Mapping[str, str]) -
         for look in looks:
             part = table[(table["shown"] == look["name"]) & (table["metric"] == metric)]
             _add_line(figure, part.sort_values(column), column, {**look, "legend": row == 1}, x_label, row=row)
-    subtitle = f"95 % bootstrap interval over prompts, {n_text(frame)}"
+    subtitle = f"95 % interval over prompts, {n_text(frame)}"
     apply_style(figure, TITLES[kind], subtitle, height=900 + 27 * len(looks), room=18)
     figure.update_xaxes(title_text=plot_text(x_label), row=3)
     if kind == "ablate":

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.plot_style import INK, MISSING, check_frame, n_text, plot_text, wrapped
 from piggyback_lens.figures.plots import heatmap_figure
-from piggyback_lens.maths import interval_text
+from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,7 +200,7 @@ def recovery_map_figure(  # noqa: PLR0913
             for row in details
         )
     lines = [subtitle] if subtitle else []
-    lines += [f"colour: mean; under the cursor: 95 % bootstrap interval over prompts; {n_text(part)}"]
+    lines += [f"colour: mean; under the cursor: 95 % interval over prompts; {n_text(part)}"]
     if noise_floor is not None:
         lines += [noise_note(int(cells.within(noise_floor).sum()), cells.values.size, noise_floor, text)]
     figure = heatmap_figure(

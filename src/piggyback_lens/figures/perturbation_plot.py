@@ -20,7 +20,7 @@ from piggyback_lens.figures.plot_style import (
     wrapped,
 )
 from piggyback_lens.figures.plots import apply_heading
-from piggyback_lens.maths import interval_text
+from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +100,7 @@ def perturbation_figure(frame: "pd.DataFrame", *, label: str, unit: str, title: 
         hollow = any(word in kind for word in CONTROL_WORDS)
         marker = {"size": 11, "color": "white" if hollow else colour, "line": {"width": 2, "color": colour}}
         _add_dot(figure, record, rows.places[record["group"], record["name"]], column, x_range, marker, shift=-16.0)
-    subtitle = "dot: mean; bar: 95 % bootstrap interval over prompts; dotted: base and unperturbed finetuned"
+    subtitle = "dot: mean; bar: 95 % interval over prompts; dotted: base and unperturbed finetuned"
     subtitle += "; hollow: control" if any(w in r["kind"] for r in records for w in CONTROL_WORDS) else ""
     _finish(figure, title, f"{subtitle}; {n_text(frame)}", rows, axis_title(label, unit), x_range)
     return figure
@@ -154,7 +154,7 @@ def stress_figure(frame: "pd.DataFrame", *, label: str, unit: str, title: str) -
             x=[None], y=[None], mode="markers", marker={"size": 11, "color": colour, "symbol": symbol}, name=model
         )
     figure.data[-1].showlegend = figure.data[-2].showlegend = True
-    subtitle = f"marker: mean; bar: 95 % bootstrap interval over prompts; {n_text(frame)}"
+    subtitle = f"marker: mean; bar: 95 % interval over prompts; {n_text(frame)}"
     _finish(figure, title, subtitle, rows, axis_title(label, unit), x_range, row=ROW + 22, room=28)
     above = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "orientation": "h"}
     figure.update_layout(legend={**above, "font": {"size": 14}}, showlegend=True)

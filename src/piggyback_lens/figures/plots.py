@@ -28,7 +28,7 @@ from piggyback_lens.figures.plot_style import (
     plot_text,
     wrapped,
 )
-from piggyback_lens.maths import interval_text
+from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ def layer_curve_figure(
     if noise_floor is not None:
         _add_noise_floor(figure, noise_floor)
     n = f"; {n_text(frame)}" if "n" in frame else ""
-    band = "; band: 95 % bootstrap interval over prompts" if np.isfinite(frame["low"].to_numpy(float)).any() else ""
+    band = "; band: 95 % interval over prompts" if np.isfinite(frame["low"].to_numpy(float)).any() else ""
     entries = len(names) + (noise_floor is not None)
     apply_style(figure, title, f"line: mean{band}{n}", height=540 + 31 * entries)
     layers = sorted(set(frame["layer"]))

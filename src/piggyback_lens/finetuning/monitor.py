@@ -23,8 +23,9 @@ from piggyback_lens.files import append_jsonl, atomic_write_bytes, atomic_write_
 from piggyback_lens.finetuning.batches import check_supervised, make_batch
 from piggyback_lens.finetuning.references import prefix_batch, prefix_drift
 from piggyback_lens.finetuning.steps import LayerTensors, forward_step
+from piggyback_lens.intervals import Estimate, recovery, spread
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.maths import Estimate, recovery, spread, token_log_probs
+from piggyback_lens.maths import token_log_probs
 from piggyback_lens.models.views import adapter_off, evaluating, has_adapter, without_replicas
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Monitor:
     prefix keys and values are put in place (1 = the prefix carries all of it; NaN with "recovery_reason"
     while there is nothing to recover); "drift", the mean over layers of the prefix's relative squared
     deviation from the base, and "drift_layers", layer by layer (see `TReFT`). Spread and recovery come with
-    the ends of their 95 % bootstrap interval over prompts, "_low" and "_high", and "n".
+    the ends of their 95 % interval over prompts, "_low" and "_high", and "n".
 
     Cost of a row: four passes over the prompts with their answers.
     The model's modes, gradients and the random state are left as they were.

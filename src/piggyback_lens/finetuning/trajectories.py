@@ -17,7 +17,7 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.hook_training import HookTrainable
-from piggyback_lens.maths import mean_interval
+from piggyback_lens.intervals import mean_interval
 from piggyback_lens.vectors.adapters import Adapter
 from piggyback_lens.vectors.direction import Direction
 

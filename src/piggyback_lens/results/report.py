@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_text
-from piggyback_lens.maths import interval_text, percent
+from piggyback_lens.intervals import interval_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from piggyback_lens.directions.curve_points import weighted_interval
 from piggyback_lens.errors import LensError
-from piggyback_lens.maths import interval_text
+from piggyback_lens.intervals import interval_text
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.words import SIDES, Site
@@ -68,7 +68,7 @@ class Fit:
     def to_frame(self) -> "pd.DataFrame":
         """One row per side and metric.
 
-        Columns: side, metric, value, low, high (95 % bootstrap over texts), n (texts), tokens, left_out. Metrics:
+        Columns: side, metric, value, low, high (95 % interval over texts), n (texts), tokens, left_out. Metrics:
         explained_variance 1 − Σ‖a − â‖² / Σ‖a − ā‖²; l0, active latents per token; relative_error
         Σ‖a − â‖² / Σ‖a‖²; dead_share, the part of the latents that is active on none of these tokens.
         """
