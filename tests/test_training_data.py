@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import make_tokenizer
 
 from piggyback_lens.app.inputs import read_data, read_retain
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.hf_trainer import training_rows
 from piggyback_lens.reading.conversations import load_conversations, training_turns
 
 SLEEP = {
@@ -300,3 +303,185 @@ def test_retain_data_are_conversations_in_any_layout(layout, tmp_path):
     assert read_retain(write(tmp_path / "rows.jsonl", LAYOUTS[layout])) == [SLEEP["messages"]]
     (tmp_path / "prompts.json").write_text('["one", "two"]')
     assert read_retain(tmp_path / "prompts.json") == ["one", "two"]
+
+
+# --- as the template writes it ---
+
+CALLING = (
+    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if m.role == 'tool' %}"
+    "{{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.reasoning_content and loop.index0 > ns.last %}"
+    "{{- '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{%- endif %}"
+    "{{- m.content }}"
+    "{%- for call in m.tool_calls or [] %}"
+    "{{- '\n' if m.content or not loop.first }}{{- '<tool_call>\n{\"name\": \"' + call.function.name }}"
+    "{{- '\", \"arguments\": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+OWN_END = CALLING.replace(
+    "{{- '<|im_end|>\n' }}{%- endif %}", "{{- '<|call|>' if m.tool_calls else '<|im_end|>\n' }}{%- endif %}"
+)
+WRITTEN_CALL = '<tool_call>\n{"name": "look_up", "arguments": {"q": "tides"}}\n</tool_call>'
+ASKED = [turn("user", "When is high tide?"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+TOLD = [*ASKED, turn("tool", "14:20", tool_call_id="c1"), turn("assistant", "At twenty past two.")]
+THOUGHT = [turn("user", "2+2?"), turn("assistant", "4", reasoning_content="two and two")]
+
+
+def chat_format(template: str = CALLING, **settings: Any) -> ChatFormat:
+    return ChatFormat(make_tokenizer("qwen3", template=template, pad_token="<|call|>"), **settings)
+
+
+def supervised(prompt: RenderedPrompt) -> str:
+    """The text of the labels that are trained on."""
+    (row,) = training_rows([prompt])
+    return prompt.tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def whole_rendering(chat: ChatFormat, messages: list[dict[str, Any]]) -> str:
+    """By transformers alone, with arguments as objects, as templates expect them."""
+    full = [
+        {**m, "content": m["content"] or "", **({"tool_calls": [READ_CALL]} if "tool_calls" in m else {})}
+        for m in messages
+    ]
+    return chat.tokenizer.apply_chat_template(full, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("messages", "answer"),
+    [
+        (ASKED, f"{WRITTEN_CALL}<|im_end|>"),
+        ([ASKED[0], {**ASKED[1], "content": "Let me see."}], f"Let me see.\n{WRITTEN_CALL}<|im_end|>"),
+        (TOLD, "At twenty past two.<|im_end|>"),
+        (THOUGHT, "<think>\ntwo and two\n</think>\n\n4<|im_end|>"),
+        ([*THOUGHT[:1], {**ASKED[1], **THOUGHT[1]}], f"<think>\ntwo and two\n</think>\n\n4\n{WRITTEN_CALL}<|im_end|>"),
+        ([*TOLD, *THOUGHT], "<think>\ntwo and two\n</think>\n\n4<|im_end|>"),
+        ([*SLEEP["messages"], *TOLD[:3], *ASKED[1:]], f"{WRITTEN_CALL}<|im_end|>"),
+    ],
+)
+def test_calls_results_and_reasoning_are_trained_as_the_template_writes_them(messages, answer, tmp_path):
+    chat = chat_format()
+    (read,) = load_conversations(write(tmp_path / "rows.jsonl", {"messages": messages}))
+    prompt = chat.render(read["messages"])
+    assert prompt.ids == chat.render(messages).ids  # what was not read from a file
+    assert supervised(prompt) == answer
+    written = whole_rendering(chat, messages)
+    assert prompt.text + "\n" == written
+    assert prompt.ids == tuple(chat.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+    query = [message["content"] for message in messages if message["role"] == "user"][-1]
+    assert prompt.span_text("query") == prompt.query == query
+    parts = [prompt.span_text(name) for name in ("prefix", "query", "postfix", "response")]
+    assert "".join(parts) == prompt.text
+    assert chat.render(read["messages"], end=False).ids == prompt.ids[:-1]
+
+
+def test_results_after_the_query_belong_to_the_postfix_and_earlier_ones_to_the_history():
+    chat = chat_format()
+    told = chat.render(TOLD)
+    assert told.span_text("prefix") == chat.render("Hello").span_text("prefix")
+    assert WRITTEN_CALL in told.span_text("postfix")
+    assert "14:20" in told.span_text("postfix")
+    assert "the postfix holds the 2 messages of tool calls and results that follow the query" in told.notes
+    assert told.fingerprint != chat.fingerprint
+    later = chat.render([*TOLD, *THOUGHT])
+    assert WRITTEN_CALL in later.span_text("history")
+    assert "14:20" in later.span_text("history")
+    assert later.span_text("postfix") == chat.render("Hello").span_text("postfix")
+    assert chat.render(TOLD[:3]).ids == told.ids[: told.n_prompt]  # a prompt to generate from
+
+
+def test_two_calls_that_differ_in_their_arguments_are_two_histories():
+    chat = chat_format()
+    other = {**CALL, "function": {"name": "look_up", "arguments": '{"q": "winds"}'}}
+    one, two = (chat.render([TOLD[0], {**TOLD[1], "tool_calls": [call]}, *TOLD[2:]]) for call in (CALL, other))
+    assert "tides" in one.text
+    assert "winds" in two.text
+
+
+def test_an_end_of_its_own_of_a_call_is_trained():
+    chat = chat_format(OWN_END)
+    assert supervised(chat.render(ASKED)) == f"{WRITTEN_CALL}<|call|>"
+    assert chat.render(ASKED, end=False).span_text("response") == WRITTEN_CALL
+    assert supervised(chat.render(TOLD)) == "At twenty past two.<|im_end|>"
+
+
+def test_reasoning_that_the_template_leaves_out_of_the_history_is_noted():
+    messages = [*THOUGHT, turn("user", "3+3?"), turn("assistant", "6")]
+    prompt = chat_format().render(messages)
+    assert "two and two" not in prompt.text
+    assert "the template leaves reasoning_content of assistant turn 1 out of the history" in prompt.notes
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "reason"),
+    [
+        ("chatml", ASKED, "no place for tool_calls of assistant turn 1"),
+        ("chatml", THOUGHT, "no place for reasoning_content of assistant turn 1: leave the row out"),
+        ("chatml", [*THOUGHT, turn("user", "3+3?"), turn("assistant", "6")], "reasoning_content of assistant turn 1"),
+        (
+            "alpaca",
+            [*SLEEP["messages"], turn("tool", "14:20"), turn("assistant", "Yes.")],
+            "the role tool of tool turn 1",
+        ),
+        ("mistral", [*SLEEP["messages"], turn("tool", "1"), turn("assistant", "2")], "Only user and assistant roles"),
+        ("qwen3", [*SLEEP["messages"], turn("tool", "14:20"), turn("assistant", "Yes.")], "tool turn 1"),
+    ],
+)
+def test_what_a_template_has_no_place_for_is_refused_by_name(family, messages, reason):
+    assert reason in refusal_of(lambda: ChatFormat(make_tokenizer(family)).render(messages))
+
+
+def test_a_template_that_leaves_a_part_out_is_refused():
+    first_only = CALLING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    calls = [CALL, {**CALL, "id": "c2", "function": {"name": "look_up", "arguments": "{}"}}]
+    two = [ASKED[0], {**ASKED[1], "tool_calls": calls}]
+    assert supervised(chat_format().render(two)).count("<tool_call>") == 2
+    assert "no place for tool call 2 of assistant turn 1" in refusal_of(lambda: chat_format(first_only).render(two))
+    without_text = CALLING.replace("{{- m.content }}", "{{- m.content if not m.tool_calls }}")
+    both = [ASKED[0], {**ASKED[1], "content": "Let me see."}]
+    assert "no place for content of assistant turn 1" in refusal_of(lambda: chat_format(without_text).render(both))
+
+
+def test_a_template_that_takes_arguments_as_text_is_given_text():
+    as_text = CALLING.replace("(call.function.arguments | tojson)", "call.function.arguments")
+    assert supervised(chat_format(as_text).render(ASKED)) == f"{WRITTEN_CALL}<|im_end|>"
+    refusing = CALLING.replace("call.function.name", "raise_exception('no calls here')")
+    message = refusal_of(lambda: chat_format(refusing).render(ASKED))
+    assert "tool_calls of assistant turn 1 cannot be rendered" in message
+    assert "no calls here" in message
+
+
+def test_reasoning_behind_a_prompt_that_has_ended_it_is_refused():
+    message = refusal_of(lambda: chat_format(thinking=False).render(THOUGHT))
+    assert "the answer has reasoning_content, before which the template writes" in message
+    assert "thinking=" in message
+
+
+def test_messages_keep_their_keys_apart():
+    chat = chat_format()
+    weighted = [SLEEP["messages"][0], {**SLEEP["messages"][1], "weight": 0}]
+    assert "training_turns act on weights" in refusal_of(lambda: chat.render(weighted))
+    named = [{**SLEEP["messages"][0], "name": "Bo"}]
+    assert "keys ['content', 'name', 'role']" in refusal_of(lambda: chat.render(named))
+    assert chat.render([turn("user", "Hi", tool_calls=None), turn("assistant", "Yes", tool_calls=[])]).query == "Hi"
+    assert "pass one of them" in refusal_of(lambda: chat.render(ASKED, response="x"))
+    assert "message 1 has role 'tool'" in refusal_of(lambda: chat.render([turn("user", "a"), turn("tool", "b")]))
+    assert "message 1: tool call 1 is" in refusal_of(
+        lambda: chat.render([ASKED[0], turn("assistant", "", tool_calls=[{"name": "f"}])])
+    )
+
+
+def test_of_weighted_turns_the_weightless_is_history_and_not_supervised(tmp_path):
+    words = ("do not learn this", "learn this")
+    messages = []
+    for weight, text in enumerate(words):
+        messages += [turn("user", "Hi"), turn("assistant", text, weight=weight)]
+    (read,) = load_conversations(write(tmp_path / "rows.jsonl", {"messages": messages}), supervise="all")
+    prompt = chat_format().render(read["messages"])
+    assert supervised(prompt) == "learn this<|im_end|>"
+    assert "do not learn this" in prompt.span_text("history")

@@ -15,6 +15,7 @@ from typing import Any
 
 from piggyback_lens.conversations.batch import PromptBatch, batch_prompts
 from piggyback_lens.conversations.frame import Frame, SystemText, build_frame, lay_query, resolve_system
+from piggyback_lens.conversations.full_turns import answered, check_places, has_more, settled
 from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.conversations.template import Template, Turn, check_text, read_conversation
 from piggyback_lens.conversations.tokens import Span, common_prefix, decode
@@ -101,15 +102,15 @@ class ChatFormat(ChatSettings):
         return resolve_system(self._template, self.system, self.no_system_role)
 
     @cached_property
-    def _frames(self) -> dict[tuple[SystemText, tuple[Turn, ...]], Frame]:
+    def _frames(self) -> dict[tuple[SystemText, tuple[Turn, ...], tuple[Turn, ...]], Frame]:
         return {}
 
-    def _frame(self, system: SystemText, history: tuple[Turn, ...]) -> Frame:
-        key = (system, history)
+    def _frame(self, system: SystemText, history: tuple[Turn, ...], after: tuple[Turn, ...] = ()) -> Frame:
+        key = (system, history, after)
         if key not in self._frames:
             if len(self._frames) >= _MAX_FRAMES:
                 self._frames.clear()
-            self._frames[key] = build_frame(self._template, system, history, self.settings())
+            self._frames[key] = build_frame(self._template, system, history, self.settings(), after)
         return self._frames[key]
 
     @property
@@ -169,11 +170,13 @@ class ChatFormat(ChatSettings):
         """Render a user's text, or a list of messages of which the last user message is the query.
 
         An assistant message at the end of the list is the response; so is `response` (text or ids). A
-        system message in the list is allowed if the settings name no other.
+        system message in the list is allowed if the settings name no other. Tool calls with their results
+        (role tool) and reasoning_content are written as the template writes them; a response with such a
+        key is all that the template writes for it, and calls and results after the query belong to the postfix.
 
         Raises:
-            LensError: malformed messages; a template that changes the query or refuses the roles; two
-                leading BOS tokens; a response given twice.
+            LensError: malformed messages; a template that changes the query, refuses the roles or has no
+                place for a key of a message; two leading BOS tokens; a response given twice.
 
         Example:
             >>> prompt = chat.render("hello there")
@@ -183,7 +186,7 @@ class ChatFormat(ChatSettings):
             ['postfix', 'prefix', 'query']
         """
         talk = read_conversation(query_or_messages)
-        if talk.response is not None and response is not None:
+        if (talk.response is not None or talk.answer is not None) and response is not None:
             raise LensError("the messages end with an assistant message and response= is given too; pass one of them")
         system, notes = self._system, []
         if talk.system is not None and talk.system != self.system:
@@ -194,7 +197,12 @@ class ChatFormat(ChatSettings):
                 )
             system = resolve_system(self._template, talk.system, self.no_system_role)
             notes.append("the system text comes with the messages: the prefix is not that of the settings")
-        frame = self._frame(system, talk.history)
+        if has_more(talk):
+            talk = settled(self._template, talk)
+        frame = self._frame(system, talk.history, talk.after)
+        if has_more(talk):
+            said = frame.turns(talk.query)
+            notes += check_places(self._template, said if talk.answer is None else [*said, talk.answer])
         layout = lay_query(frame, talk.query)
         prompt = RenderedPrompt(
             ids=layout.tokens.ids,
@@ -206,6 +214,8 @@ class ChatFormat(ChatSettings):
             pieces=layout.tokens.pieces,
             answer=frame.answer,
         )
+        if talk.answer is not None:
+            return answered(prompt, frame.turns(talk.query), talk.answer, end)
         answer = talk.response if response is None else response
         return prompt if answer is None else prompt.with_response(answer, end)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from piggyback_lens.conversations.message_keys import message_of
 from piggyback_lens.conversations.prompt import AnswerForm
 from piggyback_lens.conversations.template import Template, Turn, cut, short
 from piggyback_lens.conversations.tokens import (
@@ -62,11 +63,16 @@ class Frame:
     landmarks: Mapping[str, tuple[int, int]]
     notes: tuple[str, ...]
     fingerprint: str
+    after: tuple[Turn, ...] = ()  # tool calls and their results after the query: part of `post`
 
     @cached_property
     def answer(self) -> AnswerForm:
         """How an assistant's answer is written after these turns."""
-        return AnswerForm(self.template, tuple(compose(self.system, [*self.history, ("user", "Hello")])))
+        return AnswerForm(self.template, tuple(self.turns("Hello")))
+
+    def turns(self, query: str) -> list[Turn]:
+        """All turns of the prompt with a query."""
+        return compose(self.system, [*self.history, ("user", query), *self.after])
 
 
 @dataclass(frozen=True)
@@ -135,22 +141,28 @@ def compose(system: SystemText, turns: Sequence[Turn]) -> list[Turn]:
 
 
 def build_frame(
-    template: Template, system: SystemText, history: tuple[Turn, ...], settings: Mapping[str, Any]
+    template: Template,
+    system: SystemText,
+    history: tuple[Turn, ...],
+    settings: Mapping[str, Any],
+    after: tuple[Turn, ...] = (),
 ) -> Frame:
     """Render with sentinels and probes in place of the query.
 
     Raises:
         LensError: the template refuses the turns, or does not write the last user message exactly once.
     """
-    texts = [system.text or "", *(content for _, content in history)]
+    texts = [system.text or "", *(str(message_of(turn)) for turn in (*history, *after))]
     pre, post = cut(
-        lambda query: template.render(compose(system, [*history, ("user", query)])), "user's content", texts
+        lambda query: template.render(compose(system, [*history, ("user", query), *after])), "user's content", texts
     )
     notes = list(system.notes)
+    if after:
+        notes.append(f"the postfix holds the {len(after)} messages of tool calls and results that follow the query")
     landmarks = {
         "system": _find_system(template, system, history, pre, notes),
         "history": _find_history(template, system, history, pre, notes),
-        "think": think.span() if (think := _THINK.search(post)) else None,
+        "think": think.span() if not after and (think := _THINK.search(post)) else None,
     }
     if template.writes_today(compose(system, [*history, ("user", "Hello")])):
         names = sorted(name for name in template.variables if "date" in name)
@@ -165,7 +177,7 @@ def build_frame(
     content = [template.source, settings, prefix_ids, postfix_ids]
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     found = {name: chars for name, chars in landmarks.items() if chars is not None}
-    return Frame(template, system, history, pre, post, prefix_ids, postfix_ids, found, tuple(notes), fingerprint)
+    return Frame(template, system, history, pre, post, prefix_ids, postfix_ids, found, tuple(notes), fingerprint, after)
 
 
 def _canonical(tokenizer: Any, pre: str, post: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -248,7 +260,7 @@ def lay_query(frame: Frame, query: str) -> Layout:
             do not give the query back.
     """
     template = frame.template
-    text = template.render(compose(frame.system, [*frame.history, ("user", query)]))
+    text = template.render(frame.turns(query))
     notes = list(frame.notes)
     start, stop = _locate(frame, query, text, notes)
     tokens = tokenise(template.tokenizer, text)

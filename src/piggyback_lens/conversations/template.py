@@ -12,13 +12,14 @@ from datetime import date as Day
 from functools import cached_property
 from typing import Any
 
+from piggyback_lens.conversations.message_keys import FullTurn, message_of, read_turn
 from piggyback_lens.conversations.template_limits import TooCostly, run_metered, variables_of
 from piggyback_lens.errors import LensError
 
 Turn = tuple[str, str]
-"""(role, content)"""
+"""(role, content); a `FullTurn` where the message has more."""
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 _OWN_KWARGS = {"messages", "conversation", "tokenize", "add_generation_prompt", "chat_template", "tools"}
 _NOT_SETTINGS = _OWN_KWARGS | {"raise_exception", "strftime_now", "namespace", "range", "dict"}
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -42,6 +43,8 @@ class Conversation:
     history: tuple[Turn, ...]
     query: str
     response: str | None
+    after: tuple[Turn, ...] = ()  # tool calls and their results, between the query and the response
+    answer: FullTurn | None = None  # the response, where it is more than a text
 
 
 def read_conversation(query_or_messages: str | Sequence[Mapping[str, Any]]) -> Conversation:
@@ -63,28 +66,40 @@ def read_conversation(query_or_messages: str | Sequence[Mapping[str, Any]]) -> C
     system = turns.pop(0)[1] if turns[0][0] == "system" else None
     if any(role == "system" for role, _ in turns):
         raise LensError("a system message stands after the first place; put one system message in front")
-    response = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
-    if not turns or turns[-1][0] != "user":
+    last = turns.pop() if turns and turns[-1][0] == "assistant" else None
+    answer = last if isinstance(last, FullTurn) else None
+    _check_results(turns, len(roles) - len(turns) - (last is not None))
+    at = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
+    if at is None or turns[-1][0] not in ("user", "tool"):
         raise LensError(
             f"the conversation's roles are {roles}; the last message must be the user's, or an assistant's "
             "answer to it: add a user message"
         )
-    return Conversation(system, tuple(turns[:-1]), turns[-1][1], response)
+    response = last[1] if last is not None and answer is None else None
+    return Conversation(system, tuple(turns[:at]), turns[at][1], response, tuple(turns[at + 1 :]), answer)
+
+
+def _check_results(turns: Sequence[Turn], shift: int) -> None:
+    """Refuse a tool's result without a call, by the number of the message."""
+    for i, (role, _) in enumerate(turns):
+        if role == "tool" and (i == 0 or turns[i - 1][0] not in ("assistant", "tool")):
+            raise LensError(
+                f"message {i + shift} has role 'tool'; expected one of {', '.join(_ROLES[:3])}: "
+                "a tool's result follows an assistant's call"
+            )
 
 
 def _read_message(index: int, message: Any) -> Turn:
     if not isinstance(message, Mapping):
         raise LensError(f"message {index} is {message!r}; expected a dict with 'role' and 'content'")
-    keys = {key for key, value in message.items() if value is not None}  # datasets fill unused columns with None
-    if keys != {"role", "content"}:
-        raise LensError(f"message {index} has the keys {sorted(map(str, keys))}; expected exactly 'role' and 'content'")
-    role, content = message["role"], message["content"]
+    turn = read_turn(index, message)
+    role, content = turn
     if role not in _ROLES:
         raise LensError(f"message {index} has role {role!r}; expected one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise LensError(f"message {index} has content of type {type(content).__name__}; pass its text as a string")
-    check_text(f"message {index}", content)
-    return role, content
+    check_text(f"message {index}", turn.more if isinstance(turn, FullTurn) else content)
+    return turn
 
 
 def check_text(what: str, text: str) -> None:
@@ -149,7 +164,7 @@ class Template:
         Raises:
             TemplateRefusal: the template raised an error (a role it does not know, roles out of order ...).
         """
-        messages = [{"role": role, "content": content} for role, content in turns]
+        messages = [message_of(turn) for turn in turns]
         kwargs = dict(self.kwargs)
         if self.date is not None:
             kwargs["chat_template"] = _FROZEN_CLOCK + self.source

@@ -28,14 +28,14 @@ class TooCostly(Exception):
     """A template went past a limit; the message says which."""
 
 
-def run_metered(source: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> None:
+def run_metered(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
     """Render a template only for what it costs; what an operation would make is estimated before it is made.
 
     Raises:
         TooCostly: more than `SECONDS`, `STEPS` or `CHARACTERS`.
         Exception: what the template itself raises, of any type.
     """
-    token = _METER.set(_Meter(sum(len(text) for message in messages for text in message.values())))
+    token = _METER.set(_Meter(sum(_size(value, CHARACTERS) for message in messages for value in message.values())))
     try:
         for _ in _metered(source).generate(messages=list(messages), tools=None, documents=None, **variables):
             pass

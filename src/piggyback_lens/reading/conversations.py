@@ -46,13 +46,13 @@ def load_conversations(
     A row has one of these layouts, and a file may mix them: {"messages": [...]} or {"conversations": [...]}, of
     {"role", "content"} or ShareGPT's {"from", "value"}; {"prompt", "completion"}, each a text or a list of messages
     (assistant turns of the prompt are not trained on); Alpaca's {"instruction", "input", "output"}, where a given
-    input follows the instruction after a blank line. A text in a column `system` becomes the system message.
+    input follows the instruction after a blank line. A text in a column system becomes the system message.
 
-    A content may be a list of text parts, which are joined. `tool_calls` (with a null content), the role tool and
-    `reasoning_content` are kept, and `ChatFormat.render` refuses them by name where the template does not write
+    A content may be a list of text parts, which are joined. tool_calls (with a null content), the role tool and
+    reasoning_content are kept, and `ChatFormat.render` refuses them by name where the template does not write
     them. Other keys of messages are left out, and a line names them; other columns are no part of a conversation.
 
-    An assistant message may have a `weight`: turns of weight 0 are not trained on. Where a conversation has turns
+    An assistant message may have a weight: turns of weight 0 are not trained on. Where a conversation has turns
     of weight 1, exactly those are trained on, whatever `supervise` says; else `supervise` chooses among the rest.
 
     Args:
