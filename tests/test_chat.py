@@ -398,7 +398,7 @@ def test_a_system_message_in_the_conversation_sets_the_system_text_once() -> Non
 def test_todays_date_is_reported_and_a_fixed_date_is_reproducible() -> None:
     for family in DATED:
         today = ChatFormat(make_tokenizer(family)).render("hi")
-        assert any("writes today's date" in note and "date='YYYY-MM-DD'" in note for note in today.notes)
+        assert any("writes today's date" in note and f"date='{date.today()}'" in note for note in today.notes)
         fixed = ChatFormat(make_tokenizer(family), date="2024-07-26")
         assert not fixed.render("hi").notes
         assert "26 Jul 2024" in fixed.render("hi").text or "2024-07-26" in fixed.render("hi").text
@@ -414,12 +414,43 @@ def test_todays_date_is_reported_and_a_fixed_date_is_reproducible() -> None:
     assert not chat_format("chatml").render("hi").notes
 
 
-def test_a_date_format_that_is_computed_cannot_be_frozen() -> None:
+def test_a_date_format_that_is_computed_is_frozen_too() -> None:
     computed = LLAMA3.replace("strftime_now('%d %b %Y')", "strftime_now('%d' ~ ' %b')")
-    with pytest.raises(LensError, match="not a literal"):
-        ChatFormat(make_tokenizer("llama3", template=computed), date=DATE).render("hi")
-    notes = ChatFormat(make_tokenizer("llama3", template=computed)).render("hi").notes
-    assert any("writes today's date" in note for note in notes)
+    fmt = ChatFormat(make_tokenizer("llama3", template=computed), date=DATE)
+    assert "Today Date: 26 Jul\n" in fmt.render("hi").text
+
+
+def test_todays_date_is_fixed_when_the_format_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from piggyback_lens.conversations import chat
+
+    class Clock(date):
+        day = "2025-12-31"
+
+        @classmethod
+        def today(cls) -> date:
+            return date.fromisoformat(cls.day)
+
+    monkeypatch.setattr(chat, "Day", Clock)
+    for family in DATED:
+        fmt = ChatFormat(make_tokenizer(family))
+        before = fmt.render("hi")
+        Clock.day = "2026-01-01"
+        later = fmt.render([user("hi"), assistant("a"), user("b")])
+        assert "31 Dec 2025" in later.text or "2025-12-31" in later.text
+        assert (fmt.render("hi").ids, fmt.settings()["date"]) == (before.ids, "2025-12-31")
+        assert ChatFormat(make_tokenizer(family), **fmt.settings()).fingerprint == fmt.fingerprint
+        assert ChatFormat(make_tokenizer(family)).fingerprint != fmt.fingerprint
+        Clock.day = "2025-12-31"
+    assert ChatFormat(make_tokenizer("chatml")).date is None
+    assert ChatFormat(make_tokenizer("llama3"), template_kwargs={"date_string": "1 May"}).date is None
+
+
+def test_a_date_for_a_template_without_clock_is_refused() -> None:
+    with pytest.raises(LensError, match=r"date='2024-07-26' has no effect: .* reads no clock; leave date=None$"):
+        ChatFormat(make_tokenizer("chatml"), date=DATE)
+    given = "{{ date_string or '1 May' }}" + TEMPLATES["chatml"]
+    with pytest.raises(LensError, match=r"reads template_kwargs=\{'date_string': ...\} instead"):
+        ChatFormat(make_tokenizer("chatml", template=given), date=DATE)
 
 
 # Responses given as text
@@ -572,6 +603,36 @@ def test_a_thinking_switch_without_effect_is_refused() -> None:
         ChatFormat(make_tokenizer("qwen3"), thinking=True, template_kwargs={"enable_thinking": True})
 
 
+def test_a_switch_named_thinking_is_found() -> None:
+    template = "{% if not thinking is defined %}{% set thinking = false %}{% endif %}" + TEMPLATES["chatml"].replace(
+        "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n' }}{{ '<think>' if thinking else '</think>' }}"
+    )
+    tokenizer = make_tokenizer("qwen3", template=template)
+    ends = {"<think>": True, "</think>": False}
+    for end, thinking in ends.items():
+        assert ChatFormat(tokenizer, thinking=thinking).render("hi").text.endswith(end)
+    assert ChatFormat(tokenizer).render("hi").text.endswith("</think>")
+    with pytest.raises(LensError, match="sets thinking as well as thinking="):
+        ChatFormat(tokenizer, thinking=True, template_kwargs={"thinking": True})
+    with pytest.raises(LensError, match=r"enable_thinking or thinking; it reads \['date_string'\]; leave"):
+        ChatFormat(make_tokenizer("llama3"), thinking=True)
+
+
+def test_only_what_a_user_can_set_is_listed_for_an_unknown_variable() -> None:
+    inner = (
+        "{% macro turn(message, mark='') %}{{ sign ~ message.role }}: {{ message.content }}{{ mark }}{% endmacro %}"
+        "{% if style is defined %}{% set sign = style %}{% else %}{% set sign = '#' %}{% endif %}"
+        "{% if effort %}{% set level = effort %}{% endif %}{% set mode = mode or 'plain' %}{{ level }}{{ mode }}"
+        "{% for m in messages %}{% set text = m %}{{ bos_token }}{{ turn(text) }}{% endfor %}{{ m }}"
+    )
+    tokenizer = make_tokenizer("chatml", template=inner)
+    for wrong in ("level", "turn", "m", "text", "efort"):
+        with pytest.raises(LensError, match=rf"not read \['{wrong}'\].* it reads \['effort', 'mode', 'style'\]$"):
+            ChatFormat(tokenizer, template_kwargs={wrong: "x"})
+    chosen = ChatFormat(tokenizer, template_kwargs={"effort": "high", "mode": "m", "style": ">"})
+    assert chosen.render("hi").text == "highm<s>>user: hi"
+
+
 def test_thinking_stripped_from_the_history_is_reported() -> None:
     fmt = chat_format("qwen3")
     prompt = fmt.render([user("one"), assistant("<think>\nhm\n</think>\n\ntwo"), user("three")])
@@ -646,7 +707,7 @@ def test_unusable_tokenizers_and_settings_are_refused_with_a_way_out() -> None:
     with pytest.raises(LensError, match="passes itself"):
         ChatFormat(tokenizer, template_kwargs={"tokenize": True})
     with pytest.raises(LensError, match="no ISO date"):
-        ChatFormat(tokenizer, date="yesterday")
+        ChatFormat(make_tokenizer("llama3"), date="yesterday")
     for field, value, message in (
         ("no_system_role", "keep", "no_system_role='keep'; expected"),
         ("system", 3, "system=3; pass the system text"),

@@ -185,7 +185,7 @@ class ChatSettings(Settings):
         no_system_role: what to do with a system text if the template has no system role: raise an error, fold it into
             the first user message (not part of the query span), or drop it.
         template_kwargs: further variables that the template reads.
-        date: ISO day that templates write which read the clock; None for today, or the day on which the folder was begun.
+        date: ISO day for templates that write today's date; None for today, or the day on which the folder was begun.
     """
 
     system: str | None = "default"

@@ -8,8 +8,9 @@ user message, and what stands before it belongs to the prefix.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date as Day
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.conversations.template import Template, Turn, check_text, read_conversation
 from piggyback_lens.conversations.tokens import Span, common_prefix, decode
 from piggyback_lens.errors import LensError
+from piggyback_lens.reading.questions import Question, as_questions
 from piggyback_lens.settings import ChatSettings
 
 __all__ = [
@@ -37,6 +39,7 @@ DEFAULT = "default"
 """As `ChatFormat.system`: pass no system message, so that the template's own default applies."""
 
 _MAX_FRAMES = 64
+_SWITCHES = ("enable_thinking", "thinking")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +50,14 @@ class ChatFormat(ChatSettings):
         tokenizer: a fast transformers tokenizer with a chat template.
         system: system text; "default" passes none, so that the template's own default applies; None is for no system
             text at all. This and the following are the fields of `ChatSettings`, and are given by keyword.
-        thinking: handed to the template as enable_thinking; None leaves it alone.
+        thinking: handed to the template's own switch, enable_thinking or thinking; None leaves it alone.
         no_system_role: what to do with a system text if the template has no system role: "error", "fold" or "drop".
         template_kwargs: further variables that the template reads.
-        date: ISO day; freezes the clock of templates which write today's date.
+        date: ISO day of the clock of templates which write today's date. None is today's date where the template
+            writes it, and stays what it was when the format was made.
 
     Raises:
-        LensError: no fast tokenizer, no chat template, variables or a thinking switch that the template
+        LensError: no fast tokenizer, no chat template, variables, a thinking switch or a date that the template
             does not read, a system text that it cannot take.
     """
 
@@ -79,19 +83,23 @@ class ChatFormat(ChatSettings):
     @cached_property
     def _template(self) -> Template:
         plain = Template(self.tokenizer, dict(self.template_kwargs), self.date)
-        if self.thinking is None:
-            return plain
-        if "enable_thinking" in self.template_kwargs:
-            raise LensError("template_kwargs sets enable_thinking as well as thinking=; use thinking= only")
-        if "enable_thinking" in plain.variables:
-            on, off = (
-                Template(self.tokenizer, {**self.template_kwargs, "enable_thinking": switch}, self.date)
-                for switch in (True, False)
-            )
+        if self.date is None and plain.reads_clock:
+            object.__setattr__(self, "date", Day.today().isoformat())  # a run may pass midnight
+            plain = dataclasses.replace(plain, date=self.date, today=True)
+        return plain if self.thinking is None else self._switched(plain, self.thinking)
+
+    def _switched(self, plain: Template, thinking: bool) -> Template:
+        """The template with its own switch for thinking set."""
+        for name in _SWITCHES:
+            if name in self.template_kwargs:
+                raise LensError(f"template_kwargs sets {name} as well as thinking=; use thinking= only")
+        for name in (name for name in _SWITCHES if name in plain.settable):
+            on, off = (dataclasses.replace(plain, kwargs={**plain.kwargs, name: switch}) for switch in (True, False))
             if on.render([("user", "Hello")]) != off.render([("user", "Hello")]):
-                return on if self.thinking else off
+                return on if thinking else off
+        read = f" or {_SWITCHES[1]}; it reads {plain.settable}" if plain.settable else ""
         raise LensError(
-            f"thinking={self.thinking} has no effect: the chat template does not react to enable_thinking; "
+            f"thinking={thinking} has no effect: the chat template does not react to {_SWITCHES[0]}{read}; "
             "leave thinking=None"
         )
 
@@ -218,6 +226,34 @@ class ChatFormat(ChatSettings):
             return answered(prompt, frame.turns(talk.query), talk.answer, end)
         answer = talk.response if response is None else response
         return prompt if answer is None else prompt.with_response(answer, end)
+
+    def ask(self, questions: Iterable[str | Question]) -> list[RenderedPrompt]:
+        """A prompt for every paraphrase of every question, in order, each with its `question`.
+
+        A question's own system text stands in place of that of these settings.
+
+        Raises:
+            LensError: as `render`.
+
+        Example:
+            >>> [prompt.question.id for prompt in chat.ask([Question("a", ["hello there", "what is it"]), "tell me"])]
+            ['a', 'a', 'q1']
+        """
+        return [
+            dataclasses.replace(self.under(question).render(text), question=question)
+            for question in as_questions(questions)
+            for text in question.paraphrases
+        ]
+
+    def under(self, question: Question | None) -> "ChatFormat":
+        """These settings with the system text that a question brings; themselves where it brings none."""
+        if question is None or question.system is None or question.system == self.system:
+            return self
+        return self._with_system.setdefault(question.system, dataclasses.replace(self, system=question.system))
+
+    @cached_property
+    def _with_system(self) -> dict[str, "ChatFormat"]:
+        return {}
 
     def empty_query(self) -> RenderedPrompt:
         """The template with an empty query: donor of postfix activations."""

@@ -164,11 +164,12 @@ def build_frame(
         "history": _find_history(template, system, history, pre, notes),
         "think": think.span() if not after and (think := _THINK.search(post)) else None,
     }
-    if template.writes_today(compose(system, [*history, ("user", "Hello")])):
-        names = sorted(name for name in template.variables if "date" in name)
+    if template.today and template.writes_day(compose(system, [*history, ("user", "Hello")])):
+        names = [name for name in template.settable if "date" in name]
         hint = f" or template_kwargs={{{names[0]!r}: ...}}" if names else ""
         notes.append(
-            f"the template writes today's date: prompts change from day to day; fix it with date='YYYY-MM-DD'{hint}"
+            f"the template writes today's date, which was fixed as date={template.date!r}: pass this date{hint} for "
+            "the same prompts on another day"
         )
     prefix_ids, postfix_ids = _canonical(template.tokenizer, pre, post)
     bos = template.tokenizer.bos_token_id

@@ -5,15 +5,15 @@ nothing is ever searched for in token ids.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date as Day
+from datetime import datetime as Day
 from functools import cached_property
 from typing import Any
 
 from piggyback_lens.conversations.message_keys import FullTurn, message_of, read_turn
-from piggyback_lens.conversations.template_limits import TooCostly, run_metered, variables_of
+from piggyback_lens.conversations.template_limits import TooCostly, run_metered, settable_in
 from piggyback_lens.errors import LensError
 
 Turn = tuple[str, str]
@@ -21,14 +21,14 @@ Turn = tuple[str, str]
 
 _ROLES = ("system", "user", "assistant", "tool")
 _OWN_KWARGS = {"messages", "conversation", "tokenize", "add_generation_prompt", "chat_template", "tools"}
-_NOT_SETTINGS = _OWN_KWARGS | {"raise_exception", "strftime_now", "namespace", "range", "dict"}
-_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-# Newer transformers replace callables among the template's variables, so the frozen clock is a macro.
+# Newer transformers replace what is no plain value among the template's variables, so the frozen clock is a macro.
 _FROZEN_CLOCK = (
-    "{% macro strftime_now(fmt) -%}{%- if fmt not in piggyback_dates -%}"
-    "{{ raise_exception('the date format ' ~ fmt ~ ' is not a literal in the template') }}{%- endif -%}"
-    "{{ piggyback_dates[fmt] }}{%- endmacro +%}"
+    "{% macro strftime_now(fmt) -%}{%- set ns = namespace(text=fmt) -%}"
+    "{%- for code, text in piggyback_day.items() -%}{%- set ns.text = ns.text | replace(code, text) -%}{%- endfor -%}"
+    "{{ ns.text }}{%- endmacro +%}"
 )
+_CODES = [f"%{flag}{letter}" for letter in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ" for flag in ("", "-")]
+_DAYS = ("2001-02-03", "2012-11-10")
 
 
 class TemplateRefusal(LensError):
@@ -116,26 +116,28 @@ def check_text(what: str, text: str) -> None:
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template with its variables filled in. `date` (ISO) freezes the template's clock."""
+    """A tokenizer's chat template with its variables filled in.
+
+    Attributes:
+        tokenizer: it holds the template.
+        kwargs: variables that the template reads.
+        date: ISO day; freezes the template's clock.
+        today: whether the date is that of the computer's clock, which nobody asked for.
+    """
 
     tokenizer: Any
     kwargs: Mapping[str, Any]
     date: str | None = None
+    today: bool = False
 
     def __post_init__(self) -> None:
         _check_tokenizer(self.tokenizer)
         if clash := sorted(_OWN_KWARGS & set(self.kwargs)):
             raise LensError(f"template_kwargs contains {clash}, which the library passes itself; leave it out")
-        if unread := sorted(set(self.kwargs) - self.variables):
-            raise LensError(
-                f"the chat template does not read {unread} from template_kwargs; "
-                f"it reads {sorted(self.variables - _NOT_SETTINGS)}"
-            )
+        if unread := sorted(set(self.kwargs) - self._read):
+            raise LensError(f"the chat template does not read {unread} from template_kwargs; it reads {self.settable}")
         if self.date is not None:
-            try:
-                Day.fromisoformat(self.date)
-            except ValueError:
-                raise LensError(f"date={self.date!r} is no ISO date; write it like '2025-01-31'") from None
+            self._check_date(self.date)
         try:
             text = json.dumps(dict(self.kwargs), ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -151,12 +153,27 @@ class Template:
             raise LensError(f"the tokenizer has no default chat template: {error}") from None
 
     @cached_property
-    def variables(self) -> frozenset[str]:
+    def _read(self) -> frozenset[str]:
         """Names that the template reads from outside."""
         try:
-            return variables_of(self.source)
+            return settable_in(self.source)
         except Exception as error:  # a syntax error, and what a parser runs into
             raise LensError(f"the tokenizer's chat template is not valid jinja: {error}") from None
+
+    @property
+    def settable(self) -> list[str]:
+        """Names of the variables that a user may give."""
+        return sorted(self._read - _OWN_KWARGS - set(self.tokenizer.special_tokens_map))
+
+    def _check_date(self, date: str) -> None:
+        try:
+            Day.fromisoformat(date)
+        except ValueError:
+            raise LensError(f"date={date!r} is no ISO date; write it like '2025-01-31'") from None
+        if "strftime_now" not in self.source:
+            names = [name for name in self.settable if "date" in name]
+            hint = f"; the template reads template_kwargs={{{names[0]!r}: ...}} instead" if names else ""
+            raise LensError(f"date={date!r} has no effect: the chat template reads no clock; leave date=None{hint}")
 
     def render(self, turns: Sequence[Turn], generation_prompt: bool = True) -> str:
         """The template's text for these turns.
@@ -168,9 +185,7 @@ class Template:
         kwargs = dict(self.kwargs)
         if self.date is not None:
             kwargs["chat_template"] = _FROZEN_CLOCK + self.source
-            day = Day.fromisoformat(self.date)
-            formats = {match.group(2) for match in _DATE_CALL.finditer(self.source)}
-            kwargs["piggyback_dates"] = {fmt: day.strftime(fmt) for fmt in formats}
+            kwargs["piggyback_day"] = {code: Day.fromisoformat(self.date).strftime(code) for code in _CODES}
         source = kwargs.get("chat_template", self.source)
         variables = {"add_generation_prompt": generation_prompt, **self.tokenizer.special_tokens_map, **kwargs}
         try:
@@ -186,17 +201,22 @@ class Template:
             raise TemplateRefusal(f"the chat template refuses messages with the roles {roles}: {why}") from error
         return str(text)
 
-    def writes_today(self, turns: Sequence[Turn]) -> bool:
-        """Whether the rendering of these turns depends on the computer's clock."""
-        if self.date is not None or "strftime_now" not in self.source:
+    def writes_day(self, turns: Sequence[Turn]) -> bool:
+        """Whether the rendering of these turns depends on the day that the template's clock shows."""
+        if "strftime_now" not in self.source:
             return False
-        try:
-            one, two = (
-                Template(self.tokenizer, self.kwargs, day).render(turns) for day in ("2001-02-03", "2012-11-10")
-            )
-        except TemplateRefusal:  # a computed date format: then the clock is certainly read
-            return True
+        one, two = (Template(self.tokenizer, self.kwargs, day).render(turns) for day in _DAYS)
         return one != two
+
+    @cached_property
+    def reads_clock(self) -> bool:
+        """Whether some rendering depends on the day: of a question alone, or of one with a system text or a history."""
+        talks: list[list[Turn]] = [[], [("system", "Hi")], [("user", "Hi"), ("assistant", "Hi")]]
+        for talk in talks:
+            with suppress(TemplateRefusal):
+                if self.writes_day([*talk, ("user", "Hello")]):
+                    return True
+        return False
 
     @cached_property
     def system_cut(self) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from jinja2.visitor import NodeTransformer, NodeVisitor
 
 SECONDS = 5.0
 STEPS = 1_000_000
@@ -46,6 +46,43 @@ def run_metered(source: str, messages: Sequence[Mapping[str, Any]], variables: M
 def variables_of(source: str) -> frozenset[str]:
     """Names that a template reads from outside, found without computing any of its constants."""
     return frozenset(find_undeclared_variables(_environment().parse(source)))
+
+
+def settable_in(source: str) -> frozenset[str]:
+    """Names that a template reads before it sets them itself: those that a caller's value reaches."""
+    uses = _Uses()
+    uses.visit(_environment().parse(source))
+    while uses.macros:
+        uses.generic_visit(uses.macros.pop(0))
+    return frozenset(uses.read) & variables_of(source)
+
+
+class _Uses(NodeVisitor):
+    """Walks a template in the order in which it runs; macros come last, since they run when they are called."""
+
+    def __init__(self) -> None:
+        self.read: set[str] = set()
+        self.given: set[str] = set()
+        self.macros: list[nodes.Node] = []
+
+    def visit_Name(self, node: nodes.Name) -> None:
+        if node.ctx != "load":
+            self.given.add(node.name)
+        elif node.name not in self.given:
+            self.read.add(node.name)
+
+    def visit_Assign(self, node: Any) -> None:
+        self.visit(node.node)
+        self.visit(node.target)
+
+    def visit_For(self, node: nodes.For) -> None:
+        self.visit(node.iter)
+        for child in node.iter_child_nodes(exclude=("iter",)):
+            self.visit(child)
+
+    def visit_Macro(self, node: nodes.Macro) -> None:
+        self.given.add(node.name)
+        self.macros.append(node)
 
 
 class _Meter:
