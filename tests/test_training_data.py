@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from chat_templates import make_tokenizer
+from typer.testing import CliRunner
 
+from piggyback_lens.app.commands import app
 from piggyback_lens.app.inputs import read_data, read_retain
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
@@ -296,6 +298,14 @@ def test_commands_read_all_answers_when_asked(tmp_path):
     assert [len(row) for row in read_data(str(path))] == [4]
     assert [len(row) for row in read_data(str(path), supervise="all")] == [2, 4]
     assert [len(row) for row in read_retain(path, supervise="all")] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["train-direction", "curves"])
+def test_commands_that_read_training_files_have_the_option(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = CliRunner().invoke(app, [name, "--help"]).output
+    assert "--supervise" in shown
+    assert "last|all" in shown
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
