@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from datetime import date, timedelta
 from functools import cache
+from pathlib import Path
 
 import pytest
 from chat_templates import DATE, LLAMA3, TEMPLATES, make_tokenizer, make_word_tokenizer
@@ -443,6 +444,30 @@ def test_todays_date_is_fixed_when_the_format_is_made(monkeypatch: pytest.Monkey
         Clock.day = "2025-12-31"
     assert ChatFormat(make_tokenizer("chatml")).date is None
     assert ChatFormat(make_tokenizer("llama3"), template_kwargs={"date_string": "1 May"}).date is None
+
+
+def test_a_run_that_is_continued_keeps_the_day_on_which_it_was_begun(tmp_path: Path) -> None:
+    from piggyback_lens.app.options import ModelOptions
+    from piggyback_lens.results.run import Run
+    from piggyback_lens.settings import ChatSettings
+
+    make_tokenizer("llama3").save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+
+    def continue_run(settings: ChatSettings) -> RenderedPrompt:
+        _, fmt = ModelOptions(chat=settings).chat_format(str(tmp_path / "model"), out)
+        prompt = fmt.render("hi")
+        with Run.open(out, "words", {"template": fmt.fingerprint}, prompt=prompt):
+            return prompt
+
+    begun = continue_run(ChatSettings(date=DATE))
+    assert continue_run(ChatSettings()).ids == begun.ids
+    with pytest.raises(
+        LensError, match=r"have the date 2024-07-26, these have 2024-07-27: continue with .* --date 2024"
+    ):
+        continue_run(ChatSettings(date="2024-07-27"))
+    (out / "run.json").write_text("[]")
+    assert f"{date.today():%d %b %Y}" in ModelOptions().chat_format(str(tmp_path / "model"), out)[1].render("hi").text
 
 
 def test_a_date_for_a_template_without_clock_is_refused() -> None:

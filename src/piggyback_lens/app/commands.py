@@ -102,7 +102,7 @@ def audit(
     # Cheap checks first: a typo must not cost a model load.
     measure = get_behaviour(behaviour)
     inside, outside = _first_prompts(topics.on_topic), _first_prompts(topics.off_topic)
-    pair, chat = models.pair(base)
+    pair, chat = models.pair(base, out)
     show(run(pair, inside, outside, measure, settings, chat=chat, out=out, progress=True), out)
 
 
@@ -114,7 +114,7 @@ def map_(
     from piggyback_lens.app.maps import run_maps
 
     chosen = _first_prompts(prompts, n)
-    pair, chat = models.pair(base)
+    pair, chat = models.pair(base, out)
     found = run_maps(pair, [chat.render(prompt) for prompt in chosen], settings, out=out)
     tell(found.verdict, ("report", out / "report.html"))
 
@@ -138,7 +138,7 @@ def perturb(
     measure = get_behaviour(behaviour)
     files = {"off-topic": topics.off_topic, "on-topic": topics.on_topic}
     queries = {topic: _first_prompts(file, n) for topic, file in files.items()}
-    pair, chat = models.pair(base)
+    pair, chat = models.pair(base, out)
     rendered = {topic: [chat.render(query) for query in own] for topic, own in queries.items()}
     result = run(pair, rendered, measure, settings, rephrasings=rephrasings, out=out, progress=True)
     tell(result.verdict, ("report", report_run(out)))
@@ -160,7 +160,7 @@ def stress(
     from piggyback_lens.results.run import report_run
 
     measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
-    pair, chat = models.pair(base)
+    pair, chat = models.pair(base, out)
     rendered = [chat.render(prompt) for prompt in chosen]
     result = run(pair, rendered, measure, settings, chat=chat, out=out, progress=True)
     tell(result.verdict, ("report", report_run(out)))
@@ -186,7 +186,7 @@ def train_direction(
     held_out = read_data(data.data, split="validation") if data.data in TASKS and data.split == "train" else []
     kept = read_retain(retain, supervise=data.supervise) if retain is not None else []
     settings.check_data(len(rows), len(kept))
-    source, chat = models.chat_format(base)
+    source, chat = models.chat_format(base, out)
     examples, validation, retained = ([chat.render(row) for row in part] for part in (rows, held_out, kept))
 
     from piggyback_lens.app.direction_training import train_direction as run
@@ -219,7 +219,7 @@ def curves(  # noqa: PLR0913, PLR0917
             as_direction(own)  # refuses what has no direction
     rows = read_data(data.data, supervise=data.supervise, split=data.split, offline=models.load.offline)[:n]
     texts.check(models.load.offline)
-    source, chat = models.chat_format(base)
+    source, chat = models.chat_format(base, out)
     prompts, windows = [chat.render(row) for row in rows], []
     if set(wanted) & set(TEXT_CURVES):
         from piggyback_lens.measuring.texts import text_windows
@@ -252,7 +252,7 @@ def steer(
 
     vector, measure = as_direction(load_solution(direction)), get_behaviour(behaviour)
     chosen = _first_prompts(prompts, n)
-    source, chat = models.chat_format(base)
+    source, chat = models.chat_format(base, out)
     rendered = [chat.render(prompt) for prompt in chosen]
 
     from piggyback_lens.directions.steering import steer as run

@@ -143,14 +143,23 @@ class ModelOptions:
 
         usable_device(self.load.device)
 
-    def chat_format(self, base: str) -> "tuple[str, ChatFormat]":
-        """Where the base is, and its chat format: all that can be checked before the weights are loaded."""
+    def chat_format(self, base: str, out: Path | None = None) -> "tuple[str, ChatFormat]":
+        """Where the base is, and its chat format: all that can be checked before the weights are loaded.
+
+        Without a date of the user's, a run that is continued in the folder `out` keeps the day on which it was begun.
+        """
         from piggyback_lens.conversations.chat import ChatFormat
         from piggyback_lens.models.sources import default_model, load_tokenizer
 
         self.check()
         source = default_model(offline=self.load.offline) if base == "demo" else base
-        return source, ChatFormat(load_tokenizer(source, self.load), **vars(self.chat))
+        return source, self._as_begun(ChatFormat(load_tokenizer(source, self.load), **vars(self.chat)), out)
+
+    def _as_begun(self, chat: "ChatFormat", out: Path | None) -> "ChatFormat":
+        from piggyback_lens.results.run import begun_on
+
+        begun = None if out is None or self.chat.date is not None or chat.date is None else begun_on(out)
+        return chat if begun is None else dataclasses.replace(chat, date=begun)
 
     def model(self, source: str, chat: "ChatFormat") -> "HookedModel":
         """The hooked model of a place."""
@@ -176,14 +185,14 @@ class PairOptions(ModelOptions):
     adapter: str | None = None
     finetuned: str | None = None
 
-    def pair(self, base: str) -> "tuple[ModelPair, ChatFormat]":
-        """The pair and its chat format."""
+    def pair(self, base: str, out: Path | None = None) -> "tuple[ModelPair, ChatFormat]":
+        """The pair and its chat format, which keeps the day of a run that is continued in the folder `out`."""
         from piggyback_lens.models.pair import ModelPair
 
         self.check()
         source = None if base == "demo" else base
         pair = ModelPair.load(source, self.finetuned, self.adapter, backend=self.backend, **vars(self.load))
-        return pair, pair.chat_format(self.chat)
+        return pair, self._as_begun(pair.chat_format(self.chat), out)
 
 
 def shown_name(source: str) -> str:

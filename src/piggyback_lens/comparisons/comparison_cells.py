@@ -114,10 +114,16 @@ def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
             hooked = hook_model(model, tokenizer)
             if BASE_FILE not in missing:
                 _refuse_other_model(read_json(folder / BASE_FILE), identify(hooked))
-            chat = ChatFormat(tokenizer, system=system)
+            chat = ChatFormat(tokenizer, system=system, date=_begun_on(folder))
             for name in missing:
                 _BASE_PARTS[name](folder, plan, needs, hooked, chat)
     return str(folder)
+
+
+def _begun_on(folder: Path) -> str | None:
+    """The day that the base's prompts have, where the template writes it: the cells' prompts have the same."""
+    file = folder / BASE_FILE
+    return read_json(file).get("date") if file.exists() else None
 
 
 def _refuse_other_model(base: Mapping[str, Any], own: Identity) -> None:
@@ -143,7 +149,7 @@ def _answer_ids(folder: Path, name: str) -> list[list[int]]:
 
 
 def _base_answers(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: ChatFormat) -> None:
-    facts: dict[str, Any] = {"system": chat.system, "fingerprint": chat.fingerprint}
+    facts: dict[str, Any] = {"system": chat.system, "fingerprint": chat.fingerprint, "date": chat.date}
     facts |= {"model": identify(hooked).to_dict(), "prefix_tokens": len(chat.prefix_ids)}
     behaviour = get_behaviour(plan.task.behaviour)
     for topic in ("on", "off"):
@@ -266,7 +272,7 @@ def prepare_cells(plan: Plan, system: str | None, cells: Sequence[Cell], out: st
         with _ONE_AT_A_TIME:
             model, tokenizer = _loaded(plan.source, plan.offline)
             chat, peft_model = (
-                ChatFormat(tokenizer, system=system),
+                ChatFormat(tokenizer, system=system, date=_begun_on(Path(folder))),
                 add_lora(structural_copy(model), plan.settings.lora),
             )
             for cell in once.values():
@@ -310,7 +316,7 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     shared = base_folder(out, cell.system)
     base = read_json(shared / BASE_FILE)
     model, tokenizer = _loaded(plan.source, plan.offline)
-    chat = ChatFormat(tokenizer, system=cell.system)
+    chat = ChatFormat(tokenizer, system=cell.system, date=base.get("date"))
     peft_model = add_lora(structural_copy(model), plan.settings.lora, seed=cell.seed)
     use, settings = _set_up(plan, cell, peft_model, chat, shared)
     trained = train(

@@ -192,6 +192,7 @@ class Run:
             raise LensError(f"{file} says nothing of a run that this version knows: choose another folder")
         if saved["kind"] != self.kind:
             raise LensError(f"{folder} holds a run of {saved['kind']}, asked is {self.kind}: choose another folder")
+        self._refuse_other_date(folder, saved.get("date"))
         refuse_other(folder, saved["identity"], self.identity)
         self._refuse_other_models(folder, saved["models"])
         self._before = float(saved.get("seconds", 0.0))
@@ -200,6 +201,18 @@ class Run:
             self.rows = {self._key(row): row for row in found}
         except (KeyError, TypeError) as error:
             raise LensError(f"a line of {folder / ROWS} has no {error}: delete the folder and run it again") from error
+
+    @property
+    def _date(self) -> str | None:
+        """The day that the chat template writes, where it reads the clock."""
+        return None if self.prompt is None else self.prompt.answer.template.date
+
+    def _refuse_other_date(self, folder: Path, saved: str | None) -> None:
+        if saved is not None and self._date is not None and saved != self._date:
+            raise LensError(
+                f"the prompts of {folder} have the date {saved}, these have {self._date}: continue with "
+                f"ChatFormat(tokenizer, date={saved!r}), --date {saved} on the command line"
+            )
 
     def _refuse_other_models(self, folder: Path, saved: Mapping[str, Any]) -> None:
         for role, model in self.models.items():
@@ -211,7 +224,17 @@ class Run:
     def _write_facts(self, folder: Path) -> None:
         shown = {} if self.prompt is None else {"prompt": self.prompt.show().to_dict()}
         facts = {"format": FORMAT, "kind": self.kind, "identity": self.identity}
+        facts |= {} if self._date is None else {"date": self._date}
         write_json(folder / FACTS, facts | self._facts() | shown)
+
+
+def begun_on(folder: Path) -> str | None:
+    """The day that the prompts of a folder's run have, for one that continues it; None where they have none."""
+    try:
+        date = read_json(folder / FACTS).get("date")
+    except (LensError, OSError, AttributeError):
+        return None
+    return date if isinstance(date, str) else None
 
 
 def report_run(folder: str | Path, *, figures: Sequence[tuple[str, "go.Figure"]] = ()) -> Path:
