@@ -250,6 +250,27 @@ def test_a_normalising_tokenizer_is_reported() -> None:
     assert any("normalisation" in note for note in prompt.notes)
 
 
+@pytest.mark.parametrize("query", ["cafe\u0301", "e\u0301 a\u0323\u0302 x", "\u1100\u1161", "n\u0303\u0308", "\u0301x"])
+def test_marks_that_a_tokenizer_composes_stay_in_the_query(query: str) -> None:
+    import unicodedata
+
+    from tokenizers import normalizers
+
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    fmt = ChatFormat(tokenizer)
+    for prompt in (fmt.render(query), fmt.render("hi", response=query)):
+        span = prompt.spans["response" if "response" in prompt.spans else "query"]
+        assert "".join(prompt.pieces[span.start : span.stop]).removesuffix("<|im_end|>") == query
+        assert "".join(prompt.pieces) == prompt.text
+        assert prompt.ids == tuple(tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+    composed = unicodedata.normalize("NFC", query)
+    notes = fmt.render(query).notes
+    assert any(f"normalisation or spaces): the model reads {composed!r}" in note for note in notes) == (
+        query != composed
+    )
+
+
 def test_a_special_token_that_swallows_the_querys_newlines_is_reported() -> None:
     from tokenizers import AddedToken
 
@@ -381,6 +402,33 @@ def test_a_folded_system_text_goes_to_the_first_of_several_user_messages() -> No
     assert prompt.span_text("history").startswith("one<end_of_turn>")
 
 
+LAST_SYSTEM = (  # in the manner of Mistral Nemo
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ m.content }}[/INST]"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_text_that_stands_in_the_last_user_message_is_not_history() -> None:
+    fmt = ChatFormat(make_tokenizer("mistral", template=LAST_SYSTEM), system="Be brief.")
+    assert fmt.render("hi").text == "<s>[INST]Be brief.\n\nhi[/INST]"
+    prompt = fmt.render([user("one"), assistant("two"), user("three")])
+    assert prompt.text == "<s>[INST]one[/INST]two</s>[INST]Be brief.\n\nthree[/INST]"
+    spans = {name: prompt.span_text(name) for name in ("history", "system", "query")}
+    assert spans == {"history": "one[/INST]two</s>", "system": "Be brief.", "query": "three"}
+    assert not prompt.notes
+
+
+def test_a_history_whose_end_cannot_be_told_is_reported() -> None:
+    counted = "{% for m in messages %}{{ m.role }} {{ loop.index }}: {{ m.content }}|{% endfor %}"
+    prompt = ChatFormat(make_tokenizer("mistral", template=counted)).render(
+        [user("one"), assistant("two"), user("three"), assistant("four"), user("five")]
+    )
+    assert prompt.span_text("history").endswith("four|user 5:")
+    assert any("end of the history could not be located" in note for note in prompt.notes)
+
+
 def test_a_system_message_in_the_conversation_sets_the_system_text_once() -> None:
     fmt = chat_format("chatml")
     prompt = fmt.render([system("Be brief."), user("hi")])
@@ -476,6 +524,23 @@ def test_a_date_for_a_template_without_clock_is_refused() -> None:
     given = "{{ date_string or '1 May' }}" + TEMPLATES["chatml"]
     with pytest.raises(LensError, match=r"reads template_kwargs=\{'date_string': ...\} instead"):
         ChatFormat(make_tokenizer("chatml", template=given), date=DATE)
+
+
+# Template variants
+
+
+def test_added_tokens_of_white_space_are_ordinary_text() -> None:
+    from piggyback_lens.conversations.prompt_edits import added_ids
+    from piggyback_lens.conversations.template_variants import stress_variants
+
+    tokenizer = make_tokenizer("gemma")
+    tokenizer.add_tokens(["\n", "\n\n", "▁▁", "word", "<tag>", "[X]"])
+    tokens = {tokenizer.decode([i]) for i in added_ids(tokenizer)}
+    assert {"<tag>", "[X]", "<start_of_turn>"} <= tokens
+    assert not tokens & {"\n", "\n\n", "▁▁", "word"}
+    skipped = {variant.name: variant.skipped for variant in stress_variants(ChatFormat(tokenizer))}
+    for name in ("no newline after headers", "extra newline after headers", "upper case", "user -> human"):
+        assert not skipped[name]
 
 
 # Responses given as text

@@ -245,11 +245,16 @@ def _find_history(
             "first message",
             texts,
         )
-        header = template.user_header
+        headers = [template.user_header]
+        if system.text and not pre.endswith(headers[0]):
+            headers.append(template.header_after(system.text, lambda turns: compose(system, turns)))
     except LensError as error:
         notes.append(f"the history could not be located: {error}")
         return None
-    stop = len(pre) - len(header) if pre.endswith(header) else len(pre)
+    header = next((header for header in headers if pre.endswith(header)), "")
+    if not header and any(headers):
+        notes.append("the end of the history could not be located: its span runs to the end of the prefix")
+    stop = len(pre) - len(header)
     return (len(before), stop) if pre.startswith(before) and len(before) < stop else None
 
 
@@ -358,11 +363,12 @@ def _check(tokenizer: Any, tokens: Tokens, query: Span, start: int, stop: int) -
             raise LensError(_BAD_OFFSETS.format(short(outside)))
         notes.append(f"a neighbouring token outside the query span swallows {outside!r} of it")
     before = decode(tokenizer, ids[: query.start])
-    if content not in decode(tokenizer, ids[: query.stop])[len(before) :]:
+    read = decode(tokenizer, ids[: query.stop])[len(before) :]
+    if content not in read:
         cause = (
             "unknown token" if tokenizer.unk_token_id in ids[query.start : query.stop] else "normalisation or spaces"
         )
-        notes.append(f"the query's ids do not decode to its exact text ({cause}): the model reads something else")
+        notes.append(f"the query's ids do not decode to its exact text ({cause}): the model reads {short(read)}")
     return notes
 
 

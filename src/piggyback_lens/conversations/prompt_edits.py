@@ -15,16 +15,16 @@ from piggyback_lens.conversations.tokens import (
     common_prefix,
     common_suffix,
     decode,
+    fixed_ids,
     pieces_of_ids,
-    special_ids,
     tokenise,
 )
 from piggyback_lens.errors import LensError
 
 
 def added_ids(tokenizer: object) -> frozenset[int]:
-    """Ids of all tokens outside the tokenizer's own vocabulary: special ones, and others added to it (tags)."""
-    return frozenset(special_ids(tokenizer)) | frozenset(tokenizer.added_tokens_decoder)  # type: ignore[attr-defined]
+    """Ids of special tokens, and of tags that were added to the vocabulary. Added words and white space are text."""
+    return fixed_ids(tokenizer)
 
 
 def perturbed_prompt(prompt: RenderedPrompt, span: str, replacements: Mapping[int, int]) -> RenderedPrompt:

@@ -246,12 +246,20 @@ class Template:
 
     @cached_property
     def user_header(self) -> str:
+        """`header_after` without a system text."""
+        return self.header_after("", list)
+
+    def header_after(self, system: str, compose: Callable[[list[Turn]], list[Turn]]) -> str:
         """What stands between the end of an assistant's turn and the next user's content.
 
         Where the last turn ends differently from earlier ones, the assistant's turn end is included.
+
+        Args:
+            system: the system text, which some templates put into the last user message.
+            compose: puts it into the turns.
         """
-        answer, question = spare_words(["Hello"])
-        text = self.render([("user", "Hello"), ("assistant", answer), ("user", question)])
+        answer, question = spare_words(["Hello", system])
+        text = self.render(compose([("user", "Hello"), ("assistant", answer), ("user", question)]))
         if text.count(answer) != 1 or text.count(question) != 1:
             raise LensError("the chat template does not write every message of a longer conversation once")
         between = text.partition(answer)[2].partition(question)[0]

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -93,8 +94,21 @@ class Tokens:
 def tokenise(tokenizer: Any, text: str) -> Tokens:
     """Tokenise once, without adding special tokens."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
-    return Tokens(text, tuple(encoded["input_ids"]), offsets)
+    offsets = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    if not unicodedata.is_normalized("NFC", text):
+        _cover_composed(text, offsets)
+    return Tokens(text, tuple(encoded["input_ids"]), tuple(offsets))
+
+
+def _cover_composed(text: str, offsets: list[tuple[int, int]]) -> None:
+    """Let the tokens of a letter also stand for the marks that a tokenizer composes with it and leaves out."""
+    done, last = 0, [0]
+    for i, (start, stop) in enumerate([*offsets, (len(text), len(text))]):
+        if 0 < done < start and len(unicodedata.normalize("NFC", text[done - 1 : start])) == 1:
+            for j in last:
+                offsets[j] = (offsets[j][0], start)
+        last = [*last, i] if stop == done else [i] if stop > done else last
+        done = max(done, stop)
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
