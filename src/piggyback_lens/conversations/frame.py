@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from piggyback_lens.conversations.message_keys import message_of
 from piggyback_lens.conversations.prompt import AnswerForm
 from piggyback_lens.conversations.template import Template, Turn, cut, short
 from piggyback_lens.conversations.tokens import (
@@ -24,6 +23,7 @@ from piggyback_lens.conversations.tokens import (
     tokenise,
 )
 from piggyback_lens.errors import LensError
+from piggyback_lens.message_keys import message_of
 from piggyback_lens.words import NoSystemRole
 
 # Queries that no header is likely to merge with: what they have in common belongs to the settings alone.

@@ -9,11 +9,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from piggyback_lens.conversations.message_keys import LINK_KEYS, FullTurn, message_of
 from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.conversations.template import Conversation, Template, TemplateRefusal, Turn, short, spare_words
 from piggyback_lens.conversations.tokens import common_prefix, special_ids, tokenise
 from piggyback_lens.errors import LensError
+from piggyback_lens.message_keys import LINK_KEYS, FullTurn, message_of
 
 
 def has_more(talk: Conversation) -> bool:

@@ -12,9 +12,9 @@ from datetime import datetime as Day
 from functools import cached_property
 from typing import Any
 
-from piggyback_lens.conversations.message_keys import FullTurn, message_of, read_turn
 from piggyback_lens.conversations.template_limits import TooCostly, run_metered, settable_in
 from piggyback_lens.errors import LensError
+from piggyback_lens.message_keys import FullTurn, message_of, read_turn
 
 Turn = tuple[str, str]
 """(role, content); a `FullTurn` where the message has more."""

@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from piggyback_lens.conversations.message_keys import LINK_KEYS, WRITTEN_KEYS, read_calls
 from piggyback_lens.errors import LensError
+from piggyback_lens.message_keys import LINK_KEYS, WRITTEN_KEYS, read_calls
 from piggyback_lens.progress import say
 from piggyback_lens.reading.row_layouts import layout_of, turns_in
 from piggyback_lens.reading.rows import (
