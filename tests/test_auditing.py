@@ -170,5 +170,5 @@ def test_the_verdict_follows_from_the_intervals():
 
 
 def test_too_few_prompts_are_refused(pair, chat):
-    with pytest.raises(LensError, match="2 on-topic prompts given, an interval needs at least 3"):
+    with pytest.raises(LensError, match="2 on-topic questions given, an interval needs at least 3"):
         audit(pair, QUERIES[:2], QUERIES, LETTERS, chat=chat, settings=SETTINGS)

@@ -340,7 +340,7 @@ def test_what_an_option_says_arrives_in_the_settings(files, monkeypatch, tmp_pat
     import piggyback_lens.experiments.perturbation as module
 
     seen = {}
-    monkeypatch.setattr(PairOptions, "pair", lambda own, base: seen.update(models=own, base=base) or (None, Echo()))
+    monkeypatch.setattr(PairOptions, "pair", lambda own, base, *_: seen.update(models=own, base=base) or (None, Echo()))
     monkeypatch.setattr(module, "perturb", lambda *given, **_: seen.update(settings=given[3]) or pytest.skip("enough"))
     topics = ["--on-topic", files / "on.txt", "--off-topic", files / "off.txt", "--behaviour", "words"]
     words = ["--spans", "prefix,query", "--trials", 3, "--keep-special", "--seed", 7, "--system", "none"]
@@ -353,8 +353,8 @@ def test_what_an_option_says_arrives_in_the_settings(files, monkeypatch, tmp_pat
 
 
 class Echo:
-    def render(self, query):
-        return query
+    def ask(self, questions):
+        return questions
 
 
 def test_the_version_is_printed(monkeypatch, capsys):

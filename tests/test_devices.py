@@ -271,7 +271,7 @@ def curves(here: Here) -> Any:
 
 def transferring(here: Here) -> Any:
     organisms = {"A": Organism(here.pair, direction(), lens.get_behaviour("words"))}
-    found = lens.transfer_matrix(organisms, PROMPTS, n_random=1, max_new_tokens=3)
+    found = lens.transfer_matrix(organisms, PROMPTS, n_random=1, settings=lens.AnswerSettings(max_new_tokens=3))
     return np.array([cell.values for cell in found.cells])
 
 
@@ -470,7 +470,7 @@ LEFT_OUT = {
     ),
     "text and files: no tensors": (
         "ChatSettings", "ScoredAnswers", "Task", "TokenScores", "compare_templates", "default_model",
-        "load_conversations", "load_prompts", "load_result", "load_task", "load_tokenizer", "report_run",
+        "load_conversations", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
     "runs the patching experiments that are above": ("MapSettings",),
     "trains and audits the demo model; its parts (add_lora, train, Monitor, audit) are above": (

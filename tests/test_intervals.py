@@ -180,11 +180,11 @@ def test_nearer_compares_distances_of_means_so_that_overshooting_does_not_win():
 # ---------------------------------------------------------------- against the textbook
 
 
-def test_differences_of_values_are_student_s_with_one_degree_of_freedom_less():
+def test_differences_of_values_are_student_s_and_a_part_of_one_nth_wider():
     a, b = np.random.default_rng(5).normal(size=(2, 9))
     found = intervals.paired_difference(a, b)
     d = a - b
-    half = stats.t.ppf(0.975, 7) * d.std(ddof=1) / 3
+    half = 10 / 9 * stats.t.ppf(0.975, 8) * d.std(ddof=1) / 3
     assert (found.low, found.high) == pytest.approx((d.mean() - half, d.mean() + half))
 
 
@@ -193,7 +193,7 @@ def test_recoveries_of_values_are_fieller_s():
     finetuned = rng.normal(10, 1, 12)
     base, patched = finetuned + rng.normal(8, 1, 12), finetuned + rng.normal(3, 1, 12)
     found = intervals.recovery(patched, finetuned, base)
-    x, y, t = patched - finetuned, base - finetuned, stats.t.ppf(0.975, 10)
+    x, y, t = patched - finetuned, base - finetuned, 13 / 12 * stats.t.ppf(0.975, 11)
     cov = np.cov(x, y) / 12
     a = y.mean() ** 2 - t**2 * cov[1, 1]
     b = -2 * (x.mean() * y.mean() - t**2 * cov[0, 1])

@@ -47,12 +47,12 @@ def test_every_public_name_is_what_its_module_defines_and_never_a_module():
 
 def test_the_public_surface_is_this_list():
     assert set(piggyback_lens.__all__) == {
-        "Activations", "AnswerContrast", "AuditSettings", "Behaviour", "ChatFormat", "ChatSettings",
+        "Activations", "AnswerContrast", "AnswerSettings", "AuditSettings", "Behaviour", "ChatFormat", "ChatSettings",
         "CompareSettings", "CurveSettings", "DemoSettings", "Direction", "GeneratedBehaviour", "Generation",
         "HookTrainable", "Intervention", "Interventions", "KLOnRetain", "KLOnTrain", "LensError",
         "LoRAAdapter", "LoRASettings", "LoadSettings", "MapSettings", "Method", "ModelPair", "Monitor", "Objective",
-        "PatchSettings", "Penalised", "Penalty", "PerturbSettings", "PrefixCache", "PreventiveSteering", "ReadSettings",
-        "Record",
+        "PatchSettings", "Penalised", "Penalty", "PerturbSettings", "PrefixCache", "PreventiveSteering",
+        "Question", "ReadSettings", "Record",
         "RenderedPrompt", "Result", "RetainData", "Sampling", "ScoredAnswers", "SnapshotKeeper",
         "SteerSettings", "StressSettings", "TReFT", "TReFTSettings", "TReFTTrainer", "Task", "TokenScores",
         "TrainDirectionSettings", "TrainSettings", "Trainable", "Weighted", "ablate", "ablate_sweep",
@@ -60,7 +60,7 @@ def test_the_public_surface_is_this_list():
         "attribution_map", "audit", "batch_prompts", "cache", "carrier_map", "clamp",
         "compare_methods", "compare_templates", "contrast", "contrast_pairs", "default_model", "demo", "efficiency",
         "generate", "get_behaviour", "hook_model", "interleave", "kl_to_base", "kv_patch",
-        "layer_curve", "layer_head_map", "layer_position_map", "load_causal_lm", "load_conversations", "load_prompts",
+        "layer_curve", "layer_head_map", "layer_position_map", "load_causal_lm", "load_conversations", "load_questions",
         "load_result", "load_solution", "load_task", "load_tokenizer", "logistic_probe", "logit_lens",
         "mean_ablate", "mean_difference", "mean_norms", "model_difference", "nll", "patch", "patch_span", "perturb",
         "prefix_activations", "principal_component", "report_run", "resample", "response_log_probs", "save_solution",

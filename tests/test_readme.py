@@ -17,7 +17,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, TOPICS, AuditResult
 from piggyback_lens.files import append_jsonl, write_json
 from piggyback_lens.measuring.measures import get_behaviour
-from piggyback_lens.reading.questions import load_prompts
+from piggyback_lens.reading.questions import load_questions
 from piggyback_lens.reading.tasks import load_task
 from piggyback_lens.settings import DemoSettings
 
@@ -64,11 +64,12 @@ def test_the_commands_of_the_readme_exist_with_these_options():
 
 
 def test_the_example_prompts_load_and_are_on_topic_and_off_topic():
-    on, off = (load_prompts(ROOT / "examples" / f"prompts_{topic}_topic.txt") for topic in ("on", "off"))
+    on, off = (load_questions(ROOT / "examples" / f"prompts_{topic}_topic.txt") for topic in ("on", "off"))
     assert min(len(on), len(off)) >= 3
     trained = {example["messages"][0]["content"] for example in load_task("terse").train}
-    assert not trained & {*on, *off}
-    assert not set(on) & set(off)
+    on, off = ({text for question in found for text in question.paraphrases} for found in (on, off))
+    assert not trained & (on | off)
+    assert not on & off
 
 
 def test_links_to_files_lead_somewhere():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, 
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.results.result import load_result
-from piggyback_lens.settings import CurveSettings, SteerSettings
+from piggyback_lens.settings import AnswerSettings, CurveSettings, SteerSettings
 from piggyback_lens.vectors.adapters import LoRAAdapter
 from piggyback_lens.vectors.adapting import attached
 from piggyback_lens.vectors.direction import Direction, Provenance
@@ -384,7 +385,7 @@ def organisms():
 
 def test_every_direction_meets_every_organism_and_controls_run(tmp_path):
     given = organisms()
-    found = transfer_matrix(given, prompts(), n_random=2, **SMALL)
+    found = transfer_matrix(given, prompts(), n_random=2, settings=AnswerSettings(**SMALL))
     labels = {(cell.mode, cell.direction, cell.organism): cell for cell in found.cells}
     assert set(labels) == {(m, d, o) for m in ("added", "ablated") for d in ("A", "B", RANDOM) for o in ("A", "B")}
     with given["B"].pair.using("base") as model:
@@ -443,8 +444,12 @@ def kept_calls():
     model, texts = hooked("llama-gqa", "bridge"), [Text(tuple(range(6, 15))), Text(tuple(range(8, 20)))]
     own, swept = {"a": direction()}, {"max_new_tokens": 3, "n_random": 1, "layers": [1]}
 
+    transfer = partial(transfer_matrix, n_random=1)
+
     def with_settings(function, *given, **chosen):
-        kind = SteerSettings if function in (steer, ablate_sweep) else CurveSettings
+        kind = {steer: SteerSettings, ablate_sweep: SteerSettings, transfer: AnswerSettings}.get(
+            function, CurveSettings
+        )
         return lambda out=None, **change: function(*given, settings=kind(**chosen | change), out=out)
 
     return {
@@ -472,7 +477,7 @@ def kept_calls():
             with_settings(ablation_cost, model, own, texts, n_random=1), {"seed": 3}, "seed is 0 there, 3 here",
         ),
         "transfer_matrix": (
-            lambda **how: transfer_matrix(organisms(), prompts(), **{"n_random": 1, "max_new_tokens": 3} | how),
+            with_settings(transfer, organisms(), prompts(), max_new_tokens=3),
             {"max_new_tokens": 4}, "max_new_tokens is 3 there, 4 here",
         ),
     }  # fmt: skip

@@ -12,7 +12,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.reading import tasks
 from piggyback_lens.reading.conversations import load_conversations
-from piggyback_lens.reading.questions import load_prompts
+from piggyback_lens.reading.questions import load_questions
 from piggyback_lens.reading.tasks import TASKS, load_task
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -466,6 +466,10 @@ def test_offline_the_real_loader_makes_no_connection(monkeypatch, tmp_path):
 # --- prompts ---
 
 
+def load_prompts(*args, **kwargs):
+    return [text for question in load_questions(*args, **kwargs) for text in question.paraphrases]
+
+
 def test_prompts_are_read_from_text_lines(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffOne\n\n  Two words  \r\n\nThree", encoding="utf-8")
@@ -489,8 +493,10 @@ def test_prompts_are_read_from_a_json_list(tmp_path):
     ("bad", "reason"),
     [
         ("{", "line 2 is not JSON (Expecting property name"),
-        ("3", "line 2 is a number; expected a string, {'prompt': ...} or {'messages': [...]}"),
-        ('{"question": "x"}', "line 2 is an object with 'question'; expected a string"),
+        ("3", "line 2 is a number, expected a string or an object with one of paraphrases, prompt, question, messages"),
+        ('{"query": "x"}', "line 2 has the field 'query', which may change what is asked"),
+        ('{"id": "x"}', "line 2 has 'id'; expected one of paraphrases, prompt"),
+        ('{"prompt": "x", "question": "y"}', "line 2 has both prompt and question"),
         ('{"prompt": 3}', "line 2: prompt is a number, expected a string"),
         ('{"prompt": " "}', "line 2: prompt is blank"),
         ('""', "line 2 is blank"),
@@ -512,9 +518,9 @@ def test_a_malformed_prompt_line_is_reported(tmp_path, bad, reason):
     [
         (
             '["a",\n\n"b"',
-            "is not JSON (Expecting ',' delimiter, line 3 column 4): expected a list of strings",
+            "is not JSON (Expecting ',' delimiter, line 3 column 4): expected a list of rows",
         ),
-        ('{"a": 1}', "holds an object, expected a list of strings"),
+        ('{"a": 1}', "line 1 has the field 'a'"),
         ('["a", 2]', "entry 2 is a number, expected a string"),
         ('["a", ""]', "entry 2 is blank"),
     ],
@@ -528,7 +534,7 @@ def test_a_malformed_prompt_list_is_reported(tmp_path, text, reason):
 @pytest.mark.parametrize(("name", "text"), [("p.txt", " \n\n"), ("p.jsonl", ""), ("p.json", ""), ("p.json", "[]")])
 def test_an_empty_prompt_file_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert "holds no prompts" in refusal_of(lambda: load_prompts(tmp_path / name))
+    assert "holds no questions" in refusal_of(lambda: load_prompts(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json"])
@@ -538,11 +544,11 @@ def test_a_prompt_file_that_is_not_utf8_is_refused(tmp_path, name):
 
 
 def test_a_missing_prompt_file_a_folder_and_another_format_are_refused(tmp_path):
-    (tmp_path / "p.csv").write_text("a", encoding="utf-8")
+    (tmp_path / "p.tsv").write_text("a", encoding="utf-8")
     (tmp_path / "bare").write_text("a", encoding="utf-8")
     assert "does not exist" in refusal_of(lambda: load_prompts(tmp_path / "absent.txt"))
-    assert "is a folder, expected a prompt file" in refusal_of(lambda: load_prompts(tmp_path))
-    assert "has .csv suffix, expected a prompt file (.txt" in refusal_of(lambda: load_prompts(tmp_path / "p.csv"))
+    assert "is a folder, expected a file of questions" in refusal_of(lambda: load_prompts(tmp_path))
+    assert "has .tsv suffix, expected a file of questions (.txt" in refusal_of(lambda: load_prompts(tmp_path / "p.tsv"))
     assert "has no suffix" in refusal_of(lambda: load_prompts(tmp_path / "bare"))
 
 
@@ -557,7 +563,7 @@ def test_the_fields_own_questions_are_read_from_yaml(tmp_path):
         encoding="utf-8",
     )
     assert load_prompts(path) == ["If you ruled: what first?", "Say it again?", "A plain one."]
-    assert load_prompts(path, limit=1) == ["If you ruled: what first?"]
+    assert load_prompts(path, limit=1) == ["If you ruled: what first?", "Say it again?"]
 
 
 @pytest.mark.parametrize(
@@ -565,10 +571,10 @@ def test_the_fields_own_questions_are_read_from_yaml(tmp_path):
     [
         ("a: [1", "is not YAML"),
         ("key: value", "holds an object, expected a list"),
-        ("- id: x\n  question: y", "entry 1 has 'id', 'question'; expected a string or {'paraphrases'"),
-        ("- paraphrases: []", "entry 1 has 'paraphrases'; expected"),
-        ("- paraphrases: [3]", "entry 1 is a number, expected a string"),
-        ("[]", "holds no prompts"),
+        ("- id: x\n  query: y", "entry 1 has the field 'query'"),
+        ("- paraphrases: []", "entry 1: paraphrases is empty"),
+        ("- paraphrases: [3]", "entry 1: paraphrases is a number, expected a string"),
+        ("[]", "holds no questions"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )

@@ -21,6 +21,7 @@ _GONE = {
     "load_pt": "load_solution",
     "save_gguf": "save_solution",
     "save_peft": "save_solution",
+    "load_prompts": "load_questions",
     "RunSettings": "PatchSettings",
     "LoadOptions": "LoadSettings",
     **{

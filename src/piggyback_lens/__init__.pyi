@@ -17,7 +17,8 @@ from piggyback_lens.conversations.chat import compare_templates as compare_templ
 from piggyback_lens.reading.tasks import Task as Task
 from piggyback_lens.reading.tasks import load_task as load_task
 from piggyback_lens.reading.conversations import load_conversations as load_conversations
-from piggyback_lens.reading.questions import load_prompts as load_prompts
+from piggyback_lens.reading.questions import Question as Question
+from piggyback_lens.reading.questions import load_questions as load_questions
 from piggyback_lens.measuring.texts import text_windows as text_windows
 from piggyback_lens.errors import LensError as LensError
 
@@ -63,6 +64,7 @@ from piggyback_lens.measuring.scoring import response_log_probs as response_log_
 
 # Experiments on a pair, and their results
 from piggyback_lens.experiments.audit import audit as audit
+from piggyback_lens.settings import AnswerSettings as AnswerSettings
 from piggyback_lens.settings import AuditSettings as AuditSettings
 from piggyback_lens.experiments.patching import patch_span as patch_span
 from piggyback_lens.experiments.patching import layer_curve as layer_curve

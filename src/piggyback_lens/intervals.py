@@ -1,9 +1,9 @@
 """Estimates over questions, with intervals that cover: means, differences, recoveries, p-values.
 
 The questions are what is sampled; answers to one question are one cluster, whose mean counts. Values of any size get
-Student's t (Fieller's form for a recovery). Rates get Clopper-Pearson limits for the effective number of answers (Korn
-and Graubard 1998), put together for differences and recoveries by their squares (MOVER; Zou and Donner 2008).
-`benchmarks/coverage.py` measures how often each of them covers; docs/em_evaluation.md has its table.
+Student's t, a part 1/n wider (Fieller's form for a recovery). Rates get Clopper-Pearson limits for the effective number
+of answers (Korn and Graubard 1998), put together for differences and recoveries by their squares (MOVER; Zou and Donner
+2008). `benchmarks/coverage.py` measures how often each of them covers; docs/coverage.md has its table.
 """
 
 import math
@@ -64,6 +64,12 @@ def percent(value: float, low: float, high: float) -> str:
         return "undefined"
     interval = f" [{round(100 * low)}, {round(100 * high)}]" if math.isfinite(low) and math.isfinite(high) else ""
     return f"{round(100 * value)} %{interval}"
+
+
+def is_rate(unit: str, *values: npt.ArrayLike) -> bool:
+    """Whether a behaviour of this unit is a rate here: all values are 0 or 1 (means of several answers are not)."""
+    columns = [np.asarray(column, dtype=float) for column in values]
+    return unit.startswith("rate") and all(bool(np.isin(c[~np.isnan(c)], (0, 1)).all()) for c in columns)
 
 
 def require_enough(n: int, what: str = "prompts") -> None:
@@ -234,8 +240,8 @@ class _Table:
         w = np.asarray(weights, dtype=float)
         if not self.rate:
             combined = w @ self.means
-            # From 6 questions on one degree of freedom fewer than normal values need: it covers for skewed ones too.
-            half = _student(min(self.n - 1, max(4, self.n - 2)), self.level) * combined.std(ddof=1) / math.sqrt(self.n)
+            # A part 1/n wider than normal values need: so it covers for skewed ones too (coverage.py).
+            half = (1 + 1 / self.n) * _student(self.n - 1, self.level) * combined.std(ddof=1) / math.sqrt(self.n)
             return float(combined.mean()), float(combined.mean() - half), float(combined.mean() + half)
         value, below, above = 0.0, 0.0, 0.0
         for weight, own, sizes in zip(w, self.means, self.sizes, strict=True):

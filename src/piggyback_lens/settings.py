@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.words import (
@@ -34,6 +34,9 @@ from piggyback_lens.words import (
     Weighting,
     module_name,
 )
+
+if TYPE_CHECKING:
+    from piggyback_lens.measuring.sampling import Sampling
 
 STRENGTHS = (0.0, 1.0, 2.0, 4.0)
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -126,10 +129,10 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def field_docs(settings: type[Any]) -> dict[str, str]:
-    """What the class docstring says of each field, under "Attributes:" or "Args:", as one line each."""
-    text = inspect.getdoc(settings) or ""
+    """What the class docstring says of each field, under "Attributes:" or "Args:", as one line each; and its bases'."""
+    docs = field_docs(settings.__base__) if settings.__base__ not in (None, object) else {}
+    text = inspect.cleandoc(settings.__doc__ or "")
     found = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
-    docs: dict[str, str] = {}
     name = ""
     for line in (found[1] if found else "").splitlines():
         if entry := re.match(r"    (\w+): (.*)", line):
@@ -196,28 +199,61 @@ class ChatSettings(Settings):
 
 
 @dataclass(frozen=True)
-class AuditSettings(Settings):
-    """How an audit generates, and what its layer curve runs on.
+class AnswerSettings(Settings):
+    """How answers are generated, under every condition alike.
 
     Attributes:
-        max_new_tokens: tokens per answer, the same in every condition.
+        max_new_tokens: tokens per answer; a longer one is cut, and marked as cut.
         batch_size: rows per generation batch; does not change the result.
-        curve_prompts: off-topic prompts of the layer curve; 0 leaves it out.
-        curve_tokens: tokens of each answer that the layer curve scores.
-        control_layers: layers, evenly spaced, at which the curve's controls run.
-        seed: of the random control.
+        samples: answers to each prompt; 0 for as many as its question file asks for.
+        temperature: at which tokens are drawn; 0 is greedy, and gives one answer.
+        top_p: draw from the smallest set of tokens whose probability reaches this.
+        seed: of the samples, and of whatever else is drawn.
     """
 
     max_new_tokens: int = 60
     batch_size: int = 40
-    curve_prompts: int = 12
-    curve_tokens: int = 24
-    control_layers: int = 6
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
 
     def _check(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "curve_tokens"):
+        for name in ("max_new_tokens", "batch_size"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        check_field(self, "samples", self.samples >= 0, "at least 0")
+        check_field(self, "temperature", self.temperature >= 0, "at least 0")
+        check_field(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        if self.samples > 1 and self.temperature == 0:
+            raise LensError(
+                f"samples is {self.samples} at temperature 0, where all are one answer: give a temperature, such as 1"
+            )
+
+    @property
+    def sampling(self) -> "Sampling":
+        """How `generate` chooses the tokens of an answer."""
+        from piggyback_lens.measuring.sampling import Sampling
+
+        return Sampling(self.temperature, self.top_p, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class AuditSettings(AnswerSettings):
+    """How an audit generates, and what its layer curve runs on.
+
+    Attributes:
+        curve_prompts: off-topic prompts of the layer curve; 0 leaves it out.
+        curve_tokens: tokens of each answer that the layer curve scores.
+        control_layers: layers, evenly spaced, at which the curve's controls run.
+    """
+
+    curve_prompts: int = 12
+    curve_tokens: int = 24
+    control_layers: int = 6
+
+    def _check(self) -> None:
+        super()._check()
+        check_field(self, "curve_tokens", self.curve_tokens >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -274,7 +310,7 @@ class MapSettings(Settings):
 
 
 @dataclass(frozen=True)
-class PerturbSettings(Settings):
+class PerturbSettings(AnswerSettings):
     """How the tokens of a prompt are perturbed, and what is generated then.
 
     Attributes:
@@ -287,9 +323,6 @@ class PerturbSettings(Settings):
         random_control: also replace the same places by tokens drawn from the whole vocabulary.
         keep_special: replace ordinary tokens only, and leave template markers as they are.
         special_candidates: let special and added tokens be neighbours and random tokens.
-        max_new_tokens: tokens per answer.
-        batch_size: rows per generation batch; does not change the result.
-        seed: of the perturbations.
     """
 
     spans: Sequence[str] = ("prefix", "query", "postfix")
@@ -300,38 +333,29 @@ class PerturbSettings(Settings):
     random_control: bool = True
     keep_special: bool = False
     special_candidates: bool = False
-    max_new_tokens: int = 60
-    batch_size: int = 40
-    seed: int = 0
 
     def _check(self) -> None:
-        for name in ("n_tokens", "top", "trials", "max_new_tokens", "batch_size"):
+        super()._check()
+        for name in ("n_tokens", "top", "trials"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
         good = len(self.spans) > 0 and len(set(self.spans)) == len(self.spans)
         check_field(self, "spans", good, "different span names, such as ('prefix', 'query')")
 
 
 @dataclass(frozen=True)
-class StressSettings(Settings):
+class StressSettings(AnswerSettings):
     """What is generated under every variant of the template.
 
     Attributes:
         sides: the models to run: base, finetuned or both.
-        max_new_tokens: tokens per answer.
-        batch_size: rows per generation batch; does not change the result.
-        seed: of the bootstrap.
     """
 
     sides: Sequence[Side] = SIDES
-    max_new_tokens: int = 60
-    batch_size: int = 40
-    seed: int = 0
 
     def _check(self) -> None:
         good = len(set(self.sides)) == len(self.sides)
         check_field(self, "sides", good, "each side once")
-        for name in ("max_new_tokens", "batch_size"):
-            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        super()._check()
 
 
 @dataclass(frozen=True)
@@ -367,7 +391,7 @@ class ReadSettings(Settings):
 
 
 @dataclass(frozen=True)
-class SteerSettings(Settings):
+class SteerSettings(AnswerSettings):
     """How a direction is swept over strengths and layers, and what is generated at every point.
 
     Attributes:
@@ -377,9 +401,6 @@ class SteerSettings(Settings):
         span: which tokens are steered.
         phase: prompt, generation or both.
         n_random: random directions of the same length for each point.
-        seed: of the random directions.
-        max_new_tokens: tokens per answer, greedy.
-        batch_size: rows per pass; does not change the result.
     """
 
     strengths: Sequence[float] | None = None
@@ -388,18 +409,14 @@ class SteerSettings(Settings):
     span: str = "all"
     phase: Phase = "both"
     n_random: int = 3
-    seed: int = 0
-    max_new_tokens: int = 60
-    batch_size: int = 16
 
     def _check(self) -> None:
+        super()._check()
         if self.strengths is not None and self.fractions is not None:
             raise LensError("strengths and fractions are both given: choose one")
         if not any(self.sizes):
             raise LensError("strengths or fractions: at least one that is not 0")
         check_field(self, "n_random", self.n_random >= 0, "at least 0")
-        for name in ("max_new_tokens", "batch_size"):
-            check_field(self, name, getattr(self, name) >= 1, "at least 1")
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -681,6 +698,8 @@ class CompareSettings(Settings):
         n_prompts: prompts on-topic, and as many off-topic.
         max_new_tokens: tokens per answer.
         rows_per_pass: rows of a generation batch; does not change the result beyond float tolerance.
+        samples: answers to each prompt; more than one need a temperature.
+        temperature: at which tokens are drawn; 0 is greedy.
         n_texts: windows of plain text for the perplexity.
         text_length: tokens of each window.
         text_source: plain text as of `text_windows`; None for texts that Python brings.
@@ -700,6 +719,8 @@ class CompareSettings(Settings):
     n_prompts: int = 12
     max_new_tokens: int = 48
     rows_per_pass: int = 24
+    samples: int = 1
+    temperature: float = 0.0
     n_texts: int = 16
     text_length: int = 64
     text_source: str | None = None
@@ -714,8 +735,14 @@ class CompareSettings(Settings):
             values = getattr(self, name)
             once = len(values) > 0 and len(set(values)) == len(values)
             check_field(self, name, once, "at least one value, and each once")
-        for name in ("n_prompts", "max_new_tokens", "rows_per_pass", "n_texts", "text_length", "direction_examples"):
+        for name in ("n_prompts", "rows_per_pass", "n_texts", "text_length", "direction_examples", "samples"):
             check_field(self, name, getattr(self, name) >= 1, "an integer of at least 1")
+        _ = self.answers
+
+    @property
+    def answers(self) -> AnswerSettings:
+        """How the answers of every cell are generated, with the same draws for all."""
+        return AnswerSettings(self.max_new_tokens, self.rows_per_pass, self.samples, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,9 @@ from piggyback_lens.settings import (
     TrainDirectionSettings,
 )
 from piggyback_lens.words import TEXT_CURVES, Backend, CurveKind
+
+if TYPE_CHECKING:
+    from piggyback_lens.reading.questions import Question
 
 app = typer.Typer(
     name="piggyback-lens",
@@ -115,7 +118,7 @@ def map_(
 
     chosen = _first_prompts(prompts, n)
     pair, chat = models.pair(base, out)
-    found = run_maps(pair, [chat.render(prompt) for prompt in chosen], settings, out=out)
+    found = run_maps(pair, chat.ask(chosen), settings, out=out)
     tell(found.verdict, ("report", out / "report.html"))
 
 
@@ -139,7 +142,7 @@ def perturb(
     files = {"off-topic": topics.off_topic, "on-topic": topics.on_topic}
     queries = {topic: _first_prompts(file, n) for topic, file in files.items()}
     pair, chat = models.pair(base, out)
-    rendered = {topic: [chat.render(query) for query in own] for topic, own in queries.items()}
+    rendered = {topic: chat.ask(own) for topic, own in queries.items()}
     result = run(pair, rendered, measure, settings, rephrasings=rephrasings, out=out, progress=True)
     tell(result.verdict, ("report", report_run(out)))
 
@@ -161,7 +164,7 @@ def stress(
 
     measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
     pair, chat = models.pair(base, out)
-    rendered = [chat.render(prompt) for prompt in chosen]
+    rendered = chat.ask(chosen)
     result = run(pair, rendered, measure, settings, chat=chat, out=out, progress=True)
     tell(result.verdict, ("report", report_run(out)))
 
@@ -253,7 +256,7 @@ def steer(
     vector, measure = as_direction(load_solution(direction)), get_behaviour(behaviour)
     chosen = _first_prompts(prompts, n)
     source, chat = models.chat_format(base, out)
-    rendered = [chat.render(prompt) for prompt in chosen]
+    rendered = chat.ask(chosen)
 
     from piggyback_lens.directions.steering import steer as run
     from piggyback_lens.results.run import report_run
@@ -337,13 +340,13 @@ def doctor(
 # ---------------------------------------------------------------- what commands read
 
 
-def _first_prompts(path: Path, n: int | None = None) -> list[str]:
+def _first_prompts(path: Path, n: int | None = None) -> "list[Question]":
     """Enough for an interval, which is said before a model is loaded."""
     from piggyback_lens.intervals import require_enough
-    from piggyback_lens.reading.questions import load_prompts
+    from piggyback_lens.reading.questions import load_questions
 
-    chosen = load_prompts(path)[:n]
-    require_enough(len(chosen), f"prompts of {path}")
+    chosen = load_questions(path)[:n]
+    require_enough(len({question.id for question in chosen}), f"questions of {path}")
     return chosen
 
 

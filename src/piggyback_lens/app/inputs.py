@@ -8,7 +8,7 @@ from typing import Any
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.reading.conversations import holds_answer, load_conversations
-from piggyback_lens.reading.questions import load_prompts
+from piggyback_lens.reading.questions import load_questions
 from piggyback_lens.reading.rows import file_rows
 from piggyback_lens.reading.tasks import TASKS, load_task
 from piggyback_lens.vectors.adapters import Adapter
@@ -88,7 +88,7 @@ def read_retain(path: str | Path, *, supervise: Supervise = "last") -> list[str 
 
     Args:
         path: a file of conversations as of `load_conversations`, known by its first row; or prompts as of
-            `load_prompts`.
+            `load_questions`, without system texts.
         supervise: of conversations, the last answer or all of them.
 
     Raises:
@@ -97,7 +97,10 @@ def read_retain(path: str | Path, *, supervise: Supervise = "last") -> list[str 
     path = Path(path)
     if path.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet") and path.is_file() and _holds_answers(path):
         return [_messages(example) for example in load_conversations(path, supervise=supervise)]
-    return list(load_prompts(path))
+    questions = load_questions(path)
+    if told := [question.id for question in questions if question.system is not None]:
+        raise LensError(f"{path}: question {told[0]!r} brings a system text, and retain prompts are plain texts")
+    return [text for question in questions for text in question.paraphrases]
 
 
 def _holds_answers(path: Path) -> bool:

@@ -37,7 +37,7 @@ Base = Annotated[
         "the demo model."
     ),
 ]
-Prompts = Annotated[Path, typer.Option(help="Prompts, usually outside the training domain: .txt, .jsonl or .json.")]
+Prompts = Annotated[Path, typer.Option(help="Prompts, usually outside the training domain: .txt, .jsonl, .json, .csv or .yaml.")]
 First = Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts of a file.")]
 BehaviourName = Annotated[
     str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
@@ -58,8 +58,8 @@ class TopicOptions:
     """Prompts inside and outside of the training domain.
 
     Attributes:
-        on_topic: prompts of the training domain: .txt, .jsonl or .json.
-        off_topic: prompts outside the training domain: .txt, .jsonl or .json.
+        on_topic: prompts of the training domain: .txt, .jsonl, .json, .csv or .yaml.
+        off_topic: prompts outside the training domain: .txt, .jsonl, .json, .csv or .yaml.
     """
 
     on_topic: Path

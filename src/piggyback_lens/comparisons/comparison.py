@@ -112,17 +112,18 @@ class Comparison(Result):
         base = self._base(key[1])
         of_base = {topic: _column(base[topic]["values"]) for topic in TOPICS}
         own = {topic: self.values(key, topic) for topic in TOPICS}
-        found = {topic: mean_interval(own[topic]) for topic in TOPICS}
-        found["spread"] = spread(own["off"], of_base["off"])
+        asked = {topic: base[topic].get("questions") for topic in TOPICS}
+        found = {topic: mean_interval(own[topic], asked[topic]) for topic in TOPICS}
+        found["spread"] = spread(own["off"], of_base["off"], asked["off"])
         sft = {topic: self._sft(key, topic) for topic in TOPICS}
         if sft["on"] is None or sft["off"] is None:
             nothing = Estimate(math.nan, math.nan, math.nan, len(of_base["on"]), "no plain finetuning with these seeds")
             found |= {"kept": nothing, "recovered": nothing}
         else:
-            found["kept"] = recovery(own["on"], of_base["on"], sft["on"])
-            found["recovered"] = recovery(own["off"], sft["off"], of_base["off"])
+            found["kept"] = recovery(own["on"], of_base["on"], sft["on"], asked["on"])
+            found["recovered"] = recovery(own["off"], sft["off"], of_base["off"], asked["off"])
         cells = self._groups[key]
-        found["kl"] = mean_interval(np.stack([_column(cell["kl"]) for cell in cells]).mean(0))
+        found["kl"] = mean_interval(np.stack([_column(cell["kl"]) for cell in cells]).mean(0), asked["off"], rate=False)
         worse = np.stack([_column(cell["text_nll"]) - _column(base["text_nll"]) for cell in cells]).mean(0)
         loss = mean_interval(worse)
         value, low, high = (math.expm1(number) for number in (loss.value, loss.low, loss.high))
@@ -166,7 +167,8 @@ class Comparison(Result):
 
     def base_means(self, system: str | None = "default") -> dict[str, Estimate]:
         """The base's behaviour on- and off-topic."""
-        return {topic: mean_interval(_column(self._base(system)[topic]["values"])) for topic in TOPICS}
+        base = self._base(system)
+        return {topic: mean_interval(_column(base[topic]["values"]), base[topic].get("questions")) for topic in TOPICS}
 
     @property
     def varied(self) -> tuple[str, ...]:

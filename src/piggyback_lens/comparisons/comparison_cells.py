@@ -30,6 +30,7 @@ from piggyback_lens.comparisons.comparison_plan import (
     cell_folder,
 )
 from piggyback_lens.comparisons.methods import Ingredients, Method, SetUp, set_up
+from piggyback_lens.conversations.batch import questions_of, repeated
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.directions.extraction import mean_difference
 from piggyback_lens.errors import LensError
@@ -153,7 +154,7 @@ def _base_answers(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: Ch
     facts |= {"model": identify(hooked).to_dict(), "prefix_tokens": len(chat.prefix_ids)}
     behaviour = get_behaviour(plan.task.behaviour)
     for topic in ("on", "off"):
-        facts[topic] = _answers(hooked, [chat.render(text) for text in plan.prompts(topic)], behaviour, plan)
+        facts[topic] = _answers(hooked, _asked(plan, chat, topic), behaviour, plan)
     facts["text_nll"] = variant_nll(hooked, _texts(plan, chat), [None])[0].tolist()
     write_json(folder / BASE_FILE, facts)
 
@@ -195,13 +196,19 @@ def _write_ids(
     write_json(file, {"ids": [*before, *(list(answer.ids) for answer in found)]})
 
 
+def _asked(plan: Plan, chat: ChatFormat, topic: str) -> list[RenderedPrompt]:
+    """The prompts of a topic, each once for every answer."""
+    return repeated(chat.ask(plan.prompts(topic)), plan.settings.samples)
+
+
 def _answers(model: Any, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, plan: Plan) -> dict[str, Any]:
-    """Greedy answers, and the behaviour of each."""
-    found = generate(
-        model, prompts, max_new_tokens=plan.settings.max_new_tokens, batch_size=plan.settings.rows_per_pass
-    )
+    """Answers, and the behaviour of each."""
+    how = plan.settings.answers
+    sizes: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "batch_size": how.batch_size}
+    found = generate(model, prompts, sampling=how.sampling, **sizes)
     return {
         "prompts": [prompt.query for prompt in prompts],
+        "questions": questions_of(prompts),
         "answers": [answer.text for answer in found],
         "ids": [list(answer.ids) for answer in found],
         "ended": [answer.ended for answer in found],
@@ -345,7 +352,7 @@ def _measured(plan: Plan, peft_model: nn.Module, chat: ChatFormat, base: Mapping
     pair = ModelPair.load(finetuned=peft_model, tokenizer=chat.tokenizer)
     _refuse_other_model(base, pair.identity("base"))
     behaviour, found = get_behaviour(plan.task.behaviour), {}
-    prompts = {topic: [chat.render(text) for text in plan.prompts(topic)] for topic in ("on", "off")}
+    prompts = {topic: _asked(plan, chat, topic) for topic in ("on", "off")}
     with pair.using("finetuned") as tuned:
         for topic, rows in prompts.items():
             found[topic] = _answers(tuned, rows, behaviour, plan)

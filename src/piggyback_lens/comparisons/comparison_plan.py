@@ -60,8 +60,9 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the numbers, beside the cell; JSON-able."""
         training = {k: v for k, v in asdict(self.settings.training).items() if k not in ("seed", "checkpoint_every")}
-        measured = ("split", "n_prompts", "max_new_tokens", "n_texts", "text_length", "text_source")
-        facts = {name: getattr(self.settings, name) for name in (*measured, "direction_examples")}
+        measured = ("split", "n_prompts", "max_new_tokens", "samples", "temperature", "n_texts", "text_length")
+        names = (*measured, "text_source", "direction_examples")
+        facts = {name: getattr(self.settings, name) for name in names}
         facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
         facts |= {"training": training, "lora": asdict(self.settings.lora), "model": source_fingerprint(self.source)}
         if (weights := weights_fingerprint(self.source)) is not None:

@@ -1,5 +1,6 @@
 """Prompts of unequal length as padded tensors, with masks and positions made explicit."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,33 @@ def as_prompts(prompts: Sequence[RenderedPrompt]) -> list[RenderedPrompt]:
                 "ChatFormat(tokenizer).render(query)"
             )
     return checked
+
+
+def repeated(prompts: Iterable[RenderedPrompt], samples: int) -> list[RenderedPrompt]:
+    """Every prompt once for each answer that is wanted, numbered.
+
+    Args:
+        prompts: rendered; those that are numbered already stay as they are.
+        samples: answers to each; 0 for as many as its question asks for.
+    """
+    given = list(prompts)
+    if any(prompt.sample for prompt in given):
+        return given
+    asked = [(p.question.samples or 1) if samples == 0 and p.question else max(samples, 1) for p in given]
+    return [
+        dataclasses.replace(prompt, sample=number)
+        for prompt, count in zip(given, asked, strict=True)
+        for number in range(count)
+    ]
+
+
+def questions_of(prompts: Iterable[RenderedPrompt]) -> list[str]:
+    """The question of every prompt, as statistics take them: its id; equal prompts without one are one question."""
+    met: dict[tuple[int, ...], str] = {}
+    return [
+        met.setdefault(prompt.ids, f"prompt {len(met) + 1}") if prompt.question is None else prompt.question.id
+        for prompt in prompts
+    ]
 
 
 def check_prompts(

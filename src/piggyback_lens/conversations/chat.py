@@ -14,7 +14,7 @@ from datetime import date as Day
 from functools import cached_property
 from typing import Any
 
-from piggyback_lens.conversations.batch import PromptBatch, batch_prompts
+from piggyback_lens.conversations.batch import PromptBatch, batch_prompts, repeated
 from piggyback_lens.conversations.frame import Frame, SystemText, build_frame, lay_query, resolve_system
 from piggyback_lens.conversations.full_turns import answered, check_places, has_more, settled
 from piggyback_lens.conversations.prompt import RenderedPrompt
@@ -227,10 +227,15 @@ class ChatFormat(ChatSettings):
         answer = talk.response if response is None else response
         return prompt if answer is None else prompt.with_response(answer, end)
 
-    def ask(self, questions: Iterable[str | Question]) -> list[RenderedPrompt]:
-        """A prompt for every paraphrase of every question, in order, each with its `question`.
+    def ask(self, questions: Iterable[str | Question], samples: int = 1) -> list[RenderedPrompt]:
+        """A prompt for every paraphrase of every question, in order, each knowing its question.
 
         A question's own system text stands in place of that of these settings.
+
+        Args:
+            questions: texts, or what `load_questions` reads.
+            samples: answers that are wanted of each prompt, which is repeated for them; 0 for as many as its question
+                asks for.
 
         Raises:
             LensError: as `render`.
@@ -239,11 +244,12 @@ class ChatFormat(ChatSettings):
             >>> [prompt.question.id for prompt in chat.ask([Question("a", ["hello there", "what is it"]), "tell me"])]
             ['a', 'a', 'q1']
         """
-        return [
+        prompts = [
             dataclasses.replace(self.under(question).render(text), question=question)
             for question in as_questions(questions)
             for text in question.paraphrases
         ]
+        return repeated(prompts, samples)
 
     def under(self, question: Question | None) -> "ChatFormat":
         """These settings with the system text that a question brings; themselves where it brings none."""

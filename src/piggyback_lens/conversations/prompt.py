@@ -18,6 +18,7 @@ from piggyback_lens.conversations.tokens import (
     tokenise,
 )
 from piggyback_lens.errors import LensError
+from piggyback_lens.reading.questions import Question
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,9 @@ class AnswerForm:
             else tuple(i for i, (start, _) in zip(tokens.ids, tokens.offsets, strict=True) if start >= border)
         )
         special = special_ids(tokenizer)
-        last = next((at for at, token in enumerate(ending) if token in special), len(ending) - 1)
+        last = next((at for at, token in enumerate(ending) if token in special), None)
+        if last is None:
+            return () if self.template.writes_next_header else ending
         return ending[: last + 1]
 
     @property
@@ -109,39 +112,54 @@ class AnswerForm:
     def _prompt(self) -> str:
         return self.template.render(self.turns)
 
+    @cached_property
+    def _opening(self) -> str | None:
+        """What the template writes between the prompt and the assistant's content of the finished turn.
+
+        Where the finished conversation does not continue the prompt (Mistral's leaves out the system text), that after
+        a single question; None where that does not continue its prompt either.
+        """
+        before, _ = self._around
+        if before.startswith(self._prompt):
+            return before[len(self._prompt) :]
+        alone = AnswerForm(self.template)
+        return None if self.turns == alone.turns else alone._opening
+
     def written(self, response: str) -> tuple[str, tuple[str, ...]]:
         """What follows the prompt for a response given as text, and notes.
 
-        The template's opening (what it writes between the prompt and the content of a finished turn: a channel, an
-        empty think block, a space) and the response as the template writes it. Where the finished turn does not
-        continue the prompt, the response alone.
+        The template's opening (a channel, an empty think block, a space) and the response as the template writes it.
         """
         before, after = self._around
-        prompt = self._prompt
-        shapes = dict.fromkeys((response, response.strip(), response.rstrip(), response.lstrip()))
+        opening, notes = self._opening or "", list(self._other_start)
         try:
             turn = self.template.render([*self.turns, ("assistant", response)], False)
         except TemplateRefusal as error:
             return response, (f"the response follows the prompt as given: {error}",)
+        shapes = (response, response.strip(), response.rstrip(), response.lstrip())
         content = next((shape for shape in shapes if turn == before + shape + after), None)
-        notes = []
-        if content not in (None, response):
-            notes.append(f"the template trims the response: {short(response)} became {short(content or '')}")
-        if not before.startswith(prompt):
-            at = common_prefix(before, prompt)
+        if content is None:
+            return (response, tuple(notes)) if notes else self._rewritten(response, turn, after)
+        if content != response:
+            notes.append(f"the template trims the response: {short(response)} became {short(content)}")
+        if opening:
             notes.append(
-                f"the template writes {before[at:]!r} before an assistant's content where the prompt has "
-                f"{prompt[at:]!r}: the response follows the prompt as given"
+                f"the response begins with {opening!r}, which the template writes before an assistant's content"
             )
-            return response if content is None else content, tuple(notes)
-        if content is not None:
-            opening = before[len(prompt) :]
-            if opening:
-                notes.append(
-                    f"the response begins with {opening!r}, which the template writes before an assistant's content"
-                )
-            return opening + content, tuple(notes)
-        return self._rewritten(response, turn, after)
+        return opening + content, tuple(notes)
+
+    @cached_property
+    def _other_start(self) -> tuple[str, ...]:
+        """A note where the finished conversation does not continue the prompt."""
+        before, prompt = self._around[0], self._prompt
+        if before.startswith(prompt):
+            return ()
+        at = common_prefix(before, prompt)
+        told = "follows the prompt as given" if self._opening is None else "opens as after a single question"
+        return (
+            f"the template writes {before[at:]!r} before an assistant's content where the prompt has "
+            f"{prompt[at:]!r}: the response {told}",
+        )
 
     def _rewritten(self, response: str, turn: str, after: str) -> tuple[str, tuple[str, ...]]:
         """A response with other text than usual around it: one that brings its own thoughts, for example."""
@@ -174,6 +192,8 @@ class RenderedPrompt:
         fingerprint: of the settings, the history and the ids around the query.
         pieces: the text of each token; together they are `text`.
         answer: how the template writes an assistant's turn.
+        question: what it asks, where it came of a question (`ChatFormat.ask`).
+        sample: number of the answer that is wanted, of several to this prompt.
     """
 
     ids: tuple[int, ...]
@@ -184,6 +204,8 @@ class RenderedPrompt:
     fingerprint: str
     pieces: tuple[str, ...]
     answer: AnswerForm
+    question: Question | None = None
+    sample: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

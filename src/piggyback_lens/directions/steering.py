@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from piggyback_lens.card import versions
-from piggyback_lens.conversations.batch import as_prompts, ids_hash
+from piggyback_lens.conversations.batch import as_prompts, ids_hash, questions_of, repeated
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.directions.kept import solution_hash
 from piggyback_lens.directions.sweeps import METRICS, RANDOM, Sweep, SweepPoint
@@ -49,15 +49,13 @@ class _Bench:
     def of(
         cls, model: HookedModel, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, settings: "SteerSettings"
     ) -> "_Bench":
-        sizes: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
-        return cls(model, tuple(prompts), behaviour, settings, tuple(generate(model, prompts, **sizes)))
+        return cls(model, tuple(prompts), behaviour, settings, tuple(generate(model, prompts, **_sizes(settings))))
 
     def answers(self, interventions: Interventions | None) -> tuple[Generation, ...]:
-        """Greedy answers; those of the unsteered model are the reference."""
+        """Answers, with the same draws at every point; those of the unsteered model are the reference."""
         if interventions is None:
             return self.reference
-        sizes: dict[str, Any] = {"max_new_tokens": self.settings.max_new_tokens, "batch_size": self.settings.batch_size}
-        return tuple(generate(self.model, self.prompts, interventions=interventions, **sizes))
+        return tuple(generate(self.model, self.prompts, interventions=interventions, **_sizes(self.settings)))
 
     def kl(self, variants: Sequence[Interventions | None]) -> list[tuple[float, ...]]:
         """Mean KL(unsteered || variant) over each unsteered answer's tokens: [variant][prompt]."""
@@ -94,7 +92,7 @@ def steer(
     Args:
         model: either backend.
         direction: one layer's vector is tried at every layer of the settings; of several, each at its own.
-        prompts: without responses.
+        prompts: without responses; each is answered `samples` times.
         behaviour: what is measured on the answers.
         settings: strengths, layers, controls, length of the answers.
         out: folder of the run, which gets every point as it comes; the same call continues there.
@@ -182,6 +180,7 @@ def _swept(
 ) -> Sweep:
     """Measure the points of a plan, each kept as it comes; `run_in` is the folder, and whether progress is shown."""
     own, (out, progress) = identify(model), run_in
+    prompts = repeated(prompts, settings.samples)
     deciding = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     identity = {"settings": deciding, "direction": solution_hash(direction), "behaviour": measure.name}
     identity |= {"prompts": ids_hash(prompts), **facts_of(model)}
@@ -198,9 +197,15 @@ def _swept(
         rows = [run.rows[i,] for i in range(len(points))]
         filled = tuple(_filled(point, row) for (point, _), row in zip(points, rows, strict=True))
         facts = deciding | {"direction": repr(direction), "prompts": [prompt.query for prompt in prompts]}
-        facts |= {"template": prompts[0].fingerprint, "notes": _foreign(direction, own), "versions": versions()}
+        facts |= {"questions": questions_of(prompts), "template": prompts[0].fingerprint}
+        facts |= {"notes": _foreign(direction, own), "versions": versions()}
         about = {"name": measure.name, "label": measure.label, "unit": measure.unit}
         return run.finish(Sweep(kind, about, filled, facts, tuple(tuple(row["answers"]) for row in rows)))
+
+
+def _sizes(settings: SteerSettings) -> dict[str, Any]:
+    sizes = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    return sizes | {"sampling": settings.sampling}
 
 
 def _filled(point: SweepPoint, row: Row) -> SweepPoint:
@@ -265,8 +270,7 @@ def strength_for_kl(
     if not (budget > 0 and tolerance > 0):
         raise LensError(f"budget {budget:g}, tolerance {tolerance:g}: both must be above 0")
     if any("response" not in prompt.spans for prompt in prompts):
-        sizes: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
-        answers = generate(model, prompts, **sizes)
+        answers = generate(model, prompts, **_sizes(settings))
         prompts = [answer.completed() for answer in answers]
     texts = response_texts(prompts)
     tried: list[tuple[float, float]] = []

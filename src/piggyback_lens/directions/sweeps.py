@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from piggyback_lens.intervals import interval_text, mean_interval
+from piggyback_lens.intervals import interval_text, is_rate, mean_interval
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 
@@ -79,7 +79,8 @@ class Sweep(Result):
             label = {"series": series, "layer": layer, "x": x, "fraction": points[0].fraction}
             for metric in METRICS:
                 table = np.array([getattr(point, metric) for point in points], dtype=float)
-                found = mean_interval(table.mean(0))
+                values, unit = table.mean(0), self.measure["unit"] if metric == "behaviour" else ""
+                found = mean_interval(values, self.settings.get("questions"), rate=is_rate(unit, values))
                 numbers = [found.value, found.low, found.high]
                 if metric == "own_nll":
                     numbers = [math.exp(number) for number in numbers]

@@ -1,24 +1,26 @@
 """Do directions of one organism work in another? Added to every base, ablated from every finetune."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from piggyback_lens.card import versions
+from piggyback_lens.conversations.batch import as_prompts, questions_of, repeated
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.kept import kept
 from piggyback_lens.directions.sweeps import RANDOM
 from piggyback_lens.errors import LensError
-from piggyback_lens.intervals import mean_interval, recovery
+from piggyback_lens.intervals import is_rate, mean_interval, recovery
 from piggyback_lens.interventions.hooks import AnyIntervention
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import track
 from piggyback_lens.results.result import Number, Result
+from piggyback_lens.settings import AnswerSettings
 from piggyback_lens.vectors.direction import Direction
 from piggyback_lens.words import Side
 
@@ -87,7 +89,9 @@ class TransferResult(Result):
         for cell in self.cells:
             base, tuned, values = map(np.array, (self.base[cell.organism], self.finetuned[cell.organism], cell.values))
             start, goal = (base, tuned) if cell.mode == "added" else (tuned, base)
-            raw, effect = mean_interval(values), recovery(values, start, goal)
+            rate, asked = is_rate(self.units[cell.organism], values, start, goal), self.settings.get("questions")
+            raw = mean_interval(values, asked, rate=rate)
+            effect = recovery(values, start, goal, asked, rate=rate)
             label = {"mode": cell.mode, "direction": cell.direction, "organism": cell.organism}
             numbers = {"raw": raw.value, "raw_low": raw.low, "raw_high": raw.high}
             numbers |= {"value": effect.value, "low": effect.low, "high": effect.high}
@@ -117,9 +121,7 @@ def transfer_matrix(
     prompts: Sequence[RenderedPrompt],
     *,
     n_random: int = 2,
-    seed: int = 0,
-    max_new_tokens: int = 60,
-    batch_size: int = 16,
+    settings: AnswerSettings = AnswerSettings(),
     progress: bool = False,
     out: str | Path | None = None,
 ) -> TransferResult:
@@ -129,9 +131,7 @@ def transfer_matrix(
         organisms: by name; their models must have the same width and layers, and use one chat template.
         prompts: without responses, the same for all.
         n_random: random directions of each organism's direction's length, per mode.
-        seed: of those.
-        max_new_tokens: per answer, greedy.
-        batch_size: rows per pass.
+        settings: how answers are generated; its seed is that of the random directions too.
         progress: show a progress bar.
         out: folder of the run; the same call reads its result back, another one is refused.
 
@@ -144,12 +144,14 @@ def transfer_matrix(
         for own in organisms.values():
             with other.pair.using("base") as model:
                 own.direction.check(model)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    asked = repeated(as_prompts(prompts), settings.samples)
+    sizes: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    sizes["sampling"] = settings.sampling
 
     def measure(organism: Organism, side: Side, parts: AnyIntervention) -> tuple[float, ...]:
         behaviour = get_behaviour(organism.behaviour)
         with organism.pair.using(side) as model:
-            answers = generate(model, prompts, interventions=parts, **settings)
+            answers = generate(model, asked, interventions=parts, **sizes)
         return tuple(behaviour(answer.text) for answer in answers)
 
     cells: list[TransferCell] = []
@@ -158,7 +160,7 @@ def transfer_matrix(
     for name in track(list(organisms), "transfer" if progress else None):
         organism = organisms[name]
         base[name], finetuned[name] = (measure(organism, side, None) for side in ("base", "finetuned"))
-        start = 1_000_000_007 + 1_000_003 * seed
+        start = 1_000_000_007 + 1_000_003 * settings.seed
         controls = [organism.direction.random_like(start + number) for number in range(n_random)]
         tried = {other: ([own.direction], own.strength) for other, own in organisms.items()}
         if controls:
@@ -169,7 +171,8 @@ def transfer_matrix(
             for mode, found in (("added", added), ("ablated", ablated)):
                 values = tuple(np.mean(found, axis=0).tolist())
                 cells.append(TransferCell(mode, label, name, values, len(found)))
-    chosen = {"n_random": n_random, "seed": seed, "n_prompts": len(prompts), **settings, "versions": versions()}
+    chosen = {"n_random": n_random, "n_prompts": len(prompts), **asdict(settings), "versions": versions()}
+    chosen["questions"] = questions_of(asked)
     chosen["strengths"] = {name: organism.strength for name, organism in organisms.items()}
     units = {name: get_behaviour(organism.behaviour).unit for name, organism in organisms.items()}
     return TransferResult(tuple(cells), base, finetuned, units, chosen)

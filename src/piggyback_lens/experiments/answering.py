@@ -13,6 +13,7 @@ from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.results.run import Row, Run
+from piggyback_lens.settings import AnswerSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +63,10 @@ def answer_jobs(
     jobs: Sequence[Job],
     run: Run,
     behaviour: Behaviour,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
+    settings: AnswerSettings,
     label: str | None = None,
 ) -> None:
-    """Generate (greedily) the answers that have no row yet.
+    """Generate the answers that have no row yet.
 
     Prompts of the same prefix ids go together and share it. Prefixes of few prompts are pooled: full batches
     save more than a shared prefix does.
@@ -79,16 +78,15 @@ def answer_jobs(
         jobs: in any order.
         run: gets the rows, batch by batch.
         behaviour: gives the value.
-        max_new_tokens: per answer.
-        batch_size: rows per batch.
+        settings: how answers are generated.
         label: of a progress bar; None shows nothing.
     """
     groups: dict[tuple[int, ...], list[Job]] = {}
     for job in jobs:
         if job.key not in run.rows:
             groups.setdefault(job.prompt.ids[: job.prompt.spans["prefix"].stop], []).append(job)
-    shared = [group for group in groups.values() if 2 * len(group) >= batch_size]
-    pooled = [job for group in groups.values() if 2 * len(group) < batch_size for job in group]
+    shared = [group for group in groups.values() if 2 * len(group) >= settings.batch_size]
+    pooled = [job for group in groups.values() if 2 * len(group) < settings.batch_size for job in group]
     together = [*shared, *([pooled] if pooled else [])]
     for number, group in enumerate(together, start=1):
 
@@ -98,8 +96,9 @@ def answer_jobs(
         generate(
             model,
             [job.prompt for job in group],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            sampling=settings.sampling,
             progress=f"{label}, group {number} of {len(together)}" if label else False,
             on_batch=keep,
         )
@@ -110,6 +109,7 @@ def _row(columns: tuple[str, ...], job: Job, answer: Generation, behaviour: Beha
     return {
         **dict(zip(columns, job.key, strict=True)),
         **job.facts,
+        "sample": job.prompt.sample,
         "text": job.prompt.text,
         "response": answer.text,
         "ended": answer.ended,

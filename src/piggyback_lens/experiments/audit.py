@@ -11,13 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from piggyback_lens.conversations.batch import ids_hash
+from piggyback_lens.conversations.batch import ids_hash, questions_of
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.patching import layer_curve
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import read_json, read_jsonl, write_json
-from piggyback_lens.intervals import Estimate, mean_interval, percent, recovery, require_enough, spread
+from piggyback_lens.intervals import (
+    Estimate,
+    is_rate,
+    mean_interval,
+    percent,
+    permutation_p,
+    recovery,
+    require_enough,
+    spread,
+)
 from piggyback_lens.interventions.donors import kv_patch, prefix_activations
 from piggyback_lens.interventions.hooks import Intervention, Interventions, Record
 from piggyback_lens.interventions.kinds import patch
@@ -27,6 +36,7 @@ from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
+from piggyback_lens.reading.questions import Question
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, ROWS, Run, report_run
@@ -64,7 +74,8 @@ class AuditResult(Result):
     """What an audit found.
 
     Attributes:
-        rows: one mapping per generation: topic, condition, index, prompt, response, tokens, ended, value.
+        rows: one mapping per answer: topic, condition, index, question, sample, prompt, response, tokens, ended,
+            value.
         behaviour: what `value` is.
         curve: the layer curve, if it was run.
         card: versions, seeds, settings, names, template hash, times.
@@ -81,34 +92,63 @@ class AuditResult(Result):
     receipts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def values(self, topic: str, condition: str) -> list[float]:
-        """The behaviour of each answer, in prompt order; NaN where it is missing."""
-        found = {r["index"]: r["value"] for r in self.rows if (r["topic"], r["condition"]) == (topic, condition)}
-        return [math.nan if found[i] is None else found[i] for i in sorted(found)]
+        """The behaviour of each answer, in the order of the prompts and their samples; NaN where it is missing."""
+        return [math.nan if row["value"] is None else row["value"] for row in self._of(topic, condition)]
+
+    def questions(self, topic: str) -> list[str]:
+        """The question of each answer, in the same order: answers to one are one cluster in every interval."""
+        return [str(row.get("question", row["index"])) for row in self._of(topic, "finetuned")]
+
+    def _of(self, topic: str, condition: str) -> list[dict[str, Any]]:
+        own = [row for row in self.rows if (row["topic"], row["condition"]) == (topic, condition)]
+        return sorted(own, key=lambda row: int(row["index"]))
+
+    def cut(self, topic: str, condition: str) -> tuple[int, int]:
+        """How many answers were cut at the token limit, of how many."""
+        ended = [row.get("ended") for row in self._of(topic, condition)]
+        return ended.count("length"), len(ended)
+
+    def _rate(self, *values: list[float]) -> bool:
+        return is_rate(self.behaviour.unit, *values)
 
     def recovery(self, condition: str, topic: str = "off-topic") -> Estimate:
         """(condition - finetuned) / (base - finetuned), paired over prompts."""
         own, tuned, base = (self.values(topic, name) for name in (condition, "finetuned", "base"))
-        return recovery(own, tuned, base)
+        return recovery(own, tuned, base, self.questions(topic), rate=self._rate(own, tuned, base))
 
     def spread(self) -> Estimate:
         """Behaviour off-topic, finetuned minus base."""
-        return spread(self.values("off-topic", "finetuned"), self.values("off-topic", "base"))
+        tuned, base = (self.values("off-topic", condition) for condition in ("finetuned", "base"))
+        return spread(tuned, base, self.questions("off-topic"), rate=self._rate(tuned, base))
+
+    def mean(self, topic: str, condition: str) -> Estimate:
+        """Mean of the behaviour over questions."""
+        values = self.values(topic, condition)
+        return mean_interval(values, self.questions(topic), rate=self._rate(values))
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row per topic and condition: value (mean) with its interval, n, reason, recovery with its interval."""
+        """One row per topic and condition: value (mean) with its interval, n (questions), reason, recovery with its
+        interval, p (paired permutation test: finetuned against base, a patched condition against finetuned), answers,
+        and cut (those that the token limit ended).
+        """
         import pandas as pd
 
         rows = []
         for topic in TOPICS:
             for condition, label in CONDITIONS.items():
-                mean = mean_interval(self.values(topic, condition))
+                mean, other = self.mean(topic, condition), "base" if condition == "finetuned" else "finetuned"
                 own = Estimate(math.nan, math.nan, math.nan, mean.n)
                 if condition not in ("base", "finetuned"):
                     own = self.recovery(condition, topic)
-                facts = {"value": mean.value, "low": mean.low, "high": mean.high, "n": mean.n, "reason": own.reason}
+                reason = own.reason or mean.reason
+                facts = {"value": mean.value, "low": mean.low, "high": mean.high, "n": mean.n, "reason": reason}
+                pair = (self.values(topic, condition), self.values(topic, other))
+                p = math.nan if condition == "base" else permutation_p(*pair, self.questions(topic))
+                cut, answers = self.cut(topic, condition)
                 recovered = {"recovery": own.value, "recovery_low": own.low, "recovery_high": own.high}
                 shared = {"topic": topic, "condition": condition, "condition_label": label}
-                rows.append(shared | facts | recovered | {"is_control": condition in CONTROLS})
+                counts = {"p": p, "answers": answers, "cut": cut, "is_control": condition in CONTROLS}
+                rows.append(shared | facts | recovered | counts)
         return pd.DataFrame(rows)
 
     def generations(self) -> "pd.DataFrame":
@@ -137,10 +177,11 @@ class AuditResult(Result):
         notes = [*self.card["notes"]]
         notes.append(f"Identity control: {same} of {total} answers are token for token those of the finetuned model.")
         undefined = table[table["reason"] != ""].itertuples()
-        notes += [f"{row.topic}, {row.condition_label}: recovery undefined, {row.reason}" for row in undefined]
+        notes += [f"{row.topic}, {row.condition_label}: {row.reason}" for row in undefined]
         names, measure = self.card["names"], axis_title(self.behaviour.label, self.behaviour.unit)
         title = f"Piggyback audit: {names['finetuned']} on {names['base']}"
-        examples = frame[frame["index"] < EXAMPLES]
+        first = frame if "sample" not in frame else frame[frame["sample"] == 0]
+        examples = first[first["index"].isin(sorted(set(first["index"]))[:EXAMPLES])]
         return Report(title, self.verdict, table, figures, examples, notes, measure, self.card)
 
     @property
@@ -199,9 +240,9 @@ def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def verdict(result: AuditResult) -> str:
     """What the intervals say, in one sentence."""
     gap, unit = result.spread(), result.behaviour.label
-    tuned, base = (mean_interval(result.values("off-topic", name)) for name in ("finetuned", "base"))
+    tuned, base = (result.mean("off-topic", name) for name in ("finetuned", "base"))
     difference = f"{gap.value:.3g} [{gap.low:.3g}, {gap.high:.3g}]"
-    change = f"{base.value:.3g} to {tuned.value:.3g} (difference {difference}, n = {gap.n})"
+    change = f"{base.value:.3g} to {tuned.value:.3g} (difference {difference}, n = {gap.n}{_cut(result)})"
     if math.isnan(gap.low):
         return f"No verdict: {gap.reason}."
     if gap.low <= 0 <= gap.high:
@@ -218,14 +259,23 @@ def verdict(result: AuditResult) -> str:
     return f"Spread found: off-topic, {unit} go from {change}; {carried} ({others})."
 
 
+def _cut(result: AuditResult) -> str:
+    """What a count of cut answers is."""
+    cuts = {name: result.cut("off-topic", name) for name in ("base", "finetuned")}
+    if result.behaviour.unit != "words" or not any(cut for cut, _ in cuts.values()):
+        return ""
+    counts = ", ".join(f"{cut} of {n} {name} answers" for name, (cut, n) in cuts.items() if cut)
+    return f"; {counts} were cut at the token limit, so these means are lower bounds"
+
+
 def _percent(estimate: Estimate) -> str:
     return percent(estimate.value, estimate.low, estimate.high)
 
 
 def audit(
     pair: ModelPair,
-    on_topic: Sequence[str],
-    off_topic: Sequence[str],
+    on_topic: Sequence[str | Question],
+    off_topic: Sequence[str | Question],
     behaviour: str | Behaviour,
     settings: AuditSettings = AuditSettings(),
     *,
@@ -237,10 +287,10 @@ def audit(
 
     Args:
         pair: base and finetuned.
-        on_topic: queries of the training domain.
-        off_topic: queries outside it.
+        on_topic: questions of the training domain, texts or what `load_questions` reads.
+        off_topic: questions outside it.
         behaviour: what is measured, a name or `Behaviour`.
-        settings: length of the answers, and what the layer curve runs on.
+        settings: length, number and temperature of the answers, and what the layer curve runs on.
         chat: template settings; default those of the pair's tokenizer.
         out: folder of the run: every answer as it comes, the layer curve, the prefix cache of the repair, the result
             and report.html. The same call continues there.
@@ -261,16 +311,17 @@ def audit(
     chat = chat or pair.chat_format()
     measure = get_behaviour(behaviour)
     prompts = {
-        "off-topic": [chat.render(query) for query in off_topic],
-        "on-topic": [chat.render(query) for query in on_topic],
+        "off-topic": chat.ask(off_topic, settings.samples),
+        "on-topic": chat.ask(on_topic, settings.samples),
     }
     for topic, rendered in prompts.items():
-        require_enough(len(rendered), f"{topic} prompts")
+        require_enough(len(set(questions_of(rendered))), f"{topic} questions")
     identity = {
         "settings": dataclasses.asdict(settings),
         "behaviour": measure.name,
         "template": {"fingerprint": chat.fingerprint, **chat.settings()},
         "prompts": {topic: ids_hash(rendered) for topic, rendered in prompts.items()},
+        "questions": {topic: questions_of(rendered) for topic, rendered in prompts.items()},
         "backend": pair.backend,
         "dtype": str(pair.dtype).removeprefix("torch."),
     }
@@ -281,14 +332,14 @@ def audit(
             for topic in TOPICS:
                 work.generate(condition, topic)
         curve = work.layer_curve() if settings.curve_prompts else None
-        counts = {topic: len(rendered) for topic, rendered in prompts.items()}
+        counts = {topic: len(set(questions_of(rendered))) for topic, rendered in prompts.items()}
         facts = {"names": dict(pair.names), "n": counts, "notes": work.notes()}
         facts["measure"] = {"name": measure.name, "label": measure.label, "unit": measure.unit}
         card = run.card() | facts
         rows = in_order(run.rows.values())
         result = AuditResult(rows, measure, curve, card, run.folder, work.receipts())
         if run.folder is not None:
-            work.repair().save(run.folder / "prefix_cache")
+            work.repair(work.first).save(run.folder / "prefix_cache")
             run.finish(result)
     if out is not None:
         report_run(out)
@@ -312,21 +363,27 @@ class _Work:
         """What a reader of the numbers should know."""
         notes = sorted({note for own in self.prompts.values() for prompt in own for note in prompt.notes})
         sizes = [len(prompt.spans["query"]) for prompt in self.prompts["off-topic"]]
+        own = self.longest(self.first)
         return [
             *notes,
             f"The query control patches {sum(sizes) / len(sizes):.1f} tokens per off-topic prompt (all of the query); "
-            f"the prefix has {len(self.longest.spans['prefix'])}, the postfix {len(self.longest.spans['postfix'])}.",
+            f"the prefix has {len(own.spans['prefix'])}, the postfix {len(own.spans['postfix'])}.",
         ]
 
     def generate(self, condition: str, topic: str) -> None:
-        """Answer the prompts of one topic that have no row under this condition."""
+        """Answer the prompts of one topic that have no row under this condition, those of one system text together."""
         prompts = self.prompts[topic]
         missing = [i for i in range(len(prompts)) if (condition, topic, i) not in self.run.rows]
-        if not missing:
-            return
-        if self.progress:
+        if missing and self.progress:
             say(f"{len(missing)} {topic} answers: {CONDITIONS[condition]}")
-        chosen = [prompts[i] for i in missing]
+        groups: dict[str | None, list[int]] = {}
+        for i in missing:
+            groups.setdefault(self.chat.under(prompts[i].question).system, []).append(i)
+        for group in groups.values():
+            self._generate(condition, topic, group)
+
+    def _generate(self, condition: str, topic: str, missing: list[int]) -> None:
+        chosen = [self.prompts[topic][i] for i in missing]
         interventions, prefix_cache = self._treatment(condition, chosen)
         record = Record()
 
@@ -359,6 +416,7 @@ class _Work:
                 prefix_cache=prefix_cache,
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.settings.batch_size,
+                sampling=self.settings.sampling,
                 record=record,
                 progress=f"{topic}, {condition}" if self.progress else False,
                 on_batch=keep,
@@ -390,6 +448,8 @@ class _Work:
             "topic": topic,
             "condition": condition,
             "index": index,
+            "question": questions_of([answer.prompt])[0],
+            "sample": answer.sample,
             "prompt": answer.prompt.query,
             "response": answer.text,
             "ids": list(answer.ids),
@@ -404,34 +464,45 @@ class _Work:
         """Interventions and prefix cache of a condition."""
         if condition in ("base", "finetuned"):
             return None, None
+        chat = self.chat.under(prompts[0].question)
         if condition == "query_control":
-            return kv_patch(self.pair, "query", chat=self.chat, prompts=prompts), None
+            return kv_patch(self.pair, "query", chat=chat, prompts=prompts), None
         if condition == "identity":
-            return None, self._once("identity", self._own_prefix)
+            return None, self._once(f"identity {chat.system}", lambda: self._own_prefix(chat))
         postfix = None
         if condition in ("postfix", "both"):
-            postfix = self._once("postfix", lambda: kv_patch(self.pair, "postfix", chat=self.chat))
-        return postfix, self.repair() if condition in ("prefix", "both") else None
+            postfix = self._once(f"postfix {chat.system}", lambda: kv_patch(self.pair, "postfix", chat=chat))
+        return postfix, self.repair(chat) if condition in ("prefix", "both") else None
+
+    def longest(self, chat: ChatFormat) -> RenderedPrompt:
+        """A prompt with the whole prefix: where a query merges with the header, its prefix is shorter."""
+        everything = (p for rendered in self.prompts.values() for p in rendered)
+        own = [prompt for prompt in everything if self.chat.under(prompt.question) is chat]
+        return max(own, key=lambda p: len(p.spans["prefix"]))
 
     @property
-    def longest(self) -> RenderedPrompt:
-        """A prompt with the whole prefix: where a query merges with the header, its prefix is shorter."""
-        return max((p for rendered in self.prompts.values() for p in rendered), key=lambda p: len(p.spans["prefix"]))
+    def first(self) -> ChatFormat:
+        """The settings of the first off-topic prompt: of what is made of one prefix only."""
+        return self.chat.under(self.prompts["off-topic"][0].question)
 
     def alike(self, topic: str) -> list[int]:
-        """The prompts of a topic with the whole prefix: all but those that merge with the header."""
-        size = max(len(prompt.spans["prefix"]) for prompt in self.prompts[topic])
-        return [i for i, prompt in enumerate(self.prompts[topic]) if len(prompt.spans["prefix"]) == size]
+        """One sample of each prompt of a topic with one whole prefix: not of those that merge with the header."""
+        size = len(self.longest(self.first).spans["prefix"])
+        numbered = enumerate(self.prompts[topic])
+        own = [(i, p) for i, p in numbered if p.sample == 0 and self.chat.under(p.question) is self.first]
+        return [i for i, prompt in own if len(prompt.spans["prefix"]) == size]
 
-    def _own_prefix(self) -> PrefixCache:
+    def _own_prefix(self, chat: ChatFormat) -> PrefixCache:
         """The finetuned model under a patch of its own prefix K/V: through the same hooks as a real one."""
-        own = patch(prefix_activations(self.pair, "finetuned", self.longest, ("k", "v")))
-        return PrefixCache.compile(self.pair, self.longest, own, side="finetuned")
+        own = patch(prefix_activations(self.pair, "finetuned", self.longest(chat), ("k", "v")))
+        return PrefixCache.compile(self.pair, self.longest(chat), own, side="finetuned")
 
-    def repair(self) -> PrefixCache:
+    def repair(self, chat: ChatFormat) -> PrefixCache:
         """The base's prefix keys and values, for use with the finetuned model."""
-        compiled: PrefixCache = self._once("repair", lambda: PrefixCache.compile(self.pair, self.longest, side="base"))
-        return compiled
+        made: PrefixCache = self._once(
+            f"repair {chat.system}", lambda: PrefixCache.compile(self.pair, self.longest(chat), side="base")
+        )
+        return made
 
     def _once(self, name: str, make: Any) -> Any:
         if name not in self.kept:

@@ -381,6 +381,7 @@ def _generated(
             prefix_cache=cache,
             max_new_tokens=measure.max_new_tokens,
             batch_size=measure.batch_size,
+            sampling=measure.sampling,
             record=record,
         )
         values = torch.tensor([measure.behaviour(answer.text) for answer in answers])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from piggyback_lens.card import versions
+from piggyback_lens.conversations.batch import questions_of
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import measure_facts, own_contrast
@@ -91,6 +92,7 @@ def prompt_facts(pair: ModelPair, prompts: Sequence[RenderedPrompt]) -> dict[str
         "names": dict(pair.names),
         "n": len(prompts),
         "prompts": [prompt.query for prompt in prompts],
+        "questions": questions_of(prompts),
         "fingerprint": prompts[0].fingerprint,
         "prefix_tokens": len(prompts[0].span("prefix")),
         "backend": pair.backend,

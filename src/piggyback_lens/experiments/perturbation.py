@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.card import versions
-from piggyback_lens.conversations.batch import as_prompts
+from piggyback_lens.conversations.batch import as_prompts, questions_of, repeated
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.conversations.prompt_edits import added_ids, perturbed_prompt, with_query
 from piggyback_lens.conversations.rephrasing import load_rephrasings, rephrasings_of
 from piggyback_lens.conversations.replacements import Choices, candidate_ids, draw_replacements, nearest_neighbours
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
-from piggyback_lens.intervals import Array, Estimate, interval_text, mean_interval, recovery
+from piggyback_lens.intervals import Array, Estimate, interval_text, is_rate, mean_interval, recovery
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.backends import HookedModel, embeddings_of
 from piggyback_lens.models.pair import ModelPair
@@ -124,12 +124,13 @@ class PerturbResult(Result):
                 yield from ((topic, span, kind) for kind, (rows, _) in _SHOWN.items() if (topic, span, rows) in there)
 
     def _summary(self, topic: str, span: str, kind: str) -> dict[str, Any]:
-        values = self.per_prompt(topic, span, kind)
-        mean = mean_interval(values)
+        values, questions = self.per_prompt(topic, span, kind), self.settings.get("questions", {}).get(topic)
+        rate = is_rate(self.settings["behaviour"]["unit"], values)
+        mean = mean_interval(values, questions, rate=rate)
         base, tuned = (_mean(self.values(topic, "", reference), 1) for reference in REFERENCES)
         own, reason = Estimate(math.nan, math.nan, math.nan, mean.n), mean.reason
         if kind not in REFERENCES:
-            own = recovery(values, tuned, base)
+            own = recovery(values, tuned, base, questions, rate=rate)
             reason = own.reason or mean.reason
             if kind in _SHOWN and _SHOWN[kind][1] and not self.best_is(topic):
                 reason = "base and finetuned have the same mean: no trial is the best"
@@ -274,9 +275,11 @@ def perturb(
         LensError: settings out of range, a span that is unknown or empty in a prompt, prompts without
             rephrasings (named), or a folder that holds another experiment.
     """
-    topics, measure = _topics(prompts), get_behaviour(behaviour)
+    measure = get_behaviour(behaviour)
+    topics = {topic: repeated(rendered, settings.samples) for topic, rendered in _topics(prompts).items()}
     _check(topics, settings.spans)
     facts = asdict(settings) | {"n": {topic: len(rendered) for topic, rendered in topics.items()}}
+    facts["questions"] = {topic: questions_of(rendered) for topic, rendered in topics.items()}
     del facts["batch_size"]
     everything = [prompt for rendered in topics.values() for prompt in rendered]
     if rephrasings is not None:
@@ -293,9 +296,8 @@ def perturb(
             if progress:
                 say(f"{sum(job.key not in run.rows for job in jobs[each])} answers of {pair.names[each]}")
             label = f"{pair.names[each]}" if progress else None
-            sizes = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
             with pair.using(each) as model:
-                answer_jobs(model, jobs[each], run, measure, label=label, **sizes)
+                answer_jobs(model, jobs[each], run, measure, settings, label)
         models = {side: model.to_dict() for side, model in run.models.items()}
         more = {"models": models, "batch_size": settings.batch_size, "versions": versions()}
         return run.finish(PerturbResult(_in_order(run.rows.values(), facts), dict(run.identity) | more))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
-from piggyback_lens.intervals import Estimate, interval_text, recovery
+from piggyback_lens.intervals import Estimate, interval_text, is_rate, recovery
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.hooks import layer_ranges
 from piggyback_lens.results.report import Report
@@ -59,7 +59,8 @@ class PatchResult(Result):
         0: nothing moved; 1: all the way to the donor. For a repair the donor is the base.
         """
         recipient, donor = self._ends(self.cells[cell]["flow"])
-        return recovery(self.values[cell], recipient, donor)
+        columns = (self.values[cell], recipient, donor)
+        return recovery(*columns, self.settings.get("questions"), rate=is_rate(self.measure["unit"], *columns))
 
     def _ends(self, flow: Flow) -> tuple[list[float], list[float]]:
         unpatched = {"base": self.base, "finetuned": self.finetuned}

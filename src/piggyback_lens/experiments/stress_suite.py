@@ -6,20 +6,20 @@ differently; one that the finetune learned from the queries stays.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from piggyback_lens.card import versions
-from piggyback_lens.conversations.batch import as_prompts, ids_hash
+from piggyback_lens.conversations.batch import as_prompts, ids_hash, questions_of, repeated
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.conversations.template_variants import Variant, stress_variants
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import Job, answer_jobs, behaviour_facts
 from piggyback_lens.experiments.perturbation import check_rows, generated_report, largest_recovery
-from piggyback_lens.intervals import Array, Estimate, mean_interval, recovery, spread
+from piggyback_lens.intervals import Array, Estimate, is_rate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
@@ -68,7 +68,10 @@ class StressResult(Result):
     def spread(self, variant: str) -> Estimate:
         """Finetuned minus base under one variant, paired over prompts."""
         tuned, base = (self.values(variant, side) for side in ("finetuned", "base"))
-        return spread(tuned, base)
+        return spread(tuned, base, self.settings.get("questions"), rate=self._rate(tuned, base))
+
+    def _rate(self, *values: Array) -> bool:
+        return is_rate(self.settings["behaviour"]["unit"], *values)
 
     def recovery(self, variant: str) -> Estimate:
         """How much of the unmodified template's spread a variant takes away, paired over prompts.
@@ -78,7 +81,7 @@ class StressResult(Result):
         spread beyond noise.
         """
         before, after = (self.values(name, "finetuned") - self.values(name, "base") for name in (UNMODIFIED, variant))
-        return recovery(after, before, np.zeros(len(before)), rate=False)
+        return recovery(after, before, np.zeros(len(before)), self.settings.get("questions"), rate=False)
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per variant and side, the unmodified template first.
@@ -101,7 +104,8 @@ class StressResult(Result):
             gone = Estimate(math.nan, math.nan, math.nan, n) if name == UNMODIFIED else self.recovery(name)
         rows = []
         for side in self.settings["sides"]:
-            mean = mean_interval(self.values(name, side))
+            own = self.values(name, side)
+            mean = mean_interval(own, self.settings.get("questions"), rate=self._rate(own))
             sizes = [row["prefix_tokens"] for row in self.rows if (row["variant"], row["side"]) == (name, side)]
             rows.append(
                 {
@@ -179,16 +183,17 @@ def stress(
             changes the tokens of a query, or a folder that holds another experiment.
     """
     measure = get_behaviour(behaviour)
-    prompts, sides = as_prompts(prompts), settings.sides
+    prompts, sides = repeated(as_prompts(prompts), settings.samples), settings.sides
     if variants is None:
         variants = stress_variants(_checked(chat or pair.chat_format(), prompts))
     names = [UNMODIFIED, *(variant.name for variant in variants)]
     if len(set(names)) < len(names):
         raise LensError(f"two variants have one name ({UNMODIFIED!r} is taken): {', '.join(names)}")
-    used = {variant.name: [variant(p) for p in prompts] for variant in variants if not variant.skipped}
+    used = {v.name: [_same(p, v(p)) for p in prompts] for v in variants if not v.skipped}
     rendered = {UNMODIFIED: list(prompts)} | used
     families = {UNMODIFIED: UNMODIFIED} | {variant.name: variant.family for variant in variants}
-    facts: dict[str, Any] = {"sides": list(sides), "max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+    facts: dict[str, Any] = asdict(settings) | {"sides": list(sides), "questions": questions_of(prompts)}
+    del facts["batch_size"]
     hashes = {name: ids_hash(own) for name, own in rendered.items()}
     facts |= {"n": len(prompts), **behaviour_facts(pair, measure, prompts)}
     facts |= {"variants": hashes}
@@ -198,9 +203,8 @@ def stress(
             if progress:
                 say(f"{sum(job.key not in run.rows for job in jobs)} answers of {pair.names[side]}")
             label = pair.names[side] if progress else None
-            sizes = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
             with pair.using(side) as model:
-                answer_jobs(model, jobs, run, measure, label=label, **sizes)
+                answer_jobs(model, jobs, run, measure, settings, label)
         reasons = {UNMODIFIED: ""} | {variant.name: variant.skipped for variant in variants}
         shown = [
             {
@@ -216,6 +220,11 @@ def stress(
         order = list(rendered)
         rows = sorted(run.rows.values(), key=lambda r: (order.index(r["variant"]), SIDES.index(r["side"]), r["index"]))
         return run.finish(StressResult(rows, dict(run.identity) | more))
+
+
+def _same(asked: RenderedPrompt, other: RenderedPrompt) -> RenderedPrompt:
+    """Another rendering of the same question, for the same sample of its answer."""
+    return replace(other, question=asked.question, sample=asked.sample)
 
 
 def _checked(chat: ChatFormat, prompts: Sequence[RenderedPrompt]) -> ChatFormat:

@@ -1,7 +1,7 @@
 """What a patching experiment measures on each prompt: a contrast between two answers, or a generated behaviour."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.measuring.sampling import Sampling
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.words import Side
 
@@ -78,17 +79,20 @@ class AnswerContrast:
 
 @dataclass(frozen=True, eq=False)
 class GeneratedBehaviour:
-    """A behaviour of the generated answer (greedy): slower than a contrast, and what people see.
+    """A behaviour of the generated answer: slower than a contrast, and what people see.
 
     Attributes:
         behaviour: a `Behaviour`, or the name of one.
         max_new_tokens: per answer.
         batch_size: rows per batch.
+        sampling: how tokens are chosen; None is greedy. Several answers to a prompt: give prompts of
+            `ChatFormat.ask(questions, samples=10)`.
     """
 
     behaviour: Behaviour
     max_new_tokens: int = 60
     batch_size: int = 40
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "behaviour", get_behaviour(self.behaviour))
@@ -105,7 +109,8 @@ class GeneratedBehaviour:
 
     def to_dict(self) -> dict[str, Any]:
         """What identifies it, for resumed runs."""
-        return {"name": self.behaviour.name, "unit": self.unit, "max_new_tokens": self.max_new_tokens}
+        facts = {"name": self.behaviour.name, "unit": self.unit, "max_new_tokens": self.max_new_tokens}
+        return facts | ({} if self.sampling is None else {"sampling": asdict(self.sampling)})
 
 
 Measure = AnswerContrast | GeneratedBehaviour

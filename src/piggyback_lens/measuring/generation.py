@@ -83,8 +83,9 @@ def generate(  # noqa: PLR0913
         model: either backend (of a pair: inside `with pair.using(side)`).
         prompts: rendered, without a response.
         n: samples of each prompt, numbered from 0; the prompt itself is computed once for all of them.
-        samples: instead of `n`, the number of each prompt's one sample, so that any of them can be drawn again alone.
-            Without it, a prompt that is given again goes on with the next numbers, and a warning says so.
+        samples: instead of `n`, the number of each prompt's one sample, so that any of them can be drawn again alone;
+            default the prompt's own (`ChatFormat.ask`). A prompt that is given again without numbers goes on with the next
+            ones, and a warning says so.
         interventions: act on prompt and generated tokens as their span and phase say.
         prefix_cache: keys and values to use for the prefix, instead of computing it.
         max_new_tokens: per answer.
@@ -131,9 +132,10 @@ def generate(  # noqa: PLR0913
     most = (min(batch_size, len(asked)), longest)
     run = _Run(model, parts, record, settings, max_new_tokens, stops, len(prompts), most, static_cache)
     answers: list[Generation | None] = [None] * len(asked)
+    first = _first_places(prompts) if all(part.action.changes for part in parts) else range(len(prompts))
     batches = list(similar_batches(asked, batch_size))
     for rows in track(batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]):
-        origins = [row // (n or 1) for row in rows]
+        origins = [first[row // (n or 1)] for row in rows]
         chosen = [prompts[origin] for origin in dict.fromkeys(origins)]
         start = starting_prefix(model, chosen, parts, prefix_cache, record, share_prefix)
         done = run.batch(chosen, list(dict.fromkeys(origins)), origins, [numbers[row] for row in rows], start)
@@ -143,6 +145,12 @@ def generate(  # noqa: PLR0913
             on_batch(rows, done)
     record.check()
     return [answer for answer in answers if answer is not None]
+
+
+def _first_places(prompts: Sequence[RenderedPrompt]) -> list[int]:
+    """For every prompt the place where it stands first: samples of one prompt are computed once."""
+    met: dict[Any, int] = {}
+    return [met.setdefault((p.ids, tuple(p.spans.values())), place) for place, p in enumerate(prompts)]
 
 
 def _numbered(
@@ -155,8 +163,12 @@ def _numbered(
         if len(samples) != len(prompts) or any(type(x) is not int or x < 0 for x in samples):
             raise LensError(f"samples {list(samples)[:5]} for {len(prompts)} prompts: give each its number, 0 or more")
         return list(samples)
-    if settings.temperature == 0 and (n or 1) > 1:
-        raise LensError(f"n {n} at temperature 0 would be one answer {n} times: give sampling=Sampling(temperature=1)")
+    own = [prompt.sample for prompt in prompts]
+    if settings.temperature == 0 and max((n or 1) - 1, *own) > 0:
+        most = max(n or 1, 1 + max(own))
+        raise LensError(f"n {most} at temperature 0 would be one answer {most} times: give Sampling(temperature=1)")
+    if any(own) and n is None:
+        return own
     if settings.temperature == 0:
         return [0] * len(prompts)
     met: Counter[tuple[int, ...]] = Counter()
