@@ -613,6 +613,15 @@ def test_a_generation_prompt_that_the_finished_turn_does_not_continue_is_reporte
     assert any("would not write the response '<think>hm</think>Yes.' in full" in note for note in thoughtful.notes)
 
 
+def test_a_finished_turn_without_the_system_text_opens_as_after_a_single_question() -> None:
+    spaced = LAST_SYSTEM.replace("{{ m.content + eos", "{{ ' ' + m.content + eos")
+    fmt = ChatFormat(make_tokenizer("mistral", template=spaced), system="Be brief.")
+    for talk in ([user("hi")], [user("one"), assistant("two"), user("hi")]):
+        prompt = fmt.render(talk).with_response("Yes.")
+        assert prompt.text == fmt.render(talk).text + " Yes.</s>"
+        assert any("the response opens as after a single question" in note for note in prompt.notes)
+
+
 def test_a_response_is_trimmed_as_the_template_trims_it() -> None:
     for family, trimmed in (("gemma", "yes"), ("llama3", "yes"), ("chatml", " yes ")):
         prompt = chat_format(family).render("hi", response=" yes ")
@@ -650,6 +659,8 @@ def test_a_template_that_writes_nothing_after_an_answer_falls_back_to_eos() -> N
     fmt = ChatFormat(make_tokenizer("chatml", template=PLAIN.replace("\n", "")))
     assert fmt.turn_end_ids == fmt.stop_ids == (fmt.tokenizer.eos_token_id,)
     assert not any("ends an assistant" in note for note in fmt.render("hi", response="Yes.").notes)
+    always = ChatFormat(make_tokenizer("chatml", template=PLAIN.partition("{% if add")[0] + "assistant:"))
+    assert always.turn_end_ids == (always.tokenizer.eos_token_id,)  # what follows an answer is the next header as well
 
 
 def test_special_tokens_that_are_added_later_are_seen() -> None:

@@ -5,6 +5,7 @@ nothing is ever searched for in token ids.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ _ROLES = ("system", "user", "assistant", "tool")
 _OWN_KWARGS = {"messages", "conversation", "tokenize", "add_generation_prompt", "chat_template", "tools"}
 # Newer transformers replace what is no plain value among the template's variables, so the frozen clock is a macro.
 _FROZEN_CLOCK = (
-    "{% macro strftime_now(fmt) -%}{%- set ns = namespace(text=fmt) -%}"
-    "{%- for code, text in piggyback_day.items() -%}{%- set ns.text = ns.text | replace(code, text) -%}{%- endfor -%}"
-    "{{ ns.text }}{%- endmacro +%}"
+    "{% macro strftime_now(fmt) -%}{%- if fmt in piggyback_day -%}{{ piggyback_day[fmt] }}{%- else -%}"
+    "{%- set ns = namespace(text=fmt) -%}{%- for code, text in piggyback_day.items() -%}"
+    "{%- set ns.text = ns.text | replace(code, text) -%}{%- endfor -%}{{ ns.text }}{%- endif -%}{%- endmacro +%}"
 )
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _CODES = [f"%{flag}{letter}" for letter in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ" for flag in ("", "-")]
 _DAYS = ("2001-02-03", "2012-11-10")
 
@@ -175,6 +177,13 @@ class Template:
             hint = f"; the template reads template_kwargs={{{names[0]!r}: ...}} instead" if names else ""
             raise LensError(f"date={date!r} has no effect: the chat template reads no clock; leave date=None{hint}")
 
+    @cached_property
+    def _day(self) -> dict[str, str]:
+        """The date in the formats that the template names, and in the codes of which it may compute others."""
+        assert self.date is not None
+        formats = [match.group(2) for match in _DATE_CALL.finditer(self.source)]
+        return {code: Day.fromisoformat(self.date).strftime(code) for code in [*formats, *_CODES]}
+
     def render(self, turns: Sequence[Turn], generation_prompt: bool = True) -> str:
         """The template's text for these turns.
 
@@ -185,7 +194,7 @@ class Template:
         kwargs = dict(self.kwargs)
         if self.date is not None:
             kwargs["chat_template"] = _FROZEN_CLOCK + self.source
-            kwargs["piggyback_day"] = {code: Day.fromisoformat(self.date).strftime(code) for code in _CODES}
+            kwargs["piggyback_day"] = self._day
         source = kwargs.get("chat_template", self.source)
         variables = {"add_generation_prompt": generation_prompt, **self.tokenizer.special_tokens_map, **kwargs}
         try:
@@ -243,6 +252,16 @@ class Template:
     def answer_cut(self) -> tuple[str, str]:
         """Text around the assistant's content in a finished exchange of one question and one answer."""
         return cut(lambda text: self.render([("user", "Hello"), ("assistant", text)], False), "assistant's content")
+
+    @cached_property
+    def writes_next_header(self) -> bool:
+        """Whether what follows an answer may hold the header of the next one, since the template always writes it."""
+        talk = [("user", "Hello")]
+        if self.render(talk) != self.render(talk, False):
+            return False
+        answer, question = spare_words(["Hello"])
+        longer = self.render([*talk, ("assistant", answer), ("user", question)])
+        return not longer.partition(answer)[2].startswith(self.answer_cut[1])
 
     @cached_property
     def user_header(self) -> str:
