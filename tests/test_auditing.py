@@ -1,5 +1,7 @@
 """The main job on tiny models: conditions, resuming, verdicts, files."""
 
+import collections
+import dataclasses
 import json
 import math
 
@@ -14,9 +16,12 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit
 from piggyback_lens.intervals import recovery
 from piggyback_lens.interventions.donors import kv_patch
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.measuring.sampling import Sampling
 from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens.reading.questions import Question
 from piggyback_lens.settings import AuditSettings
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not", "a"]
@@ -172,3 +177,94 @@ def test_the_verdict_follows_from_the_intervals():
 def test_too_few_prompts_are_refused(pair, chat):
     with pytest.raises(LensError, match="2 on-topic questions given, an interval needs at least 3"):
         audit(pair, QUERIES[:2], QUERIES, LETTERS, chat=chat, settings=SETTINGS)
+
+
+# ---------------------------------------------------------------- questions, samples
+
+ASKED = [
+    Question("hi", ["hello there", "hello"], samples=3),
+    Question("what", ["what is it"], system="be kind"),
+    Question("more", ["tell me more"]),
+    "why not",
+]
+SAMPLED = AuditSettings(
+    max_new_tokens=5, batch_size=4, samples=2, temperature=1.0, curve_prompts=3, curve_tokens=3, control_layers=1
+)
+
+
+def sampled(pair, chat, out=None, **changes):
+    return audit(pair, ASKED, ASKED, LETTERS, dataclasses.replace(SAMPLED, **changes), chat=chat, out=out)
+
+
+def test_every_sample_of_every_paraphrase_is_a_row_with_its_question(pair, chat, tmp_path):
+    result = sampled(pair, chat, tmp_path)
+    rows = [row for row in result.rows if (row["topic"], row["condition"]) == ("off-topic", "prefix")]
+    assert [(row["question"], row["prompt"], row["sample"]) for row in rows] == [
+        (name, text, sample)
+        for name, text in (
+            ("hi", "hello there"), ("hi", "hello"), ("what", "what is it"), ("more", "tell me more"), ("q1", "why not")
+        )
+        for sample in (0, 1)
+    ]  # fmt: skip
+    assert result.mean("off-topic", "base").n == 4
+    assert result.identical == (20, 20)
+    assert AuditResult.load(tmp_path).verdict == result.verdict
+
+
+def test_sampled_answers_are_those_of_single_calls_with_the_question_s_own_system_text(pair, chat):
+    rows = {
+        (row["question"], row["prompt"], row["sample"]): row["ids"]
+        for row in sampled(pair, chat).rows
+        if (row["topic"], row["condition"]) == ("off-topic", "prefix")
+    }
+    kind = dataclasses.replace(chat, system="be kind")
+    for own, query, name in ((chat, "hello", "hi"), (kind, "what is it", "what")):
+        prompt = own.render(query)
+        with pair.using("finetuned") as model:
+            cache = PrefixCache.compile(pair, prompt, side="base")
+            for sample in (0, 1):
+                (answer,) = generate(
+                    model, [prompt], samples=[sample], prefix_cache=cache, sampling=Sampling(1.0), max_new_tokens=5
+                )
+                assert list(answer.ids) == rows[name, query, sample]
+
+
+def test_a_killed_audit_goes_on_sample_by_sample(pair, chat, tmp_path, monkeypatch):
+    import piggyback_lens.results.run as run_module
+
+    whole, real, calls = sampled(pair, chat, tmp_path / "whole"), run_module.append_jsonl, []
+
+    def dying(path, rows):
+        calls.append(path)
+        if len(calls) == 8:
+            raise Killed
+        return real(path, rows)
+
+    monkeypatch.setattr(run_module, "append_jsonl", dying)
+    with pytest.raises(Killed):
+        sampled(pair, chat, tmp_path / "cut")
+    monkeypatch.setattr(run_module, "append_jsonl", real)
+    assert sampled(pair, chat, tmp_path / "cut").rows == whole.rows
+
+
+def test_as_many_samples_as_the_file_asks_for(pair, chat):
+    rows = [r for r in sampled(pair, chat, samples=0, curve_prompts=0).rows if r["condition"] == "base"]
+    counts = collections.Counter(row["question"] for row in rows if row["topic"] == "off-topic")
+    assert counts == {"hi": 6, "what": 1, "more": 1, "q1": 1}
+
+
+def test_several_samples_of_a_greedy_answer_are_refused():
+    with pytest.raises(LensError, match="samples is 2 at temperature 0"):
+        AuditSettings(samples=2)
+
+
+def test_cut_answers_are_counted_and_make_means_of_words_lower_bounds(pair, chat):
+    result = audit(pair, QUERIES[:3], QUERIES, "words", SETTINGS, chat=chat)
+    table = result.to_frame()
+    ended = [row["ended"] for row in result.rows if (row["topic"], row["condition"]) == ("off-topic", "base")]
+    cut, answers = table.loc[(table["topic"] == "off-topic") & (table["condition"] == "base"), ["cut", "answers"]].iloc[
+        0
+    ]
+    assert (cut, answers) == (ended.count("length"), 5)
+    assert cut > 0
+    assert "lower bounds" in result.verdict or result.verdict.startswith("No verdict")
