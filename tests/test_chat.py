@@ -606,6 +606,11 @@ def test_a_generation_prompt_that_the_finished_turn_does_not_continue_is_reporte
     prompt = forced.render("hi", response="Yes.")
     assert prompt.span_text("response") == "Yes.</s>"
     assert any(r"has '<think>\n': the response follows the prompt as given" in note for note in prompt.notes)
+    closed = R1.replace("OPEN", "<think>").replace("{{ m.content.split", "</think>{{ m.content.split")
+    notes = ChatFormat(make_tokenizer("qwen3", template=closed, eos_token="</s>")).render("hi", response="Yes.").notes
+    assert any(
+        "writes '</think>' before an assistant's content where the prompt has '<think>'" in note for note in notes
+    )
     bare = ChatFormat(make_tokenizer("qwen3", template=R1.replace("OPEN", ""), eos_token="</s>"))
     assert not bare.render("hi", response="Yes.").notes
     thoughtful = bare.render("hi", response="<think>hm</think>Yes.")

@@ -155,6 +155,8 @@ class AnswerForm:
         if before.startswith(prompt):
             return ()
         at = common_prefix(before, prompt)
+        tag = before.rfind("<", 0, at)
+        at = tag if tag >= 0 and ">" not in before[tag:at] else at  # show whole tags
         told = "follows the prompt as given" if self._opening is None else "opens as after a single question"
         return (
             f"the template writes {before[at:]!r} before an assistant's content where the prompt has "
