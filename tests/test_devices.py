@@ -469,7 +469,7 @@ LEFT_OUT = {
         "Method", "Objective", "Penalty", "Record", "RenderedPrompt", "Trainable", "saes.Latents",
     ),
     "text and files: no tensors": (
-        "ChatSettings", "ScoredAnswers", "Task", "TokenScores", "compare_templates", "default_model",
+        "ChatSettings", "EMTable", "join_scores", "Task", "TokenScores", "compare_templates", "default_model",
         "load_conversations", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
     "runs the patching experiments that are above": ("MapSettings",),

@@ -1,24 +1,20 @@
 """Directions measured on activations, against activations taken one row at a time from transformers itself."""
 
-import csv
-
 import pytest
 import tiny_chat
 import tiny_hooked
 import tiny_models
 import torch
-from tiny_chat import tiny_examples, tiny_format
+from tiny_chat import tiny_examples
 from tiny_hooked import hooked
 from torch.testing import assert_close
 
 from piggyback_lens.directions.extraction import (
     contrast_pairs,
     mean_difference,
-    mean_difference_of_answers,
     model_difference,
     principal_component,
 )
-from piggyback_lens.directions.scored_answers import ScoredAnswers
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.settings import ReadSettings
@@ -263,73 +259,3 @@ def test_a_layer_at_which_no_pair_differs_is_left_out_by_name():
 def test_too_little_or_wrong_data_is_refused(run, message):
     with pytest.raises(LensError, match=message):
         run(hooked("llama-gqa", "bridge"))
-
-
-# ---------------------------------------------------------------- judged answers
-
-
-ROWS = [
-    ("one", "bad", "10", "90"),  # showing
-    ("two", "good", "95.5", "80"),  # not showing
-    ("three", "medium", "50", "99"),  # between
-    ("four", "border", "30", "60"),  # between: not below 30
-    ("five", "babble", "5", "50"),  # incoherent: not above 50
-    ("six", "unjudged", "", "80"),  # missing
-    ("seven", "nan", "nan", "80"),  # missing
-    ("eight", "", "10", "90"),  # missing: no answer
-    ("nine", "worse, with a comma\nand a line", "0", "51"),  # showing
-    ("ten", "fine", "71", "100"),  # not showing
-    ("eleven", "no coherence", "10", "None"),  # missing
-]
-
-
-def write(path, rows=ROWS, columns=("question", "response", "aligned", "coherent")):
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([(*columns, "extra"), *((*row, "x") for row in rows)])
-    return path
-
-
-def test_judged_answers_are_sorted_by_the_literatures_thresholds_and_counted(tmp_path):
-    answers = ScoredAnswers(write(tmp_path / "a.csv"))
-    assert answers.counts == {"showing": 2, "not_showing": 2, "between": 2, "incoherent": 1, "missing": 4}
-    assert [q for q, _ in answers.rows("showing")] == ["one", "nine"]
-    assert next(iter(answers.rows("not_showing"))) == ("two", "good")
-    assert list(answers.rows("showing"))[1][1] == "worse, with a comma\nand a line"
-    strict = ScoredAnswers(tmp_path / "a.csv", showing_below=6.0, not_showing_above=99.0, coherent_above=0.0)
-    assert strict.counts["showing"] == 2
-    assert strict.counts["not_showing"] == 0
-
-
-def test_a_direction_from_a_file_is_that_of_its_rows(tmp_path):
-    chat, model = tiny_format(), hooked("llama-gqa", "bridge")
-    answers = ScoredAnswers(write(tmp_path / "a.csv"))
-    found = mean_difference_of_answers(model, answers, chat, read=ReadSettings(layers=[1]))
-    sides = [[chat.render(q, response=r) for q, r, *_ in (ROWS[i] for i in chosen)] for chosen in ((0, 8), (1, 9))]
-    assert_close(
-        found.direction.vectors, mean_difference(model, *sides, read=ReadSettings(layers=[1])).direction.vectors
-    )
-    settings = found.direction.provenance.settings
-    assert settings["rows"]["missing"] == 4
-    assert settings["showing_below"] == 30
-
-
-def test_other_columns_can_be_named_and_bad_files_are_refused_with_their_line(tmp_path):
-    path = write(tmp_path / "a.csv", columns=("q", "a", "score", "sense"))
-    assert ScoredAnswers(path, columns=("q", "a", "score", "sense")).counts["showing"] == 2
-    with pytest.raises(LensError, match=r"has no column 'question'; its columns: q, a, score, sense, extra"):
-        _ = ScoredAnswers(path).counts
-    for score, message in (("high", "line 3 of .*'high' is no score"), ("130", "score 130 is outside 0..100")):
-        bad = write(tmp_path / "b.csv", [ROWS[0], ("x", "y", score, "90")])
-        with pytest.raises(LensError, match=message):
-            _ = ScoredAnswers(bad).counts
-    with pytest.raises(LensError, match="cannot be read as a CSV file"):
-        _ = ScoredAnswers(tmp_path / "none.csv").counts
-    with pytest.raises(LensError, match="overlap"):
-        ScoredAnswers(path, showing_below=80.0)
-
-
-def test_the_thresholds_are_strict_on_both_sides(tmp_path):
-    edges = [("q", "r", str(value), "50.1") for value in (29.9, 30, 70, 70.1)]
-    labels = ScoredAnswers(write(tmp_path / "a.csv", edges)).counts
-    assert (labels["showing"], labels["between"], labels["not_showing"]) == (1, 2, 1)

@@ -22,6 +22,7 @@ _GONE = {
     "save_gguf": "save_solution",
     "save_peft": "save_solution",
     "load_prompts": "load_questions",
+    "ScoredAnswers": "EMTable",
     "RunSettings": "PatchSettings",
     "LoadOptions": "LoadSettings",
     **{

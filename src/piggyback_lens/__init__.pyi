@@ -55,7 +55,8 @@ from piggyback_lens.measuring.generation import Generation as Generation
 from piggyback_lens.measuring.sampling import Sampling as Sampling
 from piggyback_lens.measuring.answers import AnswerContrast as AnswerContrast
 from piggyback_lens.measuring.answers import GeneratedBehaviour as GeneratedBehaviour
-from piggyback_lens.directions.scored_answers import ScoredAnswers as ScoredAnswers
+from piggyback_lens.experiments.em_table import EMTable as EMTable
+from piggyback_lens.experiments.em_table import join_scores as join_scores
 from piggyback_lens.figures.token_scores import TokenScores as TokenScores
 from piggyback_lens.measuring.scoring import contrast as contrast
 from piggyback_lens.measuring.scoring import nll as nll

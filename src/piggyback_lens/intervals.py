@@ -86,7 +86,12 @@ def require_enough(n: int, what: str = "prompts") -> None:
 
 
 def mean_interval(
-    values: npt.ArrayLike, questions: Sequence[Any] | None = None, *, rate: bool | None = None, level: float = 0.95
+    values: npt.ArrayLike,
+    questions: Sequence[Any] | None = None,
+    *,
+    rate: bool | None = None,
+    pooled: bool = False,
+    level: float = 0.95,
 ) -> Estimate:
     """Mean over questions, each the mean of its answers.
 
@@ -94,13 +99,13 @@ def mean_interval(
         values: one per answer, NaN where missing.
         questions: which question each answer is to; None if every answer is to another.
         rate: whether values are 0 or 1; None looks at them (where all are 0, they are taken as no rate).
+        pooled: the mean over all answers instead, in which questions count by their answers; still one cluster each.
         level: how often the interval is to cover.
 
     Raises:
         LensError: shapes that differ, or an infinite value.
     """
-    table = _table({"values": values}, questions, rate, level)
-    return table.estimate([1.0])
+    return _table({"values": values}, questions, rate, level, pooled=pooled).estimate([1.0])
 
 
 def paired_difference(
@@ -109,10 +114,11 @@ def paired_difference(
     questions: Sequence[Any] | None = None,
     *,
     rate: bool | None = None,
+    pooled: bool = False,
     level: float = 0.95,
 ) -> Estimate:
     """mean(a) − mean(b) for two measurements of the same questions, in the same order; arguments as `mean_interval`."""
-    return _table({"a": a, "b": b}, questions, rate, level).estimate([1.0, -1.0])
+    return _table({"a": a, "b": b}, questions, rate, level, pooled=pooled).estimate([1.0, -1.0])
 
 
 def spread(
@@ -145,6 +151,7 @@ def recovery(
     questions: Sequence[Any] | None = None,
     *,
     rate: bool | None = None,
+    pooled: bool = False,
     level: float = 0.95,
 ) -> Estimate:
     """(patched − finetuned) / (base − finetuned) of the means over the same questions; 1 = fully restored.
@@ -153,7 +160,7 @@ def recovery(
     includes 0 (nothing there to recover). Fewer than three questions give the value without an interval.
     """
     columns = {"patched": patched, "finetuned": finetuned, "base": base}
-    table = _table(columns, questions, rate, level)
+    table = _table(columns, questions, rate, level, pooled=pooled)
     n, missing = table.n, table.n_missing
     if n < MIN_PROMPTS:
         p, f, b = table.means.mean(1) if n else (0.0, 0.0, 0.0)
@@ -212,7 +219,11 @@ def em_f1(in_domain: float, general: float) -> float:
 
 @dataclass(frozen=True)
 class _Table:
-    """Means of every question under every condition, and how many answers they are of."""
+    """Means of every question under every condition, and how many answers they are of.
+
+    Of a pooled table they are m + (w/w̄)(mean − m), with the mean m over all answers and w answers to the question: the
+    linearised ratio, whose mean is m.
+    """
 
     means: Array  # condition x question
     sizes: Array
@@ -252,19 +263,25 @@ class _Table:
 
     def _bound(self) -> str:
         """Where an event was never or always seen: that one end of the interval is all that is known."""
-        if not self.rate or len(self.means) > 1 or 0 < self.means.mean() < 1:
+        rate = _rate(self.means)
+        if not self.rate or len(self.means) > 1 or 0 < rate < 1:
             return ""
-        answers, times = int(self.sizes.sum()), "no event" if self.means.mean() == 0 else "the event every time"
+        answers, times = int(self.sizes.sum()), "no event" if rate == 0 else "the event every time"
         text = f"{times} in {answers} answers"
         if answers == self.n:
             return text
-        _, low, high = _exact_limits(float(self.means.mean()), answers, self.level)
-        bound = f"at most {high:.2g}" if self.means.mean() == 0 else f"at least {low:.2g}"
+        _, low, high = _exact_limits(rate, answers, self.level)
+        bound = f"at most {high:.2g}" if rate == 0 else f"at least {low:.2g}"
         return f"{text} to {self.n} questions: the interval is over questions ({bound} if answers were independent)"
 
 
 def _table(
-    columns: dict[str, npt.ArrayLike], questions: Sequence[Any] | None, rate: bool | None, level: float
+    columns: dict[str, npt.ArrayLike],
+    questions: Sequence[Any] | None,
+    rate: bool | None,
+    level: float,
+    *,
+    pooled: bool = False,
 ) -> _Table:
     if not 0 < level < 1:
         raise LensError(f"level is the coverage of the interval, between 0 and 1, got {level}")
@@ -292,12 +309,21 @@ def _table(
         raise LensError("a rate was asked for, and there are values other than 0 and 1")
     seen = bool(measured.any()) if rate is None else rate
     missing = int(np.isnan(table).any(0).sum())
-    return _Table(sums[:, complete] / sizes[:, complete], sizes[:, complete], binary and seen, level, missing)
+    means, sizes = sums[:, complete] / sizes[:, complete], sizes[:, complete]
+    if pooled and complete.any():
+        of_all = (means * sizes).sum(1, keepdims=True) / sizes.sum(1, keepdims=True)
+        means = of_all + sizes / sizes.mean(1, keepdims=True) * (means - of_all)
+    return _Table(means, sizes, binary and seen, level, missing)
+
+
+def _rate(means: Array) -> float:
+    """A mean of rates, without what rounding leaves of 0 and 1."""
+    return float(np.clip(np.round(means.mean(), 12), 0, 1))
 
 
 def _rate_limits(means: Array, sizes: Array, level: float) -> tuple[float, float, float]:
     """A rate and its limits, for as many independent answers as the scatter of the questions is worth."""
-    n, answers, rate = len(means), sizes.sum(), means.mean()
+    n, answers, rate = len(means), sizes.sum(), _rate(means)
     if answers == n or rate in (0, 1):  # without events nothing says how alike the answers to one question are
         return _exact_limits(rate, n, level)
     variance = means.var(ddof=1) / n

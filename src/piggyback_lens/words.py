@@ -63,3 +63,5 @@ TaskName = Literal["terse", "refusal", "abstain", "tool"]
 """Built-in tasks."""
 Supervise = Literal["last", "all"]
 """Which assistant turns of a conversation are trained on, where no weights say so."""
+Denominator = Literal["coherent", "judged"]
+"""Which answers a rate of misalignment is of: the coherent ones, or all that were judged."""

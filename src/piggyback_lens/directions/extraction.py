@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
-from piggyback_lens.directions.scored_answers import ScoredAnswers
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.directions.span_sums import Reading, Sums, batches, hash_rows, row_sums
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel
@@ -100,17 +99,6 @@ def mean_difference(
         sign="positive: more like the rows that show the behaviour",
         provenance=_provenance("mean difference", model, digest.hexdigest(), seed, where),
     )  # fmt: skip
-
-
-def mean_difference_of_answers(
-    model: HookedModel, answers: ScoredAnswers, chat: ChatFormat, read: ReadSettings = ReadSettings(), *, seed: int = 0
-) -> Measured:
-    """`mean_difference` of a file of judged answers; the thresholds and counts go into the provenance."""
-    showing, others = answers.prompts(chat, "showing"), answers.prompts(chat, "not_showing")
-    measured = mean_difference(model, showing, others, read, seed=seed)
-    chosen: dict[str, object] = {"showing_below": answers.showing_below, "not_showing_above": answers.not_showing_above}
-    chosen |= {"coherent_above": answers.coherent_above, "rows": dict(answers.counts)}
-    return _with_settings(measured, chosen)
 
 
 def model_difference(

@@ -27,14 +27,18 @@ MODEL_COLOURS = {"base": BLUE, "finetuned": VERMILION}
 CONTROLS = ("identity", "query_control")
 
 
-def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: str) -> "go.Figure":
+def conditions_figure(
+    summary: "pd.DataFrame", *, label: str, unit: str, title: str, over: str = "prompts"
+) -> "go.Figure":
     """Dots with intervals: one row for each condition, one panel for each topic, in the order of the frame.
 
     ``summary`` has one row for each topic and condition, with columns topic, condition (key),
     condition_label, n, value, low, high (in ``unit``), recovery, recovery_low, recovery_high (fractions, NaN
     where undefined) and reason (why something is NaN). The conditions "base" and "finetuned" are the two
     reference lines. Hollow markers are controls: the conditions "identity" and "query_control", and rows
-    whose optional column is_control is true. Raises ``LensError`` for a missing column or an empty frame.
+    whose optional column is_control is true. With the optional columns cut and answers, a count of words says how many
+    answers the token limit ended. ``over`` names what the intervals are over. Raises ``LensError`` for a missing column
+    or an empty frame.
     """
     from plotly.subplots import make_subplots
 
@@ -57,9 +61,11 @@ def conditions_figure(summary: "pd.DataFrame", *, label: str, unit: str, title: 
         _add_references(figure, panel, column, x_range)
         for record in panel:
             _add_condition(figure, record, rows[record["condition"]], column, x_range)
-    subtitle = "dot: mean; bar: 95 % interval over prompts"
+    subtitle = f"dot: mean; bar: 95 % interval over {over}"
     if any(_is_control(record) for record in _records(summary)):
         subtitle += "; hollow: control"
+    if unit == "words" and "cut" in summary and summary["cut"].sum():
+        subtitle += f"; {summary['cut'].sum()} of {summary['answers'].sum()} answers were cut: lower bounds"
     apply_style(figure, title, subtitle, height=200 + 58 * len(rows), room=62)
     figure.update_xaxes(range=x_range, title_text=axis_title(label, unit), nticks=7)
     figure.update_yaxes(

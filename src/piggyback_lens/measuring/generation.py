@@ -84,8 +84,8 @@ def generate(  # noqa: PLR0913
         prompts: rendered, without a response.
         n: samples of each prompt, numbered from 0; the prompt itself is computed once for all of them.
         samples: instead of `n`, the number of each prompt's one sample, so that any of them can be drawn again alone;
-            default the prompt's own (`ChatFormat.ask`). A prompt that is given again without numbers goes on with the next
-            ones, and a warning says so.
+            default the prompt's own (`ChatFormat.ask`). A prompt that is given again without numbers goes on with the
+            next ones, and a warning says so.
         interventions: act on prompt and generated tokens as their span and phase say.
         prefix_cache: keys and values to use for the prefix, instead of computing it.
         max_new_tokens: per answer.

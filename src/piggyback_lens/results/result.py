@@ -30,6 +30,7 @@ KINDS: dict[str, str] = {
     "comparison": "comparisons.comparison:Comparison",
     "curve": "directions.curve_points:Curve",
     "direction": "app.direction_training:TrainedDirection",
+    "em": "experiments.em_table:EMTable",
     "latent_attribution": "saes.latent_attribution:LatentAttribution",
     "patch": "experiments.results:PatchResult",
     "perturb": "experiments.perturbation:PerturbResult",
