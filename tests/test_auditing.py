@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from tiny_hooked import BACKENDS
 
+import piggyback_lens.experiments.audit as audit_module
 from piggyback_lens.app.summary import table
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit
@@ -268,3 +269,44 @@ def test_cut_answers_are_counted_and_make_means_of_words_lower_bounds(pair, chat
     assert (cut, answers) == (ended.count("length"), 5)
     assert cut > 0
     assert "lower bounds" in result.verdict or result.verdict.startswith("No verdict")
+
+
+# ---------------------------------------------------------------- answers made elsewhere
+
+
+def written_answers(rows, path, **changes):
+    keys = ("condition", "topic", "question", "sample", "prompt", "response", "ended")
+    path.write_text("".join(json.dumps({key: row[key] for key in keys} | changes) + "\n" for row in rows))
+    return path
+
+
+def test_answers_made_elsewhere_stand_in_the_rows_and_are_not_generated(pair, chat, tmp_path, monkeypatch):
+    whole = sampled(pair, chat, curve_prompts=0)
+    made = [row for row in whole.rows if row["condition"] in ("base", "finetuned")]
+    files = [written_answers(made, tmp_path / "answers.jsonl")]
+    asked = []
+    real = audit_module.generate
+    monkeypatch.setattr(audit_module, "generate", lambda *a, **k: asked.append(len(a[1])) or real(*a, **k))
+    settings = dataclasses.replace(SAMPLED, curve_prompts=0)
+    found = audit(pair, ASKED, ASKED, LETTERS, settings, chat=chat, answers=files, out=tmp_path / "run")
+    assert sum(asked) == 5 * 2 * 5 * 2  # conditions x topics x prompts x samples
+    assert [row["response"] for row in found.rows] == [row["response"] for row in whole.rows]
+    assert {row.get("made") for row in found.rows if row["condition"] == "base"} == {"elsewhere"}
+    assert found.verdict == whole.verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"question": "other"}, "question 'other', sample 0 is none of the questions"),
+        ({"sample": 7}, "sample 7 is none of the questions"),
+        ({"prompt": "something else"}, "is none of the questions"),
+        ({"condition": "patched"}, "condition 'patched'; expected one of base, finetuned"),
+        ({"response": 3}, "is no answer"),
+    ],
+)
+def test_answers_that_fit_no_question_are_refused_before_anything_is_generated(pair, chat, tmp_path, changes, words):
+    row = {"condition": "base", "topic": "off-topic", "question": "more", "sample": 0, "prompt": "tell me more"}
+    file = written_answers([{**row, "response": "yes", "ended": "stop"}], tmp_path / "a.jsonl", **changes)
+    with pytest.raises(LensError, match=words):
+        audit(pair, ASKED, ASKED, LETTERS, SAMPLED, chat=chat, answers=[file])

@@ -95,6 +95,10 @@ def audit(
     behaviour: BehaviourName,
     settings: AuditSettings,
     models: PairOptions,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(help="Answers made elsewhere, repeatable: rows with condition, question, sample, response."),
+    ] = None,
     out: Out = Path("audit_out"),
 ) -> None:
     """Audit a finetune: does it spread off-topic, and does the chat template's prefix carry it?"""
@@ -106,7 +110,28 @@ def audit(
     measure = get_behaviour(behaviour)
     inside, outside = _first_prompts(topics.on_topic), _first_prompts(topics.off_topic)
     pair, chat = models.pair(base, out)
-    show(run(pair, inside, outside, measure, settings, chat=chat, out=out, progress=True), out)
+    given: dict[str, Any] = {"chat": chat, "answers": answers or (), "out": out}
+    show(run(pair, inside, outside, measure, settings, **given, progress=True), out)
+
+
+@command(app)
+def em(
+    files: Annotated[list[Path], typer.Argument(help="Judged answers: CSV as published, or JSONL, JSON, Parquet.")],
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of an audit whose answers the files score; its conditions are compared.")
+    ] = None,
+    denominator: Annotated[
+        str, typer.Option(help="Misaligned answers among the coherent ones (coherent), or among all judged (judged).")
+    ] = "coherent",
+    out: Out = Path("em_out"),
+) -> None:
+    """Tell how misaligned judged answers are: rates with their denominator, spread and recovery, a report."""
+    from piggyback_lens.experiments.em_table import EMTable, denominator_of, join_scores
+
+    of = denominator_of(denominator)
+    table = EMTable.read(*files, denominator=of) if run is None else join_scores(run, *files, denominator=of)
+    table.save(out / "em.json")
+    tell(table.verdict, ("report", table.report().write(out / "report.html")))
 
 
 @command(app, "map")

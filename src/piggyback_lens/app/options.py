@@ -37,9 +37,7 @@ Base = Annotated[
         "the demo model."
     ),
 ]
-Prompts = Annotated[
-    Path, typer.Option(help="Questions, usually off-topic: .txt, .jsonl, .json, .csv or .yaml.")
-]
+Prompts = Annotated[Path, typer.Option(help="Questions, usually off-topic: .txt, .jsonl, .json, .csv or .yaml.")]
 First = Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts of a file.")]
 BehaviourName = Annotated[
     str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")

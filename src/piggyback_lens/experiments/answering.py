@@ -1,17 +1,20 @@
 """Answers that an experiment needs: those that its run does not have yet are generated, batch by batch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from piggyback_lens.conversations.batch import ids_hash
+from piggyback_lens.conversations.batch import ids_hash, questions_of
 from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.errors import LensError
 from piggyback_lens.measuring.answers import AnswerContrast, Measure
 from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.reading.rows import file_rows
 from piggyback_lens.results.run import Row, Run
 from piggyback_lens.settings import AnswerSettings
 
@@ -35,6 +38,50 @@ def behaviour_facts(pair: ModelPair, behaviour: Behaviour, prompts: Sequence[Ren
         "dtype": str(pair.dtype).removeprefix("torch."),
         "names": dict(pair.names),
     }
+
+
+def answers_made_elsewhere(
+    files: Sequence[str | Path], prompts: Mapping[str, Sequence[RenderedPrompt]], conditions: Collection[str]
+) -> dict[tuple[str, str, int], Row]:
+    """Answers of files, by condition, topic and place of the prompt, each checked against what is asked.
+
+    A row has condition, question (its id), sample (0 if it says none), response, and prompt or topic where the id alone
+    does not tell them; ended is "stop" or "length".
+
+    Raises:
+        LensError: a row of another question, text, sample or condition, of two prompts, or that is there twice.
+    """
+    places: dict[tuple[str, int], list[tuple[str, int, str]]] = {}
+    for topic, own in prompts.items():
+        for index, (prompt, question) in enumerate(zip(own, questions_of(own), strict=True)):
+            places.setdefault((question, prompt.sample), []).append((topic, index, prompt.query))
+    found: dict[tuple[str, str, int], Row] = {}
+    for file in files:
+        for where, row in file_rows(Path(file)):
+            if not isinstance(row, Mapping) or not isinstance(row.get("response"), str) or "question" not in row:
+                raise LensError(f"{where} is no answer: expected an object with condition, question and response")
+            if row.get("condition") not in conditions:
+                raise LensError(f"{where}: condition {row.get('condition')!r}; expected one of {', '.join(conditions)}")
+            asked = (str(row["question"]), int(row.get("sample") or 0))
+            fit = [
+                (topic, index)
+                for topic, index, text in places.get(asked, ())
+                if row.get("topic", topic) == topic and row.get("prompt", text) == text
+            ]
+            if len(fit) != 1:
+                what = "none of the questions" if not fit else f"{len(fit)} prompts; add prompt or topic"
+                raise LensError(f"{where}: question {asked[0]!r}, sample {asked[1]} is {what}")
+            if (row["condition"], *fit[0]) in found:
+                raise LensError(f"{where}: question {asked[0]!r}, sample {asked[1]} is there twice")
+            found[row["condition"], *fit[0]] = {"response": row["response"], "ended": row.get("ended", "stop")}
+    return found
+
+
+def given_answer(prompt: RenderedPrompt, row: Row) -> Generation:
+    """An answer that was made elsewhere, as if it had been generated here."""
+    ended: Literal["stop", "length"] = "length" if row["ended"] == "length" else "stop"
+    whole = prompt.with_response(row["response"], end=ended == "stop")
+    return Generation(prompt, whole.ids[prompt.n_prompt :], row["response"], ended, None, prompt.sample)
 
 
 def own_contrast(run: Run, pair: ModelPair, prompts: Sequence[RenderedPrompt], *, tokens: int = 24) -> AnswerContrast:

@@ -5,6 +5,7 @@ generation is written as it comes; a rerun in the same folder continues where th
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from piggyback_lens.conversations.batch import ids_hash, questions_of
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.answering import answers_made_elsewhere, given_answer
 from piggyback_lens.experiments.patching import layer_curve
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import read_json, read_jsonl, write_json
@@ -39,7 +41,7 @@ from piggyback_lens.progress import say
 from piggyback_lens.reading.questions import Question
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
-from piggyback_lens.results.run import RESULT, ROWS, Run, report_run
+from piggyback_lens.results.run import RESULT, ROWS, Row, Run, report_run
 from piggyback_lens.settings import AuditSettings, PatchSettings
 from piggyback_lens.words import Side
 
@@ -272,7 +274,7 @@ def _percent(estimate: Estimate) -> str:
     return percent(estimate.value, estimate.low, estimate.high)
 
 
-def audit(
+def audit(  # noqa: PLR0913
     pair: ModelPair,
     on_topic: Sequence[str | Question],
     off_topic: Sequence[str | Question],
@@ -280,6 +282,7 @@ def audit(
     settings: AuditSettings = AuditSettings(),
     *,
     chat: ChatFormat | None = None,
+    answers: Sequence[str | Path] = (),
     out: str | Path | None = None,
     progress: bool = False,
 ) -> AuditResult:
@@ -292,6 +295,8 @@ def audit(
         behaviour: what is measured, a name or `Behaviour`.
         settings: length, number and temperature of the answers, and what the layer curve runs on.
         chat: template settings; default those of the pair's tokenizer.
+        answers: files of answers that were made elsewhere, such as those of base and finetuned from a fast server: rows
+            with condition, question, sample, response. They are checked against the questions, and not generated.
         out: folder of the run: every answer as it comes, the layer curve, the prefix cache of the repair, the result
             and report.html. The same call continues there.
         progress: show progress bars.
@@ -325,9 +330,11 @@ def audit(
         "backend": pair.backend,
         "dtype": str(pair.dtype).removeprefix("torch."),
     }
+    if elsewhere := answers_made_elsewhere(answers, prompts, tuple(CONDITIONS)):
+        identity["answers"] = hashlib.sha256(repr(sorted(elsewhere.items())).encode()).hexdigest()[:16]
     columns, shown = ("condition", "topic", "index"), prompts["off-topic"][0]
     with Run.open(out, "audit", identity, models=pair.identities(), keys=columns, prompt=shown) as run:
-        work = _Work(pair, chat, prompts, measure, settings, run, progress)
+        work = _Work(pair, chat, prompts, measure, settings, run, progress, elsewhere)
         for condition in CONDITIONS:
             for topic in TOPICS:
                 work.generate(condition, topic)
@@ -357,6 +364,7 @@ class _Work:
     settings: AuditSettings
     run: Run
     progress: bool
+    elsewhere: dict[tuple[str, str, int], Row] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
@@ -374,6 +382,11 @@ class _Work:
         """Answer the prompts of one topic that have no row under this condition, those of one system text together."""
         prompts = self.prompts[topic]
         missing = [i for i in range(len(prompts)) if (condition, topic, i) not in self.run.rows]
+        given = [i for i in missing if (condition, topic, i) in self.elsewhere]
+        for i in given:
+            answer = given_answer(prompts[i], self.elsewhere[condition, topic, i])
+            self.run.add([self._row(condition, topic, i, answer) | {"made": "elsewhere"}])
+        missing = [i for i in missing if i not in given]
         if missing and self.progress:
             say(f"{len(missing)} {topic} answers: {CONDITIONS[condition]}")
         groups: dict[str | None, list[int]] = {}

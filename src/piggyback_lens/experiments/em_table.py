@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -344,6 +344,13 @@ class EMTable(Result):
         if not self.rows:
             raise ValueError("no answers")
         _ = [(row["topic"], row["condition"], row["question"], dict(row["scores"])) for row in self.rows]
+
+
+def denominator_of(word: str) -> Denominator:
+    """The denominator that a word of the command line names."""
+    if word not in get_args(Denominator):
+        raise LensError(f"denominator {word!r} is not known: choose {' or '.join(get_args(Denominator))}")
+    return word  # type: ignore[return-value]
 
 
 def join_scores(
