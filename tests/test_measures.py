@@ -195,3 +195,15 @@ def test_an_unusable_spec_is_refused_with_a_way_out(spec, text):
     with pytest.raises(LensError, match=re.escape(text)) as caught:
         get_behaviour(spec)
     assert "\n" not in str(caught.value)
+
+
+def test_words_counted_up_to_a_number_are_measured_right_in_cut_answers():
+    upto = get_behaviour("words:3")
+    assert [upto(text) for text in ("one", "one two three", "a b c d e")] == [1.0, 3.0, 3.0]
+    assert get_behaviour(upto.name) == upto
+    assert not upto.biased(3.0, "length")
+    assert upto.biased(2.0, "length")
+    assert not upto.biased(2.0, "stop")
+    assert get_behaviour("words").biased(500.0, "length")
+    with pytest.raises(LensError, match="counted up to 'x'"):
+        get_behaviour("words:x")

@@ -110,6 +110,11 @@ class AuditResult(Result):
         ended = [row.get("ended") for row in self._of(topic, condition)]
         return ended.count("length"), len(ended)
 
+    def biased(self, topic: str, condition: str) -> int:
+        """How many answers have a value that the token limit keeps down."""
+        own = self._of(topic, condition)
+        return sum(self.behaviour.biased(row["value"] or 0.0, row.get("ended")) for row in own)
+
     def _rate(self, *values: list[float]) -> bool:
         return is_rate(self.behaviour.unit, *values)
 
@@ -131,7 +136,8 @@ class AuditResult(Result):
     def to_frame(self) -> "pd.DataFrame":
         """One row per topic and condition: value (mean) with its interval, n (questions), reason, recovery with its
         interval, p (paired permutation test: finetuned against base, a patched condition against finetuned), answers,
-        and cut (those that the token limit ended).
+        cut (those that the token limit ended) and biased (those
+        of them whose value is a lower bound).
         """
         import pandas as pd
 
@@ -149,7 +155,8 @@ class AuditResult(Result):
                 cut, answers = self.cut(topic, condition)
                 recovered = {"recovery": own.value, "recovery_low": own.low, "recovery_high": own.high}
                 shared = {"topic": topic, "condition": condition, "condition_label": label}
-                counts = {"p": p, "answers": answers, "cut": cut, "is_control": condition in CONTROLS}
+                counts = {"p": p, "answers": answers, "cut": cut, "biased": self.biased(topic, condition)}
+                counts["is_control"] = condition in CONTROLS
                 rows.append(shared | facts | recovered | counts)
         return pd.DataFrame(rows)
 
@@ -263,11 +270,10 @@ def verdict(result: AuditResult) -> str:
 
 def _cut(result: AuditResult) -> str:
     """What a count of cut answers is."""
-    cuts = {name: result.cut("off-topic", name) for name in ("base", "finetuned")}
-    if result.behaviour.unit != "words" or not any(cut for cut, _ in cuts.values()):
-        return ""
+    sides = ("base", "finetuned")
+    cuts = {name: (result.biased("off-topic", name), len(result.values("off-topic", name))) for name in sides}
     counts = ", ".join(f"{cut} of {n} {name} answers" for name, (cut, n) in cuts.items() if cut)
-    return f"; {counts} were cut at the token limit, so these means are lower bounds"
+    return f"; {counts} were cut at the token limit, so these means are lower bounds" if counts else ""
 
 
 def _percent(estimate: Estimate) -> str:

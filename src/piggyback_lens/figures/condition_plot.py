@@ -36,8 +36,8 @@ def conditions_figure(
     condition_label, n, value, low, high (in ``unit``), recovery, recovery_low, recovery_high (fractions, NaN
     where undefined) and reason (why something is NaN). The conditions "base" and "finetuned" are the two
     reference lines. Hollow markers are controls: the conditions "identity" and "query_control", and rows
-    whose optional column is_control is true. With the optional columns cut and answers, a count of words says how many
-    answers the token limit ended. ``over`` names what the intervals are over. Raises ``LensError`` for a missing column
+    whose optional column is_control is true. With the optional columns biased and answers it says how many answers
+    the token limit keeps down. ``over`` names what the intervals are over. Raises ``LensError`` for a missing column
     or an empty frame.
     """
     from plotly.subplots import make_subplots
@@ -64,8 +64,8 @@ def conditions_figure(
     subtitle = f"dot: mean; bar: 95 % interval over {over}"
     if any(_is_control(record) for record in _records(summary)):
         subtitle += "; hollow: control"
-    if unit == "words" and "cut" in summary and summary["cut"].sum():
-        subtitle += f"; {summary['cut'].sum()} of {summary['answers'].sum()} answers were cut: lower bounds"
+    if "biased" in summary and summary["biased"].sum():
+        subtitle += f"; {summary['biased'].sum()} of {summary['answers'].sum()} answers were cut: lower bounds"
     apply_style(figure, title, subtitle, height=200 + 58 * len(rows), room=62)
     figure.update_xaxes(range=x_range, title_text=axis_title(label, unit), nticks=7)
     figure.update_yaxes(

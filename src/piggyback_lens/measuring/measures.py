@@ -23,7 +23,8 @@ class Behaviour:
     """What is measured on one response, as a number with its unit.
 
     ``name`` identifies it (``get_behaviour(b.name)`` gives the same one back), ``label`` is for axes,
-    ``unit`` is "words" or "rate 0..1", ``fn`` maps the response to the number. Call the behaviour itself.
+    ``unit`` is "words" or "rate 0..1", ``fn`` maps the response to the number. Call the behaviour itself. ``most`` is
+    the largest value there is: an answer that was cut at the token limit after it is measured right.
     """
 
     name: str
@@ -31,6 +32,11 @@ class Behaviour:
     unit: str
     description: str
     fn: Callable[[str], float] = field(compare=False, repr=False)
+    most: float | None = None
+
+    def biased(self, value: float, ended: str | None) -> bool:
+        """Whether the value of an answer would be larger, had the token limit not cut it: then it is a lower bound."""
+        return ended == "length" and self.unit == "words" and (self.most is None or value < self.most)
 
     def __call__(self, response: str) -> float:
         """The measured value of one response, without special tokens."""
@@ -181,6 +187,21 @@ def regex(pattern: str) -> Behaviour:
     )
 
 
+def words_up_to(text: str) -> Behaviour:
+    """The number of words, counted up to a number: what a cut behind it cannot change."""
+    if not text.isdecimal() or int(text) < 1:
+        raise LensError(f"words are counted up to {text!r}, expected a number of at least 1, as in 'words:20'")
+    most = int(text)
+    return Behaviour(
+        f"words:{most}",
+        f"words per answer, counted to {most}",
+        "words",
+        f"Number of words, split at white space; {most} for more.",
+        lambda response: min(_count_words(response), float(most)),
+        float(most),
+    )
+
+
 def kept_behaviour(facts: Mapping[str, str]) -> Behaviour:
     """The behaviour of a result that was read, by the name, label and unit that it keeps.
 
@@ -198,7 +219,7 @@ def _refuse(name: str, response: str) -> float:
 
 
 def get_behaviour(spec: "str | Behaviour") -> Behaviour:
-    """A behaviour by name, ``"phrase:some text"`` or ``"regex:pattern"``; a ``Behaviour`` passes through.
+    """A behaviour by name, ``"words:20"``, ``"phrase:some text"``, ``"regex:pattern"``; a ``Behaviour`` passes through.
 
     Example:
         >>> get_behaviour("words")("one two three")
@@ -209,9 +230,15 @@ def get_behaviour(spec: "str | Behaviour") -> Behaviour:
     if isinstance(spec, Behaviour):
         return spec
     kind, colon, rest = spec.partition(":")
-    if colon and kind in ("phrase", "regex"):
-        return phrase(rest) if kind == "phrase" else regex(rest)
+    if colon and kind in _MADE:
+        return _MADE[kind](rest)
     if spec in BEHAVIOURS:
         return BEHAVIOURS[spec]
     known = ", ".join(BEHAVIOURS)
-    raise LensError(f"no behaviour is called '{spec}'; known are {known}, and 'phrase:some text' or 'regex:pattern'")
+    more = "'words:20', 'phrase:some text' or 'regex:pattern'"
+    raise LensError(f"no behaviour is called '{spec}'; known are {known}, and {more}")
+
+
+_MADE: Mapping[str, Callable[[str], Behaviour]] = MappingProxyType(
+    {"phrase": phrase, "regex": regex, "words": words_up_to}
+)
