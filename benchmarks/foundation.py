@@ -142,6 +142,32 @@ def sample_rows(setting, new_tokens, model=None):
 
     setting.assert_answers([answer.ids for answer in together()], [answer.ids for answer in apart()])
     setting.add("16 samples of a prompt", "16 calls of one", *setting.in_turns(apart, together, 1))
+    evaluated(setting, model, limits)
+
+
+def evaluated(setting, model, limits):
+    """Samples of several questions as experiments ask for them, against transformers' own sampling of as many."""
+    tokenizer, new_tokens = setting.tokenizer(), limits["max_new_tokens"]
+    chat, plain = ChatFormat(tokenizer), setting.model().eval()
+    questions = off_topic(4)
+    prompts = chat.ask(questions)
+    batch = batch_prompts(prompts, pad_id=tokenizer.pad_token_id, device=setting.device)
+
+    def ours():
+        return generate(model, chat.ask(questions, samples=16), batch_size=64, **limits)
+
+    @torch.no_grad()
+    def peer():
+        return plain.generate(
+            input_ids=batch.ids, attention_mask=batch.attention_mask, num_return_sequences=16, do_sample=True,
+            temperature=1.0, top_p=0.9, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+
+    one = [answer.ids for answer in generate(model, prompts, n=16, batch_size=64, **limits)]
+    setting.assert_answers([answer.ids for answer in ours()], one)
+    work = f"4 questions, 16 samples each, {new_tokens} tokens"
+    setting.add(work, "transformers generate, num_return_sequences", *setting.in_turns(peer, ours, 3))
 
 
 def main():

@@ -172,7 +172,9 @@ class AuditResult(Result):
 
         names = self.card["names"]
         title = f"{self.behaviour.label}: {names['finetuned']} against {names['base']}"
-        return conditions_figure(self.to_frame(), label=self.behaviour.label, unit=self.behaviour.unit, title=title)
+        over = "questions" if any(row.get("sample") for row in self.rows) else "prompts"
+        behaviour = {"label": self.behaviour.label, "unit": self.behaviour.unit}
+        return conditions_figure(self.to_frame(), **behaviour, title=title, over=over)
 
     def report(self) -> Report:
         """The table, the conditions and the layer curve as figures, and answers side by side."""

@@ -47,12 +47,15 @@ def questions_figure(frame: "pd.DataFrame", rule: str) -> "go.Figure":
             name=plot_text(condition),
             marker={"color": colour},
             customdata=counts,
+            text=[f"{misaligned} of {judged}" for misaligned, judged, _ in counts],
+            textposition="outside",
+            textfont={"size": 13},
             hovertemplate="%{y}: <b>%{x:.1%}</b>, %{customdata[0]} of %{customdata[1]} judged "
             "(%{customdata[2]} answers)<extra></extra>",
         )
     shown = frame["condition"].nunique()
     apply_style(figure, f"{LABEL} by question", rule, height=200 + len(names) * (20 + 16 * shown), room=20)
-    figure.update_xaxes(range=[0, 1.02], tickformat=".0%", title_text=axis_title(LABEL, RATE))
+    figure.update_xaxes(range=[0, 1.1], tickformat=".0%", title_text=axis_title(LABEL, RATE))
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=names)
     figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.12, "yanchor": "top"})
     return figure
@@ -79,7 +82,8 @@ def quadrant_figure(
             text=[plot_text(str(name), limit=60) for name in part["question"]],
             hovertemplate="%{text}: aligned %{x:.0f}, coherent %{y:.0f}<extra></extra>",
         )
-    figure.add_vrect(x0=-2, x1=misaligned, y0=0, y1=1, line_width=0, fillcolor="rgba(213, 94, 0, 0.06)", layer="below")
+    corner = {"x0": -2, "x1": misaligned, "y0": coherent, "y1": 109}
+    figure.add_shape(type="rect", **corner, line_width=0, fillcolor="rgba(213, 94, 0, 0.08)", layer="below")
     figure.add_vline(x=misaligned, line={"color": GREY, "width": 1.2, "dash": "dot"})
     figure.add_hline(y=coherent, line={"color": GREY, "width": 1.2, "dash": "dot"})
     text = {"font": {"size": 13, "color": INK}, "showarrow": False}
