@@ -472,6 +472,8 @@ LEFT_OUT = {
         "ChatSettings", "EMTable", "join_scores", "Task", "TokenScores", "compare_templates", "default_model",
         "load_conversations", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
+    "calls a server, or scores texts: no tensors": ("Endpoint", "Judge", "judge_run", "rescore", "sample_endpoint"),
+    "one forward pass as of nll and generate, which are above": ("LocalJudge",),
     "runs the patching experiments that are above": ("MapSettings",),
     "trains and audits the demo model; its parts (add_lora, train, Monitor, audit) are above": (
         "DemoSettings", "demo",

@@ -57,6 +57,12 @@ from piggyback_lens.measuring.answers import AnswerContrast as AnswerContrast
 from piggyback_lens.measuring.answers import GeneratedBehaviour as GeneratedBehaviour
 from piggyback_lens.experiments.em_table import EMTable as EMTable
 from piggyback_lens.experiments.em_table import join_scores as join_scores
+from piggyback_lens.measuring.endpoint import Endpoint as Endpoint
+from piggyback_lens.measuring.endpoint_answers import sample_endpoint as sample_endpoint
+from piggyback_lens.measuring.judge import Judge as Judge
+from piggyback_lens.measuring.local_judge import LocalJudge as LocalJudge
+from piggyback_lens.experiments.rescoring import judge_run as judge_run
+from piggyback_lens.experiments.rescoring import rescore as rescore
 from piggyback_lens.figures.token_scores import TokenScores as TokenScores
 from piggyback_lens.measuring.scoring import contrast as contrast
 from piggyback_lens.measuring.scoring import nll as nll

@@ -206,7 +206,7 @@ class Endpoint(Settings):
         found: dict[str, Outcome] = dict(self._cached(places))
         todo = [(key, asked[own[0]]) for key, own in places.items() if key not in found]
         needed = self._spend(asked, found)
-        self._refuse_over_budget(needed)
+        self.refuse_over_budget(needed)
 
         def told(outcomes: Mapping[str, Outcome]) -> None:
             own = [(i, x) for key, x in outcomes.items() if isinstance(x, Reply) for i in places[key]]
@@ -265,7 +265,12 @@ class Endpoint(Settings):
         limit = self._body(request).get(self.limit_field)
         return limit if isinstance(limit, int) else request.max_tokens
 
-    def _refuse_over_budget(self, needed: Spend) -> None:
+    def refuse_over_budget(self, needed: Spend) -> None:
+        """Refuse what would take more calls or tokens than the budget.
+
+        Raises:
+            LensError: it says how many of each.
+        """
         for name, need, budget in (
             ("calls", needed.calls, self.budget_calls),
             ("tokens", needed.tokens, self.budget_tokens),
@@ -536,7 +541,9 @@ def _why(error: Exception, endpoint: Endpoint) -> Outcome | _Stop:
     """What a failed call says of its request, or of all."""
     import openai
 
-    told = _without_key(_short(str(error)), endpoint)
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, Mapping) else None
+    told = _without_key(_short(message if isinstance(message, str) else str(error)), endpoint)
     if isinstance(error, openai.APIStatusError):
         return _status(error.status_code, str(error.code or ""), told, endpoint)
     if isinstance(error, openai.APITimeoutError | TimeoutError):
