@@ -16,7 +16,7 @@ from piggyback_lens.reading.rows import (
     encodable,
     file_rows,
     hub_rows,
-    kind_of,
+    json_type,
     not_empty,
     without_nulls,
 )
@@ -184,14 +184,14 @@ def _conversation(where: str, row: Any) -> list[Message]:
 def messages_of(where: str, messages: Any) -> list[Message]:
     """The messages of a conversation, checked one by one."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        found = "an empty list" if isinstance(messages, list) else kind_of(messages)
+        found = "an empty list" if isinstance(messages, list) else json_type(messages)
         raise LensError(f"{where}: 'messages' is {found}, expected a list of {{'role', 'content'}} objects")
     return [_message(f"{where}, message {i}", message) for i, message in enumerate(messages, 1)]
 
 
 def _message(where: str, message: Any) -> Message:
     if not isinstance(message, Mapping):
-        raise LensError(f"{where} is {kind_of(message)}, expected an object with 'role' and 'content'")
+        raise LensError(f"{where} is {json_type(message)}, expected an object with 'role' and 'content'")
     given = {key: value for key, value in message.items() if value is not None and value not in ([], "")}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -204,7 +204,7 @@ def _message(where: str, message: Any) -> Message:
     if isinstance(content, list | tuple):
         content = "".join(_part(f"{where}: part {i} of the content", part) for i, part in enumerate(content, 1))
     if not isinstance(content, str):
-        raise LensError(f"{where}: content is {kind_of(content)}, expected a string")
+        raise LensError(f"{where}: content is {json_type(content)}, expected a string")
     return {**given, "role": role, "content": encodable(where, content)}
 
 
@@ -219,9 +219,9 @@ def _weight(where: str, role: str, weight: Any) -> int:
 def _part(where: str, part: Any) -> str:
     """The text of a part of a content."""
     if not isinstance(part, Mapping):
-        raise LensError(f"{where} is {kind_of(part)}, expected {{'type': 'text', 'text': ...}}")
+        raise LensError(f"{where} is {json_type(part)}, expected {{'type': 'text', 'text': ...}}")
     if part.get("type") != "text":
         raise LensError(f"{where} is of type {part.get('type')!r}; only text is read: leave the row out")
     if not isinstance(part.get("text"), str):
-        raise LensError(f"{where}: text is {kind_of(part.get('text'))}, expected a string")
+        raise LensError(f"{where}: text is {json_type(part.get('text'))}, expected a string")
     return str(part["text"])

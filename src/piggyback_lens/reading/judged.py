@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.reading.rows import file_rows, kind_of, not_empty
+from piggyback_lens.reading.rows import file_rows, json_type, not_empty
 
 Score = float | str | None
 """A number 0..100, a word that a judge gave instead (REFUSAL, CODE), or nothing."""
@@ -44,7 +44,7 @@ def judged_rows(
     rows = not_empty(list(file_rows(Path(path).expanduser())), f"{path} holds no judged answers")
     for where, row in rows:
         if not isinstance(row, Mapping):
-            raise LensError(f"{where} is {kind_of(row)}, expected a row with columns")
+            raise LensError(f"{where} is {json_type(row)}, expected a row with columns")
         lacking = [name for name in (*own.values(), *scores) if name not in row]
         if lacking:
             raise LensError(f"{where} has no column {lacking[0]!r}; it has {', '.join(map(repr, row))}")
@@ -63,7 +63,7 @@ def score_of(where: str, value: Any) -> Score:
         LensError: a number outside 0..100.
     """
     if isinstance(value, bool) or not (value is None or isinstance(value, int | float | str)):
-        raise LensError(f"{where} is {kind_of(value)}, expected a score of 0..100, a word, or nothing")
+        raise LensError(f"{where} is {json_type(value)}, expected a score of 0..100, a word, or nothing")
     if value is None or (isinstance(value, str) and value.strip().lower() in _NOTHING):
         return None
     try:

@@ -19,7 +19,7 @@ from piggyback_lens.reading.rows import (
     encodable,
     file_rows,
     hub_rows,
-    kind_of,
+    json_type,
     lines,
     names_of,
     not_empty,
@@ -197,7 +197,9 @@ def _of_yaml(path: Path) -> list[tuple[str, Any]]:
     except yaml.YAMLError as error:
         raise LensError(f"{path} is not YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(entries, list):
-        raise LensError(f"{path} holds {kind_of(entries)}, expected a list of strings or of questions with paraphrases")
+        raise LensError(
+            f"{path} holds {json_type(entries)}, expected a list of strings or of questions with paraphrases"
+        )
     return [(f"{path} entry {number}", entry) for number, entry in enumerate(entries, 1)]
 
 
@@ -208,7 +210,9 @@ def _question(where: str, value: Any, name: str, facts: Sequence[str]) -> Questi
     if isinstance(value, str):
         return Question(name, [text_of(where, value)])
     if not isinstance(value, Mapping):
-        raise LensError(f"{where} is {kind_of(value)}, expected a string or an object with one of {', '.join(_ASKED)}")
+        raise LensError(
+            f"{where} is {json_type(value)}, expected a string or an object with one of {', '.join(_ASKED)}"
+        )
     known = {*_ASKED, *_SAMPLES, *_IDS, "system", "judge_prompts", *FACTS, *facts}
     if unknown := [str(name) for name in value if name not in known]:
         raise LensError(
@@ -218,7 +222,7 @@ def _question(where: str, value: Any, name: str, facts: Sequence[str]) -> Questi
     system, texts = _texts(where, value)
     own = value.get("system")
     if own is not None and not isinstance(own, str):
-        raise LensError(f"{where}: system is {kind_of(own)}, expected a string")
+        raise LensError(f"{where}: system is {json_type(own)}, expected a string")
     return Question(
         id=_one_of(where, value, _IDS, name, str, (str, int)),
         paraphrases=texts,
@@ -256,7 +260,7 @@ def _one_of(where: str, value: Mapping[str, Any], names: Sequence[str], default:
         return default
     found = value[given[0]]
     if len(given) > 1 or isinstance(found, bool) or not isinstance(found, may):
-        raise LensError(f"{where}: {' and '.join(given)} is {kind_of(found)}; expected one, {kind.__name__}")
+        raise LensError(f"{where}: {' and '.join(given)} is {json_type(found)}; expected one, {kind.__name__}")
     try:
         return kind(found)
     except ValueError:
@@ -265,5 +269,5 @@ def _one_of(where: str, value: Mapping[str, Any], names: Sequence[str], default:
 
 def _rubrics(where: str, given: Any) -> dict[str, str]:
     if not isinstance(given, Mapping) or not all(isinstance(text, str) for text in given.values()):
-        raise LensError(f"{where}: judge_prompts is {kind_of(given)}, expected rubrics by name, each a text")
+        raise LensError(f"{where}: judge_prompts is {json_type(given)}, expected rubrics by name, each a text")
     return {str(name): text for name, text in given.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.reading.rows import kind_of, names_of
+from piggyback_lens.reading.rows import json_type, names_of
 
 LAYOUTS: Final = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 """The columns by which a layout is known."""
@@ -37,7 +37,7 @@ def turns_in(where: str, row: Any) -> Any:
         LensError: a row of no layout, or of two, or with a column of the text that is not read.
     """
     if not isinstance(row, Mapping):
-        raise LensError(f"{where} is {kind_of(row)}, expected an object with {_EXPECTED}")
+        raise LensError(f"{where} is {json_type(row)}, expected an object with {_EXPECTED}")
     layout = layout_of(row)
     if layout is None:
         names = f"the keys {names_of(row)}, which fit" if row else "no keys, which fits"
@@ -52,7 +52,7 @@ def turns_in(where: str, row: Any) -> Any:
     else:
         turns = row[layout[0]]
     if not isinstance(turns, list | tuple) or not turns:
-        found = "an empty list" if isinstance(turns, list | tuple) else kind_of(turns)
+        found = "an empty list" if isinstance(turns, list | tuple) else json_type(turns)
         raise LensError(f"{where}: {layout[0]!r} is {found}, expected a list of {{'role', 'content'}} objects")
     return _with_system(where, row.get("system"), [_from_value(turn) for turn in turns])
 
@@ -74,7 +74,7 @@ def _alpaca(where: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     parts = {name: "" if row.get(name) is None else row[name] for name in ("instruction", "input", "output")}
     for name, text in parts.items():
         if not isinstance(text, str):
-            raise LensError(f"{where}: {name} is {kind_of(text)}, expected a string")
+            raise LensError(f"{where}: {name} is {json_type(text)}, expected a string")
     question = "\n\n".join(parts[name] for name in ("instruction", "input") if parts[name].strip())
     return [{"role": "user", "content": question}, {"role": "assistant", "content": parts["output"]}]
 
@@ -85,7 +85,7 @@ def _spoken(where: str, value: Any, role: str) -> list[Any]:
         return [{"role": role, "content": value}]
     if isinstance(value, list | tuple) and value:
         return list(value)
-    found = "an empty list" if isinstance(value, list | tuple) else kind_of(value)
+    found = "an empty list" if isinstance(value, list | tuple) else json_type(value)
     raise LensError(f"{where} is {found}, expected a text or a list of messages")
 
 
@@ -111,7 +111,7 @@ def _with_system(where: str, text: Any, turns: list[Any]) -> list[Any]:
     if text is None or text == "":
         return turns
     if not isinstance(text, str):
-        raise LensError(f"{where}: system is {kind_of(text)}, expected a string")
+        raise LensError(f"{where}: system is {json_type(text)}, expected a string")
     first = turns[0] if isinstance(turns[0], Mapping) else {}
     if first.get("role") != "system":
         return [{"role": "system", "content": text}, *turns]

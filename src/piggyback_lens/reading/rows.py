@@ -61,7 +61,7 @@ def json_list(path: Path, expected: str = "expected a list of strings") -> list[
     text = "\n".join(line for _, line in lines(path))
     value = parsed(str(path), text, expected) if text.strip() else []
     if not isinstance(value, list):
-        raise LensError(f"{path} holds {kind_of(value)}, {expected}")
+        raise LensError(f"{path} holds {json_type(value)}, {expected}")
     return value
 
 
@@ -120,7 +120,7 @@ def without_nulls(value: Any) -> Any:
 def text_of(where: str, value: Any) -> str:
     """`value` if it is a prompt: a string that is not blank and can be encoded."""
     if not isinstance(value, str):
-        raise LensError(f"{where} is {kind_of(value)}, expected a string")
+        raise LensError(f"{where} is {json_type(value)}, expected a string")
     if not value.strip():
         raise LensError(f"{where} is blank, expected the text of a prompt")
     return encodable(where, value)
@@ -135,7 +135,7 @@ def encodable(where: str, text: str) -> str:
     return text
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """The JSON name of a value's type, for messages."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
     names |= {str: "a string", list: "a list", dict: "an object"}
