@@ -493,7 +493,7 @@ def test_prompts_are_read_from_a_json_list(tmp_path):
     ("bad", "reason"),
     [
         ("{", "line 2 is not JSON (Expecting property name"),
-        ("3", "line 2 is a number, expected a text or an object with one of paraphrases, prompt, question, messages"),
+        ("3", "line 2 is a number, expected a string or an object with one of paraphrases, prompt, question, messages"),
         ('{"query": "x"}', "line 2 has the field 'query', which may change what is asked"),
         ('{"id": "x"}', "line 2 has 'id'; expected one of paraphrases, prompt"),
         ('{"prompt": "x", "question": "y"}', "line 2 has both prompt and question"),
