@@ -236,3 +236,10 @@ def test_a_report_without_examples_prompt_notes_and_card_has_no_empty_sections(t
     path = report(tmp_path / "a.html", figures=[], examples=pd.DataFrame(), prompt_html="", notes=[], card={})
     page = path.read_text(encoding="utf-8")
     assert re.findall("<h2>(.*?)</h2>", page) == ["Summary"]
+
+
+def test_an_answer_that_the_token_limit_cut_is_marked(tmp_path):
+    rows = {"prompt": ["a", "a"], "condition": ["base", "finetuned"], "response": ["x", "y"]}
+    page = report(tmp_path / "a.html", examples=pd.DataFrame(rows | {"ended": ["length", "stop"]})).read_text()
+    assert "base (cut at the token limit)" in page
+    assert "finetuned (cut" not in page

@@ -334,7 +334,7 @@ class EMTable(Result):
             ("The same, question by question.", self.figure("questions")),
             ("Every answer by its two scores.", self.figure("quadrant")),
         ]
-        return Report("Emergent misalignment", self.verdict, self.to_frame(), figures)
+        return Report("Emergent misalignment", self.verdict, self.to_frame(), figures, measure="EM rate")
 
     def _sizes(self) -> str:
         return f"{len(self.rows)} answers under {len(self.conditions)} conditions"

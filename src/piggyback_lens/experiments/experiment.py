@@ -93,6 +93,7 @@ def prompt_facts(pair: ModelPair, prompts: Sequence[RenderedPrompt]) -> dict[str
         "n": len(prompts),
         "prompts": [prompt.query for prompt in prompts],
         "questions": questions_of(prompts),
+        "notes": sorted({note for prompt in prompts for note in prompt.notes}),
         "fingerprint": prompts[0].fingerprint,
         "prefix_tokens": len(prompts[0].span("prefix")),
         "backend": pair.backend,

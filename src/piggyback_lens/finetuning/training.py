@@ -37,7 +37,7 @@ from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, seeded
 from piggyback_lens.models.backends import n_positions_of
 from piggyback_lens.models.packing import rounds_coarsely
-from piggyback_lens.progress import track
+from piggyback_lens.progress import say, track
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, locked
 from piggyback_lens.settings import TrainSettings
@@ -142,6 +142,9 @@ def train(
     network = trainable.model
     folder = None if out is None else Path(out)
     run = _prepare(network, examples, settings, objective=objective, trainable=trainable, folder=folder)
+    if progress:
+        for note in sorted({note for example in examples for note in example.notes}):
+            say(note)
     with nullcontext() if run.folder is None else locked(run.folder):
         start = run.resume()
         history = list(start.history if start else ())

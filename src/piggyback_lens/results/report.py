@@ -34,7 +34,8 @@ class Report:
         summary: a frame of conditions (topic, condition_label, n, value, low, high, recovery, ...), shown in groups by
             topic; any other frame is shown column by column.
         figures: captions and figures.
-        examples: one row for each generation with the columns prompt, condition and response, and topic where there is
+        examples: one row for each generation with the columns prompt, condition and response, ended where it is known
+            ("length" marks a cut answer), and topic where there is
             more than one. The responses to a prompt stand side by side; a missing one (NaN) is marked.
         notes: what a reader of the numbers should know.
         measure: what the summary's values are, with the unit.
@@ -125,6 +126,7 @@ def _figures(figures: Sequence[tuple[str, "go.Figure"]]) -> list[tuple[str, Any]
 
 # --- summary -----------------------------------------------------------------------------------------
 
+CUT = " (cut at the token limit)"
 Cell = tuple[str, str]
 """Text, and what kind of cell it is in."""
 
@@ -179,9 +181,10 @@ def _examples(examples: "pd.DataFrame") -> list[tuple[str | None, str, list[tupl
     keys = ["topic", "prompt"] if "topic" in examples else ["prompt"]
     found = []
     for key, part in examples.groupby(keys, sort=False, dropna=False):
+        ended = part["ended"] if "ended" in part else [None] * len(part)
         answers = [
-            (str(condition), response if isinstance(response, str) else None)
-            for condition, response in zip(part["condition"], part["response"], strict=True)
+            (f"{condition}{CUT}" if end == "length" else str(condition), text if isinstance(text, str) else None)
+            for condition, text, end in zip(part["condition"], part["response"], ended, strict=True)
         ]
         found.append((str(key[0]) if len(keys) == 2 else None, str(key[-1]), answers))
     return found
