@@ -1,6 +1,7 @@
 """Write the README's figures and numbers from a finished demo (needs Chrome or Chromium for the pictures).
 
 python examples/write_figures.py demo_out docs [--readme README.md]
+python examples/write_figures.py --audit em_audit docs/em_evaluation.md     (a table only: no browser)
 
 Writes demo_conditions.png, demo_layer_curve.png and demo_results.md into the second folder, and the same
 numbers into the README between its two markers. No figure in the README is typed by hand.
@@ -8,15 +9,17 @@ numbers into the README between its two markers. No figure in the README is type
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from piggyback_lens import DemoSettings, LensError, Result, load_result
 from piggyback_lens.files import atomic_write_text
-from piggyback_lens.intervals import percent
+from piggyback_lens.intervals import interval_text, percent
 
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"
+AUDIT = ("<!-- audit:start -->", "<!-- audit:end -->")
 WIDTH, SCALE = 1100, 2  # px, and how many picture points stand for one
 
 
@@ -69,13 +72,46 @@ def duration(card: dict) -> str:
     return ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in parts.items())
 
 
-def with_results(readme: str, results: str) -> str:
-    """The README with `results` between its markers."""
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
+def audit_markdown(result: Result) -> str:
+    """The off-topic half of an audit with samples: answers, cuts and p-values too."""
+    heads = (
+        "condition",
+        "questions",
+        "answers",
+        "mean [95 % interval]",
+        "recovery",
+        "p",
+        "cut",
+        "of them lower bounds",
+    )
+    rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * 7]
+    for row in result.to_frame().to_dict("records"):
+        if row["topic"] == "off-topic":
+            p = "" if math.isnan(row["p"]) else f"{row['p']:.3g}"
+            mean = interval_text(row["value"], row["low"], row["high"])
+            cells = (
+                row["condition_label"],
+                row["n"],
+                row["answers"],
+                mean,
+                recovered(row),
+                p,
+                row["cut"],
+                row["biased"],
+            )
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    same, total = result.identical
+    told = f"Identity control: {same} of {total} answers are token for token the finetuned model's."
+    return "\n".join([f"**{result.verdict}**", "", *rows, "", told])
+
+
+def with_results(page: str, results: str, markers: tuple[str, str] = (START, END)) -> str:
+    """The page with `results` between its markers."""
+    before, start, rest = page.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not start or not end:
-        raise LensError(f"the README lacks the markers {START} and {END}: put them where the numbers belong")
-    return f"{before}{START}\n{results}\n{END}{after}"
+        raise LensError(f"the page lacks the markers {' and '.join(markers)}: put them where the numbers belong")
+    return f"{before}{start}\n{results}\n{end}{after}"
 
 
 def main() -> None:
@@ -83,8 +119,13 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="folder of a finished demo")
     parser.add_argument("docs", type=Path, help="folder for the pictures")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--audit", action="store_true", help="the folder is an audit's, and the second a page")
     options = parser.parse_args()
     result = load_result(options.demo)
+    if options.audit:
+        page = options.docs.read_text(encoding="utf-8")
+        atomic_write_text(options.docs, with_results(page, audit_markdown(result), AUDIT))
+        return
     results = results_markdown(result)
     options.docs.mkdir(parents=True, exist_ok=True)
     result.figure().write_image(options.docs / "demo_conditions.png", width=WIDTH, scale=SCALE)
