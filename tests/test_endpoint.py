@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,11 @@ def test_what_no_row_survives_stops_the_run_at_once(kind):
         endpoint(server, concurrency=3).ask([f"{i}" for i in range(200)])
     assert server.calls <= 3 * 2
     assert "\n" not in str(caught.value)
+    below = caught.value.__traceback__.tb_next  # of this frame, whose server knows the key
+    whole = traceback.TracebackException(type(caught.value), caught.value, below, capture_locals=True)
+    told = "".join(whole.format())
+    assert "in _work" in told
+    assert KEY not in told
 
 
 def test_a_refusal_of_one_text_with_403_after_other_replies_is_that_rows():

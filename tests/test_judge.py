@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_chat
@@ -12,6 +15,7 @@ from test_endpoint import endpoint, surroundings  # noqa: F401  a fixture for ev
 
 import piggyback_lens as lens
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.answering import answers_made_elsewhere
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl
 from piggyback_lens.measuring.endpoint import Endpoint
@@ -309,6 +313,14 @@ def test_an_audit_is_read_by_a_judge(tmp_path):
     assert lens.rescore(audited, "words").mean("off-topic", "base").value == 3
 
 
+def test_the_benchmark_runs_with_its_comparisons(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "judging.py"
+    small = ["--rows", "24", "--latency", "0.02", "--at-once", "4", "--kills", "1", "--out", tmp_path]
+    ran = subprocess.run([sys.executable, script, *map(str, small)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert len(read_json(tmp_path / "judging.json")["rows"]) == 3
+
+
 # ---------------------------------------------------------------- answers of an endpoint
 
 QUESTIONS = [
@@ -364,6 +376,18 @@ def test_answers_are_continued_and_a_failure_is_said_and_asked_again(tmp_path, c
 
 def endpoint_of(own, model):
     return Endpoint(own.base_url, model, key_variable=own.key_variable)
+
+
+def test_an_audit_takes_the_answers_as_made_elsewhere(tmp_path):
+    asked_of, out = [lens.Question("a", ["why", "how"], system="be brief."), "when"], tmp_path / "a.jsonl"
+    settings = lens.AnswerSettings(samples=2, temperature=1.0)
+    with serving(lambda body, n: f"{asked(body)}: {body['seed']}") as server:
+        for condition in ("base", "finetuned"):
+            found = lens.sample_endpoint(endpoint(server), asked_of, settings, condition=condition, out=out)
+    prompts = {"off-topic": tiny_chat.tiny_format().ask(asked_of, 2)}
+    made = answers_made_elsewhere([out], prompts, ("base", "finetuned"))
+    own = [made["finetuned", "off-topic", i]["response"] for i in range(6)]
+    assert own == [r["response"] for r in found]
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
