@@ -116,7 +116,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     chosen = parser.parse_args()
     lines = [
-        "| values | answers | questions | spread: covers | width | mean or rate: covers | width | recovery: covers | width |",
+        "| values | answers | questions | spread: covers | width "
+        "| mean or rate: covers | width | recovery: covers | width |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:
@@ -134,10 +135,10 @@ def main() -> None:
                 print(lines[-1], flush=True)
     if chosen.page:
         about = (
-            "# How often the intervals cover\n\nWritten by `python benchmarks/coverage.py --page docs/coverage.md`, whose "
-            f"first lines say how the data are drawn: {chosen.draws} draws per row, nominal 95 %. In brackets the BCa "
-            f"bootstrap over prompts, as version 0.1.0 had it ({chosen.bootstrap} draws). Recoveries are counted where the "
-            "difference of base and finetuned can be told from none.\n\n"
+            "# How often the intervals cover\n\nWritten by `python benchmarks/coverage.py --page docs/coverage.md`, "
+            f"whose first lines say how the data are drawn: {chosen.draws} draws per row, nominal 95 %. In brackets the "
+            f"BCa bootstrap over prompts, as version 0.1.0 had it ({chosen.bootstrap} draws). Recoveries are counted "
+            "where the difference of base and finetuned can be told from none.\n\n"
         )
         chosen.page.write_text(about + "\n".join(lines) + "\n", encoding="utf-8")
 
