@@ -164,7 +164,8 @@ def test_the_pinned_versions_are_those_that_the_pinned_leg_ran(rows):
 
 def test_every_lower_bound_is_run_by_the_lowest_leg_and_passes_there(rows):
     extras = LEGS.LEGS["lowest"].extras
-    every = tuple(set(LEGS.project()["optional-dependencies"]) - {"dev", "all"})
+    # inspect-ai asks for newer versions of what the project needs too, and has no place beside its lower bounds.
+    every = tuple(set(LEGS.project()["optional-dependencies"]) - {"dev", "all", "inspect"})
     assert LEGS.bounds(every) == LEGS.bounds(extras)
     assert not differing(rows["lowest"], LEGS.bounds(extras))
     assert (rows["lowest"]["failed"], rows["lowest"]["demo"][:2]) == ("0", "ok")
