@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import tiny_chat
@@ -13,8 +14,10 @@ from typer.main import get_command
 import piggyback_lens
 from piggyback_lens.app import cli
 from piggyback_lens.app.commands import app
+from piggyback_lens.app.gate import Gate
 from piggyback_lens.app.options import PairOptions
 from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.intervals import Estimate
 from piggyback_lens.settings import (
     AuditSettings,
     ChatSettings,
@@ -373,3 +376,50 @@ def test_doctor_says_what_cannot_be_used(files, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, ["doctor", str(files / "no_template"), "--offline"])
     assert "chat template" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the gate
+
+
+class Numbers:
+    def spread(self):
+        return Estimate(0.3, 0.12, 0.5, 12)
+
+    def recovery(self, condition):
+        return Estimate(math.nan, math.nan, math.nan, 12, "base and finetuned do not differ")
+
+    def mean(self, topic, condition):
+        return Estimate(0.4, 0.3, 0.5, 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("spread>0.1", "gate spread>0.1: it is 0.3 [0.12, 0.5] (n = 12)"),
+        ("spread.low > 0.1", "gate spread.low > 0.1: it is"),
+        ("spread.low>0.2", None),
+        ("spread<0.1", None),
+        ("mean[finetuned].high>=0.5", "gate mean"),
+        ("recovery[prefix].low<0.5", "cannot be told (base and finetuned do not differ)"),
+    ],
+)
+def test_a_gate_fails_on_the_side_and_end_that_it_names(text, reason):
+    told = Gate.parse(text, ("base", "finetuned", "prefix")).reason(Numbers())
+    assert (told is None) if reason is None else reason in told
+
+
+@pytest.mark.parametrize("text", ["spread", "spread>", "loss>1", "spread[prefix]>0.1", "recovery>1", "mean[x]>1"])
+def test_a_gate_of_another_form_is_refused_before_a_model_is_loaded(text, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(PairOptions, "pair", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, command(files, "--out", tmp_path / "out", "--fail-if", text))
+    assert stopped.value.code == 2
+    assert "--fail-if" in capsys.readouterr().err
+
+
+def test_an_audit_beyond_its_gate_ends_with_status_3_and_the_reason(files, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, command(files, "--out", tmp_path, "--fail-if", "spread>1000000"))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, command(files, "--out", tmp_path, "--fail-if", "spread<1000000"))
+    assert stopped.value.code == 3
+    assert capsys.readouterr().out.splitlines()[-1].startswith("gate spread<1000000: it is")

@@ -469,7 +469,8 @@ LEFT_OUT = {
         "Method", "Objective", "Penalty", "Record", "RenderedPrompt", "Trainable", "saes.Latents",
     ),
     "text and files: no tensors": (
-        "ChatSettings", "EMTable", "join_scores", "Task", "TokenScores", "compare_templates", "default_model",
+        "ChatSettings", "EMTable", "JudgeSheet", "Task", "join_scores",
+        "TokenScores", "compare_templates", "default_model",
         "load_conversations", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
     "calls a server, or scores texts: no tensors": ("Endpoint", "Judge", "judge_run", "rescore", "sample_endpoint"),

@@ -49,7 +49,8 @@ def test_the_public_surface_is_this_list():
     assert set(piggyback_lens.__all__) == {
         "Activations", "AnswerContrast", "AnswerSettings", "AuditSettings", "Behaviour", "ChatFormat", "ChatSettings",
         "CompareSettings", "CurveSettings", "DemoSettings", "Direction", "EMTable", "Endpoint", "GeneratedBehaviour",
-        "Generation", "HookTrainable", "Intervention", "Interventions", "Judge", "KLOnRetain", "KLOnTrain", "LensError",
+        "Generation", "HookTrainable", "Intervention", "Interventions", "Judge", "JudgeSheet", "KLOnRetain",
+        "KLOnTrain", "LensError",
         "LoRAAdapter", "LoRASettings", "LoadSettings", "LocalJudge", "MapSettings", "Method", "ModelPair", "Monitor",
         "Objective",
         "PatchSettings", "Penalised", "Penalty", "PerturbSettings", "PrefixCache", "PreventiveSteering",

@@ -57,6 +57,7 @@ from piggyback_lens.measuring.answers import AnswerContrast as AnswerContrast
 from piggyback_lens.measuring.answers import GeneratedBehaviour as GeneratedBehaviour
 from piggyback_lens.experiments.em_table import EMTable as EMTable
 from piggyback_lens.experiments.em_table import join_scores as join_scores
+from piggyback_lens.experiments.judge_sheet import JudgeSheet as JudgeSheet
 from piggyback_lens.measuring.endpoint import Endpoint as Endpoint
 from piggyback_lens.measuring.endpoint_answers import sample_endpoint as sample_endpoint
 from piggyback_lens.measuring.judge import Judge as Judge

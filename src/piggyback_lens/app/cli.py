@@ -14,8 +14,11 @@ INTERRUPTED = 130
 def main() -> None:
     """Run a command."""
     try:
-        if app(standalone_mode=False) == INTERRUPTED:  # typer turns Ctrl-C into this status
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # typer turns Ctrl-C into this status
             raise KeyboardInterrupt
+        if isinstance(status, int) and status:
+            sys.exit(status)
     except LensError as error:
         if "--debug" in sys.argv:
             raise

@@ -99,19 +99,29 @@ def audit(
         list[Path] | None,
         typer.Option(help="Answers made elsewhere, repeatable: rows with condition, question, sample, response."),
     ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with status 3 where this holds, such as spread.low>0.1 or recovery[prefix].low<0.5."),
+    ] = None,
     out: Out = Path("audit_out"),
 ) -> None:
     """Audit a finetune: does it spread off-topic, and does the chat template's prefix carry it?"""
+    from piggyback_lens.app.gate import STATUS, Gate
     from piggyback_lens.app.summary import show
+    from piggyback_lens.experiments.audit import CONDITIONS
     from piggyback_lens.experiments.audit import audit as run
     from piggyback_lens.measuring.measures import get_behaviour
 
     # Cheap checks first: a typo must not cost a model load.
-    measure = get_behaviour(behaviour)
+    measure, gates = get_behaviour(behaviour), [Gate.parse(text, tuple(CONDITIONS)) for text in fail_if or ()]
     inside, outside = _first_prompts(topics.on_topic), _first_prompts(topics.off_topic)
     pair, chat = models.pair(base, out)
     given: dict[str, Any] = {"chat": chat, "answers": answers or (), "out": out}
-    show(run(pair, inside, outside, measure, settings, **given, progress=True), out)
+    result = run(pair, inside, outside, measure, settings, **given, progress=True)
+    show(result, out)
+    if reasons := [reason for gate in gates if (reason := gate.reason(result)) is not None]:
+        tell("\n".join(reasons))
+        raise typer.Exit(STATUS)
 
 
 @command(app)

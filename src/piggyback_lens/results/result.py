@@ -31,6 +31,7 @@ KINDS: dict[str, str] = {
     "curve": "directions.curve_points:Curve",
     "direction": "app.direction_training:TrainedDirection",
     "em": "experiments.em_table:EMTable",
+    "judges": "experiments.judge_sheet:JudgeSheet",
     "latent_attribution": "saes.latent_attribution:LatentAttribution",
     "patch": "experiments.results:PatchResult",
     "perturb": "experiments.perturbation:PerturbResult",
