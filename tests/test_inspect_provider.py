@@ -150,6 +150,15 @@ def test_the_thread_ends_when_idle_and_another_takes_over(queue: AnswerQueue, mo
     assert texts(queue.ask(request(Condition("base"), "one")).result(timeout=60)) == texts(first)
 
 
+def test_a_closed_queue_lets_go_of_what_waits() -> None:
+    queue = AnswerQueue(pair(), pair().tokenizer, pause=60.0)
+    future = queue.ask(request(Condition("base"), "one"))
+    queue.close()
+    assert future.cancelled()
+    with pytest.raises(LensError, match="this queue was closed"):
+        queue.ask(request(Condition("base"), "one"))
+
+
 def test_a_conversation_of_several_turns_starts_from_the_prefix_cache_as_in_plain_transformers() -> None:
     opening = chat().render("hello")
     prefix = PrefixCache.compile(pair(), opening, side="base")

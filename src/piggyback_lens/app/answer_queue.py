@@ -5,6 +5,7 @@ costs little more than a pass over one. What is waiting for the same condition u
 call of `generate`; no text depends on which requests it met.
 """
 
+import atexit
 import dataclasses
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.conversations.tokens import Span
@@ -30,7 +32,18 @@ from piggyback_lens.words import Side
 
 IDLE_SECONDS = 5.0
 """The thread ends after so long without a request; the next one starts another."""
+LAST_SECONDS = 30.0
+"""How long the end of the program waits for the batch in progress."""
 MAX_COMPILED = 64
+
+_queues: "WeakSet[AnswerQueue]" = WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    """End the threads before the interpreter does: one that is stopped within torch takes the process down with it."""
+    for queue in list(_queues):
+        queue.close()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +135,8 @@ class AnswerQueue:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._compiled: dict[tuple[int, ...], PrefixCache] = {}
+        self._closed = False
+        _queues.add(self)
 
     def ask(self, request: Request) -> "Future[list[Generation]]":
         """Put a request into the queue; it is checked here, so that it cannot spoil the batch of others.
@@ -135,12 +150,25 @@ class AnswerQueue:
         if request.condition.repaired and not isinstance(self.models, ModelPair):
             raise LensError("the base's prefix goes into a finetuned model, and there is none: give adapter= too")
         with self._changed:
+            if self._closed:
+                raise LensError("this queue was closed: make another AnswerQueue")
             self._waiting.append(request)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="piggyback_lens answers", daemon=True)
                 self._thread.start()
             self._changed.notify()
         return request.answers
+
+    def close(self) -> None:
+        """Let the batch in progress end, and answer nothing after it."""
+        with self._changed:
+            self._closed, thread = True, self._thread
+            for request in self._waiting:
+                request.answers.cancel()
+            self._waiting.clear()
+            self._changed.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(LAST_SECONDS)
 
     def room(self, side: Side, prompt: RenderedPrompt) -> int | None:
         """How many tokens an answer to the prompt may have; None where the model names no limit."""
@@ -173,11 +201,14 @@ class AnswerQueue:
         """The oldest request and what goes with it, once the queue stands still; none when it is time to end."""
         with self._changed:
             while not self._waiting:
-                if not self._changed.wait(IDLE_SECONDS) and not self._waiting:
+                if self._closed or (not self._changed.wait(IDLE_SECONDS) and not self._waiting):
                     self._thread = None
                     return []
-            while self._rows(self._alike()) < self.batch_size and self._changed.wait(self.pause):
-                pass
+            while not self._closed and self._rows(self._alike()) < self.batch_size:
+                if not self._changed.wait(self.pause):
+                    break
+            if self._closed:
+                return []
             batch: list[Request] = []
             for request in self._alike():
                 if batch and self._rows([*batch, request]) > self.batch_size:
