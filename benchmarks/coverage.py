@@ -136,7 +136,7 @@ def main() -> None:
     if chosen.page:
         about = (
             "# How often the intervals cover\n\nWritten by `python benchmarks/coverage.py --page docs/coverage.md`, "
-            f"whose first lines say how the data are drawn: {chosen.draws} draws per row, nominal 95 %. In brackets the "
+            f"whose first lines say how data are drawn: {chosen.draws} draws per row, nominal 95 %. In brackets the "
             f"BCa bootstrap over prompts, as version 0.1.0 had it ({chosen.bootstrap} draws). Recoveries are counted "
             "where the difference of base and finetuned can be told from none.\n\n"
         )
