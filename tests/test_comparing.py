@@ -468,6 +468,18 @@ def test_intervals_run_over_prompts_after_averaging_the_seeds():
     assert treft["on_low"] < treft["on"] < treft["on_high"]
 
 
+def test_a_rate_without_an_event_has_an_upper_bound():
+    found = by_hand()
+    nothing = {topic: found.bases["default"][topic] | {"values": [0.0] * 12} for topic in ("on", "off")}
+    bases = {"default": found.bases["default"] | nothing}
+    cells = tuple({**cell, "off": {**cell["off"], "values": [0.0] * 12}} for cell in found.cells[:1])
+    rates = Comparison(cells, bases, found.card | {"behaviour": "refusal"})
+    assert rates.base_means()["off"].high == pytest.approx(1 - 0.025 ** (1 / 12))
+    assert rates.table().iloc[0]["off_high"] == pytest.approx(1 - 0.025 ** (1 / 12))
+    words = Comparison(cells, bases, found.card)
+    assert words.base_means()["off"].high == 0
+
+
 def test_seeds_that_plain_finetuning_lacks_leave_the_shares_undefined():
     found = by_hand()
     lone = Comparison(found.cells[1:], found.bases, found.card)

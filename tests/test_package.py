@@ -163,6 +163,12 @@ def test_the_pinned_versions_are_those_that_the_pinned_leg_ran(rows):
     assert rows["pinned"]["torch"] == LEGS.pins()["torch"]
 
 
+def test_doctor_knows_every_extra():
+    from piggyback_lens.app.doctor import EXTRAS
+
+    assert set(EXTRAS) == set(LEGS.project()["optional-dependencies"]) - {"dev", "all"}
+
+
 def test_every_lower_bound_is_run_by_the_lowest_leg_and_passes_there(rows):
     extras = LEGS.LEGS["lowest"].extras
     # inspect-ai asks for newer versions of what the project needs too, and has no place beside its lower bounds.

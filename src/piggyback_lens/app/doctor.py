@@ -17,6 +17,8 @@ EXTRAS = {
     "trl": "trl",
     "quant": "bitsandbytes",
     "ray": "ray",
+    "openai": "openai",
+    "inspect": "inspect-ai",
     "notebooks": "kaleido",
 }
 """Extras, and the package by which each is known."""

@@ -38,7 +38,7 @@ Base = Annotated[
     ),
 ]
 Prompts = Annotated[Path, typer.Option(help="Questions, usually off-topic: .txt, .jsonl, .json, .csv or .yaml.")]
-First = Annotated[int, typer.Option("--n", min=1, help="Use the first N prompts of a file.")]
+First = Annotated[int, typer.Option("--n", min=1, help="Use the first N questions of a file.")]
 BehaviourName = Annotated[
     str, typer.Option(help="words, refusal, abstention, tool_call, phrase:TEXT or regex:PATTERN.")
 ]

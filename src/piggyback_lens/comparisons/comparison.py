@@ -13,7 +13,7 @@ import numpy.typing as npt
 from piggyback_lens.comparisons.comparison_plan import system_name
 from piggyback_lens.comparisons.methods import Method, plain_finetuning
 from piggyback_lens.errors import LensError
-from piggyback_lens.intervals import Estimate, interval_text, mean_interval, recovery, spread
+from piggyback_lens.intervals import Estimate, interval_text, is_rate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
@@ -83,6 +83,10 @@ class Comparison(Result):
     def _base(self, system: str | None) -> Mapping[str, Any]:
         return self.bases[system_name(system)]
 
+    def _rate(self, *values: Array) -> bool:
+        """Whether these are answers that show the behaviour or not; means over several seeds are numbers."""
+        return is_rate(self.behaviour.unit, *values)
+
     def values(self, key: tuple[Any, ...], topic: str) -> Array:
         """Behaviour of each prompt of a topic ("on" or "off"), averaged over the seeds; missing where any seed's is."""
         rows = [_column(cell[topic]["values"]) for cell in self._groups[key]]
@@ -113,15 +117,23 @@ class Comparison(Result):
         of_base = {topic: _column(base[topic]["values"]) for topic in TOPICS}
         own = {topic: self.values(key, topic) for topic in TOPICS}
         asked = {topic: base[topic].get("questions") for topic in TOPICS}
-        found = {topic: mean_interval(own[topic], asked[topic]) for topic in TOPICS}
-        found["spread"] = spread(own["off"], of_base["off"], asked["off"])
+        found = {topic: mean_interval(own[topic], asked[topic], rate=self._rate(own[topic])) for topic in TOPICS}
+        found["spread"] = spread(own["off"], of_base["off"], asked["off"], rate=self._rate(own["off"], of_base["off"]))
         sft = {topic: self._sft(key, topic) for topic in TOPICS}
         if sft["on"] is None or sft["off"] is None:
             nothing = Estimate(math.nan, math.nan, math.nan, len(of_base["on"]), "no plain finetuning with these seeds")
             found |= {"kept": nothing, "recovered": nothing}
         else:
-            found["kept"] = recovery(own["on"], of_base["on"], sft["on"], asked["on"])
-            found["recovered"] = recovery(own["off"], sft["off"], of_base["off"], asked["off"])
+            found["kept"] = recovery(
+                own["on"], of_base["on"], sft["on"], asked["on"], rate=self._rate(own["on"], of_base["on"], sft["on"])
+            )
+            found["recovered"] = recovery(
+                own["off"],
+                sft["off"],
+                of_base["off"],
+                asked["off"],
+                rate=self._rate(own["off"], sft["off"], of_base["off"]),
+            )
         cells = self._groups[key]
         found["kl"] = mean_interval(np.stack([_column(cell["kl"]) for cell in cells]).mean(0), asked["off"], rate=False)
         worse = np.stack([_column(cell["text_nll"]) - _column(base["text_nll"]) for cell in cells]).mean(0)
@@ -168,7 +180,8 @@ class Comparison(Result):
     def base_means(self, system: str | None = "default") -> dict[str, Estimate]:
         """The base's behaviour on- and off-topic."""
         base = self._base(system)
-        return {topic: mean_interval(_column(base[topic]["values"]), base[topic].get("questions")) for topic in TOPICS}
+        own = {topic: _column(base[topic]["values"]) for topic in TOPICS}
+        return {t: mean_interval(own[t], base[t].get("questions"), rate=self._rate(own[t])) for t in TOPICS}
 
     @property
     def varied(self) -> tuple[str, ...]:
