@@ -70,8 +70,9 @@ def demo(
     names = (_shown(source), f"{task.name} organism")
     pair = ModelPair.load(finetuned=organism, tokenizer=tokenizer, backend=backend, names=names)
     prompts = task.on_topic[: settings.n_on_topic], task.off_topic[: settings.n_off_topic]
-    # Long answers are cut at the token limit: what is counted ends before it.
-    behaviour = "words:20" if task.behaviour == "words" else task.behaviour
+    # Long answers are cut at the token limit: what is counted ends before it. A word is rarely three tokens long.
+    most = max(1, settings.audit.max_new_tokens // 3)
+    behaviour = f"words:{most}" if task.behaviour == "words" else task.behaviour
     result = audit(pair, *prompts, behaviour, settings.audit, out=out, progress=progress)
     about = {"task": task.name, "training": asdict(settings.training), "lora": asdict(settings.lora)}
     write_json(out / DEMO_FILE, about | {"training_seconds": seconds})
