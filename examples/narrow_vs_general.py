@@ -331,7 +331,7 @@ solutions that keep {keep:.0%} of the general one's gain in validation loss, the
 answers least.
 
 Written by `python examples/narrow_vs_general.py out docs`; no number below is typed by hand. Intervals: 95 %
-bootstrap over prompts or texts. One training seed per solution. Random controls have the same norm; the stability curve
+over prompts or texts. One training seed per solution. Random controls have the same norm; the stability curve
 averages 3 noise seeds."""
 
 CLAIMS = """Decided by the intervals alone: a claim holds where the interval of the difference lies on its side of 0.

@@ -230,7 +230,7 @@ INTRODUCTION = """# Where the terse organism is carried
 `python examples/piggyback_smollm2.py demo_out lab_out docs`; no number below is typed by hand.
 
 Recovery is (patched - recipient) / (donor - recipient). *Repair* puts the base's activations into the finetuned model,
-*infect* the finetuned model's into the base; 1 is all the way. Intervals: 95 % bootstrap over prompts. Off-topic and
+*infect* the finetuned model's into the base; 1 is all the way. Intervals: 95 %, over prompts. Off-topic and
 on-topic: n = {off} and {on} prompts; maps with hundreds of cells and curves: n = {few}; perturbation and stress suite:
 n = {generated}. The *contrast* is log p of the finetuned model's own answer minus log p of the base's, per token, over
 at most {tokens} tokens. Of an answer of a few tokens the first one weighs most in it, and that is predicted at the last

@@ -308,7 +308,7 @@ Every method gets the same questions, steps and learning rate; interleaving spen
 data, as in the paper. The rate and the weights were chosen per task on validation prompts with seed {first}: the
 smallest rate that changes on-topic answers at least 95 % as much as the best one, then of the weights that keep at
 least {kept} % on-topic the one whose off-topic answers are nearest to the base's. The tables after that are on test
-prompts: {n} on-topic and {n} off-topic, greedy answers of at most {tokens} tokens. Intervals: 95 % bootstrap over
+prompts: {n} on-topic and {n} off-topic, greedy answers of at most {tokens} tokens. Intervals: 95 %, over
 prompts after averaging the seeds; they do not hold the spread between seeds, whose means are listed. *Kept*:
 (method - base) / (plain finetuning - base) on-topic. *Recovered*: (method - plain finetuning) / (base - plain
 finetuning) off-topic; undefined where plain finetuning does not differ from the base beyond noise. KL: base to tuned,

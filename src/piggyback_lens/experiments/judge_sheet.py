@@ -114,7 +114,7 @@ class JudgeSheet(Result):
         said = "; ".join(
             f"{claim}: " + ", ".join(f"{judge} {found[claim]}" for judge, found in by_judge.items()) for claim in differ
         )
-        return f"The verdict depends on the judge. {said}. EM rates: {told}."
+        return f"The verdict depends on the judge ({said}). EM rates: {told}."
 
     # ------------------------------------------------------------ numbers
 
