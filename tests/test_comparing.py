@@ -127,6 +127,18 @@ def weights(out: Path, label: str, seed: int = 0) -> dict:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def test_every_sample_is_an_answer_of_its_own_and_its_question_one_cluster(model, tmp_path):
+    found = compare(model, tmp_path, samples=3, temperature=1.0)
+    for part in (found.bases["default"], found.cells[0]):
+        assert [len(part[topic]["values"]) for topic in ("on", "off")] == [12, 12]
+        assert part["off"]["questions"] == [f"q{i}" for i in (1, 2, 3, 4) for _ in range(3)]
+        assert len({tuple(ids) for ids in part["off"]["ids"][:3]}) == 3
+    assert len(found.cells[0]["kl"]) == 12
+    assert found.estimates(found.keys[0])["off"].n == 4
+    with pytest.raises(LensError, match="samples is 2 at temperature 0"):
+        CompareSettings(samples=2)
+
+
 # --- every method ----------------------------------------------------------------------------------------
 
 
