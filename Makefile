@@ -32,7 +32,7 @@ help:
 	@echo "make check      make lint, and the tests that need no real model"
 	@echo "make lint       ruff format --check, ruff check, mypy"
 	@echo "make legs       the exactness tests and a short demo under other versions; writes docs/versions.md"
-	@echo "                LEGS=\"newest sae lowest\" PYTHON312=python3.12"
+	@echo "                LEGS=\"newest extras lowest\" PYTHON312=python3.12"
 	@echo "make notebooks  make each .ipynb and its .py twin equal (the newer one wins)"
 	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
 	@echo "make install    only make $(VENV)"
