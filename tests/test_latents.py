@@ -338,7 +338,7 @@ def test_cosines_do_not_depend_on_the_lengths_of_the_decoder_rows(bridge):
 def test_changes_are_the_mean_differences_of_encoded_activations(model):
     latents = latents_of(sae_of(model), model)
     vector = normal(D, seed=4)
-    found = attribute_latents(latents, direction(vector), model, TEXTS, strength=1.5, n_random=5)
+    found = attribute_latents(latents, direction(1.5 * vector), model, TEXTS, n_random=5)
     a = torch.cat([activations_of(model, text) for text in TEXTS])
     expected = (latents.encode(a + 1.5 * vector) - latents.encode(a)).double().mean(0)
     assert_close(torch.tensor(found.change, dtype=torch.float64), expected, atol=1e-4, rtol=1e-3)

@@ -142,13 +142,12 @@ class LatentAttribution(Result):
 
 
 @kept(LatentAttribution)
-def attribute_latents(  # noqa: PLR0913
+def attribute_latents(
     latents: Latents,
     direction: Direction,
     model: HookedModel | None = None,
     texts: Sequence[TokenSource] = (),
     *,
-    strength: float = 1.0,
     n_random: int = 20,
     seed: int = 0,
     span: str = "all",
@@ -157,14 +156,14 @@ def attribute_latents(  # noqa: PLR0913
     """Latents that a direction points along, and latents that it switches on and off.
 
     Two readings: the cosine with each (normalised) decoder row, and the change of the encoded activations of some
-    texts when strength·v is added to them. Both also for random directions of the same length.
+    texts when the direction is added to them as long as it is (`2 * direction` adds twice that). Both also for random
+    directions of the same length.
 
     Args:
         latents: the SAE.
         direction: at the SAE's site, with a vector of its layer.
         model: for the change; None for cosines only.
         texts: windows of plain text (`text_windows`), conversations or token ids; needed with a model.
-        strength: multiple of the direction that is added.
         n_random: random directions.
         seed: of those.
         span: which tokens of conversations.
@@ -188,12 +187,12 @@ def attribute_latents(  # noqa: PLR0913
         latents.check(model)
         where: dict[str, Any] = {"site": latents.site, "layer": latents.layer, "span": span}
         reading = site_activations(model, texts, **where, batch_size=TEXTS_PER_PASS)
-        before, changes, tokens = _mean_changes(latents, reading, strength * vectors)
+        before, changes, tokens = _mean_changes(latents, reading, vectors)
         change, low, high, chances["change"] = _beside_random(changes)
         rank = (changes[1:].abs() >= changes[0].abs()).sum(0).tolist()
         numbers = {"change": change, "change_low": low, "change_high": high}
         numbers |= {"change_rank": tuple(rank), "before": tuple(before.tolist())}
-    settings = {"strength": strength, "n_random": n_random, "seed": seed, "span": span, "d_in": latents.d_in}
+    settings = {"n_random": n_random, "seed": seed, "span": span, "d_in": latents.d_in}
     settings |= {"texts": len(texts), "tokens": tokens, "norm": float(vectors[0].norm()), "sae": latents.provenance.how}
     return LatentAttribution(
         latents.site, latents.layer, own.provenance.how, cosine, cosine_low, cosine_high,
