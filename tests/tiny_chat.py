@@ -17,14 +17,14 @@ TEMPLATE = (
 )
 
 
-def tiny_tokenizer(template: str = TEMPLATE) -> Any:
+def tiny_tokenizer(template: str = TEMPLATE, letters: str = LETTERS) -> Any:
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *LETTERS])}
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *letters])}
     backend = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
     backend.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = Fuse()

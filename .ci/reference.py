@@ -1,0 +1,45 @@
+"""The reference pages of the site, made from the six groups of the public names: hooks of mkdocs and of griffe."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File, Files
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "piggyback_lens"
+PAGES = ("models", "values", "measuring", "experiments", "directions", "training")
+"""File names of the groups, in their order."""
+
+
+def groups() -> dict[str, tuple[str, list[str]]]:
+    """Title and full names of every group, by the name of its page; those of `piggyback_lens.saes` are the last."""
+    text = (PACKAGE / "__init__.pyi").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^# (?!ruff)(.*)$", text, flags=re.MULTILINE)
+    found = {}
+    for page, title, body in zip(PAGES, parts[::2], parts[1::2], strict=True):
+        found[page] = title, [".".join(pair) for pair in re.findall(r"^from (\S+\.\S+) import (\w+) as", body, re.M)]
+    saes = (PACKAGE / "saes" / "__init__.py").read_text(encoding="utf-8")
+    imports = re.findall(r"^from (\S+) import (.*)$", saes, re.MULTILINE)
+    names = [f"{module}.{name.strip()}" for module, line in imports for name in line.split(",")]
+    found["saes"] = "Sparse autoencoders (piggyback_lens.saes, extra sae)", names
+    return found
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add a page for every group (called by mkdocs)."""
+    for page, (title, names) in groups().items():
+        where = "piggyback_lens.saes" if page == "saes" else "piggyback_lens"
+        lead = f"# {title}\n\nEach of these is imported from `{where}`.\n\n"
+        text = lead + "\n".join(f"::: {name}\n" for name in names)
+        files.append(File.generated(config, f"reference/{page}.md", content=text))
+    return files
+
+
+class Examples(griffe.Extension):
+    """Docstrings say `Example:` of one example; griffe reads a doctest under `Examples:`."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called by griffe for every object that it has read."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
