@@ -38,8 +38,8 @@ from piggyback_lens import (
     patch_span,
 )
 from piggyback_lens.comparisons.comparison_plan import DEFAULT, Cell, cell_folder
-from piggyback_lens.comparisons.engines import local
 from piggyback_lens.comparisons.methods import parse_method
+from piggyback_lens.engines import local
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.intervals import Estimate, mean_interval, nearer, percent, recovery, spread
 from piggyback_lens.progress import say

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
+from piggyback_lens import engines
 from piggyback_lens.app.commands import app
-from piggyback_lens.comparisons import engines
 from piggyback_lens.comparisons.comparing import as_methods, compare_methods, default_retain, grid
 from piggyback_lens.comparisons.comparison import Comparison
 from piggyback_lens.comparisons.comparison_cells import run_base, run_cell, training_examples

@@ -16,7 +16,7 @@ from filelock import FileLock
 from test_comparing import LORA, RETAIN, TRAINING, by_hand, call, compare, made_up, tiny_task
 
 import piggyback_lens.comparisons.comparison_cells as cells_module
-from piggyback_lens.comparisons import engines
+from piggyback_lens import engines
 from piggyback_lens.comparisons.comparison import Comparison
 from piggyback_lens.comparisons.comparison_cells import check_cells, train_settings, training_examples
 from piggyback_lens.comparisons.comparison_plan import Cell, Plan, cell_folder, weights_fingerprint

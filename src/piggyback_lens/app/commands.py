@@ -404,7 +404,7 @@ def _backend(text: str) -> Backend:
 
 def _executor(asked: EngineOptions) -> Any:
     """A context manager that gives the executor, or None for this process."""
-    from piggyback_lens.comparisons import engines
+    from piggyback_lens import engines
 
     if asked.engine == "here":
         if asked.workers > 1:

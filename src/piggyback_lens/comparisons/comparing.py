@@ -9,7 +9,7 @@ seeds and values of the axes. A cell that fails is named at the end; it stops no
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from itertools import chain, product, zip_longest
 from pathlib import Path
@@ -29,12 +29,12 @@ from piggyback_lens.comparisons.comparison_plan import (
     question_of,
     system_name,
 )
-from piggyback_lens.comparisons.engines import Job, finished, passed
 from piggyback_lens.comparisons.methods import Method, parse_method, plain_finetuning
+from piggyback_lens.engines import Job, cause, failure, finished, passed
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.models.sources import default_model
-from piggyback_lens.progress import counting, say
+from piggyback_lens.progress import counting, say, shows
 from piggyback_lens.reading.tasks import TASKS, Task, load_task
 from piggyback_lens.results.run import refuse_other
 from piggyback_lens.settings import AXES, CompareSettings
@@ -47,6 +47,7 @@ POLL = 2.0
 """Seconds between two looks at cells that other processes hold, where nothing else is left to do."""
 
 
+@shows("comparison")
 def compare_methods(
     base: Source,
     task: Task | str,
@@ -55,7 +56,7 @@ def compare_methods(
     *,
     out: str | Path,
     executor: Executor | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
     offline: bool = False,
 ) -> Comparison:
     """Train and measure every cell of methods × seeds × systems × shares × sizes × epochs.
@@ -92,11 +93,11 @@ def compare_methods(
     deadline = None if settings.minutes is None else time.time() + 60 * settings.minutes
     failed = _run(plan, cells, folder, executor, deadline, progress)
     if failed and not _done(cells, folder):
-        raise _failure(failed, len(cells), None) from next(iter(failed.values()))
+        raise failure(failed, len(cells), None) from next(iter(failed.values()))
     found = gather(plan, cells, folder)
     saved = found.save(folder)
     if failed:
-        raise _failure(failed, len(cells), saved) from next(iter(failed.values()))
+        raise failure(failed, len(cells), saved) from next(iter(failed.values()))
     return found
 
 
@@ -142,7 +143,12 @@ def _open(folder: Path, plan: Plan, cells: Sequence[Cell]) -> None:
 
 
 def _run(
-    plan: Plan, cells: Sequence[Cell], folder: Path, executor: Executor | None, deadline: float | None, progress: bool
+    plan: Plan,
+    cells: Sequence[Cell],
+    folder: Path,
+    executor: Executor | None,
+    deadline: float | None,
+    progress: bool | str,
 ) -> dict[str, Exception]:
     """The base's part of every system prompt, then the cells that are not there. Gives the errors of those that failed.
 
@@ -162,7 +168,7 @@ def _run(
             raise outcome
     failed: dict[str, Exception] = {}
     told = not progress
-    with counting(len(waiting), "cells" if progress else None) as advance:
+    with counting(len(waiting)) as advance:
         while waiting and not passed(deadline):
             held: list[Cell] = []
             jobs: list[Job] = [(run_cell, plan, cell, str(folder)) for cell in waiting]
@@ -175,7 +181,7 @@ def _run(
                 if isinstance(outcome, Exception):
                     failed[cell.name] = outcome
                 if progress:
-                    say(f"{cell.name} failed: {_cause(outcome)}" if cell.name in failed else f"finished {cell.name}")
+                    say(f"{cell.name} failed: {cause(outcome)}" if cell.name in failed else f"finished {cell.name}")
             if held and len(held) == len(waiting):
                 if not told:
                     say(f"other processes are at the {len(held)} cells that are left: waiting for them")
@@ -183,22 +189,6 @@ def _run(
                 time.sleep(POLL)
             waiting = held
     return failed
-
-
-def _cause(error: Exception) -> str:
-    """One line."""
-    text = (str(error).splitlines() or [""])[0]
-    return text if isinstance(error, LensError) else f"{type(error).__name__}: {text}"
-
-
-def _failure(failed: Mapping[str, Exception], n_cells: int, saved: Path | None) -> LensError:
-    """What failed and why; cells with the same cause together."""
-    causes: dict[str, list[str]] = {}
-    for name, error in failed.items():
-        causes.setdefault(_cause(error), []).append(name)
-    told = "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items())
-    rest = "and no other is finished" if saved is None else f"the others are in {saved}"
-    return LensError(f"{len(failed)} of {n_cells} cells failed, {rest}; the same call tries again: {told}")
 
 
 def _done(cells: Sequence[Cell], out: str | Path) -> list[Cell]:

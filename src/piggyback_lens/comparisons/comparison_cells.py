@@ -6,7 +6,6 @@ thread or another machine with the same file system can do it.
 """
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from piggyback_lens.comparisons.methods import Ingredients, Method, SetUp, set_u
 from piggyback_lens.conversations.batch import questions_of, repeated
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.directions.extraction import mean_difference
+from piggyback_lens.engines import ONE_AT_A_TIME
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import atomic_write_bytes, read_json, write_json
 from piggyback_lens.finetuning.checkpoints import PREFIX
@@ -51,10 +51,6 @@ from piggyback_lens.models.views import evaluating, structural_copy
 from piggyback_lens.results.run import InUse, locked
 from piggyback_lens.settings import LoadSettings, TrainSettings
 from piggyback_lens.vectors.task_vectors import update_norms
-
-# torch's random state is one per process, so cells in threads would draw from each other's.
-_ONE_AT_A_TIME = threading.Lock()
-
 
 # --- models ----------------------------------------------------------------------------------------------
 
@@ -108,7 +104,7 @@ def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
         LensError: the base's answers that are there come from another model, and there is a cell to train.
     """
     folder = base_folder(out, system)
-    with locked(folder, name=CELL_LOCK, wait=True), _ONE_AT_A_TIME:
+    with locked(folder, name=CELL_LOCK, wait=True), ONE_AT_A_TIME:
         missing = [name for name, done in _wanted(folder, plan, needs).items() if not done]
         if missing or needs.model:
             model, tokenizer = _loaded(plan.source, plan.offline)
@@ -276,7 +272,7 @@ def prepare_cells(plan: Plan, system: str | None, cells: Sequence[Cell], out: st
     folder = run_base(plan, system, Needs.of(plan, cells), out)
     once = {(cell.method, cell.share, cell.size, cell.epochs): cell for cell in reversed(cells)}
     if once:
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             model, tokenizer = _loaded(plan.source, plan.offline)
             chat, peft_model = (
                 ChatFormat(tokenizer, system=system, date=_begun_on(Path(folder))),
@@ -296,7 +292,7 @@ def run_cell(plan: Plan, cell: Cell, out: str) -> str | None:
     folder = cell_folder(out, cell)
     if not (folder / CELL_FILE).exists():
         try:
-            with locked(folder, name=CELL_LOCK), _ONE_AT_A_TIME:
+            with locked(folder, name=CELL_LOCK), ONE_AT_A_TIME:
                 if not (folder / CELL_FILE).exists():  # another process may have finished it before the lock
                     _train_and_measure(plan, cell, Path(out), folder)
         except InUse:
