@@ -251,6 +251,7 @@ class AnswerQueue:
                 max_new_tokens=first.max_new_tokens,
                 sampling=first.sampling,
                 batch_size=self.batch_size,
+                progress=False,
             )
         self.batches[len(rows)] += 1
         done = iter(answers)

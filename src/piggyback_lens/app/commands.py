@@ -117,7 +117,7 @@ def audit(
     inside, outside = _first_prompts(topics.on_topic), _first_prompts(topics.off_topic)
     pair, chat = models.pair(base, out)
     given: dict[str, Any] = {"chat": chat, "answers": answers or (), "out": out}
-    result = run(pair, inside, outside, measure, settings, **given, progress=True)
+    result = run(pair, inside, outside, measure, settings, **given)
     show(result, out)
     if reasons := [reason for gate in gates if (reason := gate.reason(result)) is not None]:
         tell("\n".join(reasons))
@@ -178,7 +178,7 @@ def perturb(
     queries = {topic: _first_prompts(file, n) for topic, file in files.items()}
     pair, chat = models.pair(base, out)
     rendered = {topic: chat.ask(own) for topic, own in queries.items()}
-    result = run(pair, rendered, measure, settings, rephrasings=rephrasings, out=out, progress=True)
+    result = run(pair, rendered, measure, settings, rephrasings=rephrasings, out=out)
     tell(result.verdict, ("report", report_run(out)))
 
 
@@ -200,7 +200,7 @@ def stress(
     measure, chosen = get_behaviour(behaviour), _first_prompts(prompts, n)
     pair, chat = models.pair(base, out)
     rendered = chat.ask(chosen)
-    result = run(pair, rendered, measure, settings, chat=chat, out=out, progress=True)
+    result = run(pair, rendered, measure, settings, chat=chat, out=out)
     tell(result.verdict, ("report", report_run(out)))
 
 
@@ -296,7 +296,7 @@ def steer(
     from piggyback_lens.directions.steering import steer as run
     from piggyback_lens.results.run import report_run
 
-    result = run(models.model(source, chat), vector, rendered, measure, settings, out=out, progress=True)
+    result = run(models.model(source, chat), vector, rendered, measure, settings, out=out)
     tell(result.verdict, ("report", report_run(out)))
 
 

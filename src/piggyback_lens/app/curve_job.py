@@ -13,7 +13,7 @@ from piggyback_lens.directions.kept import solution_hash
 from piggyback_lens.measuring.variants import Text, texts_hash
 from piggyback_lens.models.backends import HookedModel, facts_of
 from piggyback_lens.models.pair import Identity, identify
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.results.collection import Collection
 from piggyback_lens.results.run import Run, report_run
 from piggyback_lens.settings import CurveSettings
@@ -22,6 +22,7 @@ from piggyback_lens.vectors.direction import Direction
 from piggyback_lens.words import CurveKind
 
 
+@shows("curves")
 def draw_curves(
     model: HookedModel,
     solutions: Mapping[str, Adapter],
@@ -64,7 +65,8 @@ def draw_curves(
         for kind in sorted(kinds, key=lambda kind: not (Path(out) / kind).exists()):
             say(kind)
             more = {"tokenizer": tokenizer} if kind == "significance" else {}
-            curves[kind] = _maker(kind, model, solutions, prompts, texts, settings)(out=Path(out) / kind, **more)
+            draw = _maker(kind, model, solutions, prompts, texts, settings)
+            curves[kind] = draw(out=Path(out) / kind, progress=str(kind), **more)
         title = f"Curves of {', '.join(solutions)}"
         parts = {str(kind): curves[kind] for kind in kinds}
         result = run.finish(Collection(dict(parts), title, notes=_foreign(solutions, own)))

@@ -18,7 +18,7 @@ from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.reading.tasks import Task, answer_if_spread, load_task
 from piggyback_lens.results.run import report_run
 from piggyback_lens.settings import DemoSettings, LoadSettings
@@ -37,6 +37,7 @@ PROBE_TOKENS = 32
 """Of the base's answers, which the monitor holds against answers that show the behaviour."""
 
 
+@shows("demo")
 def demo(
     settings: DemoSettings = DemoSettings(),
     load: LoadSettings = LoadSettings(),
@@ -44,7 +45,7 @@ def demo(
     out: str | Path,
     model: str | Path | None = None,
     backend: Backend = "bridge",
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> tuple[AuditResult, TrainResult]:
     """Train a LoRA organism on one task, then audit it and write a report; resumes in the same folder.
 
@@ -54,7 +55,7 @@ def demo(
         out: folder; training goes to `out/organism`, the audit beside it.
         model: demo model to use; default `default_model()`.
         backend: "bridge" or "hooked".
-        progress: show progress bars.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: what `train` and `audit` raise.
@@ -89,7 +90,7 @@ def monitor_file(out: str | Path) -> Path:
 
 
 def train_organism(
-    model: nn.Module, tokenizer: Any, task: Task, settings: DemoSettings, *, out: Path, progress: bool
+    model: nn.Module, tokenizer: Any, task: Task, settings: DemoSettings, *, out: Path, progress: bool | str
 ) -> tuple[nn.Module, TrainResult]:
     """Finetune a LoRA adapter on the task's conversations, watched off-topic; the PEFT model, and how it went.
 

@@ -26,7 +26,7 @@ from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import HookedModel, check_layers, device_of, facts_of, shape_of
 from piggyback_lens.models.pair import Identity, identify
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, Run, report_run
@@ -143,6 +143,7 @@ def _described(solution: Adapter) -> str:
     return f"rank-{solution.rank} adapter on {', '.join(solution.modules)} of {where}"
 
 
+@shows("training")
 def train_direction(
     model: HookedModel,
     examples: Sequence[RenderedPrompt],
@@ -152,7 +153,7 @@ def train_direction(
     validation: Sequence[RenderedPrompt] = (),
     out: str | Path,
     name: str = "",
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> TrainedDirection:
     """Train a steering vector or an adapter, general or narrow, score it, and write a report.
 
@@ -167,7 +168,7 @@ def train_direction(
         validation: further conversations, scored only.
         out: folder of the run.
         name: of the model, for the provenance of the solution and the PEFT config.
-        progress: say what is done, and show progress bars.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: too little data, what `train` raises, or the folder of another run.
@@ -184,7 +185,7 @@ def train_direction(
         if progress:
             say(f"training: {settings.steps} steps on {len(examples)} conversations")
         mixed = interleave(examples, kept, settings.interleave, seed=settings.seed)
-        chosen: dict[str, Any] = {"objective": _objective(settings, kept), "progress": progress}
+        chosen: dict[str, Any] = {"objective": _objective(settings, kept)}
         trained = train(trainable, mixed, settings.training, out=out / "training", **chosen)
         solution = _signed(trainable.result(), examples, settings, own)
         path = _save_solution(solution, out, name)
@@ -213,7 +214,7 @@ def _objective(settings: TrainDirectionSettings, retain: Sequence[RenderedPrompt
 
 
 def _answered(
-    model: HookedModel, prompts: Sequence[RenderedPrompt], tokens: int, run: Run, progress: bool
+    model: HookedModel, prompts: Sequence[RenderedPrompt], tokens: int, run: Run, progress: bool | str
 ) -> tuple[RenderedPrompt, ...]:
     """The prompts with responses: their own, or the base's greedy ones, which the run keeps."""
     open_ = [prompt for prompt in prompts if "response" not in prompt.spans]
@@ -223,7 +224,7 @@ def _answered(
     def answer() -> list[list[int]]:
         if progress:
             say(f"the base answers {len(open_)} retain prompts")
-        found = generate(model, open_, max_new_tokens=tokens, progress="retain answers" if progress else False)
+        found = generate(model, open_, max_new_tokens=tokens, progress="retain answers")
         return [list(answer.ids) for answer in found]
 
     answers = iter(run.once("retain_answers", answer))

@@ -19,7 +19,7 @@ from piggyback_lens.experiments.patching import (
 )
 from piggyback_lens.intervals import require_enough
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.results.collection import Collection
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Run, report_run
@@ -30,13 +30,14 @@ EXAMPLES = 12
 """Prompts whose answers the report shows."""
 
 
+@shows("map")
 def run_maps(
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
     settings: MapSettings = MapSettings(),
     *,
     out: str | Path,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> Collection:
     """Run the chosen experiments on the contrast of the models' own answers, and write a report.
 
@@ -48,7 +49,7 @@ def run_maps(
         prompts: rendered, without a response, all with the same prefix.
         settings: which experiments, and on what.
         out: folder of the run.
-        progress: say what is done, and show progress bars.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: what the experiments raise, or a folder that holds maps of other prompts.
@@ -60,13 +61,14 @@ def run_maps(
         if progress and not (Path(out) / "answers.json").exists():
             say(f"both models answer {len(prompts)} prompts")
         measure = own_contrast(run, pair, prompts, tokens=settings.answer_tokens)
-        options: dict[str, Any] = {"measure": measure, "progress": progress}
+        options: dict[str, Any] = {"measure": measure}
         options["settings"] = PatchSettings(seed=settings.seed, budget_gb=settings.budget_gb)
         found: dict[str, Result] = {}
         for kind in settings.kinds:
             if progress:
                 say(kind)
-            found[kind] = _experiment(kind, pair, prompts, settings, options | {"out": Path(out) / kind})
+            own = options | {"out": Path(out) / kind, "progress": kind}
+            found[kind] = _experiment(kind, pair, prompts, settings, own)
         examples = tuple(
             {"prompt": prompt.query, "condition": side, "response": row.span_text("response")}
             for i, prompt in enumerate(prompts[:EXAMPLES])

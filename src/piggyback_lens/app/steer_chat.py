@@ -71,7 +71,7 @@ def _answer(
 ) -> None:
     prompt = chat.render(text)
     for name, parts in (("base", None), (_setting(vector, strength), vector.steer(strength) if strength else None)):
-        answer = generate(model, [prompt], interventions=parts, max_new_tokens=max_new_tokens)[0]
+        answer = generate(model, [prompt], interventions=parts, max_new_tokens=max_new_tokens, progress=False)[0]
         show(f"--- {name}\n{visible(answer.text)}")
 
 

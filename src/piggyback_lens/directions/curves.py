@@ -19,6 +19,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.measuring.variants import Text, response_texts, variant_kl, variant_nll
 from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.progress import shows
 from piggyback_lens.settings import CurveSettings
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.direction import Direction
@@ -27,6 +28,7 @@ from piggyback_lens.words import CurveKind, NormOver
 Draft = tuple[CurvePoint, Adapter | None]
 
 
+@shows("efficiency")
 @kept(Curve, lambda settings: settings.deciding("efficiency"))
 def efficiency(
     model: HookedModel,
@@ -35,6 +37,7 @@ def efficiency(
     settings: CurveSettings = CurveSettings(),
     *,
     out: str | Path | None = None,
+    progress: bool | str = True,
 ) -> Curve:
     """Loss as a function of the parameter norm.
 
@@ -47,6 +50,7 @@ def efficiency(
         prompts: conversations with responses: those that the solutions were trained on, or others like them.
         settings: which norms, and how many random solutions of each.
         out: folder of the run; the same call reads its result back, another one is refused.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: no solutions, a solution of norm 0, or prompts without responses.
@@ -74,6 +78,7 @@ def efficiency(
     return Curve("efficiency", x_label, "loss (nats per token)", points, base, {}, weights, facts)
 
 
+@shows("stability")
 @kept(Curve, lambda settings: settings.deciding("stability"))
 def stability(
     model: HookedModel,
@@ -82,6 +87,7 @@ def stability(
     settings: CurveSettings = CurveSettings(),
     *,
     out: str | Path | None = None,
+    progress: bool | str = True,
 ) -> Curve:
     """Relative loss increase under orthogonal noise: (L(x′) − L(x)) / (L_base − L(x)).
 
@@ -95,6 +101,7 @@ def stability(
         prompts: conversations with responses.
         settings: shares of noise, and how many draws of each.
         out: folder of the run; the same call reads its result back, another one is refused.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: as `efficiency`, or a name with a comma.
@@ -127,6 +134,7 @@ def stability(
     )
 
 
+@shows("significance")
 @kept(Curve, lambda settings: settings.deciding("significance"))
 def significance(
     model: HookedModel,
@@ -136,6 +144,7 @@ def significance(
     *,
     tokenizer: Any = None,
     out: str | Path | None = None,
+    progress: bool | str = True,
 ) -> Curve:
     """KL(base || steered) per token on plain text, in nats, as a function of the norm.
 
@@ -146,6 +155,7 @@ def significance(
         settings: which norms, how many random solutions of each, how many tokens of largest KL.
         tokenizer: shows those tokens as text.
         out: folder of the run; the same call reads its result back, another one is refused.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: no solutions, a solution of norm 0, or no texts.
@@ -175,6 +185,7 @@ def significance(
     return Curve("significance", x_label, y_label, tuple(points), base, {}, weights, facts, tuple(maxima))
 
 
+@shows("ablation cost")
 @kept(Curve, lambda settings: settings.deciding("ablation"))
 def ablation_cost(
     model: HookedModel,
@@ -183,6 +194,7 @@ def ablation_cost(
     settings: CurveSettings = CurveSettings(),
     *,
     out: str | Path | None = None,
+    progress: bool | str = True,
 ) -> Curve:
     """Change of the loss on plain text when a direction is projected out of the whole residual stream.
 

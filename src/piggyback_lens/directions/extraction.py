@@ -8,6 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from operator import length_hint
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from piggyback_lens.directions.span_sums import Reading, Sums, batches, hash_row
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair, identify
+from piggyback_lens.progress import counting, shows
 from piggyback_lens.settings import ReadSettings
 from piggyback_lens.vectors.direction import Direction, Provenance
 
@@ -54,6 +56,7 @@ class Measured:
         return pd.DataFrame(rows).assign(**{f"n_{side}": count for side, count in self.n.items()})
 
 
+@shows("mean difference")
 def mean_difference(
     model: HookedModel,
     showing: Iterable[RenderedPrompt],
@@ -62,6 +65,7 @@ def mean_difference(
     *,
     n_splits: int = 8,
     seed: int = 0,
+    progress: bool | str = True,
 ) -> Measured:
     """Mean activation on behaviour-showing rows minus that on not-showing rows, per layer.
 
@@ -76,6 +80,7 @@ def mean_difference(
         read: site, layers, span and which of its tokens, and how rows are weighted.
         n_splits: random splits of the rows into halves, for the split-half cosines.
         seed: of those splits.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: fewer than two rows on a side, or rows without the span.
@@ -90,9 +95,11 @@ def mean_difference(
     sides: dict[str, Sums] = {}
     for side, rows in (("showing", showing), ("not showing", not_showing)):
         sides[side] = Sums(n_splits, seed)
-        for prompts in batches(rows, read.batch_size):
-            sides[side].add(row_sums(model, prompts, where), where.weighting)
-            hash_rows(digest, side, prompts)
+        with counting(length_hint(rows), f"rows {side}") as advance:
+            for prompts in batches(rows, read.batch_size):
+                sides[side].add(row_sums(model, prompts, where), where.weighting)
+                hash_rows(digest, side, prompts)
+                advance(len(prompts))
         sides[side].require_two(side)
     return _measured(
         sides["showing"].means() - sides["not showing"].means(), sides, where,
@@ -101,6 +108,7 @@ def mean_difference(
     )  # fmt: skip
 
 
+@shows("model difference")
 def model_difference(
     pair: ModelPair,
     prompts: Iterable[RenderedPrompt],
@@ -108,6 +116,7 @@ def model_difference(
     *,
     n_splits: int = 8,
     seed: int = 0,
+    progress: bool | str = True,
 ) -> Measured:
     """Mean activation of the finetuned model minus the base's, on the same tokens, per layer.
 
@@ -120,13 +129,15 @@ def model_difference(
     sums = Sums(n_splits, seed)
     with pair.using("base") as base:
         where = Reading.of(base, read)
-    for rows in batches(prompts, read.batch_size):
-        with pair.using("base") as base:
-            before = list(row_sums(base, rows, where))
-        with pair.using("finetuned") as finetuned:
-            after = row_sums(finetuned, rows, where)
-            sums.add(((b - a, n) for (b, n), (a, _) in zip(after, before, strict=True)), where.weighting)
-        hash_rows(digest, "rows", rows)
+    with counting(length_hint(prompts)) as advance:
+        for rows in batches(prompts, read.batch_size):
+            with pair.using("base") as base:
+                before = list(row_sums(base, rows, where))
+            with pair.using("finetuned") as finetuned:
+                after = row_sums(finetuned, rows, where)
+                sums.add(((b - a, n) for (b, n), (a, _) in zip(after, before, strict=True)), where.weighting)
+            hash_rows(digest, "rows", rows)
+            advance(len(rows))
     sums.require_two("rows")
     about = _provenance("finetuned minus base", None, digest.hexdigest(), seed, where)
     about = replace(about, model=pair.identity("base").to_dict())
@@ -151,12 +162,14 @@ class PairDirections:
     n: int
 
 
+@shows("contrast pairs")
 def contrast_pairs(
     model: HookedModel,
     pairs: Iterable[tuple[RenderedPrompt, RenderedPrompt]],
     read: ReadSettings = ReadSettings(),
     *,
     centred: bool = False,
+    progress: bool | str = True,
 ) -> PairDirections:
     """Directions from pairs (showing, not showing): mean difference, and PCA of the differences.
 
@@ -174,12 +187,14 @@ def contrast_pairs(
     """
     where = Reading.of(model, replace(read, weighting="response"))
     digest, kept = hashlib.sha256(), []
-    for rows in batches(pairs, read.batch_size):
-        sides = [[row[side] for row in rows] for side in (0, 1)]
-        means = [[total / n for total, n in row_sums(model, side, where)] for side in sides]
-        kept += [(a - b).float() for a, b in zip(*means, strict=True)]
-        for name, side in zip(("showing", "not showing"), sides, strict=True):
-            hash_rows(digest, name, side)
+    with counting(length_hint(pairs)) as advance:
+        for rows in batches(pairs, read.batch_size):
+            sides = [[row[side] for row in rows] for side in (0, 1)]
+            means = [[total / n for total, n in row_sums(model, side, where)] for side in sides]
+            kept += [(a - b).float() for a, b in zip(*means, strict=True)]
+            for name, side in zip(("showing", "not showing"), sides, strict=True):
+                hash_rows(digest, name, side)
+            advance(len(rows))
     if len(kept) < 2:
         raise LensError(f"{len(kept)} contrast pairs: at least 2 are needed")
     differences = torch.stack(kept)  # [pair, layer, d]

@@ -20,6 +20,7 @@ from piggyback_lens.figures.token_scores import TokenScores
 from piggyback_lens.models.attachment import edited_modules
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.network import NOTHING, forward
+from piggyback_lens.progress import shows, track
 from piggyback_lens.vectors.adapters import LoRAAdapter, Place
 from piggyback_lens.vectors.adapting import attached
 
@@ -89,6 +90,7 @@ class Scalars:
         return TokenScores.of(self.prompts[prompt], self.values[prompt][:, column], title=title)
 
 
+@shows("adapter scalars")
 @torch.no_grad()
 def adapter_scalars(
     model: HookedModel,
@@ -97,6 +99,7 @@ def adapter_scalars(
     *,
     active: bool = True,
     batch_size: int = 8,
+    progress: bool | str = True,
 ) -> Scalars:
     """A·x for every token of every prompt.
 
@@ -106,6 +109,7 @@ def adapter_scalars(
         prompts: with or without responses.
         active: whether the adapter acts while it is read (later layers then see what earlier ones wrote).
         batch_size: rows per pass; does not change the numbers.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: another rank, no prompts, or an adapter that does not fit.
@@ -114,7 +118,8 @@ def adapter_scalars(
         raise LensError(f"rank {adapter.rank}, {len(prompts)} prompts: scalars are those of a rank-1 adapter on texts")
     places = tuple((layer, module) for layer in adapter.layers for module in adapter.modules)
     found: list[Tensor] = []
-    for rows in batches(prompts, batch_size):
+    parts = list(batches(prompts, batch_size))
+    for rows in track(parts, sizes=[len(rows) for rows in parts]):
         batch = batch_prompts(rows, side="right")
         kept: dict[Place, Tensor] = {}
         readers = {place: _reader(adapter.a[place][0], place, kept) for place in places}

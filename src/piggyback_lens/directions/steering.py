@@ -25,7 +25,7 @@ from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.variants import response_texts, variant_kl, variant_nll
 from piggyback_lens.models.backends import HookedModel, check_layers, facts_of, shape_of
 from piggyback_lens.models.pair import Identity, identify
-from piggyback_lens.progress import track
+from piggyback_lens.progress import shows, track
 from piggyback_lens.results.run import Row, Run
 from piggyback_lens.settings import SteerSettings
 from piggyback_lens.vectors.direction import Direction
@@ -49,7 +49,13 @@ class _Bench:
     def of(
         cls, model: HookedModel, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, settings: "SteerSettings"
     ) -> "_Bench":
-        return cls(model, tuple(prompts), behaviour, settings, tuple(generate(model, prompts, **_sizes(settings))))
+        return cls(
+            model,
+            tuple(prompts),
+            behaviour,
+            settings,
+            tuple(generate(model, prompts, **_sizes(settings), progress="unsteered answers")),
+        )
 
     def answers(self, interventions: Interventions | None) -> tuple[Generation, ...]:
         """Answers, with the same draws at every point; those of the unsteered model are the reference."""
@@ -77,6 +83,7 @@ class _Bench:
         return {"behaviour": values, "kl": kl, "own_nll": surprise, "answers": [answer.text for answer in answers]}
 
 
+@shows("steer")
 def steer(
     model: HookedModel,
     direction: Direction,
@@ -85,7 +92,7 @@ def steer(
     settings: SteerSettings = SteerSettings(),
     *,
     out: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | str = True,
 ) -> Sweep:
     """Add a direction at several strengths, at one layer at a time, and measure what it does and costs.
 
@@ -96,7 +103,7 @@ def steer(
         behaviour: what is measured on the answers.
         settings: strengths, layers, controls, length of the answers.
         out: folder of the run, which gets every point as it comes; the same call continues there.
-        progress: show a progress bar.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: layers that do not fit, no prompts, a direction that is zero, or a folder of another run.
@@ -127,9 +134,10 @@ def steer(
                     found.append((point, parts))
         return found
 
-    return _swept("steer", model, direction, prompts, get_behaviour(behaviour), settings, plan, (out, progress))
+    return _swept("steer", model, direction, prompts, get_behaviour(behaviour), settings, plan, out)
 
 
+@shows("ablate")
 def ablate_sweep(
     model: HookedModel,
     direction: Direction,
@@ -138,7 +146,7 @@ def ablate_sweep(
     settings: SteerSettings = SteerSettings(),
     *,
     out: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | str = True,
 ) -> Sweep:
     """Project a direction out at one layer at a time, and out of the whole residual stream.
 
@@ -165,7 +173,7 @@ def ablate_sweep(
                 )
         return found
 
-    return _swept("ablate", model, direction, prompts, get_behaviour(behaviour), settings, plan, (out, progress))
+    return _swept("ablate", model, direction, prompts, get_behaviour(behaviour), settings, plan, out)
 
 
 def _swept(
@@ -176,10 +184,10 @@ def _swept(
     measure: Behaviour,
     settings: SteerSettings,
     plan: Callable[[], Points],
-    run_in: tuple[str | Path | None, bool],
+    out: str | Path | None,
 ) -> Sweep:
-    """Measure the points of a plan, each kept as it comes; `run_in` is the folder, and whether progress is shown."""
-    own, (out, progress) = identify(model), run_in
+    """Measure the points of a plan, each kept as it comes."""
+    own = identify(model)
     prompts = repeated(prompts, settings.samples)
     deciding = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     identity = {"settings": deciding, "direction": solution_hash(direction), "behaviour": measure.name}
@@ -192,7 +200,7 @@ def _swept(
         if missing:
             bench = _Bench.of(model, prompts, measure, settings)
             costs = bench.kl([points[i][1] for i in missing])
-            for i, kl in zip(track(missing, kind if progress else None), costs, strict=True):
+            for i, kl in zip(track(missing), costs, strict=True):
                 run.add([{"point": i, **bench.point(points[i][1], kl)}])
         rows = [run.rows[i,] for i in range(len(points))]
         filled = tuple(_filled(point, row) for (point, _), row in zip(points, rows, strict=True))
@@ -237,6 +245,7 @@ class Calibrated:
     tried: tuple[tuple[float, float], ...]
 
 
+@shows("strength for KL")
 def strength_for_kl(
     model: HookedModel,
     direction: Direction,
@@ -246,6 +255,7 @@ def strength_for_kl(
     *,
     tolerance: float = 0.05,
     max_steps: int = 40,
+    progress: bool | str = True,
 ) -> Calibrated:
     """The positive strength at which steering costs `budget` nats per token, by bracketing and bisection.
 
@@ -261,6 +271,7 @@ def strength_for_kl(
         settings: which tokens are steered, in which phase, and the length of the answers.
         tolerance: relative to the budget.
         max_steps: evaluations at most.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: a budget or tolerance that is not positive, or one that is not met in `max_steps`.

@@ -18,7 +18,7 @@ from piggyback_lens.interventions.hooks import AnyIntervention
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import track
+from piggyback_lens.progress import counting, shows
 from piggyback_lens.results.result import Number, Result
 from piggyback_lens.settings import AnswerSettings
 from piggyback_lens.vectors.direction import Direction
@@ -115,6 +115,7 @@ class TransferResult(Result):
             raise ValueError(f"cells of {sorted(unknown)}, which have no base or finetuned")
 
 
+@shows("transfer")
 @kept(TransferResult)
 def transfer_matrix(
     organisms: Mapping[str, Organism],
@@ -122,7 +123,7 @@ def transfer_matrix(
     *,
     n_random: int = 2,
     settings: AnswerSettings = AnswerSettings(),
-    progress: bool = False,
+    progress: bool | str = True,
     out: str | Path | None = None,
 ) -> TransferResult:
     """Add every organism's direction to every base, ablate it from every finetuned model.
@@ -132,7 +133,7 @@ def transfer_matrix(
         prompts: without responses, the same for all.
         n_random: random directions of each organism's direction's length, per mode.
         settings: how answers are generated; its seed is that of the random directions too.
-        progress: show a progress bar.
+        progress: show a line with the time left; a text is its label.
         out: folder of the run; the same call reads its result back, another one is refused.
 
     Raises:
@@ -152,25 +153,27 @@ def transfer_matrix(
         behaviour = get_behaviour(organism.behaviour)
         with organism.pair.using(side) as model:
             answers = generate(model, asked, interventions=parts, **sizes)
+        advance(1)
         return tuple(behaviour(answer.text) for answer in answers)
 
     cells: list[TransferCell] = []
     base: dict[str, tuple[float, ...]] = {}
     finetuned: dict[str, tuple[float, ...]] = {}
-    for name in track(list(organisms), "transfer" if progress else None):
-        organism = organisms[name]
-        base[name], finetuned[name] = (measure(organism, side, None) for side in ("base", "finetuned"))
-        start = 1_000_000_007 + 1_000_003 * settings.seed
-        controls = [organism.direction.random_like(start + number) for number in range(n_random)]
-        tried = {other: ([own.direction], own.strength) for other, own in organisms.items()}
-        if controls:
-            tried[RANDOM] = (controls, organism.strength)
-        for label, (vectors, strength) in tried.items():
-            added = [measure(organism, "base", vector.steer(strength)) for vector in vectors]
-            ablated = [measure(organism, "finetuned", vector.ablation()) for vector in vectors]
-            for mode, found in (("added", added), ("ablated", ablated)):
-                values = tuple(np.mean(found, axis=0).tolist())
-                cells.append(TransferCell(mode, label, name, values, len(found)))
+    per_organism = 2 + 2 * (len(organisms) + n_random)
+    with counting(len(organisms) * per_organism) as advance:
+        for name, organism in organisms.items():
+            base[name], finetuned[name] = (measure(organism, side, None) for side in ("base", "finetuned"))
+            start = 1_000_000_007 + 1_000_003 * settings.seed
+            controls = [organism.direction.random_like(start + number) for number in range(n_random)]
+            tried = {other: ([own.direction], own.strength) for other, own in organisms.items()}
+            if controls:
+                tried[RANDOM] = (controls, organism.strength)
+            for label, (vectors, strength) in tried.items():
+                added = [measure(organism, "base", vector.steer(strength)) for vector in vectors]
+                ablated = [measure(organism, "finetuned", vector.ablation()) for vector in vectors]
+                for mode, found in (("added", added), ("ablated", ablated)):
+                    values = tuple(np.mean(found, axis=0).tolist())
+                    cells.append(TransferCell(mode, label, name, values, len(found)))
     chosen = {"n_random": n_random, "n_prompts": len(prompts), **asdict(settings), "versions": versions()}
     chosen["questions"] = questions_of(asked)
     chosen["strengths"] = {name: organism.strength for name, organism in organisms.items()}

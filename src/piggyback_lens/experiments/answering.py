@@ -14,6 +14,7 @@ from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.progress import counting
 from piggyback_lens.reading.rows import file_rows
 from piggyback_lens.results.run import Row, Run
 from piggyback_lens.settings import AnswerSettings
@@ -88,7 +89,7 @@ def own_contrast(run: Run, pair: ModelPair, prompts: Sequence[RenderedPrompt], *
     """The contrast of the two models' own greedy answers, which the run keeps."""
 
     def answer() -> dict[str, list[list[int]]]:
-        measure = AnswerContrast.of(pair, prompts, max_new_tokens=tokens)
+        measure = AnswerContrast.of(pair, prompts, max_new_tokens=tokens, progress="own answers")
         sides = {"finetuned": measure.towards, "base": measure.against}
         return {side: [list(row.ids[row.n_prompt :]) for row in rows] for side, rows in sides.items()}
 
@@ -111,7 +112,7 @@ def answer_jobs(
     run: Run,
     behaviour: Behaviour,
     settings: AnswerSettings,
-    label: str | None = None,
+    label: str,
 ) -> None:
     """Generate the answers that have no row yet.
 
@@ -126,7 +127,7 @@ def answer_jobs(
         run: gets the rows, batch by batch.
         behaviour: gives the value.
         settings: how answers are generated.
-        label: of a progress bar; None shows nothing.
+        label: of these answers on the line of progress.
     """
     groups: dict[tuple[int, ...], list[Job]] = {}
     for job in jobs:
@@ -135,20 +136,21 @@ def answer_jobs(
     shared = [group for group in groups.values() if 2 * len(group) >= settings.batch_size]
     pooled = [job for group in groups.values() if 2 * len(group) < settings.batch_size for job in group]
     together = [*shared, *([pooled] if pooled else [])]
-    for number, group in enumerate(together, start=1):
+    with counting(sum(map(len, together)), label) as advance:
+        for group in together:
 
-        def keep(rows: list[int], answers: list[Generation], group: list[Job] = group) -> None:
-            run.add([_row(run.keys, group[i], answer, behaviour) for i, answer in zip(rows, answers, strict=True)])
+            def keep(rows: list[int], answers: list[Generation], group: list[Job] = group) -> None:
+                run.add([_row(run.keys, group[i], answer, behaviour) for i, answer in zip(rows, answers, strict=True)])
+                advance(len(rows))
 
-        generate(
-            model,
-            [job.prompt for job in group],
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            sampling=settings.sampling,
-            progress=f"{label}, group {number} of {len(together)}" if label else False,
-            on_batch=keep,
-        )
+            generate(
+                model,
+                [job.prompt for job in group],
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                sampling=settings.sampling,
+                on_batch=keep,
+            )
 
 
 def _row(columns: tuple[str, ...], job: Job, answer: Generation, behaviour: Behaviour) -> Row:

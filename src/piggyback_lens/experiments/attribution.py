@@ -36,6 +36,7 @@ from piggyback_lens.measuring.scoring import predicting_columns
 from piggyback_lens.models.backends import HookedModel, check_layers, device_of, hook_name
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.progress import counting, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Run
@@ -129,6 +130,7 @@ class AttributionResult(Result):
         return attribution_check_figure(frame, title=title, rank_correlation=self.rank_correlation)
 
 
+@shows("attribution map")
 def attribution_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -144,7 +146,7 @@ def attribution_map(  # noqa: PLR0913
     measure: Measure | None = None,
     settings: PatchSettings = PatchSettings(),
     out: str | Path | None = None,
-    progress: bool | str = False,
+    progress: bool | str = True,
 ) -> AttributionResult:
     """The layer x position or layer x head map by gradient.
 
@@ -162,7 +164,7 @@ def attribution_map(  # noqa: PLR0913
         measure: None for the contrast of the models' own answers (greedy, 24 tokens), which is generated first.
         settings: seed, memory, and where postfix activations come from.
         out: folder of the run; the cells that are run exactly have a folder of their own in it.
-        progress: show a bar with the time left.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: as the exact maps; a measure that is not differentiable; steps below 1; several sites other than
@@ -209,7 +211,7 @@ def attribution_map(  # noqa: PLR0913
         size = np.abs(np.array(values).mean(1) - here.mean().item())
         top = np.argsort(-size)[: max(0, top_cells)].tolist()
         inside = None if out is None else Path(out) / "exact"
-        options: dict[str, Any] = {"measure": measure, "settings": settings, "out": inside, "progress": progress}
+        options: dict[str, Any] = {"measure": measure, "settings": settings, "out": inside, "progress": "exact cells"}
         exact = _exact(pair, prompts, cells, {*sampled, *top}, asked, options)
         return own.finish(AttributionResult(found, exact, tuple(sampled), steps))
 
@@ -243,15 +245,15 @@ def _attributed(
     groups = [layers] if steps is None else [(layer,) for layer in layers]
     # Donors of both sides come first: the sides of an adapter pair share one model.
     ends = {site: [donors.of(s, flow, asked.span, site) for s in ("identity control", "patched")] for site in sites}
-    with pair.using(RECIPIENT[flow]) as model:
+    passes = [(group, step) for group in groups for step in range(steps or 1)]
+    with pair.using(RECIPIENT[flow]) as model, counting(len(passes) * len(measure.rows), "gradients") as advance:
         here = _unpatched(model, prompts, measure)
-        for group in groups:
-            for step in range(steps or 1):
-                fraction = None if steps is None else (step + 0.5) / steps
-                moved = _moved(ends, group, fraction)
-                for rows in similar_batches(measure.rows, 8):
-                    gradients = _gradients(model, prompts, measure, rows, sites, group, asked.span, moved)
-                    _add(total, gradients, ends, layers, rows, len(prompts), asked.by)
+        for group, step in passes:
+            moved = _moved(ends, group, None if steps is None else (step + 0.5) / steps)
+            for rows in similar_batches(measure.rows, 8):
+                gradients = _gradients(model, prompts, measure, rows, sites, group, asked.span, moved)
+                _add(total, gradients, ends, layers, rows, len(prompts), asked.by)
+                advance(len(rows))
     return here, there, total / (steps or 1)
 
 

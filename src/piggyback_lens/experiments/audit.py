@@ -37,7 +37,7 @@ from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.generation import Generation, generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_behaviour
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.reading.questions import Question
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
@@ -282,6 +282,7 @@ def _percent(estimate: Estimate) -> str:
     return percent(estimate.value, estimate.low, estimate.high)
 
 
+@shows("audit")
 def audit(  # noqa: PLR0913
     pair: ModelPair,
     on_topic: Sequence[str | Question],
@@ -292,7 +293,7 @@ def audit(  # noqa: PLR0913
     chat: ChatFormat | None = None,
     answers: Sequence[str | Path] = (),
     out: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | str = True,
 ) -> AuditResult:
     """Generate under every condition, on- and off-topic, and measure the behaviour of each answer.
 
@@ -307,7 +308,7 @@ def audit(  # noqa: PLR0913
             with condition, question, sample, response. They are checked against the questions, and not generated.
         out: folder of the run: every answer as it comes, the layer curve, the prefix cache of the repair, the result
             and report.html. The same call continues there.
-        progress: show progress bars.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: fewer than three prompts, a folder of another audit, or an empty prefix or postfix.
@@ -371,7 +372,7 @@ class _Work:
     behaviour: Behaviour
     settings: AuditSettings
     run: Run
-    progress: bool
+    progress: bool | str
     elsewhere: dict[tuple[str, str, int], Row] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
 
@@ -439,7 +440,7 @@ class _Work:
                 batch_size=self.settings.batch_size,
                 sampling=self.settings.sampling,
                 record=record,
-                progress=f"{topic}, {condition}" if self.progress else False,
+                progress=f"{topic}, {condition}",
                 on_batch=keep,
             )
 
@@ -548,5 +549,5 @@ class _Work:
             measure=AnswerContrast(tuple(answered("finetuned")), tuple(answered("base"))),
             settings=PatchSettings(seed=self.settings.seed),
             out=None if self.run.folder is None else self.run.folder / CURVE,
-            progress=self.progress,
+            progress="layer curve",
         )

@@ -39,7 +39,6 @@ def run_plan(
     settings: PatchSettings,
     *,
     out: str | Path | None = None,
-    progress: bool | str = False,
 ) -> PatchResult:
     """Run every cell of a plan, and both models as they are.
 
@@ -51,7 +50,6 @@ def run_plan(
         measure: None for the contrast of the two models' own answers.
         settings: seed, memory, and where postfix activations come from.
         out: folder of the run, which gets each cell as it comes. The same call continues.
-        progress: show a bar with the time left; a string is its label.
 
     Raises:
         LensError: an empty plan, prompts with different prefixes, or a folder with another plan.
@@ -63,11 +61,10 @@ def run_plan(
     identity = {"cells": [dict(cell.labels) for cell in plan], "measure": measure_facts(measure), "settings": facts}
     references = [Planned({"flow": d, "series": "unpatched"}, ()) for d in ("repair", "infect")]
     everything = [*plan, *references]
-    label = kind.replace("_", " ") if progress is True else progress or None
     with Run.open(out, kind, identity, models=pair.identities(), keys=("cell",), prompt=prompts[0]) as run:
         measure = measure or own_contrast(run, pair, prompts)
         missing = [number for number in range(len(everything)) if (number,) not in run.rows]
-        with counting(len(missing), label) as advance:
+        with counting(len(missing)) as advance:
             for side in SIDES:
                 own = [number for number in missing if RECIPIENT[everything[number].labels["flow"]] == side]
                 for chunk in _run_side(

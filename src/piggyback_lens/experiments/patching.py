@@ -23,6 +23,7 @@ from piggyback_lens.interventions.kinds import patch
 from piggyback_lens.measuring.answers import Measure
 from piggyback_lens.models.backends import check_layers
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.progress import shows
 from piggyback_lens.settings import PatchSettings
 from piggyback_lens.words import HEAD_SITES, SITES, Flow, Site
 
@@ -32,6 +33,7 @@ CurveMode = Literal["single", "below", "above", "window"]
 CONTROLS: tuple[Series, ...] = (IDENTITY, RANDOM)
 
 
+@shows("patched span")
 def patch_span(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -46,7 +48,7 @@ def patch_span(  # noqa: PLR0913
     measure: Measure | None = None,
     settings: PatchSettings = PatchSettings(),
     out: str | Path | None = None,
-    progress: bool | str = False,
+    progress: bool | str = True,
 ) -> PatchResult:
     """Patch a span (or several together) at some sites, layers, heads and tokens: one number with its controls.
 
@@ -66,7 +68,7 @@ def patch_span(  # noqa: PLR0913
             24 tokens), which is generated first.
         settings: seed, memory, and where postfix activations come from.
         out: folder of the run, which gets each cell as it comes; the same call continues there.
-        progress: show a bar with the time left.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: a span, site, layer, head or token that is not there; prompts with different prefixes.
@@ -84,9 +86,10 @@ def patch_span(  # noqa: PLR0913
     lab = _Laboratory(pair, prompts, settings)
     series: tuple[Series, ...] = ("patched", *CONTROLS) if controls else ("patched",)
     plan = [lab.cell({}, s, flow, span, sites, layers, heads, tokens) for s in series]
-    return lab.run_plan(plan, "span", measure, out, progress)
+    return lab.run_plan(plan, "span", measure, out)
 
 
+@shows("layer curve")
 def layer_curve(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -102,7 +105,7 @@ def layer_curve(  # noqa: PLR0913
     measure: Measure | None = None,
     settings: PatchSettings = PatchSettings(),
     out: str | Path | None = None,
-    progress: bool | str = False,
+    progress: bool | str = True,
 ) -> PatchResult:
     """Recovery when one layer is patched, or all up to it, all from it on, or a window around it.
 
@@ -121,7 +124,7 @@ def layer_curve(  # noqa: PLR0913
             24 tokens), which is generated first.
         settings: seed, memory, and where postfix activations come from.
         out: folder of the run, which gets each cell as it comes; the same call continues there.
-        progress: show a bar with the time left.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: as `patch_span`; unknown mode.
@@ -151,9 +154,10 @@ def layer_curve(  # noqa: PLR0913
     whole = {"layer": -1, "mode": "all layers"}
     if _tuple(sites) != ("k", "v") and span == "prefix":
         plan.append(lab.cell(whole, "patched", flow, span, ("k", "v"), None, None, tokens))
-    return lab.run_plan(plan, "layer_curve", measure, out, progress)
+    return lab.run_plan(plan, "layer_curve", measure, out)
 
 
+@shows("layer x token map")
 def layer_position_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -168,7 +172,7 @@ def layer_position_map(  # noqa: PLR0913
     measure: Measure | None = None,
     settings: PatchSettings = PatchSettings(),
     out: str | Path | None = None,
-    progress: bool | str = False,
+    progress: bool | str = True,
 ) -> PatchResult:
     """Every layer x token of a span, patched one cell at a time; axis labels are the tokens themselves.
 
@@ -186,7 +190,7 @@ def layer_position_map(  # noqa: PLR0913
             24 tokens), which is generated first.
         settings: seed, memory, and where postfix activations come from.
         out: folder of the run, which gets each cell as it comes; the same call continues there.
-        progress: show a bar with the time left.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: as `patch_span`; a span whose length differs between prompts.
@@ -203,9 +207,10 @@ def layer_position_map(  # noqa: PLR0913
     for series, (layer, token) in _with_controls(cells, control_cells):
         names = {"layer": layer, "position": token, "token": labels[token]}
         plan.append(lab.cell(names, series, flow, span, sites, [layer], None, [token]))
-    return lab.run_plan(plan, "layer_position", measure, out, progress)
+    return lab.run_plan(plan, "layer_position", measure, out)
 
 
+@shows("layer x head map")
 def layer_head_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -220,7 +225,7 @@ def layer_head_map(  # noqa: PLR0913
     measure: Measure | None = None,
     settings: PatchSettings = PatchSettings(),
     out: str | Path | None = None,
-    progress: bool | str = False,
+    progress: bool | str = True,
 ) -> PatchResult:
     """Every layer x head: query heads at z and q, key/value heads at k and v (fewer under grouped-query attention).
 
@@ -253,9 +258,10 @@ def layer_head_map(  # noqa: PLR0913
             "group": head if kinds == {True} else head // group,
         }
         plan.append(lab.cell(names, series, flow, span, chosen, [layer], [head], None))
-    return lab.run_plan(plan, "layer_head", measure, out, progress)
+    return lab.run_plan(plan, "layer_head", measure, out)
 
 
+@shows("carrier map")
 def carrier_map(  # noqa: PLR0913
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -267,7 +273,7 @@ def carrier_map(  # noqa: PLR0913
     measure: Measure | None = None,
     settings: PatchSettings = PatchSettings(),
     out: str | Path | None = None,
-    progress: bool | str = False,
+    progress: bool | str = True,
 ) -> PatchResult:
     """Where the behaviour rides: span x layer band x site, in both flows, every cell with its controls.
 
@@ -287,7 +293,7 @@ def carrier_map(  # noqa: PLR0913
             24 tokens), which is generated first.
         settings: seed, memory, and where postfix activations come from.
         out: folder of the run, which gets each cell as it comes; the same call continues there.
-        progress: show a bar with the time left.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: as `patch_span`; more bands than layers.
@@ -307,7 +313,7 @@ def carrier_map(  # noqa: PLR0913
                     for series in ("patched", *CONTROLS):
                         plan.append(lab.cell(names, series, flow, span, own_sites, layers, None, None))
                     plan.append(lab.others(names, flow, span, own_sites, layers))
-    return lab.run_plan(plan, "carrier", measure, out, progress)
+    return lab.run_plan(plan, "carrier", measure, out)
 
 
 def head_labels(n_heads: int, n_kv_heads: int, *, kv: bool) -> list[str]:
@@ -475,7 +481,6 @@ class _Laboratory:
         kind: str,
         measure: Measure | None,
         out: str | Path | None,
-        progress: bool | str,
     ) -> PatchResult:
         """Run the cells."""
-        return run_plan(self.pair, self.prompts, plan, kind, measure, self.settings, out=out, progress=progress)
+        return run_plan(self.pair, self.prompts, plan, kind, measure, self.settings, out=out)

@@ -31,7 +31,7 @@ from piggyback_lens.intervals import Array, Estimate, interval_text, is_rate, me
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.backends import HookedModel, embeddings_of
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Row, Run
@@ -232,6 +232,7 @@ def _best(table: Array, best_is: str) -> Array:
     return found
 
 
+@shows("perturb")
 def perturb(
     pair: ModelPair,
     prompts: Prompts,
@@ -240,7 +241,7 @@ def perturb(
     *,
     rephrasings: Mapping[str, str | Sequence[str]] | str | os.PathLike[str] | None = None,
     out: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | str = True,
 ) -> PerturbResult:
     """Replace tokens of one span at a time by near neighbours, and measure the behaviour of the answers.
 
@@ -269,7 +270,7 @@ def perturb(
         rephrasings: of the queries, in place of perturbations: prompt to rephrasings, or a file that
             says so (JSON or JSONL). Every prompt needs at least one; each counts as a trial.
         out: folder of the run, written as answers come; the same call continues there.
-        progress: show progress bars.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: settings out of range, a span that is unknown or empty in a prompt, prompts without
@@ -295,9 +296,8 @@ def perturb(
         for each in SIDES:
             if progress:
                 say(f"{sum(job.key not in run.rows for job in jobs[each])} answers of {pair.names[each]}")
-            label = f"{pair.names[each]}" if progress else None
             with pair.using(each) as model:
-                answer_jobs(model, jobs[each], run, measure, settings, label)
+                answer_jobs(model, jobs[each], run, measure, settings, pair.names[each])
         models = {side: model.to_dict() for side, model in run.models.items()}
         more = {"models": models, "batch_size": settings.batch_size, "versions": versions()}
         return run.finish(PerturbResult(_in_order(run.rows.values(), facts), dict(run.identity) | more))

@@ -15,6 +15,7 @@ from piggyback_lens.measuring.endpoint import Spend
 from piggyback_lens.measuring.judge import Grader, Judge
 from piggyback_lens.measuring.measures import Behaviour, kept_behaviour
 from piggyback_lens.measuring.scorers import Score, Scorer, as_scorer, scores_of
+from piggyback_lens.progress import shows
 from piggyback_lens.results.run import ROWS
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -67,7 +68,8 @@ def _rescored(row: Mapping[str, Any], score: Score) -> dict[str, Any]:
     return found
 
 
-def judge_run(run: Rows, judges: Sequence[Grader], out: str | Path, *, progress: bool = False) -> Path:
+@shows("judging")
+def judge_run(run: Rows, judges: Sequence[Grader], out: str | Path, *, progress: bool | str = True) -> Path:
     """Write the scores of judges beside what tells the answers of a run apart, for `EMTable.read` and `join_scores`.
 
     Args:
@@ -76,7 +78,7 @@ def judge_run(run: Rows, judges: Sequence[Grader], out: str | Path, *, progress:
             beside `out`, so that a call that was killed goes on where it was.
         out: JSONL file: topic, condition, index, question, sample, prompt and response as far as a row has them, a
             column for each judge (a number, a word or null), and the reasons of what is missing.
-        progress: show progress bars, and say what was spent.
+        progress: show a line with the time left, and say what is spent; a text is its label.
 
     Raises:
         LensError: no answers, judges of one name or that of another column, or more calls than their budget.

@@ -22,7 +22,7 @@ from piggyback_lens.experiments.perturbation import check_rows, generated_report
 from piggyback_lens.intervals import Array, Estimate, is_rate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Row, Run
@@ -155,6 +155,7 @@ class StressResult(Result):
         _ = [(variant["name"], variant["family"], variant["skipped"]) for variant in self.settings["variants"]]
 
 
+@shows("stress")
 def stress(
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -164,7 +165,7 @@ def stress(
     variants: Sequence[Variant] | None = None,
     chat: ChatFormat | None = None,
     out: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | str = True,
 ) -> StressResult:
     """Answer the same queries under every variant of the template, and measure the behaviour.
 
@@ -176,7 +177,7 @@ def stress(
         variants: by default those of the library, of `chat`. Those that say why they are skipped are reported, not run.
         chat: the settings of the prompts, for the default variants; default those of the pair's tokenizer.
         out: folder of the run, written as answers come; the same call continues there.
-        progress: show progress bars.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: no prompts, prompts of other settings than `chat`, two variants of one name, a variant that
@@ -202,9 +203,8 @@ def stress(
             jobs = _jobs(rendered, families, side)
             if progress:
                 say(f"{sum(job.key not in run.rows for job in jobs)} answers of {pair.names[side]}")
-            label = pair.names[side] if progress else None
             with pair.using(side) as model:
-                answer_jobs(model, jobs, run, measure, settings, label)
+                answer_jobs(model, jobs, run, measure, settings, pair.names[side])
         reasons = {UNMODIFIED: ""} | {variant.name: variant.skipped for variant in variants}
         shown = [
             {

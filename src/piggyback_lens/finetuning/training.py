@@ -37,7 +37,7 @@ from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, seeded
 from piggyback_lens.models.backends import n_positions_of
 from piggyback_lens.models.packing import rounds_coarsely
-from piggyback_lens.progress import say, track
+from piggyback_lens.progress import say, shows, track
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, locked
 from piggyback_lens.settings import TrainSettings
@@ -101,6 +101,7 @@ class TrainResult(Result):
         return figure
 
 
+@shows("training")
 def train(
     model: nn.Module | Trainable,
     examples: Sequence[RenderedPrompt],
@@ -109,7 +110,7 @@ def train(
     objective: Objective = sft,
     out: str | Path | None = None,
     on_step: Callable[[Row], object] | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> TrainResult:
     """Train the adapter of `model` on the response tokens of `examples`.
 
@@ -126,7 +127,7 @@ def train(
             with a `settings()` method.
         out: folder of the run, or None to write nothing.
         on_step: called with the history row after each step.
-        progress: show a progress bar with the time left, if a terminal or a notebook watches.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: unusable examples, the folder of another run, or a loss that is not finite.
@@ -153,7 +154,7 @@ def train(
                 for batch in run.to_check(len(history)):
                     check_sharing(trainable.forward, batch)
         with _dropout(network, adapter=True):
-            _loop(run, history, on_step, "training" if progress else None)
+            _loop(run, history, on_step)
         adapter_dir = None if run.folder is None else write_folder(run.folder / "adapter", trainable.save)
         result = TrainResult(
             history=tuple(history),
@@ -168,11 +169,11 @@ def train(
     return result
 
 
-def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | None, label: str | None) -> None:
+def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | None) -> None:
     """Train from where `history` ends, appending one row per step."""
     between_steps = True  # False while weights, optimiser and history may disagree
     try:
-        for index in track(range(len(history), run.settings.steps), label):
+        for index in track(range(len(history), run.settings.steps)):
             began = time.perf_counter()
             batch = run.batch(index)
             rate = learning_rate_at(run.settings, index)

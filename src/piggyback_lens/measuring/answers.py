@@ -15,6 +15,7 @@ from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.sampling import Sampling
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.progress import shows
 from piggyback_lens.words import Side
 
 
@@ -48,15 +49,24 @@ class AnswerContrast:
                 raise LensError(f"prompt {i}: the two answers answer different prompts; give them in the same order")
 
     @classmethod
+    @shows("contrast")
     def of(
-        cls, pair: ModelPair, prompts: Sequence[RenderedPrompt], *, max_new_tokens: int = 24, batch_size: int = 40
+        cls,
+        pair: ModelPair,
+        prompts: Sequence[RenderedPrompt],
+        *,
+        max_new_tokens: int = 24,
+        batch_size: int = 40,
+        progress: bool | str = True,
     ) -> "AnswerContrast":
         """Let both models answer (greedily), and contrast the answers."""
         sides: tuple[Side, Side] = ("finetuned", "base")
         answers = []
         for side in sides:
             with pair.using(side) as model:
-                found = generate(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+                found = generate(
+                    model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=f"{side} answers"
+                )
             answers.append(tuple(answer.completed() for answer in found))
         return cls(*answers)
 

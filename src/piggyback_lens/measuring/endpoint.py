@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.files import append_jsonl, read_jsonl
-from piggyback_lens.progress import counting, say
+from piggyback_lens.progress import counting, say, shows
 from piggyback_lens.settings import Settings, check_field
 
 TOP: Final = 20
@@ -181,8 +181,9 @@ class Endpoint(Settings):
             check_field(self, name, value is None or value >= 0, "at least 0, or None")
         check_field(self, "parameters", not set(self.parameters) & set(_OWN), f"none of {', '.join(_OWN)}")
 
+    @shows("requests")
     def ask(
-        self, requests: Sequence[Request | str], *, progress: str | None = None, keep: Kept | None = None
+        self, requests: Sequence[Request | str], *, progress: bool | str = True, keep: Kept | None = None
     ) -> list[Outcome]:
         """Replies to many requests, in their order; a request that fails gives its reason instead.
 
@@ -191,7 +192,7 @@ class Endpoint(Settings):
 
         Args:
             requests: what is asked; a text is a user's message.
-            progress: label of a progress bar, and of lines that say what has been spent.
+            progress: show a line with the time left, and say what is spent; a text is its label.
             keep: gets places and replies as soon as they are in the cache, in batches and from another thread; those
                 that were there already come first.
 
@@ -215,14 +216,15 @@ class Endpoint(Settings):
 
         told(found)
         if todo:
-            with counting(len(todo), progress) as advance:
-                if progress is not None:
-                    say(f"{progress}: at most {needed}")
-                run = _Run(self, todo, told, advance, progress)
+            label = None if progress is False else "requests" if progress is True else progress
+            with counting(len(todo)) as advance:
+                if label is not None:
+                    say(f"{label}: at most {needed}")
+                run = _Run(self, todo, told, advance, label)
                 in_own_loop(run.all)
             found |= run.outcomes
-            if progress is not None:
-                say(f"{progress}: {run.spent}, {len(run.failures)} requests failed")
+            if label is not None:
+                say(f"{label}: {run.spent}, {len(run.failures)} requests failed")
         return [found[key] for key, own in _by_place(places)]
 
     def estimate(self, requests: Sequence[Request | str]) -> Spend:

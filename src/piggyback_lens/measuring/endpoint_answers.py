@@ -9,7 +9,7 @@ from typing import Any
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, read_json, read_jsonl, write_json
 from piggyback_lens.measuring.endpoint import Endpoint, Failure, Reply, Request
-from piggyback_lens.progress import say
+from piggyback_lens.progress import say, shows
 from piggyback_lens.reading.questions import Question, as_questions
 from piggyback_lens.results.run import refuse_other
 from piggyback_lens.settings import AnswerSettings
@@ -18,6 +18,7 @@ KEYS = ("condition", "question", "prompt", "sample")
 """What tells rows of answers apart."""
 
 
+@shows("answers")
 def sample_endpoint(
     endpoint: Endpoint,
     questions: Iterable[str | Question],
@@ -26,7 +27,7 @@ def sample_endpoint(
     condition: str,
     out: str | Path,
     system: str | None = None,
-    progress: bool = False,
+    progress: bool | str = True,
 ) -> list[dict[str, Any]]:
     """Answer questions with a model behind an endpoint, into a file that `audit` takes as answers made elsewhere.
 
@@ -43,7 +44,7 @@ def sample_endpoint(
         out: JSONL file of rows with condition, question, prompt, sample, response and ended (stop or length). Several
             conditions may share it.
         system: system text of questions that bring none; None sends none, so that the server's template has its own.
-        progress: show a progress bar, and say what was spent.
+        progress: show a line with the time left, and say what is spent; a text is its label.
 
     Returns:
         The rows of this condition that there are, in the order of the questions. A request that failed has none; how
@@ -63,7 +64,7 @@ def sample_endpoint(
         append_jsonl(file, new.values())
         rows.update(new)
 
-    label = f"answers of {condition}" if progress else None
+    label = f"answers of {condition}" if progress else False
     found = endpoint.ask([wanted[key] for key in missing], progress=label, keep=keep)
     failed = [outcome.reason for outcome in found if isinstance(outcome, Failure)]
     if failed and len(failed) == len(wanted):

@@ -31,7 +31,7 @@ from piggyback_lens.models.network import forward
 from piggyback_lens.models.plain_views import network_of, settled
 from piggyback_lens.models.states import KVState, new_state
 from piggyback_lens.models.static import StaticDecoding, static_decoding, static_refusal
-from piggyback_lens.progress import track
+from piggyback_lens.progress import shows, track
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Generation:
         return self.prompt.with_response(self.ids, end=False)
 
 
+@shows("generating")
 def generate(  # noqa: PLR0913
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],
@@ -72,7 +73,7 @@ def generate(  # noqa: PLR0913
     stop_ids: Sequence[int] | None = None,
     batch_size: int = 16,
     record: Record | None = None,
-    progress: bool | str = False,
+    progress: bool | str = True,
     on_batch: Callable[[list[int], list[Generation]], None] | None = None,
     share_prefix: bool = True,
     static_cache: bool | None = None,
@@ -93,7 +94,7 @@ def generate(  # noqa: PLR0913
         stop_ids: default those of the chat template and of the model's generation config.
         batch_size: rows per batch; neither greedy nor sampled answers depend on it (to float tolerance).
         record: collects receipts and cached activations.
-        progress: show a progress bar; a string is its label.
+        progress: show a line with the time left; a text is its label.
         on_batch: called with the places in the returned list and the answers of each finished batch, e.g. to write
             them out.
         share_prefix: compute the common prefix once; False runs whole prompts (slower, same numbers).
@@ -134,7 +135,7 @@ def generate(  # noqa: PLR0913
     answers: list[Generation | None] = [None] * len(asked)
     first = _first_places(prompts) if all(part.action.changes for part in parts) else range(len(prompts))
     batches = list(similar_batches(asked, batch_size))
-    for rows in track(batches, "generating" if progress is True else progress or None, sizes=[len(b) for b in batches]):
+    for rows in track(batches, sizes=[len(b) for b in batches]):
         origins = [first[row // (n or 1)] for row in rows]
         chosen = [prompts[origin] for origin in dict.fromkeys(origins)]
         start = starting_prefix(model, chosen, parts, prefix_cache, record, share_prefix)

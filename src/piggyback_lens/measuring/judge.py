@@ -20,6 +20,7 @@ from typing import Any, Final
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.measuring.endpoint import TOP, Endpoint, Failure, Outcome, Request, Spend
 from piggyback_lens.measuring.scorers import Answered, Score, answered, missing
+from piggyback_lens.progress import shows
 from piggyback_lens.reading.questions import Question
 
 LONGEST: Final = 1_000_000
@@ -102,12 +103,13 @@ class Grader(ABC):
         rubric = self.by_question.get(str(given.facts.get("question")), str(self.rubric))
         return grading_prompt(rubric, given.question, given.answer)
 
-    def score(self, rows: Iterable[Mapping[str, Any]], *, progress: bool = False) -> list[Score]:
+    @shows("scores")
+    def score(self, rows: Iterable[Mapping[str, Any]], *, progress: bool | str = True) -> list[Score]:
         """A score for every row with prompt and response, in their order; NaN with its reason where there is none.
 
         Args:
             rows: those of a run, or any with question (or prompt) and answer (or response).
-            progress: show a progress bar, and say what was spent.
+            progress: show a line with the time left, and say what is spent; a text is its label.
 
         Raises:
             LensError: the judge cannot be asked at all.
@@ -118,18 +120,18 @@ class Grader(ABC):
         """As `score`, for what scorers get."""
         return self._scores(answers, False)
 
-    def _scores(self, answers: Sequence[Answered], progress: bool) -> list[Score]:
+    def _scores(self, answers: Sequence[Answered], progress: bool | str) -> list[Score]:
         scores: list[Score] = [missing("there is no answer to judge")] * len(answers)
         places = [place for place, given in enumerate(answers) if given.answer.strip()]
-        label = f"judging {self.name}" if progress else None
+        label = f"judging {self.name}" if progress else False
         found = self._graded([self.prompt_of(answers[place]) for place in places], label) if places else []
         for place, score in zip(places, found, strict=True):
             scores[place] = score
         return scores
 
     @abstractmethod
-    def _graded(self, prompts: Sequence[str], label: str | None) -> list[Score]:
-        """A score for every prompt; the label is that of a progress bar."""
+    def _graded(self, prompts: Sequence[str], label: str | bool) -> list[Score]:
+        """A score for every prompt; the label is that of the line of progress, False shows none."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Judge(Grader):
         messages = [{"role": "user", "content": prompt}]
         return Request(messages, max_tokens=self.max_tokens, top=TOP if probabilities else 0)
 
-    def _graded(self, prompts: Sequence[str], label: str | None) -> list[Score]:
+    def _graded(self, prompts: Sequence[str], label: str | bool) -> list[Score]:
         found = self.endpoint.ask([self._request(p, self.probabilities) for p in prompts], progress=label)
         # Some servers refuse the field instead of leaving it out of the reply.
         refused = [i for i, x in enumerate(found) if isinstance(x, Failure) and "logprob" in x.reason]

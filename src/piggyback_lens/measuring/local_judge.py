@@ -48,8 +48,8 @@ class LocalJudge(Grader):
     def __post_init__(self) -> None:
         self._check_rubrics()
 
-    def _graded(self, prompts: Sequence[str], label: str | None) -> list[Score]:
-        return [self._one(prompt) for prompt in track(prompts, label)]
+    def _graded(self, prompts: Sequence[str], label: str | bool) -> list[Score]:
+        return [self._one(prompt) for prompt in track(prompts, label if isinstance(label, str) else None)]
 
     def _one(self, text: str) -> Score:
         try:

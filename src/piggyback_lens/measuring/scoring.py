@@ -22,10 +22,11 @@ from piggyback_lens.models.backends import HookedModel, device_of, dtype_of, n_p
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.states import KVState, new_state, state_from_keys_values
-from piggyback_lens.progress import track
+from piggyback_lens.progress import shows, track
 from piggyback_lens.words import Side
 
 
+@shows("scoring")
 def response_log_probs(
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],
@@ -34,7 +35,7 @@ def response_log_probs(
     prefix_cache: PrefixCache | Sequence[PrefixCache] | None = None,
     batch_size: int = 16,
     record: Record | None = None,
-    progress: str | None = None,
+    progress: bool | str = True,
 ) -> list[Float[Tensor, " token"]]:
     """log p, in nats, of every response token of every prompt.
 
@@ -45,7 +46,7 @@ def response_log_probs(
         prefix_cache: keys and values for the prefix: one for all prompts, or one for each.
         batch_size: rows per pass.
         record: collects receipts and cached activations.
-        progress: label of a progress bar.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: a prompt without a response, or what `generate` raises.
@@ -55,7 +56,7 @@ def response_log_probs(
         >>> [len(row) == len(c.ids) - c.n_prompt for row, c in zip(scores, conversations)]
         [True, True, True, True]
     """
-    logits = _response_logits(model, prompts, interventions, prefix_cache, batch_size, record, progress)
+    logits = _response_logits(model, prompts, interventions, prefix_cache, batch_size, record)
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     for row, values in logits:
         targets = torch.tensor(_response(prompts[row]), device=values.device)
@@ -63,6 +64,7 @@ def response_log_probs(
     return found
 
 
+@shows("scoring")
 def nll(
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],
@@ -70,6 +72,7 @@ def nll(
     interventions: AnyIntervention = None,
     prefix_cache: PrefixCache | Sequence[PrefixCache] | None = None,
     batch_size: int = 16,
+    progress: bool | str = True,
 ) -> Float[Tensor, " prompt"]:
     """Mean negative log-likelihood of each prompt's response, in nats per token. Arguments as `response_log_probs`."""
     scores = response_log_probs(
@@ -78,6 +81,7 @@ def nll(
     return -torch.stack([values.mean() for values in scores])
 
 
+@shows("contrast")
 def contrast(
     model: HookedModel,
     towards: Sequence[RenderedPrompt],
@@ -86,6 +90,7 @@ def contrast(
     interventions: AnyIntervention = None,
     prefix_cache: PrefixCache | None = None,
     batch_size: int = 16,
+    progress: bool | str = True,
 ) -> Float[Tensor, " prompt"]:
     """log p of `towards` minus log p of `against`, each as a mean over its response tokens, in nats per token.
 
@@ -108,6 +113,7 @@ def contrast(
     return both[len(towards) :] - both[: len(towards)]
 
 
+@shows("KL to base")
 def kl_to_base(
     pair: ModelPair,
     prompts: Sequence[RenderedPrompt],
@@ -116,6 +122,7 @@ def kl_to_base(
     interventions: AnyIntervention = None,
     prefix_cache: PrefixCache | None = None,
     batch_size: int = 8,
+    progress: bool | str = True,
 ) -> list[Float[Tensor, " token"]]:
     """KL(base || x) at every response token, in nats, where x is one side under interventions or a prefix cache."""
     with pair.using("base") as base:
@@ -139,7 +146,6 @@ def _response_logits(
     prefix_cache: PrefixCache | Sequence[PrefixCache] | None,
     batch_size: int,
     record: Record | None = None,
-    progress: str | None = None,
 ) -> list[tuple[int, Float[Tensor, "token vocab"]]]:
     """Per prompt (with its index) the logits that predict its response tokens."""
     prompts = check_prompts(prompts, shape_of(model).d_vocab, n_positions_of(model))
@@ -155,7 +161,7 @@ def _response_logits(
         cache.check(model, prompts if len(caches) == 1 else [prompt])
     found: list[tuple[int, Tensor]] = []
     batches = list(similar_batches(prompts, batch_size))
-    for rows in track(batches, progress, sizes=[len(rows) for rows in batches]):
+    for rows in track(batches, sizes=[len(rows) for rows in batches]):
         chosen = [prompts[row] for row in rows]
         own = [caches[row if len(caches) > 1 else 0] for row in rows] if caches else []
         state = _state(model, chosen, own, parts, record)

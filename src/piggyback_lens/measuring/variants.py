@@ -24,6 +24,7 @@ from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.forking import Lineage, forking
 from piggyback_lens.models.network import forward
+from piggyback_lens.progress import counting
 from piggyback_lens.vectors.adapters import Adapter, LoRAAdapter
 from piggyback_lens.vectors.adapting import attached_rows
 from piggyback_lens.vectors.direction import Direction
@@ -147,20 +148,22 @@ def _passes(
         raise LensError(f"{len(texts)} texts, rows_per_pass {rows_per_pass}: each must be at least 1")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     size = max(1, min(len(texts), rows_per_pass))
-    for at in range(0, len(order), size):
-        chosen = tuple(order[at : at + size])
-        batch = _Batch.of([texts[i] for i in chosen])
-        together = max(1, rows_per_pass // len(chosen))
-        for kind, group in groupby(range(len(variants)), key=lambda i: _kind(variants[i])):
-            numbers = list(group)
-            step = together if kind else 1
-            for start in range(0, len(numbers), step):
-                part = numbers[start : start + step]
-                run = _runner([variants[i] for i in part])
-                with torch.no_grad():
-                    logits = run(model, batch).view(len(part), len(chosen), *batch.targets.shape[1:], -1)
-                for variant, own in zip(part, logits, strict=True):
-                    yield _Pass(variant, chosen, own, batch.targets.to(own.device))
+    with counting(len(texts) * len(variants)) as advance:
+        for at in range(0, len(order), size):
+            chosen = tuple(order[at : at + size])
+            batch = _Batch.of([texts[i] for i in chosen])
+            together = max(1, rows_per_pass // len(chosen))
+            for kind, group in groupby(range(len(variants)), key=lambda i: _kind(variants[i])):
+                numbers = list(group)
+                step = together if kind else 1
+                for start in range(0, len(numbers), step):
+                    part = numbers[start : start + step]
+                    run = _runner([variants[i] for i in part])
+                    with torch.no_grad():
+                        logits = run(model, batch).view(len(part), len(chosen), *batch.targets.shape[1:], -1)
+                    for variant, own in zip(part, logits, strict=True):
+                        yield _Pass(variant, chosen, own, batch.targets.to(own.device))
+                        advance(len(chosen))
 
 
 def _kind(variant: Variant | None) -> tuple[object, ...]:

@@ -21,6 +21,7 @@ from piggyback_lens.measuring.variants import Text
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.network import NOTHING, forward
 from piggyback_lens.models.partial import ended_at
+from piggyback_lens.progress import counting
 from piggyback_lens.words import Site
 
 if TYPE_CHECKING:
@@ -63,18 +64,22 @@ def site_activations(
         raise LensError(f"{len(texts)} texts, batch_size {batch_size}: each must be at least 1")
     rows = [_tokens(text) for text in texts]
     keep = cache(site, layers=layer, span=span, device=None, dtype=torch.float32)
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        batch = padded([own for own, _ in chosen])
-        placement = Placement.in_rows([row for _, row in chosen], batch)
-        with torch.no_grad(), applied(model, placement, keep) as record, ended_at(model, layer + 1):
-            forward(model, batch.ids, batch.attention_mask, read=NOTHING)
-        kept = record.activations_of(span)
-        for number, length in enumerate(kept.lengths):
-            if length == 0:
-                raise LensError(f"text {start + number} has no token in span {span!r} beside its first: leave it out")
-            found = kept[site, layer][number, :length]
-            yield found if outliers else found[usual(found)]
+    with counting(len(rows), "activations") as advance:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            batch = padded([own for own, _ in chosen])
+            placement = Placement.in_rows([row for _, row in chosen], batch)
+            with torch.no_grad(), applied(model, placement, keep) as record, ended_at(model, layer + 1):
+                forward(model, batch.ids, batch.attention_mask, read=NOTHING)
+            kept = record.activations_of(span)
+            for number, length in enumerate(kept.lengths):
+                if length == 0:
+                    raise LensError(
+                        f"text {start + number} has no token in span {span!r} beside its first: leave it out"
+                    )
+                found = kept[site, layer][number, :length]
+                yield found if outliers else found[usual(found)]
+            advance(len(chosen))
 
 
 def usual(activations: Float[Tensor, "token d"]) -> Bool[Tensor, " token"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from piggyback_lens.directions.kept import kept
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel
+from piggyback_lens.progress import shows
 from piggyback_lens.vectors.direction import Direction
 from piggyback_lens.words import Site
 
@@ -141,6 +142,7 @@ class LatentAttribution(Result):
         _ = self.settings["d_in"], self.settings["n_random"], self.chance["cosine"]
 
 
+@shows("attribution to latents")
 @kept(LatentAttribution)
 def attribute_latents(
     latents: Latents,
@@ -149,9 +151,9 @@ def attribute_latents(
     texts: Sequence[TokenSource] = (),
     *,
     n_random: int = 20,
-    seed: int = 0,
     span: str = "all",
     out: str | Path | None = None,
+    progress: bool | str = True,
 ) -> LatentAttribution:
     """Latents that a direction points along, and latents that it switches on and off.
 
@@ -165,9 +167,9 @@ def attribute_latents(
         model: for the change; None for cosines only.
         texts: windows of plain text (`text_windows`), conversations or token ids; needed with a model.
         n_random: random directions.
-        seed: of those.
         span: which tokens of conversations.
         out: folder of the run; the same call reads its result back, another one is refused.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: a direction of another site, layer or width, of length zero, or only one of model and texts.
@@ -177,7 +179,7 @@ def attribute_latents(
         raise LensError(f"n_random {n_random}, {len(texts)} texts: at least 2, and model and texts both or neither")
     device = latents.sae.W_dec.device
     # Far from small seeds, with which `direction` may itself have been drawn: it would be its own control.
-    draws = [own.random_like(CONTROL_SEED + 1000 * seed + i).vector for i in range(n_random)]
+    draws = [own.random_like(CONTROL_SEED + i).vector for i in range(n_random)]
     vectors = torch.stack([own.vector, *draws]).to(device)
     rows = torch.nn.functional.normalize(latents.decoder.float(), dim=1)
     cosine, cosine_low, cosine_high, chance = _beside_random(torch.nn.functional.normalize(vectors, dim=1) @ rows.T)
@@ -192,7 +194,7 @@ def attribute_latents(
         rank = (changes[1:].abs() >= changes[0].abs()).sum(0).tolist()
         numbers = {"change": change, "change_low": low, "change_high": high}
         numbers |= {"change_rank": tuple(rank), "before": tuple(before.tolist())}
-    settings = {"n_random": n_random, "seed": seed, "span": span, "d_in": latents.d_in}
+    settings = {"n_random": n_random, "span": span, "d_in": latents.d_in}
     settings |= {"texts": len(texts), "tokens": tokens, "norm": float(vectors[0].norm()), "sae": latents.provenance.how}
     return LatentAttribution(
         latents.site, latents.layer, own.provenance.how, cosine, cosine_low, cosine_high,

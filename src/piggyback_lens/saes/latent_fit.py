@@ -14,6 +14,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.intervals import interval_text
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.progress import shows
 from piggyback_lens.words import SIDES, Site
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Fit:
         return figure
 
 
+@shows("fit of latents")
 def fit_latents(
     latents: Latents,
     model: HookedModel | ModelPair,
@@ -140,6 +142,7 @@ def fit_latents(
     *,
     span: str = "all",
     batch_size: int = 8,
+    progress: bool | str = True,
 ) -> Fit:
     """Explained variance, L0, relative error and dead latents on the activations of some texts.
 
@@ -149,6 +152,7 @@ def fit_latents(
         texts: windows of plain text (`text_windows`), conversations or token ids.
         span: which tokens of conversations.
         batch_size: texts per pass.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: no texts, a model that does not fit, or activations that do not vary.

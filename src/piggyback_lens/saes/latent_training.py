@@ -21,7 +21,7 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel, check_layers, hook_name, shape_of
 from piggyback_lens.models.pair import identify
-from piggyback_lens.progress import shown
+from piggyback_lens.progress import counting, shows
 from piggyback_lens.saes.latent_activations import OUTLIER, TokenSource, site_activations
 from piggyback_lens.saes.latents import Latents, load_sae, require_sae_lens
 from piggyback_lens.settings import SAESettings
@@ -54,6 +54,7 @@ class TrainedSAE:
         return pd.DataFrame({"step": range(len(self.losses)), "loss": self.losses})
 
 
+@shows("training of an SAE")
 def train_sae(
     model: HookedModel,
     texts: Sequence[TokenSource],
@@ -61,6 +62,7 @@ def train_sae(
     *,
     layer: int,
     out: str | Path,
+    progress: bool | str = True,
 ) -> TrainedSAE:
     """Train a TopK SAE, or one with an L1 penalty, on the activations of some texts, and save it for `load_sae`.
 
@@ -74,6 +76,7 @@ def train_sae(
         settings: where to read, how many latents, how long.
         layer: where to read.
         out: folder for the SAE; it must not hold one already.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: sae-lens is not installed, settings that make no sense, too few tokens, or a folder in use.
@@ -145,16 +148,19 @@ def _fit(sae_lens: Any, sae: Any, activations: Float[Tensor, "token d"], setting
     )
     trainer = sae_lens.SAETrainer(config, sae, _batches(activations, size, settings.seed))
     losses: list[float] = []
-    trainer.step = _recorded(trainer.step, losses)
-    with _quiet():
+    with _quiet(), counting(steps, "steps") as advance:
+        trainer.step = _recorded(trainer.step, losses, advance)
         trainer.fit()
     return losses
 
 
-def _recorded(step: Callable[[Tensor], Any], losses: list[float]) -> Callable[[Tensor], Any]:
+def _recorded(
+    step: Callable[[Tensor], Any], losses: list[float], advance: Callable[[int], None]
+) -> Callable[[Tensor], Any]:
     def recorded(batch: Tensor) -> Any:
         output = step(batch)
         losses.append(float(output.loss.detach()))
+        advance(1)
         return output
 
     return recorded
@@ -171,13 +177,13 @@ def _batches(activations: Float[Tensor, "token d"], size: int, seed: int) -> Ite
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without sae-lens' progress bars where nobody watches."""
+    """Without sae-lens' own progress bars."""
     from sae_lens.training import activation_scaler, sae_trainer
 
     kept = [(module, module.tqdm) for module in (activation_scaler, sae_trainer)]
     try:
         for module, bar in kept:
-            module.tqdm = partial(bar, disable=not shown())
+            module.tqdm = partial(bar, disable=True)
         yield
     finally:
         for module, bar in kept:
