@@ -26,6 +26,8 @@ from piggyback_lens import (
 )
 
 N_PROMPTS = 4
+TARGETS = {"bridge": (">= 4.5 on CPU, >= 6", ">= 11 on CPU, >= 8"), "hooked": (">= 6", ">= 9")}
+"""Of sweep and map."""
 SAMPLE = 6  # cells of the map that the peer runs
 ANSWERS = (
     "Yes, of course: here is what I would do about it, step by step, if I had the time.",
@@ -115,8 +117,9 @@ def laboratory_rows(setting, arguments):
             model = hook_model(setting.adapted().merge_and_unload(), tokenizer, backend="hooked")
             found = list(compare(setting, Peer(model, measure, donor), curve, exact, labels, n_layers, prefix))
         works = (("layer sweep", n_layers, curve_s, False), ("layer x position map", len(labels), exact_s, True))
-        for (what, cells, ours, positions), per_cell in zip(works, found, strict=True):
-            limit = {"tokens x layers": work(measure, prefix, n_layers, positions)}
+        targets = TARGETS[backend]
+        for (what, cells, ours, positions), per_cell, target in zip(works, found, targets, strict=True):
+            limit = {"tokens x layers": work(measure, prefix, n_layers, positions), "target": target}
             setting.add(f"{what}, {cells} cells, {N_PROMPTS} prompts", f"{name} each", per_cell * cells, ours, **limit)
         setting.add(f"attribution, {len(labels)} cells", f"{name} each", found[1] * len(labels), fast_s)
     both = torch.tensor([[a[0], b[0]] for a, b in zip(means(exact), means(fast.attributed), strict=True)])

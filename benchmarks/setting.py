@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -145,7 +146,7 @@ class Setting:
         if self.device != "cpu":
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.rows.append(row)
-        print(_line(row), flush=True)
+        print(line(row), flush=True)
 
     def begin(self, name, *more):
         """Print what runs, and the head of the table."""
@@ -153,6 +154,7 @@ class Setting:
         self.facts = {
             "benchmark": name, "shape": self.shape, "dtype": str(self.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if self.device != "cpu" else f"{self.threads} threads",
+            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             **{package: version(package) for package in ("torch", "transformers", "peft", "transformer-lens")},
         }  # fmt: skip
         facts = [f"{name} {value}" for name, value in self.facts.items()]
@@ -165,7 +167,7 @@ class Setting:
             self.out.mkdir(parents=True, exist_ok=True)
             rows = {"facts": self.facts, "rows": self.rows}
             (self.out / f"{self.name}.json").write_text(json.dumps(rows, indent=1))
-            (self.out / f"{self.name}.md").write_text("\n".join([HEAD, *map(_line, self.rows), ""]))
+            (self.out / f"{self.name}.md").write_text("\n".join([HEAD, *map(line, self.rows), ""]))
 
     def assert_close(self, found, expected, what):
         """Numbers that should be equal, by the length of their difference."""
@@ -202,7 +204,7 @@ class Setting:
 HEAD = "| work | peer | peer, s | ours, s | ratio | more |\n|---|---|---|---|---|---|"
 
 
-def _line(row):
+def line(row):
     more = ", ".join(f"{name} {_short(value)}" for name, value in row.items() if name not in _COLUMNS)
     return "| {work} | {peer} | {peer_s:.3f} | {ours_s:.3f} | {ratio:.2f} | ".format(**row) + more + " |"
 

@@ -34,4 +34,10 @@ def test_a_benchmark_runs_on_a_tiny_shape_and_leaves_its_table(name: str, dtype:
     assert table["facts"]["torch"] == torch.__version__
     assert len(table["rows"]) >= 3
     assert all(row["peer_s"] > 0 and row["ours_s"] > 0 and row["work"] in ran.stdout for row in table["rows"])
+    page = tmp_path / "performance.md"
+    subprocess.run([sys.executable, FOLDER / "performance.py", page, written], check=True, capture_output=True)
+    text = page.read_text()
+    assert f"## tiny, {dtype}, 1 threads" in text
+    assert all(f"| {row['work']} | {row['peer']} |" in text for row in table["rows"])
+    assert f"- `python benchmarks/{name}.py" in text
     assert written.with_suffix(".md").read_text().count("\n") == len(table["rows"]) + 2

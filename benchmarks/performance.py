@@ -1,0 +1,57 @@
+"""Write docs/performance.md from the tables that the other benchmarks left.
+
+    python benchmarks/foundation.py --out out/cpu      # likewise the others, with any --shape and --device
+    python benchmarks/performance.py docs/performance.md out/*/*.json
+
+Tables of one machine, shape and precision stand together.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from setting import HEAD, line
+
+INTRODUCTION = """# Performance
+
+Written by `python benchmarks/performance.py docs/performance.md TABLES`, from tables that these commands left:
+
+{commands}
+
+Each row does the same work twice in one run, in turns: as users of the peer write it, and as this library does it. The
+numbers of both are compared first (to 1e-4 in float32 on the CPU, to 6 % in bfloat16). The ratio is the peer's seconds
+over ours, median of the turns; only ratios are meant to travel. "target" is the ratio that is wanted.
+"""
+
+
+def page(tables):
+    """docs/performance.md."""
+    together = defaultdict(list)
+    for table in tables:
+        facts = table["facts"]
+        together[facts["device"], facts["shape"], facts["dtype"]].append(table)
+    commands = sorted({table["facts"]["command"] for table in tables})
+    lines = [INTRODUCTION.format(commands="\n".join(f"- `{command}`" for command in commands))]
+    for (device, shape, dtype), found in sorted(together.items()):
+        lines += [f"## {shape}, {dtype}, {device}\n"]
+        for table in sorted(found, key=lambda table: table["facts"]["benchmark"]):
+            known = {"benchmark", "device", "shape", "dtype", "command"}
+            versions = ", ".join(f"{name} {value}" for name, value in table["facts"].items() if name not in known)
+            rows = [line(row) for row in table["rows"]]
+            lines += [f"### {table['facts']['benchmark']}\n", f"{versions}.\n", HEAD, *rows, ""]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("page", type=Path)
+    parser.add_argument("tables", type=Path, nargs="+", help="JSON files that benchmarks wrote with --out")
+    options = parser.parse_args()
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in options.tables]
+    options.page.write_text(page([table for table in tables if "facts" in table]), encoding="utf-8")
+    print(options.page)
+
+
+if __name__ == "__main__":
+    main()
