@@ -3,11 +3,11 @@
 Kept is what the output embeddings read at each response token (d_model numbers, not one per word of the
 vocabulary); the logits are one matrix product away. Each example has a base pass of its own: the last bits of a
 row depend on the rows beside it, and a resumed run meets an example for the first time in another batch. Where
-a model does more to its logits after that (soft-capping, scaling) nothing is kept, and the base is run anew.
+a model does more to its logits after that (soft-capping, scaling) nothing is kept, and the base is run anew; nor is
+it of a sharded model, whose passes have to be as many on every process.
 """
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.finetuning.batches import TrainBatch, make_batch
-from piggyback_lens.finetuning.references import base_forward
+from piggyback_lens.finetuning.references import base_of
 from piggyback_lens.finetuning.steps import Step, StepOutput
 from piggyback_lens.models.network import keeping_last_hidden, output_embeddings, unembedded
-from piggyback_lens.models.views import adapter_off
+from piggyback_lens.models.views import adapter_off, is_sharded
 
 Key = tuple[int, tuple[int, ...]]
 
@@ -55,12 +55,12 @@ class KeptBase:
         if self._owner is None or self._owner() is not model:  # a penalty that is used again, for another model
             self._hidden.clear()
             self._owner, self.keeps = weakref.ref(model), True
-        has_head = output_embeddings(model) is not None
+        keeps = output_embeddings(model) is not None and not is_sharded(model)
         keys = [(example.n_prompt, example.ids) for example in batch.examples]
         for key, example in zip(keys, batch.examples, strict=True):
-            if has_head and self.keeps and key not in self._hidden:
+            if keeps and self.keeps and key not in self._hidden:
                 self._keep(key, example, step, batch, base)
-        if not has_head or not self.keeps:
+        if not keeps or not self.keeps:
             return self._run(step, batch, base).logits
         with adapter_off(model):
             return unembedded(model, torch.cat([self._hidden[key] for key in keys]))
@@ -88,5 +88,4 @@ class KeptBase:
 
     def _run(self, step: Step, batch: TrainBatch, base: nn.Module | None) -> StepOutput:
         self.passes += 1
-        own: Callable[[TrainBatch], StepOutput] | None = step.base if base is None else None
-        return base_forward(step.model, batch, base) if own is None else own(batch)
+        return base_of(step, batch, base)

@@ -31,7 +31,7 @@ from piggyback_lens.finetuning.kept_base import KeptBase
 from piggyback_lens.finetuning.references import (
     SPANS,
     SpanName,
-    base_forward,
+    base_of,
     kv_reference,
     model_fingerprint,
     prefix_drift,
@@ -41,7 +41,7 @@ from piggyback_lens.finetuning.references import (
 )
 from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Loss, Objective, Step, sft
-from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.prefix import PrefixCache, TemplateSpan
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.models.packing import rounds_coarsely
 from piggyback_lens.models.views import has_adapter
@@ -49,6 +49,11 @@ from piggyback_lens.settings import check_field
 
 ReferenceName = Literal["template", "own"]
 """Where a span's base keys and values come from: one example of the template, or each example's own base run."""
+
+
+Reads = Literal["nothing", "prefix", "prompts", "responses"]
+"""What of a batch a penalty reads: nothing, or only the prefix that all rows share, so that it is one number whatever
+the rows are; its prompts, where rows count equally; or its responses, where tokens do."""
 
 
 @runtime_checkable
@@ -68,6 +73,11 @@ class Penalty(Protocol):
     @property
     def plain_keys(self) -> bool:
         """Whether that pass has to keep its keys before the rotary embedding."""
+        ...
+
+    @property
+    def reads(self) -> Reads:
+        """What of a batch it reads, which says how the numbers of a batch's parts add up, and what pass it needs."""
         ...
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
@@ -103,18 +113,22 @@ class TReFT:
 
     Attributes:
         span: prefix, query, postfix, or all (the whole prompt; never the response).
-        reference: the base's `PrefixCache` of a prefix or postfix, or None for each example's own base run.
+        reference: the base's `PrefixCache` of a prefix or postfix (`TReFT.on` computes it); "template" for one that a
+            `PenaltyTrainer` computes where training begins; or None for each example's own base run.
         base: the model for those runs; None for the trained model without its PEFT adapter.
     """
 
     span: SpanName = "prefix"
-    reference: PrefixCache | None = None
+    reference: PrefixCache | Literal["template"] | None = None
     base: nn.Module | None = None
     alike: dict[tuple[int, ...], PrefixCache] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_field(self, "span", self.span in SPANS, f"one of {', '.join(SPANS)}")
-        if self.reference is not None and self.reference.span != self.span:
+        if isinstance(self.reference, str):
+            check_field(self, "reference", self.reference == "template", '"template", a PrefixCache or None')
+            _check_template(self.span)
+        elif self.reference is not None and self.reference.span != self.span:
             raise LensError(
                 f"span is {self.span!r} and the reference that of a {self.reference.span}; make it with "
                 f"kv_reference(..., {self.span!r}), or leave it out for each example's own base run"
@@ -147,9 +161,7 @@ class TReFT:
             raise LensError(f"reference is {reference!r}; expected 'template' or 'own'")
         if reference == "own":
             return cls(span, None, base)
-        if span not in ("prefix", "postfix"):
-            raise LensError(f"the template has no {span} of its own; use reference='own' for span {span!r}")
-        return cls(span, kv_reference(model, example, span, base), base)
+        return cls(span, kv_reference(model, example, _check_template(span), base), base)
 
     @property
     def name(self) -> str:
@@ -166,9 +178,15 @@ class TReFT:
         """Whether keys at different positions are compared."""
         return self.reference is not None and self.span == "postfix"
 
+    @property
+    def reads(self) -> Reads:
+        """The prefix alone where the template's is the reference; of other spans every row."""
+        return "prefix" if self.reference is not None and self.span == "prefix" else "prompts"
+
     def settings(self) -> dict[str, object]:
         """Span and reference, and which base, where it is another model."""
-        reference = "own" if self.reference is None else reference_settings(self.reference)
+        known = self.reference
+        reference = reference_settings(known) if isinstance(known, PrefixCache) else known or "own"
         return {"span": self.span, "reference": reference, **_named_base(self.base)}
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
@@ -177,42 +195,48 @@ class TReFT:
         Raises:
             LensError: an example whose span has other tokens than the reference; says which one.
         """
-        examples = step.batch.examples
+        examples, reference = step.batch.examples, self.reference
+        if isinstance(reference, str):
+            raise LensError(
+                "this TReFT has no reference yet, which a PenaltyTrainer computes: write TReFT.on(model, example) instead"
+            )
         if not step.plain.keys:
             raise LensError(
                 "this pass computes only the layers that are trained and those above them, without keys and values "
                 "of the rest: make it HookTrainable(..., cache_below=False) for a penalty on them"
             )
-        if self.span == "prefix" and self.reference is not None:
+        if self.span == "prefix" and reference is not None:
             for number, example in enumerate(examples):
-                _check_prefix(example, number, self.reference.ids)
+                _check_prefix(example, number, reference.ids)
             if step.batch.prefix_length < 1:
                 raise LensError("the rows of this batch share no prefix token; use reference='own'")
-            return prefix_drift(step.plain, self._rounded_alike(step, self.reference)).mean()
+            return prefix_drift(step.plain, self._rounded_alike(step, reference)).mean()
         spans = [span_range(example, self.span) for example in examples]
-        if self.reference is None:
-            prompts = _prompts_only(step.batch)
-            own = step.base if self.base is None else None
-            base = base_forward(step.model, prompts, self.base) if own is None else own(prompts)
-            return span_drift(step.plain, spans, base).mean()
+        if reference is None:
+            return span_drift(step.plain, spans, base_of(step, _prompts_only(step.batch), self.base)).mean()
         for number, (example, span) in enumerate(zip(examples, spans, strict=True)):
-            _check_ids(example.ids[span.start : span.stop], number, self.reference)
-        return span_drift(step.plain, spans, self.reference.to(step.batch.ids.device)).mean()
+            _check_ids(example.ids[span.start : span.stop], number, reference)
+        return span_drift(step.plain, spans, reference.to(step.batch.ids.device)).mean()
 
     def _rounded_alike(self, step: Step, reference: PrefixCache) -> PrefixCache:
         """The reference as a pass of this step's shape computes it."""
         device, shape = step.batch.ids.device, step.plain.prefix_pass
-        own = step.base if self.base is None else None
-        has_base = self.base is not None or own is not None or has_adapter(step.model)
+        has_base = self.base is not None or step.base is not None or has_adapter(step.model)
         if shape in (None, (1, len(reference.ids))) or not has_base or not rounds_coarsely(step.model, device):
             return reference.to(device)
         key = (*shape, step.batch.prefix_length)
         if key not in self.alike:
             batch = replace(step.batch, plain_keys=False)
-            base = base_forward(step.model, batch, self.base) if own is None else own(batch)
+            base = base_of(step, batch, self.base)
             keys, values = (torch.stack([x.clone() for x in side]) for side in (base.prefix_keys, base.prefix_values))
             self.alike[key] = replace(reference, ids=reference.ids[: keys.shape[2]], keys=keys, values=values)
         return self.alike[key]
+
+
+def _check_template(span: SpanName) -> TemplateSpan:
+    if span not in ("prefix", "postfix"):
+        raise LensError(f"the template has no {span} of its own; use each example's: TReFT({span!r})")
+    return span
 
 
 def _named_base(base: nn.Module | None) -> dict[str, object]:
@@ -254,12 +278,14 @@ class KLOnTrain:
     """KL(base ‖ tuned) at the response tokens of the training batch, nats per token, mean over its tokens.
 
     The base's predictions cost one pass without gradient for each example, and are kept.
+    A `PenaltyTrainer` runs the base anew for every batch, as its data may be many.
     """
 
     base: nn.Module | None = None  # None: the trained model without its adapter
     name: str = "kl_train"
     free: bool = False
     plain_keys: bool = False
+    reads: Reads = "responses"
     kept: KeptBase = field(default_factory=KeptBase, repr=False)
 
     def settings(self) -> dict[str, object]:
@@ -268,7 +294,8 @@ class KLOnTrain:
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         """The divergence of this step's pass."""
-        base = self.kept.logits(step, replace(step.batch, plain_keys=False), self.base)
+        batch = replace(step.batch, plain_keys=False)
+        base = self.kept.logits(step, batch, self.base) if step.keeps else base_of(step, batch, self.base).logits
         return kl_per_token(base[None], step.plain.logits[None]).mean()
 
 
@@ -286,6 +313,7 @@ class KLOnRetain:
     name: str = "kl_retain"
     free: bool = False
     plain_keys: bool = False
+    reads: Reads = "nothing"
     kept: KeptBase = field(default_factory=KeptBase, repr=False)
 
     def settings(self) -> dict[str, object]:

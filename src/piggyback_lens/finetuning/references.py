@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, unsupervised
-from piggyback_lens.finetuning.steps import StepOutput, forward_step
+from piggyback_lens.finetuning.steps import Step, StepOutput, forward_step
 from piggyback_lens.interventions.prefix import PrefixCache, TemplateSpan
 from piggyback_lens.maths import relative_kv_drift
 from piggyback_lens.models.views import adapter_off, evaluating, has_adapter
@@ -115,6 +115,11 @@ def base_forward(model: nn.Module, batch: TrainBatch, base: nn.Module | None = N
         )
     with adapter_off(model), evaluating(model):
         return forward_step(model, batch)
+
+
+def base_of(step: Step, batch: TrainBatch, base: nn.Module | None = None) -> StepOutput:
+    """The base's pass of a batch, without gradient: of `base`, or as the step knows it, or without the adapter."""
+    return base_forward(step.model, batch, base) if base is not None or step.base is None else step.base(batch)
 
 
 def span_range(example: RenderedPrompt, span: SpanName) -> range:

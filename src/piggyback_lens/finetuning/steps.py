@@ -55,11 +55,12 @@ class Step:
 
     model: nn.Module
     batch: TrainBatch
-    output: StepOutput
+    output: StepOutput | None  # None where the loss comes from elsewhere, such as a Trainer's own pass
     index: int
     forward: Callable[[TrainBatch], StepOutput] | None = None  # another pass; None for `forward_step` of the model
     steered: bool = False  # `output` has something added that `forward`, and the finished model, do not have
     base: Callable[[TrainBatch], StepOutput] | None = None  # the base's pass, where the trainable knows it
+    keeps: bool = True  # whether its rows come again, so that it pays to keep what the base says of them
 
     def run(self, batch: TrainBatch) -> StepOutput:
         """A pass of the model as it will be used, on any batch, with gradient."""
@@ -67,8 +68,8 @@ class Step:
 
     @cached_property
     def plain(self) -> StepOutput:
-        """The pass of this batch as the model will be used: `output`, or another pass where that was steered."""
-        return self.run(self.batch) if self.steered else self.output
+        """The pass of this batch as the model will be used: `output`, or one of its own where that will not do."""
+        return self.run(self.batch) if self.steered or self.output is None else self.output
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +171,7 @@ def _packed_step(model: Any, batch: TrainBatch, packing: Packing, prefix: LayerT
 
 def sft(step: Step) -> Loss:
     """Supervised finetuning: mean negative log-likelihood of the batch's response tokens, nats per token."""
+    assert step.output is not None, "this step has no pass that gives its loss"
     total = response_nll(step.output.logits, step.output.targets)
     return Loss(total, {"sft": float(total.detach())})
 

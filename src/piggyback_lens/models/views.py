@@ -198,6 +198,11 @@ def without_replicas(model: Any) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether each process holds a part of the weights only, as FSDP2 and tensor parallelism do."""
+    return any(hasattr(value, "full_tensor") for value in model.parameters())
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode (no dropout, no activation checkpointing); every module's mode comes back."""
@@ -326,6 +331,33 @@ def version_of(owner: Any) -> int:
 def _tensors(owner: Any) -> Iterator[Tensor]:
     yield from owner.parameters()
     yield from owner.buffers()
+
+
+# ---------------------------------------------------------------- where the weights are
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """Where a module's first weights are, or are put for a pass where accelerate keeps them elsewhere."""
+    found = next(module.parameters()).device
+    if found.type != "meta":
+        return found
+    hooks = (getattr(vars(part).get("_hf_hook"), "execution_device", None) for part in module.modules())
+    return next((torch.device(device) for device in hooks if device is not None), found)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights are on the disk, or on the CPU beside a model on GPUs, and come for each pass."""
+    return any(map(_offloaded, model.modules()))
+
+
+def keep_vectors_in_memory(model: nn.Module) -> None:
+    """Load offloaded weights of norms for good: TransformerLens reads them without a call of their module."""
+    for part in model.modules():
+        if _offloaded(part) and all(weight.ndim < 2 for weight in part._parameters.values() if weight is not None):
+            from accelerate.hooks import remove_hook_from_module
+
+            vars(part)["_hf_hook"].pre_forward(part)
+            remove_hook_from_module(part)
 
 
 def _offloaded(module: nn.Module) -> bool:
