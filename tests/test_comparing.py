@@ -34,7 +34,7 @@ from piggyback_lens.comparisons.methods import (
     parse_method,
 )
 from piggyback_lens.errors import LensError
-from piggyback_lens.figures.comparison_plots import set_apart
+from piggyback_lens.figures.plot_style import set_apart
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.reading.tasks import Task, load_task
@@ -565,7 +565,7 @@ def test_markers_are_moved_as_little_as_it_takes_to_tell_them_apart(pairs):
     if sum(fixed) == 1:
         at = fixed.index(True)
         assert set_apart(values, fixed, gap=0.01)[at] == pytest.approx(values[at], abs=1e-4)
-    assert set_apart([0.0, 0.5, 1.0], [False] * 3) == [0.0, 0.5, 1.0]
+    assert set_apart([0.0, 0.5, 1.0], [False] * 3, gap=0.01) == [0.0, 0.5, 1.0]
 
 
 def test_the_verdict_names_the_method_that_is_nearest_to_the_base():

@@ -141,7 +141,7 @@ def test_long_titles_and_subtitles_stay_within_the_width_and_above_the_panels():
     )
     assert max(map(len, str(long.layout.title.text).split("<br>"))) <= 85
     assert max(map(len, str(long.layout.title.subtitle.text).split("<br>"))) <= 132
-    assert long.layout.margin.t > short.layout.margin.t + 50
+    assert long.layout.margin.t > short.layout.margin.t + 30
     assert long.layout.title.pad.t > short.layout.title.pad.t
 
 
@@ -197,27 +197,49 @@ def test_a_cell_that_was_never_measured_says_so():
     assert heat.customdata[3][0].startswith("missing: not measured")
 
 
-def test_cells_within_the_noise_floor_are_crossed_out_and_counted(figures):
-    cross = figures["map"].data[1]
+def test_cells_that_cannot_be_told_from_zero_are_marked_by_why_and_counted(figures):
+    dot, cross = figures["map"].data[1:]
+    assert dot.marker.symbol == "circle"
+    # Values 0.04 and 0.05 have intervals from 0.05 below: they include zero, and are no numerical noise.
+    assert sorted(zip(map(int, dot.x), map(int, dot.y), strict=True)) == [(4, 0), (5, 0)]
+    assert "dot: the interval includes 0 (2 of 23 cells, each by itself)" in subtitle(figures["map"])
     assert sorted(zip(map(int, cross.x), map(int, cross.y), strict=True)) == [(0, 0), (1, 0), (2, 0), (3, 0)]
     assert cross.marker.symbol == "x-thin"
-    assert "×: within the noise floor ±0.03 (4 of 24 cells)" in subtitle(figures["map"])
+    assert "×: within numerical noise ±0.03 (4 cells)" in subtitle(figures["map"])
     bare = layer_map(layer_token())
-    assert len(bare.data) == 1
+    assert len(bare.data) == 2
     assert "noise" not in subtitle(bare)
 
 
-def test_with_text_the_values_stand_in_the_cells_and_noise_in_brackets():
+def test_the_random_control_stands_in_its_cells_on_the_scale_of_the_map():
+    control = row(-0.9, layer=1, position=2, token=TOKENS[2]) | {"series": "random control"}
+    figure = layer_map(pd.concat([layer_token(), pd.DataFrame([control])]))
+    heat, squares = figure.data[0], figure.data[-1]
+    assert (list(squares.x), list(squares.y), list(squares.marker.color)) == ([2], [1], [-0.9])
+    assert (
+        (squares.marker.cmin, squares.marker.cmax)
+        == (heat.zmin, heat.zmax)
+        == (pytest.approx(-0.9), pytest.approx(0.9))
+    )
+    assert squares.marker.colorscale == heat.colorscale
+    assert "squares: random control, same colours, at 1 cells (largest 0.9)" in subtitle(figure)
+    heads = layer_head()
+    control = heads.head(1).assign(series="random control", value=0.2)
+    assert head_map_figure(pd.concat([heads, control]), title="T").data[-1].name == "random control"
+
+
+def test_with_text_the_values_stand_in_the_cells_in_brackets_where_they_may_be_zero():
     figure = layer_map(layer_token(), noise_floor=0.03, text=True)
     heat = figure.data[0]
-    assert heat.text[0][:5] == ["(0.00)", "(0.01)", "(0.02)", "(0.03)", "0.04"]
+    assert heat.text[0][:5] == ["≈ 0", "≈ 0", "≈ 0", "≈ 0", "(0.04)"]
     assert heat.text[3][0] == "–"
     assert heat.texttemplate == "%{text}"
     assert heat.hovertext[2][4] == "layer 2<br>token ⏎"
     assert "%{hovertext}" in heat.hovertemplate
     assert len(figure.data) == 1
-    assert "in brackets: within the noise floor ±0.03 (4 of 24 cells)" in subtitle(figure)
-    small = layer_map(layer_token().assign(value=lambda f: f["value"] / 10), text=True)
+    assert "in brackets: the interval includes 0 (2 of 23 cells, each by itself)" in subtitle(figure)
+    assert "≈ 0: within numerical noise ±0.03 (4 cells)" in subtitle(figure)
+    small = layer_map(layer_token().assign(value=lambda f: f["value"] / 10, low=0.001, high=0.1), text=True)
     assert small.data[0].text[1][:2] == ["0.010", "0.011"]
 
 
@@ -328,12 +350,21 @@ def test_controls_are_rows_of_their_own_below_a_gap(figures):
     assert list(patched.y) == [0, 1]
     assert list(identity.y) == [2.5]
     assert list(random.y) == [4]
-    assert list(identity.text[0]) == ["(0.00)"] * 3
-    assert list(random.text[0]) == ["−0.03"] * 3
+    assert list(identity.text[0]) == ["≈ 0"] * 3
+    assert list(random.text[0]) == ["(−0.03)"] * 3
     ticks = list(figure.layout.yaxis.ticktext)
     assert ticks[:2] == ["prefix", "&lt;script&gt;"]
     assert ticks[2] == '<span style="color:#666666">prefix, identity control</span>'
     assert figure.layout.yaxis.range[0] > 4 > figure.layout.yaxis.range[1]
+
+
+def test_a_control_of_other_tokens_is_named_by_what_it_holds():
+    frame = carriers()
+    frame.loc[frame["series"] == "random control", "contains"] = "5 query + all 6 postfix tokens"
+    ticks = list(carrier_map_figure(frame, title="T").layout.yaxis.ticktext)
+    assert ticks[3] == '<span style="color:#666666">instead of prefix: 5 query + all 6 postfix tokens</span>'
+    under = [text for trace in carrier_plane_figure(frame, title="T").data for text in trace.customdata or ()]
+    assert sum("5 query + all 6 postfix tokens" in text for text in under) == 6
 
 
 def test_carrier_colours_are_symmetric_and_a_missing_value_is_grey_with_its_reason():

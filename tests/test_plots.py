@@ -275,14 +275,42 @@ def test_one_wild_interval_does_not_flatten_the_curve():
     frame = curve()
     frame.loc[frame["layer"] == 1, "high"] = 1000.0
     figure = plots.layer_curve_figure(frame, title="T", y_label="recovery (fraction)")
-    assert figure.layout.yaxis.range[1] < 2
+    assert figure.layout.yaxis.range[1] < 2.5
+    assert "cut at the edges" in figure.layout.title.subtitle.text
+
+
+def test_a_control_at_some_layers_is_points_with_bars_and_one_at_all_layers_a_line(figures):
+    frame = curve()
+    few = frame[(frame["series"] != "identity control") | frame["layer"].isin([0, 5])]
+    points = plots.layer_curve_figure(few, title="T", y_label="y").data[-1]
+    assert (points.mode, list(points.x)) == ("markers", [0, 5])
+    assert numbers(points.error_y.array) == [0.0, 0.0]
+    assert figures["curve"].data[-2].mode == "lines+markers"
+
+
+def test_a_reference_far_beyond_the_values_is_named_at_the_edge_and_names_never_overlap():
+    layer = np.arange(4)
+    frame = pd.DataFrame({"layer": layer, "value": 0.005 * layer, "series": "patched"})
+    frame = frame.assign(low=frame["value"], high=frame["value"])
+    lines = {0.0: "0 = finetuned", 1.0: "1 = base", 0.001: "0.00 = all layers' K/V"}
+    figure = plots.layer_curve_figure(frame, title="T", y_label="y", references=lines, noise_floor=3e-7)
+    assert figure.layout.yaxis.range[1] < 0.02
+    assert sorted(shape.y0 for shape in figure.layout.shapes) == [0.0, 0.001]
+    notes = figure.layout.annotations
+    assert {note.text for note in notes} == {"0 = finetuned", "1 = base ↑", "0.00 = all layers' K/V"}
+    apart = np.diff(sorted(note.y for note in notes)) / np.ptp(figure.layout.yaxis.range) * 400
+    assert apart.min() > 18
+    assert figure.layout.margin.r > 7 * len("0.00 = all layers' K/V")  # no name is clipped
+    assert "numerical noise ±3e-07" in figure.layout.title.subtitle.text
 
 
 def test_thirty_layers_label_at_most_twenty_of_them():
     layer = np.arange(30)
     frame = pd.DataFrame({"layer": layer, "value": 0.5, "low": math.nan, "high": math.nan, "series": "s"})
     figure = plots.layer_curve_figure(frame, title="T", y_label="y")
-    assert list(figure.layout.xaxis.tickvals) == list(range(0, 30, 2))
+    assert figure.layout.xaxis.dtick == 2
+    assert figure.layout.xaxis.range[0] > -1
+    assert figure.layout.xaxis.range[1] < 30
     assert "interval" not in figure.layout.title.subtitle.text
 
 

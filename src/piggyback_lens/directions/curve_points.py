@@ -146,7 +146,8 @@ class Curve(Result):
         """Lines with interval bands; controls in grey."""
         from piggyback_lens.figures.direction_plots import curve_figure
 
-        figure: go.Figure = curve_figure(self.to_frame(), self.kind, self.x_label, self.y_label)
+        norms = self.settings.get("own_norms", {})
+        figure: go.Figure = curve_figure(self.to_frame(), self.kind, self.x_label, self.y_label, norms)
         return figure
 
     @property

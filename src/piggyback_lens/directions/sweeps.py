@@ -100,7 +100,9 @@ class Sweep(Result):
         """Behaviour, KL and perplexity side by side, with the random controls."""
         from piggyback_lens.figures.direction_plots import sweep_figure
 
-        figure: go.Figure = sweep_figure(self.to_frame(), self.kind, self.measure)
+        figure: go.Figure = sweep_figure(
+            self.to_frame(), self.kind, self.measure, str(self.settings.get("direction", ""))
+        )
         return figure
 
     def report(self) -> Report:

@@ -103,7 +103,7 @@ class AttributionResult(Result):
         """The map, and the cells that were run exactly."""
         shown = self.attributed.report()
         figures = [("By gradient: a first-order estimate of the exact map.", self.figure())]
-        if self.exact is not None:
+        if self.exact is not None and self.to_frame()[["value", "exact"]].notna().all(axis=1).any():
             figures.append(("The cells of the attribution map that were run exactly.", self.check_figure()))
         note = f"Spearman rank correlation with exact patches {self.rank_correlation:.2f}."
         return replace(shown, title="Piggyback map: attribution", verdict=self.verdict, figures=figures, notes=[note])

@@ -433,7 +433,10 @@ class _Laboratory:
             for site in _tuple(sites)
             for part in self.part("patched", flow, name, site, check_layers(layers, 10**6), None, tokens)
         ]
-        return replace(cell, labels={**cell.labels, "series": OTHERS, "other_tokens": chosen}, parts=tuple(parts))
+        lengths = {name: {len(prompt.spans[name]) for prompt in self.prompts} for name in chosen}
+        whole = [name for name, tokens in chosen.items() if lengths[name] == {len(tokens)}]
+        labels = {**cell.labels, "series": OTHERS, "other_tokens": chosen, "whole_spans": whole}
+        return replace(cell, labels=labels, parts=tuple(parts))
 
     def other_tokens(self, spans: Sequence[str]) -> dict[str, list[int]]:
         """Tokens outside spans that every prompt has, evenly drawn: span name to indices in it."""

@@ -1,5 +1,6 @@
 """What a patching experiment found: one row per cell, with controls, intervals, a figure, and a file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -74,11 +75,15 @@ class PatchResult(Result):
         for i, labels in enumerate(self.cells):
             found = self.recovery(i)
             facts = {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "reason": found.reason}
-            rows.append({**labels, **facts, "raw": float(np.mean(self.values[i]))})
+            held = {"contains": contents(labels)} if labels["series"] == OTHERS else {}
+            rows.append({**labels, **held, **facts, "raw": float(np.mean(self.values[i]))})
         return pd.DataFrame(rows)
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row per cell: its labels, value (recovery), low, high, n, reason, raw (mean of the measure)."""
+        """One row per cell: its labels, value (recovery), low, high, n, reason, raw (mean of the measure).
+
+        A control of other tokens says in `contains` which tokens it holds.
+        """
         return self._frame.copy()
 
     @property
@@ -166,3 +171,11 @@ class PatchResult(Result):
                 raise ValueError(f"layers {cell['layers']}, which are no whole numbers"[:200])
         if not {"name", "unit"} <= self.measure.keys():
             raise ValueError(f"a measure with {sorted(self.measure)}, expected name and unit")
+
+
+def contents(labels: Mapping[str, Any]) -> str:
+    """What a control of other tokens holds: `5 query + all 6 postfix tokens`."""
+    whole = labels.get("whole_spans", ())
+    counts = {span: len(tokens) for span, tokens in labels["other_tokens"].items()}
+    parts = [f"all {count} {span}" if span in whole else f"{count} {span}" for span, count in counts.items()]
+    return f"{' + '.join(parts)} tokens"

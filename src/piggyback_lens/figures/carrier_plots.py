@@ -17,8 +17,8 @@ from piggyback_lens.figures.map_plots import (
     grid,
     keys_in_order,
     known_floor,
-    noise_note,
     patched_rows,
+    zero_notes,
 )
 from piggyback_lens.figures.plot_style import (
     GREY,
@@ -50,12 +50,12 @@ GAP = 0.5  # rows between the patches and their controls
 def carrier_map_figure(frame: "pd.DataFrame", *, title: str, noise_floor: float | None = None) -> "go.Figure":
     """Recovery by span and band of layers: a panel for each flow (down) and sites (across).
 
-    Controls are rows of their own below a gap, named in grey. Values within ``noise_floor`` (a fraction)
-    stand in brackets.
+    Controls are rows of their own below a gap, named in grey, on the same scale. Values stand in brackets where their
+    interval includes zero, and are ``≈ 0`` within ``noise_floor`` (a fraction).
 
     Args:
         frame: columns series, flow, span, sites, band, value, low, high, n, reason; every series but
-            "patched" is a control.
+            "patched" is a control. With the optional column contains, a control is named by what it holds.
         title: literal text, names model and task.
         noise_floor: largest recovery that is noise (``PatchResult.noise_floor``).
 
@@ -80,20 +80,18 @@ def carrier_map_figure(frame: "pd.DataFrame", *, title: str, noise_floor: float 
         subplot_titles=[f"<b>{plot_text(d)}</b>, {plot_text(site)}" for d in flows for site in sites],
     )
     figure.update_annotations(font={"size": 14, "color": INK})
-    inside = cells = 0
+    cells: list[Grid] = []
     for row, flow in enumerate(flows, start=1):
         for column, site in enumerate(sites, start=1):
             panel = frame[(frame["flow"] == flow) & (frame["sites"] == site)]
             for series, (spans, start) in blocks.items():
                 part = grid(panel[panel["series"] == series], x="band", y="span", xs=bands, ys=spans)
                 _add_block(figure, part, series, start, noise_floor, row, column)
-                if series == PATCHED and noise_floor is not None:
-                    inside, cells = inside + int(part.within(noise_floor).sum()), cells + part.values.size
+                cells += [part] if series == PATCHED else []
     notes = [f"{flow}: {MEANING[str(flow)]}" for flow in flows if flow in MEANING]
-    notes += [n_text(patched)]
-    notes += [] if noise_floor is None else [noise_note(inside, cells, noise_floor, brackets=True)]
-    _finish_map(figure, title, patched, blocks, notes, panels=len(flows))
-    finite = patched["value"].dropna().abs()
+    notes += [n_text(patched), *zero_notes(cells, noise_floor, brackets=True)]
+    _finish_map(figure, title, frame, blocks, notes, panels=len(flows))
+    finite = frame["value"].dropna().abs()
     limit = max([2 * (noise_floor or 0.0), *finite]) or 1.0
     bar = colour_bar("recovery (fraction)")
     figure.update_layout(coloraxis={"colorscale": DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
@@ -150,16 +148,16 @@ def _add_block(
 def _finish_map(
     figure: "go.Figure",
     title: str,
-    patched: "pd.DataFrame",
+    frame: "pd.DataFrame",
     blocks: Mapping[str, tuple[tuple[object, ...], float]],
     notes: Sequence[str],
     panels: int,
 ) -> None:
     subtitle = "cell: mean recovery; under the cursor: 95 % interval over prompts; "
     subtitle += "; ".join(notes)
-    subtitle += "; grey: no value" if patched["value"].isna().any() else ""
+    subtitle += "; grey: no value" if frame.loc[frame["series"] == PATCHED, "value"].isna().any() else ""
     ticks = {
-        start + i: plot_text(span) if series == PATCHED else _grey(f"{span}, {series}")
+        start + i: plot_text(span) if series == PATCHED else _grey(_control_name(frame, series, span))
         for series, (spans, start) in blocks.items()
         for i, span in enumerate(spans)
     }
@@ -169,6 +167,13 @@ def _finish_map(
         tickvals=list(ticks), ticktext=list(ticks.values()), range=[depth - 0.5, -0.5], showgrid=False, ticks=""
     )
     figure.update_xaxes(showline=False, ticks="")
+
+
+def _control_name(frame: "pd.DataFrame", series: str, span: object) -> str:
+    """A control with the span that it stands for; one of other tokens by the tokens that it holds."""
+    own = frame[(frame["series"] == series) & (frame["span"] == span)]
+    held = own["contains"].dropna() if "contains" in own else own["span"].head(0)
+    return f"instead of {span}: {held.iloc[0]}" if len(held) else f"{span}, {series}"
 
 
 def _grey(text: str) -> str:
@@ -228,7 +233,7 @@ def _pairs(frame: "pd.DataFrame") -> tuple["pd.DataFrame", int]:
     """Both flows of each place side by side (suffixes _repair, _infect), and how many lack one."""
     patched_rows(frame, LABELS)
     check_labels(frame, LABELS)
-    keys = ["series", "span", "sites", "band"]
+    keys = ["series", "span", "sites", "band", *(["contains"] if "contains" in frame else [])]
     halves = []
     for flow in ("repair", "infect"):
         part = frame.loc[frame["flow"] == flow, [*keys, *NUMBERS]]
@@ -274,7 +279,8 @@ def _add_points(
         }
         for lines, *numbers, n in zip(hover, value, low, high, part[f"n_{flow}"], strict=True):
             lines.append(f"{flow}: {interval_text(*numbers)}, n = {int(n)}")
-    names = part[["series", "span", "sites", "band"]].itertuples(index=False)
+    columns = ["series", "span", "sites", "band", *(["contains"] if "contains" in part else [])]
+    names = part[columns].fillna("").itertuples(index=False)
     figure.add_scatter(
         x=part["value_repair"].to_numpy(float),
         y=part["value_infect"].to_numpy(float),
@@ -283,7 +289,7 @@ def _add_points(
         text=list(texts),
         textfont={"size": 13, "color": INK},
         customdata=[
-            f"<b>{', '.join(plot_text(name) for name in row)}</b><br>{'<br>'.join(lines)}"
+            f"<b>{', '.join(plot_text(name) for name in row if name)}</b><br>{'<br>'.join(lines)}"
             for row, lines in zip(names, hover, strict=True)
         ],
         hovertemplate="%{customdata}<extra></extra>",

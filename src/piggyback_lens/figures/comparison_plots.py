@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.plot_style import (
@@ -19,6 +20,8 @@ from piggyback_lens.figures.plot_style import (
     check_frame,
     n_text,
     plot_text,
+    set_apart,
+    whole_steps,
     wrapped,
 )
 from piggyback_lens.intervals import Estimate, interval_text
@@ -34,6 +37,9 @@ AXIS_LABELS = {
     "epochs": "epochs",
     "system": "system prompt of training and measurement",
 }
+SQUEEZED = 0.6  # where all methods keep more than this, the axis does not begin at the base
+AXIS_NAMES = {"share": "the share of narrow examples", "size": "the number of conversations", "epochs": "epochs"}
+AXIS_NAMES["system"] = "system prompts"
 ROUNDING = 1e-4  # a shift that nobody sees
 SIZES = (9.0, 17.0)  # px of a marker, from the smallest to the largest weight of its family
 
@@ -45,8 +51,8 @@ def pareto_figure(
 
     Colour and symbol: the family; size: the weight of its first part. Beside the marker: whatever differs among the
     rows of its family. Joined are rows that differ by the first weight alone. `amounts` holds weights and
-    learning rate of each method by name. The base is at 0, 0; plain finetuning is drawn as a row like the others, with
-    its spread as a line.
+    learning rate of each method by name. The base is at 0, 0, beyond the left edge where the methods lie close
+    together; plain finetuning is drawn as a row like the others, with its spread as a line.
 
     Raises:
         LensError: there is no row to draw; a row without a defined share is named below the title instead.
@@ -60,7 +66,9 @@ def pareto_figure(
     if rows.empty:
         raise LensError("no method has a defined share of on-topic behaviour: compare with sft, and train it longer")
     rows["kept"] = rows["kept"].where(rows["family"] != "sft", rows["kept"].fillna(1.0))
-    rows["x"] = set_apart(rows["kept"].tolist(), (rows["family"] == "sft").tolist())
+    edges = _fitting(rows[["kept", "kept_low", "kept_high"]].to_numpy(float))
+    gap = 0.012 * (edges[1] - edges[0])
+    rows["x"] = set_apart(rows["kept"].tolist(), (rows["family"] == "sft").tolist(), gap)
     facts = [_facts(row, amounts[str(row["method"])]) for row in rows.to_dict("records")]
     figure = go.Figure()
     _guides(figure, rows)
@@ -86,10 +94,7 @@ def pareto_figure(
                 hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[4]}<br>kept %{customdata[1]}"
                 "<br>spread %{customdata[2]}<br>seeds %{customdata[3]}<extra></extra>",
             )  # fmt: skip
-    figure.add_scatter(
-        x=[0.0], y=[0.0], name="base", mode="markers", hovertemplate="<b>base</b><extra></extra>",
-        marker={"color": "white", "symbol": "circle", "size": 11, "line": {"color": INK, "width": 2}},
-    )  # fmt: skip
+    _base_marker(figure, edges)
     seeds = len(max(table["seeds"], key=len))
     about = f"bars: 95 % interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds} seeds"
     missing = _missing(table[~drawn])
@@ -98,25 +103,31 @@ def pareto_figure(
     about = "<br>".join([about, *missing])
     room, height = 18 * len(missing), 560 + 18 * len(missing)
     apply_style(figure, f"Narrow or spreading: finetuning methods on {task}", about, height=height, room=room)
-    figure.update_xaxes(title_text="on-topic behaviour kept (0 = base, 1 = plain finetuning)")
+    figure.update_xaxes(title_text="on-topic behaviour kept (0 = base, 1 = plain finetuning)", range=edges)
     figure.update_yaxes(title_text=axis_title(f"off-topic spread of {behaviour.label}", behaviour.unit))
     figure.update_layout(showlegend=True, legend={"x": 1.02, "y": 1.0, "xanchor": "left", "font": {"size": 14}})
     return figure
 
 
-def set_apart(values: Sequence[float], fixed: Sequence[bool], gap: float = 0.009) -> list[float]:
-    """Values moved as little as it takes (least squares) to be at least `gap` apart, in their order.
+def _fitting(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """The range of the methods with their intervals; with the base at 0 where that does not squeeze them."""
+    known = values[np.isfinite(values)]
+    low, high = float(known.min(initial=1.0)), float(known.max(initial=1.0))
+    low = min(low, 0.0) if low < SQUEEZED * high else low
+    room = 0.06 * (high - low) or 0.05
+    return low - room, high + room
 
-    The `fixed` ones stay where they are, as long as they are apart themselves.
-    """
-    from scipy.optimize import isotonic_regression
 
-    order = sorted(range(len(values)), key=lambda at: values[at])
-    steps = gap * np.arange(len(order))
-    weights = [1e6 if fixed[at] else 1.0 for at in order]
-    placed = isotonic_regression(np.asarray(values)[order] - steps, weights=weights).x + steps
-    moved = dict(zip(order, placed.tolist(), strict=True))
-    return [moved[at] for at in range(len(values))]
+def _base_marker(figure: "go.Figure", edges: tuple[float, float]) -> None:
+    """The base at 0, 0, or in which direction it lies."""
+    if edges[0] <= 0:
+        figure.add_scatter(
+            x=[0.0], y=[0.0], name="base", mode="markers", hovertemplate="<b>base</b><extra></extra>",
+            marker={"color": "white", "symbol": "circle", "size": 11, "line": {"color": INK, "width": 2}},
+        )  # fmt: skip
+        return
+    text = {"text": "← base (0, 0)", "showarrow": False, "font": {"size": 13, "color": INK}}
+    figure.add_annotation(x=0, xref="paper", xanchor="left", xshift=4, y=0, yanchor="bottom", **text)
 
 
 def _facts(row: Mapping[Any, Any], amounts: Mapping[str, str]) -> dict[str, str]:
@@ -183,7 +194,7 @@ def update_figure(frame: "pd.DataFrame", task: str) -> "go.Figure":
         _line(figure, frame[frame["method"] == look["name"]].sort_values("layer"), "layer", look, {})
     about = f"cosine of s·BA over all modules of a layer, same seed; bars: lowest and highest of {n_text(frame)} cells"
     apply_style(figure, f"Weight updates against plain finetuning on {task}", about, height=540 + 27 * len(looks))
-    figure.update_xaxes(title_text="layer")
+    figure.update_xaxes(title_text="layer", **whole_steps(frame["layer"].to_numpy(float), most=20))
     figure.update_yaxes(title_text="cosine with plain finetuning", range=[min(-0.05, float(frame["low"].min())), 1.05])
     _legend_below(figure, len(looks))
     return figure
@@ -240,10 +251,12 @@ def axis_figure(
             _line(figure, part, "x", {**look, "legend": number == 1}, place)
     drawn = "grey line" if len(bases) == 1 else "rings"
     about = f"95 % interval over prompts, {n_text(table)}; base: {drawn}"
-    apply_style(figure, f"Behaviour over {axis}", about, height=760 + 27 * len(looks), room=18)
+    apply_style(figure, f"{behaviour.label} over {AXIS_NAMES[axis]}", about, height=760 + 27 * len(looks), room=18)
     figure.update_xaxes(title_text=AXIS_LABELS[axis], row=2)
+    if axis != "system":  # ticks where something was measured
+        figure.update_xaxes(tickvals=sorted(set(rows["x"].dropna())), tickformat=".3~g")
     if axis == "size":
-        figure.update_xaxes(type="log", tickvals=sorted(set(rows["x"].dropna())), tickformat="d")
+        figure.update_xaxes(type="log", tickformat="d")
     figure.update_yaxes(title_text=axis_title(behaviour.label, behaviour.unit))
     _legend_below(figure, len(looks) + 1, y=-0.12)
     return figure

@@ -18,6 +18,7 @@ from piggyback_lens.figures.plot_style import (
     check_frame,
     n_text,
     plot_text,
+    whole_steps,
 )
 from piggyback_lens.figures.plots import DIVERGING
 from piggyback_lens.intervals import interval_text
@@ -36,10 +37,13 @@ TITLES = {
 }
 
 
-def curve_figure(frame: "pd.DataFrame", kind: str, x_label: str, y_label: str) -> "go.Figure":
+def curve_figure(
+    frame: "pd.DataFrame", kind: str, x_label: str, y_label: str, own_norms: Mapping[str, float] = {}
+) -> "go.Figure":
     """A line with its band over x for each series; controls in grey with hollow markers.
 
-    ``frame`` has columns series, x, value, low, high, n, seeds.
+    ``frame`` has columns series, x, value, low, high, n, seeds. Where x is a norm, `own_norms` are those that the
+    solutions were trained to, by name: dotted lines.
     """
     import plotly.graph_objects as go
 
@@ -48,17 +52,22 @@ def curve_figure(frame: "pd.DataFrame", kind: str, x_label: str, y_label: str) -
     if kind == "stability":
         for height, text in ((0.0, "solution"), (1.0, "base")):
             _reference(figure, height, text)
-    for look in _looks(list(dict.fromkeys(frame["series"]))):
+    looks = _looks(list(dict.fromkeys(frame["series"])))
+    for look in looks:
         _add_line(figure, frame[frame["series"] == look["name"]].sort_values("x"), "x", look, x_label)
+    own = [look for look in looks if kind in ("efficiency", "significance") and look["name"] in own_norms]
+    for number, look in enumerate(own):
+        _own_norm(figure, own_norms[look["name"]], look, number)
     entries = frame["series"].nunique()
     seeds = int(frame["seeds"].max())
-    apply_style(
-        figure,
-        TITLES[kind],
-        f"band: 95 % interval over texts, {n_text(frame)}; up to {seeds} seeds averaged",
-        height=520 + 27 * entries,
-    )
+    about = f"band: 95 % interval over texts, {n_text(frame)}"
+    about += f"; up to {seeds} seeds averaged" if seeds > 1 else ""
+    solutions = dict.fromkeys(str(name).split(",", 1)[0] for name in frame["series"])
+    title = f"{TITLES[kind]} ({', '.join(solutions)})"
+    apply_style(figure, title, about, height=520 + 27 * entries, room=20 * len(own))
     figure.update_xaxes(title_text=plot_text(x_label))
+    if kind == "ablation":
+        figure.update_xaxes(**whole_steps(frame["x"].to_numpy(float), most=20))
     figure.update_yaxes(title_text=plot_text(y_label))
     _legend_below(figure, entries)
     if kind == "stability":
@@ -70,13 +79,14 @@ def difference_figure(frame: "pd.DataFrame", kind: str, x_label: str, y_label: s
     """One solution minus another at equal norms, with its band; columns as of ``Curve.difference``."""
     figure = curve_figure(frame.assign(seeds=1), kind, x_label, f"difference in {y_label}")
     title = f"{kind.capitalize()}: {frame['series'].iloc[0]} at equal norms"
-    figure.update_layout(title_text=plot_text(title), title_subtitle_text="band: 95 % interval over texts")
+    about = f"band: 95 % interval over texts, paired, {n_text(frame)}"
+    figure.update_layout(title_text=plot_text(title), title_subtitle_text=about)
     figure.add_hline(y=0, line={"color": "#777777", "width": 1})
     return figure
 
 
-def sweep_figure(frame: "pd.DataFrame", kind: str, measure: Mapping[str, str]) -> "go.Figure":
-    """Behaviour, KL and perplexity under each other, over the strength (steer) or the layer (ablate)."""
+def sweep_figure(frame: "pd.DataFrame", kind: str, measure: Mapping[str, str], what: str = "") -> "go.Figure":
+    """Behaviour, KL and perplexity under each other, over the strength (steer) or the layer (ablate) of `what`."""
     from plotly.subplots import make_subplots
 
     check_frame(frame, ["series", "layer", "x", "metric", "value", "low", "high", "n", "seeds"])
@@ -101,11 +111,13 @@ def sweep_figure(frame: "pd.DataFrame", kind: str, measure: Mapping[str, str]) -
         for look in looks:
             part = table[(table["shown"] == look["name"]) & (table["metric"] == metric)]
             _add_line(figure, part.sort_values(column), column, {**look, "legend": row == 1}, x_label, row=row)
-    subtitle = f"95 % interval over prompts, {n_text(frame)}"
-    apply_style(figure, TITLES[kind], subtitle, height=900 + 27 * len(looks), room=18)
+    subtitle = f"band: 95 % interval over prompts, {n_text(frame)}"
+    subtitle += f"; {plot_text(what)}" if what else ""
+    title = f"{TITLES[kind]} ({measure['label']})"
+    apply_style(figure, title, subtitle, height=900 + 27 * len(looks), room=18)
     figure.update_xaxes(title_text=plot_text(x_label), row=3)
     if kind == "ablate":
-        figure.update_xaxes(dtick=max(1, math.ceil(table["layer"].nunique() / 20)))
+        figure.update_xaxes(**whole_steps(table["layer"].to_numpy(float), most=20))
     figure.update_yaxes(rangemode="tozero", row=2)
     _legend_below(figure, len(looks), y=-0.09)
     return figure
@@ -177,14 +189,21 @@ def trajectory_figure(frame: "pd.DataFrame", explained: Sequence[float], distanc
                 hovertemplate="step %{customdata[0]}: %{x:.4g}, <b>%{y:.4g}</b><extra></extra>",
                 row=row, col=1, **style,
             )  # fmt: skip
-    apply_style(figure, "Training trajectory", f"{len(looks)} runs, one space", height=1000 + 27 * len(looks), room=18)
+    about = f"{', '.join(plot_text(look['name']) for look in looks)}: one space of components"
+    apply_style(figure, "Training trajectory", about, height=1000 + 27 * len(looks), room=18)
     parts = [
         f"component {i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate([*explained, 0, 0][:2])
     ]
     figure.update_xaxes(title_text="step", row=2)
     figure.update_xaxes(title_text=parts[0], row=3)
     figure.update_yaxes(title_text=parts[1], row=3)
-    figure.update_yaxes(range=[-1.05, 1.05], row=2)
+    lowest = float(np.nanmin(frame["local_cosine"].to_numpy(float), initial=1.0))
+    figure.update_yaxes(range=[lowest - 0.06 * (1 - lowest) - 0.01, 1 + 0.06 * (1 - lowest) + 0.01], row=2)
+    for row in (1, 2):
+        figure.update_xaxes(row=row, **whole_steps(frame["step"].to_numpy(float)))
+    # Distances between snapshots mean something: one unit is as long along both components.
+    figure.update_yaxes(scaleanchor="x3", row=3)
+    figure.update_xaxes(constrain="domain", row=3)
     _legend_below(figure, len(looks), y=-0.09)
     return figure
 
@@ -210,10 +229,11 @@ def snapshot_cosines_figure(frame: "pd.DataFrame") -> "go.Figure":
     apply_style(
         figure,
         "Where a continued run goes",
-        "band: 95 % interval over prompts",
+        f"band: 95 % interval over prompts, {n_text(frame[frame['n'] > 0])}" if (frame["n"] > 0).any() else "",
         height=260 + 210 * len(panels),
         room=18,
     )
+    figure.update_xaxes(**whole_steps(frame["step"].to_numpy(float)))
     figure.update_xaxes(title_text="step", row=len(panels))
     _legend_below(figure, len(names), y=-0.12)
     return figure
@@ -262,6 +282,14 @@ def _add_line(
         text=[f"{interval_text(v, a, b)}, n = {n}" for v, a, b, n in zip(value, low, high, part["n"], strict=True)],
         hovertemplate=f"<b>{name}</b><br>{plot_text(x_label)} %{{x}}: %{{text}}<extra></extra>", **where,
     )  # fmt: skip
+
+
+def _own_norm(figure: "go.Figure", norm: float, look: Mapping[str, str], number: int) -> None:
+    """Where a solution's own norm lies; the names stand above each other."""
+    figure.add_vline(x=norm, line={"color": look["colour"], "width": 1.2, "dash": "dot"}, layer="below")
+    text = {"text": f"{plot_text(look['name'])}: own norm {norm:.3g}", "font": {"size": 13, "color": look["colour"]}}
+    place = {"x": norm, "xanchor": "right", "y": 1, "yref": "y domain", "yanchor": "bottom", "yshift": 18 * number}
+    figure.add_annotation(**text, **place, showarrow=False)
 
 
 def _reference(figure: "go.Figure", height: float, text: str) -> None:

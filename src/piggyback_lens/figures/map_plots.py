@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.figures.plot_style import INK, MISSING, check_frame, n_text, plot_text, wrapped
+from piggyback_lens.figures.plot_style import GREY, INK, check_frame, n_text, plot_text, wrapped
 from piggyback_lens.figures.plots import heatmap_figure
 from piggyback_lens.intervals import interval_text
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 PATCHED = "patched"
+CONTROL = "random control"
 NUMBERS = ("value", "low", "high", "n", "reason")
 NOT_MEASURED = "not measured"
 
@@ -39,30 +40,42 @@ class Grid:
         ys: keys of the rows, likewise.
         values: recovery of every cell.
         intervals: value with interval and n as text, or why there is none; ready for plotly.
+        zero: whether the interval includes zero.
     """
 
     xs: tuple[object, ...]
     ys: tuple[object, ...]
     values: npt.NDArray[np.float64]
     intervals: tuple[tuple[str, ...], ...]
+    zero: npt.NDArray[np.bool_]
 
     def within(self, noise_floor: float) -> npt.NDArray[np.bool_]:
-        """Which cells have a value that cannot be told from noise."""
+        """Which cells have a value that numerical noise alone gives too."""
         return np.abs(self.values) <= noise_floor  # False where NaN
 
+    def unsure(self, noise_floor: float | None) -> npt.NDArray[np.bool_]:
+        """Which cells differ from numerical noise, but have an interval that includes zero."""
+        known = self.zero & np.isfinite(self.values)
+        return known if noise_floor is None else known & ~self.within(noise_floor)
+
     def cell_text(self, noise_floor: float | None, digits: int | None = None) -> list[list[str]]:
-        """Values with two decimals (three in a map of small ones), those within the noise floor in brackets."""
+        """Values with two decimals (three in a map of small ones), marked as `value_text` says."""
         if digits is None:
             digits = 2 if np.abs(self.values[np.isfinite(self.values)]).max(initial=0.0) >= 0.2 else 3
-        return [[value_text(value, noise_floor, digits) for value in row] for row in self.values]
+        return [
+            [value_text(value, noise_floor, digits, unsure=bool(zero)) for value, zero in zip(*row, strict=True)]
+            for row in zip(self.values, self.zero, strict=True)
+        ]
 
 
-def value_text(value: float, noise_floor: float | None, digits: int) -> str:
-    """``0.91``; ``(0.01)`` where it lies within the noise; "–" where there is none."""
+def value_text(value: float, noise_floor: float | None, digits: int, *, unsure: bool = False) -> str:
+    """``0.91``; ``(0.01)`` where the interval includes zero; ``≈ 0`` within numerical noise; "–" for none."""
     if not math.isfinite(value):
         return "–"
+    if noise_floor is not None and abs(value) <= noise_floor:
+        return "≈ 0"
     shown = f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
-    return f"({shown})" if noise_floor is not None and abs(value) <= noise_floor else shown
+    return f"({shown})" if unsure else shown
 
 
 def keys_in_order(values: Iterable[object]) -> tuple[object, ...]:
@@ -87,6 +100,7 @@ def grid(part: "pd.DataFrame", *, x: str, y: str, xs: Sequence[object] = (), ys:
     xs = tuple(xs) or keys_in_order(part[x])
     ys = tuple(ys) or keys_in_order(part[y])
     values = np.full((len(ys), len(xs)), math.nan)
+    zero = np.zeros(values.shape, dtype=bool)
     intervals = [[f"missing: {NOT_MEASURED}"] * len(xs) for _ in ys]
     column, row = ({key: i for i, key in enumerate(keys)} for keys in (xs, ys))
     seen: set[tuple[object, object]] = set()
@@ -98,9 +112,9 @@ def grid(part: "pd.DataFrame", *, x: str, y: str, xs: Sequence[object] = (), ys:
             )
         seen.add((across, down))
         at = row[down], column[across]
-        values[at] = float(value)
+        values[at], zero[at] = float(value), float(low) <= 0.0 <= float(high)
         intervals[at[0]][at[1]] = _interval(float(value), float(low), float(high), n, reason)
-    return Grid(xs, ys, values, tuple(map(tuple, intervals)))
+    return Grid(xs, ys, values, tuple(map(tuple, intervals)), zero)
 
 
 def _interval(value: float, low: float, high: float, n: float | int, reason: object) -> str:
@@ -171,6 +185,9 @@ def recovery_map_figure(  # noqa: PLR0913
 ) -> "go.Figure":
     """One map of the recovery of the series "patched"; rows with numbers (layers) rise from the bottom.
 
+    A dot marks a cell whose interval includes zero, a cross one that numerical noise alone gives too. Where the random
+    control ran, a square within the cell has its colour on the same scale.
+
     Args:
         frame: columns series, value, low, high, n, reason, and those named by ``x``, ``y`` and the texts.
         x: column of keys along x: numbers in rising order, anything else as first seen.
@@ -181,10 +198,10 @@ def recovery_map_figure(  # noqa: PLR0913
         y_title: likewise.
         x_text: column of the labels to write for the keys, which may repeat: x="position", x_text="token".
         y_text: the same for ``y``.
-        noise_floor: cells with |value| up to this (a fraction) get a grey cross, or brackets with ``text``;
-            None or NaN: not known.
+        noise_floor: what |value| up to which (a fraction) is numerical noise; None or NaN: not known.
         colorbar_title: what the colour says, with its unit.
-        text: write the values into the cells.
+        text: write the values into the cells: in brackets where the interval includes zero, ``≈ 0`` within
+            numerical noise.
 
     Raises:
         LensError: columns are missing, no row is patched, or two rows stand for the same cell.
@@ -201,8 +218,12 @@ def recovery_map_figure(  # noqa: PLR0913
         )
     lines = [subtitle] if subtitle else []
     lines += [f"colour: mean; under the cursor: 95 % interval over prompts; {n_text(part)}"]
-    if noise_floor is not None:
-        lines += [noise_note(int(cells.within(noise_floor).sum()), cells.values.size, noise_floor, text)]
+    lines += zero_notes([cells], noise_floor, brackets=text)
+    control = _control_cells(frame, x, y, cells)
+    largest = float(np.nanmax(np.abs(control.values), initial=0.0)) if control is not None else 0.0
+    if control is not None:
+        count = int(np.isfinite(control.values).sum())
+        lines.append(f"squares: random control, same colours, at {count} cells (largest {largest:.2g})")
     figure = heatmap_figure(
         cells.values,
         _labels(part, x, x_text, cells.xs),
@@ -216,11 +237,46 @@ def recovery_map_figure(  # noqa: PLR0913
         cell_text=cells.cell_text(noise_floor) if text else None,
         bottom_up=all(isinstance(key, Real) for key in cells.ys),
         # A map of noise stays pale instead of blowing it up to full colour.
-        least_limit=2 * (noise_floor or 0.0),
+        least_limit=max(2 * (noise_floor or 0.0), largest),
     )
+    if not text:
+        _mark(figure, cells.unsure(noise_floor), "the interval includes 0", "circle", 3)
     if noise_floor is not None and not text:
-        _cross_out(figure, cells.within(noise_floor))
+        _mark(figure, cells.within(noise_floor), "within numerical noise", "x-thin", 6)
+    if control is not None:
+        _draw_control(figure, control)
     return figure
+
+
+def _control_cells(frame: "pd.DataFrame", x: str, y: str, cells: Grid) -> Grid | None:
+    """The random control where it ran, on the grid of the patched cells."""
+    part = frame[frame["series"] == CONTROL].dropna(subset=[x, y])
+    return grid(part, x=x, y=y, xs=cells.xs, ys=cells.ys) if len(part) else None
+
+
+def _draw_control(figure: "go.Figure", control: Grid) -> None:
+    """Squares in the cells, on the scale of the map."""
+    rows, columns = np.nonzero(np.isfinite(control.values))
+    places = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    scale = figure.data[0]
+    figure.add_scatter(
+        x=columns.astype(np.int16),
+        y=rows.astype(np.int16),
+        mode="markers",
+        marker={
+            "symbol": "square",
+            "size": max(6, min(12, 500 // len(control.xs))),
+            "color": [float(control.values[place]) for place in places],
+            "colorscale": scale.colorscale,
+            "cmin": scale.zmin,
+            "cmax": scale.zmax,
+            "line": {"width": 1.5, "color": INK},
+        },
+        customdata=[control.intervals[row][column] for row, column in places],
+        name=CONTROL,
+        hovertemplate=f"<b>{CONTROL}</b>: %{{customdata}}<extra></extra>",
+        showlegend=False,
+    )
 
 
 def known_floor(noise_floor: float | None) -> float | None:
@@ -233,20 +289,28 @@ def bar_lengths(lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(np.isfinite(lengths), np.maximum(lengths, 0.0), np.nan)
 
 
-def noise_note(inside: int, cells: int, noise_floor: float, brackets: bool) -> str:
-    """How many cells lie within the noise, and how they are marked."""
-    mark = "in brackets" if brackets else "×"
-    return f"{mark}: within the noise floor ±{noise_floor:.2g} ({inside} of {cells} cells)"
+def zero_notes(grids: Sequence[Grid], noise_floor: float | None, *, brackets: bool) -> list[str]:
+    """How many cells cannot be told from zero, by their interval or by numerical noise, and how they are marked."""
+    total = sum(int(np.isfinite(cells.values).sum()) for cells in grids)
+    unsure = sum(int(cells.unsure(noise_floor).sum()) for cells in grids)
+    mark = "in brackets" if brackets else "dot"
+    notes = [f"{mark}: the interval includes 0 ({unsure} of {total} cells, each by itself)"]
+    if noise_floor is not None:
+        inside = sum(int(cells.within(noise_floor).sum()) for cells in grids)
+        mark = "≈ 0" if brackets else "×"
+        notes.append(f"{mark}: within numerical noise ±{noise_floor:.2g} ({inside} cells)")
+    return notes
 
 
-def _cross_out(figure: "go.Figure", cells: npt.NDArray[np.bool_]) -> None:
+def _mark(figure: "go.Figure", cells: npt.NDArray[np.bool_], name: str, symbol: str, size: int) -> None:
+    """Small grey marks in the middle of cells."""
     rows, columns = np.nonzero(cells)
     figure.add_scatter(
         x=columns.astype(np.int16),
         y=rows.astype(np.int16),
         mode="markers",
-        marker={"symbol": "x-thin", "size": 5, "line": {"width": 1, "color": MISSING}},
-        name="within the noise floor",
+        marker={"symbol": symbol, "size": size, "color": GREY, "line": {"width": symbol == "x-thin", "color": GREY}},
+        name=name,
         hoverinfo="skip",
         showlegend=False,
     )
@@ -291,8 +355,9 @@ def head_map_figure(
     if shared:
         lines = "lines: between key-value groups"
         subtitle = f"{subtitle}; {lines}" if subtitle else lines
+    shown = frame[frame["series"].isin([PATCHED, CONTROL]) & frame[x].notna()]
     figure = recovery_map_figure(
-        part.assign(label=[labels[head] for head in part[x]]),
+        shown.assign(label=[labels[whole(head)] for head in shown[x]]),
         x=x,
         x_text="label",
         y="layer",

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from piggyback_lens.figures.plot_style import BLUE, GREY, VERMILION, apply_style, check_frame
+from piggyback_lens.figures.plot_style import BLUE, GREY, VERMILION, apply_style, check_frame, whole_steps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,23 +27,26 @@ def monitor_figure(frame: "pd.DataFrame", *, title: str = "training, watched off
 
     layers = [str(name) for name in frame.columns if str(name).startswith("drift_layer_")]
     check_frame(frame, ["step", "n", "spread", "recovery", "drift", *(layers or ["drift_layer_0"])])
-    names = [*(label for label, _ in _PANELS.values()), "drift of the prefix's keys and values by layer (log10)"]
+    names = [_panel_title(frame, name) for name in _PANELS]
+    names.append("drift of the prefix's keys and values by layer (log10)")
     figure = make_subplots(
         rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.09, row_heights=[0.3, 0.3, 0.4], subplot_titles=names
     )
     figure.update_annotations(x=0, xanchor="left", font={"size": 14})
+    steps = frame["step"].to_numpy(float)
+    edges = _edges(steps)
     for row, (name, (_, colour)) in enumerate(_PANELS.items(), start=1):
         _add_curve(figure, frame, name, colour=colour, row=row)
     drift = frame[layers].to_numpy(dtype=float).T
     shown = np.log10(np.where(drift > 0, drift, np.nan))
     figure.add_heatmap(
-        x=frame["step"],
+        x=edges,
         y=[int(name.removeprefix("drift_layer_")) for name in layers],
         z=shown,
-        customdata=drift,
+        customdata=np.stack([drift, np.broadcast_to(steps, drift.shape)], axis=-1),
         colorscale="Viridis",
-        colorbar={"title": {"text": "log10"}, "len": 0.36, "y": 0, "yanchor": "bottom"},
-        hovertemplate="step %{x}, layer %{y}: <b>%{customdata:.3g}</b><extra></extra>",
+        colorbar={"title": {"text": "log10", "side": "top"}, "len": 0.36, "y": 0, "yanchor": "bottom"},
+        hovertemplate="step %{customdata[1]}, layer %{y}: <b>%{customdata[0]:.3g}</b><extra></extra>",
         row=3,
         col=1,
     )
@@ -50,8 +54,26 @@ def monitor_figure(frame: "pd.DataFrame", *, title: str = "training, watched off
     apply_style(figure, title, f"teacher-forced, n = {n} off-topic prompts, 95 % intervals", height=760, room=18)
     figure.update_layout(showlegend=False)
     figure.update_yaxes(title_text="layer", row=3, col=1)
+    figure.update_xaxes(**whole_steps([*edges, steps[-1]]))
     figure.update_xaxes(title_text="optimiser step", row=3, col=1)
     return figure
+
+
+def _panel_title(frame: "pd.DataFrame", name: str) -> str:
+    """What is drawn, and at how many of the measurements it is not defined."""
+    missing = int((~np.isfinite(frame[name].to_numpy(dtype=float))).sum())
+    label = _PANELS[name][0]
+    why = "the models do not differ beyond noise" if name == "recovery" else "missing"
+    return f"{label}; undefined at {missing} of {len(frame)} measurements: {why}" if missing else label
+
+
+def _edges(steps: npt.NDArray[np.float64]) -> list[float]:
+    """Borders of the columns: halfway between measurements, and where the run ends."""
+    if len(steps) == 1:
+        return [float(steps[0]) - 0.5, float(steps[0]) + 0.5]
+    halves = (steps[1:] + steps[:-1]) / 2
+    first = max(0.0, float(steps[0] - (halves[0] - steps[0])))
+    return [first, *halves.tolist(), float(steps[-1])]
 
 
 def _add_curve(figure: "go.Figure", frame: "pd.DataFrame", name: str, *, colour: str, row: int) -> None:

@@ -51,7 +51,7 @@ class _Rows:
         ticks: dict[float, str] = {}
         at = 0.0
         for group, names in groups.items():
-            if group:
+            if group and names != [group]:
                 ticks[at] = f"<b>{wrapped(group, 30)}</b>"
                 at += 0.8
             for name in names:
@@ -155,7 +155,7 @@ def stress_figure(frame: "pd.DataFrame", *, label: str, unit: str, title: str) -
         )
     figure.data[-1].showlegend = figure.data[-2].showlegend = True
     subtitle = f"marker: mean; bar: 95 % interval over prompts; {n_text(frame)}"
-    _finish(figure, title, subtitle, rows, axis_title(label, unit), x_range, row=ROW + 22, room=28)
+    _finish(figure, title, subtitle, rows, axis_title(label, unit), x_range, row=ROW + 32, room=28)
     above = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "orientation": "h"}
     figure.update_layout(legend={**above, "font": {"size": 14}}, showlegend=True)
     return figure

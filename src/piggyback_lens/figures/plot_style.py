@@ -1,6 +1,7 @@
 """What all figures share: colours, fonts, literal text, ranges."""
 
 import html
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -66,6 +67,8 @@ def apply_style(figure: "go.Figure", title: str, subtitle: str, *, height: int, 
         modebar={"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
         hoverlabel={"font": {"family": FONT, "size": 13}, "align": "left"},
     )
+    # How much of the margin the heading takes: the report writes it above the figure instead.
+    figure.update_layout(meta={"heading": top - room + 17 * subtitle.count("<br>")})
     axis = {"automargin": True, "tickfont": {"size": 13}, "title_font": {"size": 14}, "gridcolor": PALE}
     figure.update_xaxes(**axis, zeroline=False, showline=True, linecolor=GREY, ticks="outside")
     figure.update_yaxes(**axis, zeroline=False)
@@ -96,6 +99,31 @@ def n_text(frame: "pd.DataFrame") -> str:
     """``n = 40``, or the range of the column n."""
     low, high = int(frame["n"].min()), int(frame["n"].max())
     return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def whole_steps(values: Sequence[float] | npt.NDArray[np.float64], most: int = 12) -> dict[str, object]:
+    """The settings of an axis of whole numbers, steps or layers: its ticks are whole, and it ends where they end."""
+    low, high = float(np.min(values)), float(np.max(values))
+    rough = max(1.0, (high - low) / most)
+    scale = 10 ** math.floor(math.log10(rough))
+    step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= rough)
+    room = 0.02 * (high - low) or 0.5
+    return {"tick0": 0, "dtick": step, "tickformat": "d", "range": [low - room, high + room]}
+
+
+def set_apart(values: Sequence[float], fixed: Sequence[bool], gap: float) -> list[float]:
+    """Values moved as little as it takes (least squares) to be at least `gap` apart, in their order.
+
+    The `fixed` ones stay where they are, as long as they are apart themselves.
+    """
+    from scipy.optimize import isotonic_regression
+
+    order = sorted(range(len(values)), key=lambda at: values[at])
+    steps = gap * np.arange(len(order))
+    weights = [1e6 if fixed[at] else 1.0 for at in order]
+    placed = isotonic_regression(np.asarray(values)[order] - steps, weights=weights).x + steps
+    moved = dict(zip(order, placed.tolist(), strict=True))
+    return [moved[at] for at in range(len(values))]
 
 
 def padded_range(values: npt.NDArray[np.float64], unit: str) -> list[float]:

@@ -6,7 +6,7 @@ from outside (tokens, labels, titles) is shown literally.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,21 +14,18 @@ import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.condition_plot import conditions_figure
+from piggyback_lens.figures.layer_curve_plot import layer_curve_figure
 from piggyback_lens.figures.plot_style import (
-    DASHES,
     GREY,
     INK,
     MISSING,
-    ORANGE,
     SERIES_COLOURS,
-    SYMBOLS,
     apply_style,
     check_frame,
-    n_text,
     plot_text,
+    whole_steps,
     wrapped,
 )
-from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,126 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["conditions_figure", "heatmap_figure", "history_figure", "layer_curve_figure", "plot_text"]
 
 LABEL_LENGTH = 24  # longer token labels are cut on the axis and whole under the cursor
-
-
-# --- layer curves ------------------------------------------------------------------------------------
-
-RECOVERY_LINES = {0.0: "0 = finetuned", 1.0: "1 = base restored"}
-
-
-def layer_curve_figure(
-    frame: "pd.DataFrame",
-    *,
-    title: str,
-    y_label: str,
-    references: Mapping[float, str] = RECOVERY_LINES,
-    noise_floor: float | None = None,
-    x_label: str = "layer",
-) -> "go.Figure":
-    """A line with its interval band over the layers for each series; controls in grey with hollow markers.
-
-    ``frame`` has columns layer, value, low, high, series, and optionally n. A series whose name contains
-    "control" is a control. ``references`` are horizontal lines with their names; ``noise_floor`` draws
-    dashed lines at ± that value: what lies between them cannot be told from numerical noise. The vertical
-    range follows the values; very wide bands are cut.
-    """
-    import plotly.graph_objects as go
-
-    check_frame(frame, ["layer", "value", "low", "high", "series"])
-    figure = go.Figure()
-    for height, text in references.items():
-        figure.add_hline(y=height, line={"color": GREY, "width": 1.3}, layer="below")
-        place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": height}
-        figure.add_annotation(**place, text=plot_text(text), showarrow=False, font={"color": GREY})
-    names = list(dict.fromkeys(frame["series"]))
-    colours = iter(SERIES_COLOURS * (len(names) // len(SERIES_COLOURS) + 1))
-    for index, name in enumerate(names):
-        is_control = "control" in str(name).lower()
-        colour = GREY if is_control else next(colours)
-        part = frame[frame["series"] == name].sort_values("layer")
-        _add_series(figure, part, plot_text(name), colour=colour, index=index, hollow=is_control)
-    if noise_floor is not None:
-        _add_noise_floor(figure, noise_floor)
-    n = f"; {n_text(frame)}" if "n" in frame else ""
-    band = "; band: 95 % interval over prompts" if np.isfinite(frame["low"].to_numpy(float)).any() else ""
-    entries = len(names) + (noise_floor is not None)
-    apply_style(figure, title, f"line: mean{band}{n}", height=540 + 31 * entries)
-    layers = sorted(set(frame["layer"]))
-    figure.update_xaxes(
-        title_text=plot_text(x_label), tickvals=layers[:: max(1, math.ceil(len(layers) / 20))], showgrid=False
-    )
-    figure.update_yaxes(title_text=plot_text(y_label), range=_curve_range(frame, [*references, noise_floor or 0.0]))
-    # One entry a line below the axis title: their number, and so the room they need, is known.
-    legend = {"orientation": "v", "x": 0, "y": -0.17, "yanchor": "top", "font": {"size": 14}}
-    figure.update_layout(legend=legend, showlegend=True, margin_r=150, margin_b=80 + 31 * entries)
-    return figure
-
-
-def _add_noise_floor(figure: "go.Figure", height: float) -> None:
-    line = {"color": ORANGE, "width": 1.8, "dash": "dash"}
-    for sign in (-1, 1):
-        figure.add_hline(y=sign * height, line=line, layer="below")
-    name = f"numerical noise floor, ±{height:.2g}"
-    figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
-
-
-def _add_series(figure: "go.Figure", part: "pd.DataFrame", name: str, *, colour: str, index: int, hollow: bool) -> None:
-    import plotly.graph_objects as go
-
-    layer, value, low, high = (part[column].to_numpy(float) for column in ("layer", "value", "low", "high"))
-    known = np.isfinite(low) & np.isfinite(high)
-    for start, stop in _runs(known):
-        figure.add_scatter(
-            x=np.concatenate([layer[start:stop], layer[start:stop][::-1]]),
-            y=np.concatenate([high[start:stop], low[start:stop][::-1]]),
-            fill="toself",
-            mode="lines",
-            line={"width": 0},
-            fillcolor=colour,
-            opacity=0.18,
-            hoverinfo="skip",
-            showlegend=False,
-            legendgroup=str(index),
-        )
-    n = [f", n = {count}" for count in part["n"]] if "n" in part else [""] * len(part)
-    text = [f"{interval_text(v, a, b)}{c}" for v, a, b, c in zip(value, low, high, n, strict=True)]
-    figure.add_trace(
-        go.Scatter(
-            x=layer,
-            y=value,
-            mode="lines+markers",
-            name=name,
-            legendgroup=str(index),
-            line={"color": colour, "width": 2.5, "dash": DASHES[index % len(DASHES)]},
-            marker={
-                "size": 8,
-                "symbol": SYMBOLS[index % len(SYMBOLS)],
-                "color": "white" if hollow else colour,
-                "line": {"width": 1.5, "color": colour},
-            },
-            text=text,
-            hovertemplate=f"<b>{name}</b><br>layer %{{x}}: %{{text}}<extra></extra>",
-        )
-    )
-
-
-def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Half-open ranges of neighbouring True entries."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
-    return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _curve_range(frame: "pd.DataFrame", references: Iterable[float]) -> list[float]:
-    inner = np.concatenate([frame["value"].to_numpy(float), np.array([*references], dtype=float)])
-    inner = inner[np.isfinite(inner)]
-    if not len(inner):
-        return [0.0, 1.0]
-    bottom, top = float(inner.min()), float(inner.max())
-    room = 0.4 * ((top - bottom) or 1.0)
-    outer = frame[["low", "high"]].to_numpy(float)
-    outer = np.clip(outer[np.isfinite(outer)], bottom - room, top + room)
-    edges = [bottom, top, *outer]
-    return [min(edges) - 0.06 * (top - bottom or 1.0), max(edges) + 0.06 * (top - bottom or 1.0)]
 
 
 # --- maps --------------------------------------------------------------------------------------------
@@ -282,6 +159,9 @@ def history_figure(frame: "pd.DataFrame", *, title: str = "training history") ->
     numeric = [str(name) for name in frame.select_dtypes("number").columns]
     drawn = [name for name in numeric if name not in ("step", "tokens", "seconds", *last)]
     drawn += [name for name in last if name in numeric]
+    # The loss of plain finetuning has one term, which is the loss.
+    same = [name for name in drawn if name not in ("loss", *last) and "loss" in drawn and _equal(frame, name, "loss")]
+    drawn = [name for name in drawn if name not in same]
     if not drawn:
         raise LensError(f"a training history needs a column to draw beside step, such as loss; got {list(frame)}")
     names = {"lr": "learning rate", "grad_norm": "gradient norm before clipping", "norm": "norm of the solution"}
@@ -310,8 +190,14 @@ def history_figure(frame: "pd.DataFrame", *, title: str = "training history") ->
             row=row,
             col=1,
         )
-    apply_style(figure, title, f"{len(frame)} steps", height=150 + 170 * len(drawn), room=18)
+    about = "; ".join([f"{len(frame)} steps", *(f"{plot_text(name)} is the whole loss" for name in same)])
+    apply_style(figure, title, about, height=150 + 170 * len(drawn), room=18)
     figure.update_layout(showlegend=False)
     figure.update_yaxes(nticks=5, exponentformat="power")
+    figure.update_xaxes(**whole_steps(frame["step"].to_numpy(float)))
     figure.update_xaxes(title_text="step", row=len(drawn), col=1)
     return figure
+
+
+def _equal(frame: "pd.DataFrame", one: str, other: str) -> bool:
+    return bool(np.allclose(frame[one].to_numpy(float), frame[other].to_numpy(float), rtol=1e-5, equal_nan=True))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.figures.plot_style import INK, wrapped
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.words import DONOR, RECIPIENT
 
@@ -52,7 +53,17 @@ def draw(result: Drawn) -> "go.Figure":
     }
     if result.kind not in drawings:
         raise LensError(f"a result of kind {result.kind!r} has no figure: there are {', '.join(drawings)}")
-    return drawings[result.kind](result)
+    figure, frame = drawings[result.kind](result), result.to_frame()
+    if not np.isfinite(frame["value"].to_numpy(float)).any():
+        _say_why_empty(figure, str(frame["reason"].iloc[0]))
+    return figure
+
+
+def _say_why_empty(figure: "go.Figure", reason: str) -> None:
+    """Where nothing is defined, the figure says so and why."""
+    text = f"<b>no recovery is defined here</b><br>{wrapped(reason, 60)}"
+    box = {"bgcolor": "rgba(255,255,255,0.9)", "borderpad": 8, "font": {"size": 15, "color": INK}}
+    figure.add_annotation(text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, **box)
 
 
 def carrier_plane(result: Drawn) -> "go.Figure":
@@ -97,8 +108,11 @@ def _layer_curve(result: Drawn) -> "go.Figure":
     frame, flow = result.to_frame(), result.cells[0]["flow"]
     whole = frame[frame["mode"] == "all layers"]
     labels = {0.0: f"0 = {RECIPIENT[flow]}", 1.0: f"1 = {DONOR[flow]}"}
+    about = ""
     if len(whole) and np.isfinite(whole["value"].iloc[0]):
-        labels[float(whole["value"].iloc[0])] = f"{whole['value'].iloc[0]:.2f} = all layers' K/V"
+        value, low, high = (float(whole[name].iloc[0]) for name in ("value", "low", "high"))
+        labels[value] = f"{value:.2f} = all layers' K/V"
+        about = f"all layers' keys and values at once: {value:.2f} [{low:.2f}, {high:.2f}]"
     mode = {"single": "one layer", "below": "all layers up to l", "above": "all layers from l on"}
     modes = [cell["mode"] for cell in result.cells if cell["mode"] != "all layers"]
     shown = mode.get(modes[0], "a window of layers")
@@ -108,6 +122,7 @@ def _layer_curve(result: Drawn) -> "go.Figure":
         y_label="recovery (fraction)",
         references=labels,
         noise_floor=_floor(result),
+        subtitle=about,
     )
 
 
