@@ -31,6 +31,7 @@ from piggyback_lens import (
     SnapshotKeeper,
     TrainSettings,
     Weighted,
+    __version__,
     attached,
     default_model,
     efficiency,
@@ -323,6 +324,8 @@ RUN = dict(zip(PARTS, (train_part, behaviour_part, curves_part, drift_part, late
 
 INTRODUCTION = """# Narrow is harder than general, at 135M parameters?
 
+**Made with piggyback_lens {version}.**
+
 SmolLM2-135M-Instruct, tasks {tasks}. A steering vector on the output of block {layer} (of 30) and a rank-1 adapter on
 `down_proj` of that block, {steps} steps of {batch} conversations each, from the task alone (*general*) or with
 KL(base || tuned) on {retain} conversations of other topics, answered by the base (*narrow*). Learning rate and KL
@@ -342,7 +345,7 @@ than less stable."""
 
 def page(labs: list[Laboratory], docs: Path) -> str:
     facts = {"tasks": " and ".join(lab.task.name for lab in labs), "layer": LAYER, "steps": STEPS, "batch": BATCH}
-    sections = [INTRODUCTION.format(**facts, retain=RETAIN, keep=KEEP)]
+    sections = [INTRODUCTION.format(**facts, retain=RETAIN, keep=KEEP, version=__version__)]
     sections += ["## Which of the paper's claims hold here", CLAIMS, table(claims(labs))]
     for lab in labs:
         sections += [f"## {lab.task.name}: {lab.task.description}", *training_section(lab), *behaviour_section(lab)]

@@ -22,6 +22,7 @@ from piggyback_lens import (
     PerturbSettings,
     Result,
     StressSettings,
+    __version__,
     attribution_map,
     carrier_map,
     default_model,
@@ -226,6 +227,8 @@ def draw(lab: Laboratory, docs: Path, name: str, figure: object) -> str:
 
 INTRODUCTION = """# Where the terse organism is carried
 
+**Made with piggyback_lens {version}.**
+
 {finetuned} on {base}, from `make demo`; one training seed. Written by
 `python examples/piggyback_smollm2.py demo_out lab_out docs`; no number below is typed by hand.
 
@@ -259,6 +262,7 @@ def page(lab: Laboratory, docs: Path) -> str:
         "few": MAP_PROMPTS,
         "generated": GENERATED_PROMPTS,
         "tokens": ANSWER_TOKENS,
+        "version": __version__,
     }
     sections = [INTRODUCTION.format(**lab.audit.card["names"], **facts)]
     for section in (span_section, perturb_section, carrier_section, curve_section, map_section, head_section):

@@ -31,6 +31,7 @@ from piggyback_lens import (
     RenderedPrompt,
     Result,
     TrainSettings,
+    __version__,
     compare_methods,
     default_model,
     load_result,
@@ -300,6 +301,8 @@ def told(claim: str, e: Estimate, agree: list[bool]) -> dict:
 
 INTRODUCTION = """# TReFT and its rivals on a small model
 
+**Made with piggyback_lens {version}.**
+
 {model}, tasks {tasks}, seeds {seeds}; {steps} steps of {batch} rows, LoRA on all linear modules. Every task was run by
 the command above its tables, the page is written by `python examples/treft_vs_rivals.py treft_out docs --page`;
 no number below is typed by hand.
@@ -385,7 +388,7 @@ def write_page(study: Study, pictures: bool) -> Path:
     facts = {"model": Path(study.model).name.split(".Q")[0], "tasks": ", ".join(study.tasks), "n": study.n}
     facts |= {"seeds": ", ".join(map(str, study.seeds)), "first": study.seeds[0], "kept": round(100 * KEPT)}
     facts |= {"steps": study.training.steps, "batch": study.training.batch_size, "tokens": study.tokens}
-    parts = [INTRODUCTION.format(**facts), CLAIMS]
+    parts = [INTRODUCTION.format(**facts, version=__version__), CLAIMS]
     for task in study.tasks:
         parts += section(study, task, pictures)
     page = "\n\n".join(parts) + "\n"

@@ -20,6 +20,8 @@ from piggyback_lens.intervals import interval_text, percent
 
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"
 AUDIT = ("<!-- audit:start -->", "<!-- audit:end -->")
+OWN = ("piggyback-lens", "torch", "transformers", "transformer-lens")
+"""Versions that stand below the table."""
 WIDTH, SCALE = 1100, 2  # px, and how many picture points stand for one
 
 
@@ -31,7 +33,7 @@ def results_markdown(result: Result) -> str:
         value = f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
         rows.append(f"| {row['topic']} | {row['condition_label']} | {row['n']} | {value} | {recovered(row)} |")
     same, total = result.identical
-    versions = ", ".join(f"{name} {card['versions'][name]}" for name in ("torch", "transformers", "transformer-lens"))
+    versions = ", ".join(f"{name} {card['versions'][name]}" for name in OWN)
     return "\n".join(
         [
             f"**{result.verdict}**",

@@ -166,7 +166,7 @@ def demo_folder(tmp_path):
         "behaviour": "words",
         "settings": {"seed": 0},
         "names": {"base": "B", "finetuned": "F"},
-        "versions": {"torch": "1", "transformers": "2", "transformer-lens": "3"},
+        "versions": {"piggyback-lens": "0", "torch": "1", "transformers": "2", "transformer-lens": "3"},
         "machine": {"gpu": None, "cores": 2},
         "seconds": 90.0,
         "peak_memory_gb": 1.5,
@@ -202,7 +202,7 @@ def test_the_numbers_of_the_readme_are_written_between_the_markers_and_nowhere_e
     assert recoveries[CONDITIONS["prefix"]] == "50 % [50, 50]"
     assert recoveries[CONDITIONS["identity"]].startswith("0 %")
     assert recoveries["base"] == recoveries["finetuned"] == ""
-    assert "training 2.0 min, audit 1.5 min; peak memory 1.5 GB; 2 CPU cores, torch 1" in results
+    assert "training 2.0 min, audit 1.5 min; peak memory 1.5 GB; 2 CPU cores, piggyback-lens 0, torch 1" in results
     written = script["with_results"](README, results)
     assert between(written, "demo").strip() == results
     assert script["with_results"](written, "x").replace("\nx\n", between(README, "demo")) == README
