@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -51,6 +51,7 @@ from piggyback_lens.models.views import (
     weights_version,
     without_adapters,
 )
+from piggyback_lens.progress import counting, shows
 from piggyback_lens.settings import ChatSettings, LoadSettings
 from piggyback_lens.words import SIDES, Backend, Side
 
@@ -58,7 +59,15 @@ Source = Any
 """A hub id, a local folder, a GGUF file, a PEFT adapter folder, a transformers model, or a hooked model."""
 
 
-def hook_model(hf_model: Any, tokenizer: Any, *, backend: Backend = "bridge", name: str | None = None) -> HookedModel:
+@shows("loading")
+def hook_model(
+    hf_model: Any,
+    tokenizer: Any,
+    *,
+    backend: Backend = "bridge",
+    name: str | None = None,
+    progress: bool | str = True,
+) -> HookedModel:
     """Make a hooked model of a transformers causal language model, and prove that it is the same function.
 
     Args:
@@ -67,6 +76,7 @@ def hook_model(hf_model: Any, tokenizer: Any, *, backend: Backend = "bridge", na
         tokenizer: kept as it is, for the hooked model's own convenience functions.
         backend: "bridge" (TransformerBridge) or "hooked" (HookedTransformer, transformer-lens 3.9 only).
         name: shown in messages.
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: the architecture or the adapter is unsupported, or the logits differ; the message has the figures.
@@ -78,13 +88,12 @@ def hook_model(hf_model: Any, tokenizer: Any, *, backend: Backend = "bridge", na
 
 def _hooked(owner: Any, tokenizer: Any, backend: Backend, expected: Expected) -> HookedModel:
     """The hooked model of an owner's model, proven to compute what is expected."""
-    if backend == "bridge":
-        model = boot_bridge(owner, tokenizer, expected.name)
-    elif backend == "hooked":
-        model = build_hooked(owner, tokenizer, expected.name)
-    else:
+    if backend not in get_args(Backend):
         raise LensError(f"backend {backend!r} is not known: choose 'bridge' or 'hooked'")
-    prove(model, expected)
+    with counting(None, f"hooking and checking {expected.name}"):
+        boot = boot_bridge if backend == "bridge" else build_hooked
+        model = boot(owner, tokenizer, expected.name)
+        prove(model, expected)
     if backend == "bridge":
         beside = structural_copy(owner).eval()
         text = text_part(inner_model(beside))
@@ -188,6 +197,7 @@ class ModelPair:
         )
 
     @classmethod
+    @shows("loading")
     def load(  # noqa: PLR0913
         cls,
         base: Source = None,
@@ -203,6 +213,7 @@ class ModelPair:
         trust_remote_code: bool = False,
         offline: bool = False,
         names: tuple[str, str] | None = None,
+        progress: bool | str = True,
     ) -> "ModelPair":
         """Load both sides, hook them, and prove that each computes what its owner computes.
 
@@ -227,6 +238,7 @@ class ModelPair:
             trust_remote_code: run code that a repository brings; it can do whatever you can.
             offline: make no connection at all.
             names: of base and finetuned, for figures and results; default from the sources.
+            progress: show a line with the time left; a text is its label.
 
         Raises:
             LensError: anything that is not loadable or does not fit, in one line.

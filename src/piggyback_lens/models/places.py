@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from piggyback_lens.errors import LensError, visible
+from piggyback_lens.progress import track
 from piggyback_lens.settings import LoadSettings
 
 QUANTIZATIONS = ("4bit", "8bit")
@@ -185,7 +186,7 @@ def offline_if(offline: bool) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No weight-loading progress bars, and no notices of deprecations between transformers and PEFT.
+    """Weights counted on our own line of progress, and no notices of deprecations between transformers and PEFT.
 
     What else these libraries say may quote a file, so its control characters are written out.
     """
@@ -193,6 +194,9 @@ def quietly() -> Iterator[None]:
 
     shown, make_record = bars.is_progress_bar_enabled(), logging.getLogRecordFactory()
     bars.disable_progress_bar()
+    # Releases of transformers before it had this hook show nothing while weights are read.
+    hooked = getattr(bars, "set_tqdm_hook", lambda _: None)
+    hook = hooked(_counted)
 
     def record(*args: Any, **keywords: Any) -> logging.LogRecord:
         made = make_record(*args, **keywords)
@@ -209,5 +213,11 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logging.setLogRecordFactory(make_record)
+        hooked(hook)
         if shown:
             bars.enable_progress_bar()
+
+
+def _counted(bar: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """What transformers shows while it reads weights."""
+    return track(args[0], "weights") if args and keywords.get("desc") == "Loading weights" else bar(*args, **keywords)

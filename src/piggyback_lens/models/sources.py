@@ -27,6 +27,7 @@ from piggyback_lens.models.places import (
     torch_dtype,
     usable_device,
 )
+from piggyback_lens.progress import shows
 from piggyback_lens.settings import QUANTIZATIONS, LoadSettings
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -133,7 +134,8 @@ def load_tokenizer(source: str | Path, settings: LoadSettings = LoadSettings()) 
         return AutoTokenizer.from_pretrained(name, **keywords)
 
 
-def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings()) -> Any:
+@shows("loading")
+def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings(), *, progress: bool | str = True) -> Any:
     """A transformers causal language model, in evaluation mode.
 
     Only safetensors and GGUF files are read, never pickles; code that the source brings is run only if asked.
@@ -142,6 +144,7 @@ def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings()) 
         source: hub id, local folder, or GGUF file (dequantised). A hub id may say more: "owner/name@revision",
             "owner/name:folder" or "owner/name@revision:folder".
         settings: device, dtype, attention, quantisation, ...
+        progress: show a line with the time left; a text is its label.
 
     Raises:
         LensError: nothing loadable there, a device that is not there, weights that do not fill the model, or
