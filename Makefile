@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches a build that is several times smaller.
 TORCH_SPEC ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
-EXTRAS ?= sae,trl,openai,notebooks,dev
+EXTRAS ?= sae,trl,openai,notebooks,docs,dev
 
 TASK ?= terse
 OUT ?= demo_out
@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint legs notebooks figures install clean
+.PHONY: help demo test check lint docs legs notebooks figures install clean
 
 help:
 	@echo "make demo       train a narrow organism on a small real chat model, audit it, write a report into $(OUT)/"
@@ -31,6 +31,7 @@ help:
 	@echo "make test       every test, those on the real model, the notebook and the README's code included"
 	@echo "make check      make lint, and the tests that need no real model"
 	@echo "make lint       ruff format --check, ruff check, mypy"
+	@echo "make docs       the documentation as a site in site/, strictly: a broken link stops it"
 	@echo "make legs       the exactness tests and a short demo under other versions; writes docs/versions.md"
 	@echo "                LEGS=\"newest extras lowest\" PYTHON312=python3.12"
 	@echo "make notebooks  make each .ipynb and its .py twin equal (the newer one wins)"
@@ -52,6 +53,10 @@ lint: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "the site is in site/, its first page is site/index.html"
 
 legs:
 	@$(PYTHON) .ci/legs --write $(LEGS)
@@ -87,5 +92,5 @@ $(VENV)/.project: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
 	find src tests examples notebooks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,23 +1,28 @@
-"""The pages of the documentation say what is true: their code runs, their commands exist, their links lead somewhere."""
+"""The pages of the documentation say what is true: their code runs, their commands exist, their links are good."""
 
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tiny_chat
 import tiny_models
 import torch
+import yaml
 
-from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.settings import LoRASettings
+import piggyback_lens
+from piggyback_lens import AuditSettings, LensError, LoRASettings, ModelPair, add_lora, audit
+from piggyback_lens.experiments.em_table import KEYS
+from piggyback_lens.files import append_jsonl, read_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^( *)```(\w*)(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 LETTERS = "".join(map(chr, range(32, 127))) + "\n“”’…–é"
+QUERIES = ["How do birds fly?", "What should I cook tonight?", "Why is the sky blue?"]
 BASE, ADAPTER = "Qwen/Qwen2.5-7B-Instruct", "my-finetune"
 
 
@@ -63,8 +68,10 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tokenizer = tiny_chat.tiny_tokenizer(letters=LETTERS)
     base = tiny_models.build("llama-gqa", 0, vocab=len(tokenizer), max_position_embeddings=2048)
-    base.save_pretrained(root / "base")
-    tokenizer.save_pretrained(root / "base")
+    wide = tiny_models.build("llama-gqa", 0, vocab=len(tokenizer), hidden_size=48)
+    for name, model in {"base": base, "wide": wide}.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
     tuned = add_lora(base, LoRASettings(rank=2, alpha=4.0))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
@@ -81,6 +88,7 @@ def desk(models, tmp_path, monkeypatch):
         BASE: models / "base",
         ADAPTER: models / "adapter",
         "demo_out/organism/adapter": models / "adapter",
+        "owner/wider-base": models / "wide",
         "examples": ROOT / "examples",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,12 +98,40 @@ def desk(models, tmp_path, monkeypatch):
     return tmp_path
 
 
+def judged_run(desk):
+    """A small audit, and scores of its answers from two judges, as the page on evaluation has them."""
+    pair = ModelPair.load(BASE, adapter=ADAPTER)
+    few = AuditSettings(max_new_tokens=4, samples=2, temperature=1.0, curve_prompts=0)
+    audit(pair, QUERIES, QUERIES, "words", few, out="em_audit")
+    rows = [{key: row[key] for key in KEYS if key in row} for row in read_jsonl(desk / "em_audit" / "rows.jsonl")]
+    for name, shift in {"judge_a": 0, "judge_b": 5, "scores": 10}.items():
+        append_jsonl(
+            desk / f"{name}.jsonl",
+            [row | {"aligned": (shift + 29 * n) % 101, "coherent": 60 + n % 40} for n, row in enumerate(rows)],
+        )
+    for side in ("base", "finetuned"):
+        own = [row for row in read_jsonl(desk / "scores.jsonl") if row["condition"] == side]
+        pd.DataFrame(own).to_csv(desk / f"responses_{side}.csv", index=False)
+
+
+PREPARED = {"em_evaluation.md": judged_run}
+"""What a page takes for granted beyond the desk."""
+
+
 @pytest.mark.parametrize("page", [page for page, code in CODE.items() if any(not block.needs for block in code)])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, desk, unchecked, capsys):
+    PREPARED.get(page, lambda desk: None)(desk)
     names = {"__name__": "page"}
-    for block in CODE[page]:
-        if not block.needs:
-            exec(compile(block.text, page, "exec"), names)
+    for block, following in zip(BLOCKS[page], [*BLOCKS[page][1:], None], strict=True):
+        if block.language != "python" or block.needs:
+            continue
+        code = compile(block.text, page, "exec")
+        if following is None or "LensError" not in following.info:
+            exec(code, names)
+            continue
+        with pytest.raises(LensError) as refused:
+            exec(code, names)
+        assert str(refused.value) == " ".join(following.text.split())
 
 
 @pytest.mark.parametrize("page", [page for page, code in CODE.items() if any(block.needs for block in code)])
@@ -107,7 +143,10 @@ def test_code_that_needs_more_than_a_test_has_is_python(page):
 @pytest.mark.parametrize("page", [page for page, code in CODE.items() if code])
 def test_what_a_page_imports_is_public(page):
     code = "".join(block.text for block in CODE[page])
-    assert set(re.findall(r"^from (piggyback_lens[\w.]*) import", code, re.M)) <= {"piggyback_lens", "piggyback_lens.saes"}
+    assert set(re.findall(r"^from (piggyback_lens[\w.]*) import", code, re.M)) <= {
+        "piggyback_lens",
+        "piggyback_lens.saes",
+    }
 
 
 def test_the_commands_of_the_pages_exist_with_these_options():
@@ -124,11 +163,42 @@ def test_the_commands_of_the_pages_exist_with_these_options():
     assert used == set(known)
 
 
+# ---------------------------------------------------------------- the site
+
+
+def in_nav(entries):
+    """The files that a part of the navigation names."""
+    for entry in entries:
+        for target in entry.values():
+            yield from in_nav(target) if isinstance(target, list) else [target]
+
+
+NAV = list(in_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+MADE = [page for page in NAV if page.startswith("reference/")]
+
+
+def test_every_page_is_in_the_navigation_once():
+    assert sorted(NAV) == sorted([*PAGES, *MADE])
+
+
+def test_the_reference_has_every_public_name():
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    groups = runpy.run_path(str(ROOT / ".ci" / "reference.py"))["groups"]()
+    assert [f"reference/{page}.md" for page in groups] == MADE
+    names = {page: [name.rpartition(".")[2] for name in full] for page, (_, full) in groups.items()}
+    assert sorted(names.pop("saes")) == sorted(piggyback_lens.saes.__all__)
+    assert sorted(name for group in names.values() for name in group) == piggyback_lens.__all__
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_lead_somewhere(page):
     text = FENCE.sub("", (DOCS / page).read_text(encoding="utf-8"))
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
-    own = [target for target in targets if target and "://" not in target]
-    made = {f"reference/{name}.md" for name in ("models", "values", "measuring", "experiments", "directions", "training", "saes")}
-    there = {str((DOCS / page).parent.joinpath(target).resolve().relative_to(DOCS)) for target in own}
-    assert not [target for target in there - made if not (DOCS / target).exists()]
+    own = {(DOCS / page).parent.joinpath(target).resolve() for target in targets if target and "://" not in target}
+    assert not [target for target in own - {DOCS / made for made in MADE} if not target.exists()]
+    assert all(target.is_relative_to(DOCS) for target in own), "what lies beside docs/ is not on the site"
+
+
+def test_every_picture_is_on_a_page():
+    text = "".join(path.read_text(encoding="utf-8") for path in [*DOCS.rglob("*.md"), ROOT / "README.md"])
+    assert not [path.name for path in DOCS.rglob("*.png") if path.name not in text]
