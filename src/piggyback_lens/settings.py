@@ -4,10 +4,12 @@ The commands of the command line are made from these classes; what is said of a 
 """
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
 from types import UnionType
@@ -24,8 +26,10 @@ from piggyback_lens.words import (
     NoiseOn,
     NormOver,
     NoSystemRole,
+    Optimiser,
     Phase,
     PostfixDonor,
+    Schedule,
     Side,
     Site,
     SolutionKind,
@@ -43,6 +47,7 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 EPSILONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LEARNING_RATES: Mapping[SolutionKind, float] = {"vector": 0.1, "lora": 0.003}
 """Peak learning rates of directions. A vector's numbers are of the size of activations, not of weights."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANTIZATIONS = ("4bit", "8bit")
 AXES = ("seeds", "systems", "shares", "sizes", "epochs")
@@ -148,6 +153,8 @@ class LoadSettings(Settings):
 
     Attributes:
         device: where the weights go: cpu, cuda, cuda:1, ...; by default cuda if there is one, else cpu.
+        device_map: spread the layers over devices instead: auto, balanced or sequential (accelerate decides), or a
+            mapping of modules to devices or disk, as JSON: {"model.layers.0": 0, "model.layers.1": "disk", ...}.
         dtype: of the weights: float32, bfloat16, float16, auto for the one they are stored in; or a torch.dtype.
         attn_implementation: transformers' attention: eager, sdpa, flash_attention_2, ...; None for its default.
         quantization: quantise the weights as they are loaded: 4bit or 8bit (bitsandbytes' NF4 or LLM.int8(), extra
@@ -162,8 +169,10 @@ class LoadSettings(Settings):
     quantization: Any = None
     trust_remote_code: bool = False
     offline: bool = False
+    device_map: Any = None
 
     def _check(self) -> None:
+        self._check_device_map()
         if getattr(self.dtype, "is_floating_point", False) is True:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         if self.dtype not in (*DTYPES, "float64"):
@@ -174,6 +183,20 @@ class LoadSettings(Settings):
             raise LensError(
                 f"attn_implementation={self.attn_implementation!r} is code of the hub: read it, then pass "
                 "trust_remote_code=True (--trust-remote-code)"
+            )
+
+    def _check_device_map(self) -> None:
+        if self.device_map is None:
+            return
+        if self.device is not None:
+            raise LensError(f"device={str(self.device)!r} and device_map={self.device_map!r}: give one of them")
+        if isinstance(self.device_map, str) and self.device_map.lstrip().startswith("{"):
+            with suppress(ValueError):
+                object.__setattr__(self, "device_map", json.loads(self.device_map))
+        known = self.device_map in DEVICE_MAPS if isinstance(self.device_map, str) else bool(self.device_map)
+        if not known or not isinstance(self.device_map, str | Mapping):
+            raise LensError(
+                f"device_map={self.device_map!r}: expected {', '.join(DEVICE_MAPS)}, or a mapping of modules to devices"
             )
 
 
@@ -239,21 +262,24 @@ class AnswerSettings(Settings):
 
 @dataclass(frozen=True)
 class AuditSettings(AnswerSettings):
-    """How an audit generates, and what its layer curve runs on.
+    """How an audit generates, and what its layer curve and maps run on.
 
     Attributes:
-        curve_prompts: off-topic prompts of the layer curve; 0 leaves it out.
-        curve_tokens: tokens of each answer that the layer curve scores.
+        curve_prompts: off-topic prompts of the layer curve and the maps; 0 leaves them out.
+        curve_tokens: tokens of each answer that these score.
         control_layers: layers, evenly spaced, at which the curve's controls run.
+        map_bands: into how many bands of layers the carrier map is cut; 0 leaves it and the layer x token map out.
     """
 
     curve_prompts: int = 12
     curve_tokens: int = 24
     control_layers: int = 6
+    map_bands: int = 3
 
     def _check(self) -> None:
         super()._check()
         check_field(self, "curve_tokens", self.curve_tokens >= 1, "at least 1")
+        check_field(self, "map_bands", self.map_bands >= 0, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -521,17 +547,24 @@ class SAESettings(Settings):
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """How long, how fast and in which order `train` descends: AdamW with a warm-up and a cosine.
+    """How long, how fast and in which order `train` descends: by default AdamW with a warm-up and a cosine.
 
     Attributes:
         steps: optimiser steps.
-        batch_size: conversations per step.
+        batch_size: conversations per pass, and per step where nothing is accumulated.
+        gradient_accumulation_steps: passes per step; the step is that of one batch of all their conversations.
         learning_rate: the peak, reached at the end of the warm-up.
+        lr_scheduler_type: how the rate falls, by transformers' name: cosine, linear, constant, constant_with_warmup,
+            inverse_sqrt, cosine_with_restarts, polynomial.
         warmup_fraction: part of the steps in which the rate rises linearly from 0.
         min_lr_fraction: the rate that the cosine falls towards, as a part of the peak.
+        optim: the optimiser, by transformers' name: adamw_torch, adamw_torch_fused (fewer kernels on a GPU), or
+            adamw_8bit and paged_adamw_8bit, whose averages take a quarter of the memory (extra quant).
         weight_decay: AdamW's, decoupled from the gradient.
         betas: AdamW's averaging of gradients and of their squares.
         max_grad_norm: the gradient is scaled down to this length; None leaves it as it is.
+        bf16: run the passes under bfloat16 autocast, as transformers' bf16 does; weights keep their dtype.
+        gradient_checkpointing: keep of each block only its input, keys and values, and compute it again backwards.
         seed: of the order of the examples and of LoRA dropout.
         share_prefix: compute the template's prefix once per batch, and no padding; exact, and faster.
         checkpoint_every: steps between checkpoints; does not change the result.
@@ -539,12 +572,17 @@ class TrainSettings(Settings):
 
     steps: int = 60
     batch_size: int = 16
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
+    lr_scheduler_type: Schedule = "cosine"
     warmup_fraction: float = 0.1
     min_lr_fraction: float = 0.0
+    optim: Optimiser = "adamw_torch"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
     seed: int = 0
     share_prefix: bool = True
     checkpoint_every: int = 20
@@ -552,9 +590,21 @@ class TrainSettings(Settings):
     def _check(self) -> None:
         check_field(self, "steps", self.steps >= 1, "an integer of at least 1")
         check_field(self, "batch_size", self.batch_size >= 1, "an integer of at least 1")
+        passes = self.gradient_accumulation_steps
+        check_field(self, "gradient_accumulation_steps", passes >= 1, "an integer of at least 1")
         check_field(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
         check_field(self, "warmup_fraction", 0 <= self.warmup_fraction <= 1, "between 0 and 1")
         check_field(self, "min_lr_fraction", 0 <= self.min_lr_fraction <= 1, "between 0 and 1")
+        if self.min_lr_fraction and self.lr_scheduler_type != "cosine":
+            raise LensError(
+                f"min_lr_fraction is {self.min_lr_fraction} and lr_scheduler_type {self.lr_scheduler_type!r}: only a "
+                "cosine falls towards a floor; set it to 0"
+            )
+        if self.warmup_fraction and self.lr_scheduler_type == "constant":
+            raise LensError(
+                f"warmup_fraction is {self.warmup_fraction} and lr_scheduler_type 'constant', which has no warm-up: "
+                "set it to 0, or choose 'constant_with_warmup'"
+            )
         check_field(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
         check_field(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
         longest = self.max_grad_norm
@@ -562,6 +612,16 @@ class TrainSettings(Settings):
         check_field(self, "max_grad_norm", good, "a positive number, or None for no clipping")
         check_field(self, "seed", self.seed >= 0, "an integer of at least 0")
         check_field(self, "checkpoint_every", self.checkpoint_every >= 1, "an integer of at least 1")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers. Settings that 0.1.0 had not are left out at their defaults: its runs go on."""
+        kept = {name: value for name, value in asdict(self).items() if name != "checkpoint_every"}
+        return {name: value for name, value in kept.items() if name not in LATER or value != LATER[name]}
+
+
+LATER = {"gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine", "optim": "adamw_torch"}
+LATER |= {"bf16": False, "gradient_checkpointing": False}
+"""Settings of training that came after 0.1.0, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -773,5 +833,5 @@ class DemoSettings(Settings):
     def quick(cls, task: TaskName = "terse") -> "DemoSettings":
         """Fewer prompts and steps: a few minutes on two cores."""
         training = TrainSettings(steps=32, batch_size=12, learning_rate=2e-4)
-        audit = AuditSettings(max_new_tokens=32, curve_prompts=6, curve_tokens=8, control_layers=3)
+        audit = AuditSettings(max_new_tokens=32, curve_prompts=10, curve_tokens=8, control_layers=3, map_bands=1)
         return cls(task, 16, 8, training, audit=audit, watched=6, watch_every=8)

@@ -65,3 +65,11 @@ Supervise = Literal["last", "all"]
 """Which assistant turns of a conversation are trained on, where no weights say so."""
 Denominator = Literal["coherent", "judged"]
 """Which answers a rate of misalignment is of: the coherent ones, or all that were judged."""
+
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_restarts", "polynomial"
+]
+"""transformers' names of learning-rate schedules."""
+
+Optimiser = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+"""transformers' names of optimisers: torch's AdamW, its fused kernel, and those of bitsandbytes."""

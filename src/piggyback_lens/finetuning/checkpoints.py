@@ -89,8 +89,9 @@ def save_checkpoint(
 
     def write(target: Path) -> None:
         save_file({name: _plain(value) for name, value in parameters.items()}, target / "weights.safetensors")
-        save_file(_flat_state(parameters, optimiser), target / "optimiser.safetensors")
-        state = {"identity": identity, "history": progress.history}
+        tensors, numbers = _flat_state(parameters, optimiser)
+        save_file(tensors, target / "optimiser.safetensors")
+        state = {"identity": identity, "history": progress.history, "optimiser": numbers}
         write_json(target / "state.json", state)
 
     older = [path for path in _finished(folder) if path != final]
@@ -122,6 +123,7 @@ def load_checkpoint(
         state = read_json(newest / "state.json")
         saved, history = dict(state["identity"]), [dict(row) for row in state["history"]]
         weights, moments = (load_file(newest / f"{name}.safetensors") for name in ("weights", "optimiser"))
+        numbers = dict(state.get("optimiser", {}))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise LensError(
             f"{newest} is damaged ({error}): delete it to start again, or copy it from elsewhere"
@@ -134,7 +136,7 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     try:
-        _restore_state(moments, parameters, optimiser)
+        _restore_state(moments | numbers, parameters, optimiser)
     except (KeyError, ValueError) as error:
         raise LensError(f"{newest} is damaged (its optimiser's state: {error}): delete it to start again") from error
     return Progress(tuple(history))
@@ -166,21 +168,31 @@ def _plain(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous().clone()
 
 
-def _flat_state(parameters: Parameters, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"parameter name|state name": tensor}; empty before the first step."""
-    return {
-        f"{name}|{key}": _plain(value)
+def _flat_state(
+    parameters: Parameters, optimiser: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, int | float]]:
+    """{"parameter name|state name": value}, tensors and plain numbers; empty before the first step."""
+    flat = {
+        f"{name}|{key}": value
         for name, parameter in parameters.items()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
+    tensors = {name: _plain(value) for name, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in flat.items() if name not in tensors}
 
 
-def _restore_state(flat: Mapping[str, Tensor], parameters: Parameters, optimiser: torch.optim.Optimizer) -> None:
+def _restore_state(
+    flat: Mapping[str, Tensor | int | float], parameters: Parameters, optimiser: torch.optim.Optimizer
+) -> None:
     for parameter in parameters.values():
         optimiser.state.pop(parameter, None)
     for full_name, value in flat.items():
         name, key = full_name.split("|")
         parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU wherever the parameter lives.
-        placed = value if key == "step" else value.to(parameter.device)
-        optimiser.state[parameter][key] = placed
+        moves = isinstance(value, Tensor) and (key != "step" or _counts_on_device(optimiser))
+        optimiser.state[parameter][key] = value.to(parameter.device) if moves else value  # type: ignore[union-attr]
+
+
+def _counts_on_device(optimiser: torch.optim.Optimizer) -> bool:
+    """Whether the step counter is where the parameter is; torch's AdamW has it on the CPU unless it is fused."""
+    return any(group.get("fused") or group.get("capturable") for group in optimiser.param_groups)

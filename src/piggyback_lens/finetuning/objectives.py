@@ -40,7 +40,7 @@ from piggyback_lens.finetuning.references import (
     span_range,
 )
 from piggyback_lens.finetuning.retain import RetainData
-from piggyback_lens.finetuning.steps import Loss, Objective, Step, sft
+from piggyback_lens.finetuning.steps import Loss, Objective, Part, Step, sft
 from piggyback_lens.interventions.prefix import PrefixCache, TemplateSpan
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.models.packing import rounds_coarsely
@@ -198,7 +198,7 @@ class TReFT:
         examples, reference = step.batch.examples, self.reference
         if isinstance(reference, str):
             raise LensError(
-                "this TReFT has no reference yet, which a PenaltyTrainer computes: write TReFT.on(model, example) instead"
+                "this TReFT has no reference yet, which only a PenaltyTrainer computes: write TReFT.on(model, example)"
             )
         if not step.plain.keys:
             raise LensError(
@@ -338,7 +338,7 @@ class Weighted:
     weight: float  # λ, in nats per token for one unit of the penalty
     start: int = 0  # the first step (from 0) in which it counts
     stop: int | None = None  # the first step in which it counts no longer; None = to the end
-    threshold: float = 0.0  # no penalty below it, in the unit of the penalty
+    threshold: float = 0.0  # no penalty below it, in the unit of the penalty; of each pass, where a step has several
 
     def __post_init__(self) -> None:
         check_field(self, "weight", 0 <= self.weight < math.inf, "a number of at least 0")
@@ -407,12 +407,22 @@ class Penalised:
         loss = self.task(step)
         total, terms = loss.total, dict(loss.terms)
         for part in self.parts:
-            counts = part.weight_at(step.index) > 0
-            if not counts and (step.steered or not part.penalty.free):
+            counts, scale = part.weight_at(step.index) > 0, _scale(step.part, part.penalty.reads)
+            if not scale or (not counts and (step.steered or not part.penalty.free)):
                 continue
             with torch.set_grad_enabled(counts and torch.is_grad_enabled()):
                 value = part.penalty(step)
-            terms[part.penalty.name] = float(value.detach())
+            terms[part.penalty.name] = float(value.detach()) * scale
             if counts:
-                total = total + part.loss(value)
+                total = total + part.loss(value) * scale
         return Loss(total, terms)
+
+
+def _scale(part: Part, reads: Reads) -> float:
+    """How a penalty of one pass counts beside its loss, so that all passes of a step give that of one batch.
+
+    A loss counts by its tokens. What reads no row of the batch is computed in the first pass alone.
+    """
+    if reads == "nothing":
+        return 1 / part.tokens if part.first else 0.0
+    return 1.0 if reads == "responses" else part.rows / part.tokens

@@ -49,6 +49,15 @@ class StepOutput:
     prefix_pass: tuple[int, int] | None = None  # rows and tokens of the pass that computed the prefix
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of an optimiser step a pass is, where the gradients of several add up."""
+
+    tokens: float = 1.0  # its share of the response tokens, by which its loss counts
+    rows: float = 1.0  # its share of the conversations
+    first: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """What an objective sees: the model, the batch, its forward pass, and the number of the step (from 0)."""
@@ -61,6 +70,7 @@ class Step:
     steered: bool = False  # `output` has something added that `forward`, and the finished model, do not have
     base: Callable[[TrainBatch], StepOutput] | None = None  # the base's pass, where the trainable knows it
     keeps: bool = True  # whether its rows come again, so that it pays to keep what the base says of them
+    part: Part = Part()
 
     def run(self, batch: TrainBatch) -> StepOutput:
         """A pass of the model as it will be used, on any batch, with gradient."""
@@ -74,7 +84,10 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """A scalar to descend, in nats per token, and its named parts (detached) for the history."""
+    """A scalar to descend, in nats per token, and its named parts (detached) for the history.
+
+    Where a step has several passes (see `Part`) each counts by its response tokens, as a mean over them has to.
+    """
 
     total: Float[Tensor, ""]
     terms: Mapping[str, float]

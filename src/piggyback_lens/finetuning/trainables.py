@@ -31,10 +31,13 @@ class Trainable(ABC):
         model: what the passes go through: a transformers or PEFT model, or a HookedTransformer.
         steered: whether `forward` adds something that the finished model does not have; then `plain_forward` is
             the pass without it.
+        recomputes: whether a block may be run again when the gradient arrives, as activation checkpointing does: not
+            where hooks act that are gone by then.
     """
 
     model: Any
     steered: bool = False
+    recomputes: bool = False
 
     @abstractmethod
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -71,6 +74,8 @@ class Trainable(ABC):
 
 class PeftAdapter(Trainable):
     """The trainable parameters of a PEFT model."""
+
+    recomputes = True
 
     def __init__(self, model: nn.Module) -> None:
         """Take a PEFT model, or the hooked view of one (what a pair holds), whose weights it then trains.

@@ -12,8 +12,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,10 +33,12 @@ from piggyback_lens.finetuning.checkpoints import (
     save_checkpoint,
     write_folder,
 )
-from piggyback_lens.finetuning.steps import Loss, Objective, Step, check_sharing, plan_for, sft
+from piggyback_lens.finetuning.optimisers import learning_rate_at, optimiser_of
+from piggyback_lens.finetuning.steps import Objective, Part, Step, check_sharing, plan_for, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, seeded
 from piggyback_lens.models.backends import n_positions_of
 from piggyback_lens.models.packing import rounds_coarsely
+from piggyback_lens.models.recomputing import recomputed
 from piggyback_lens.progress import say, shows, track
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, locked
@@ -114,8 +116,8 @@ def train(
 ) -> TrainResult:
     """Train the adapter of `model` on the response tokens of `examples`.
 
-    AdamW, linear warm-up and cosine decay, gradient clipping. The loss of a step is the mean over all
-    response tokens of its batch. The base's own dropout stays off; the adapter's is on. With `out`,
+    By default AdamW, linear warm-up and cosine decay, gradient clipping. The loss of a step is the mean over all its
+    response tokens, in however many passes. The base's own dropout stays off; the adapter's is on. With `out`,
     checkpoints go to `out/checkpoint-…` and the finished adapter to `out/adapter`; a folder with a checkpoint
     of the same run is resumed from it, and Ctrl-C saves one before it is passed on.
 
@@ -150,7 +152,7 @@ def train(
         start = run.resume()
         history = list(start.history if start else ())
         if settings.share_prefix and len(history) < settings.steps:
-            with _dropout(network, adapter=False):
+            with _dropout(network, adapter=False), run.passes():
                 for batch in run.to_check(len(history)):
                     check_sharing(trainable.forward, batch)
         with _dropout(network, adapter=True):
@@ -175,15 +177,13 @@ def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | No
     try:
         for index in track(range(len(history), run.settings.steps)):
             began = time.perf_counter()
-            batch = run.batch(index)
             rate = learning_rate_at(run.settings, index)
-            with seeded(run.settings.seed * 1_000_003 + index, batch.ids.device):
-                loss = run.objective(run.step(batch, index))
-            norm = _set_gradient(loss, run.parameters, run.settings, index)
+            with seeded(run.settings.seed * 1_000_003 + index, run.device):
+                summed, tokens = _set_gradient(run, index)
+            norm = _clip(run, index)
             between_steps = False
             _descend(run.optimiser, rate)
-            row = {"step": index + 1, "loss": float(loss.total.detach()), **loss.terms, "lr": rate}
-            row |= {"grad_norm": norm, "tokens": batch.n_supervised}
+            row = {"step": index + 1, **summed, "lr": rate, "grad_norm": norm, "tokens": tokens}
             row |= run.trainable.logged()
             history.append(row | {"seconds": time.perf_counter() - began})
             between_steps = True
@@ -215,30 +215,49 @@ class _Run:
     identity: Mapping[str, object]
     folder: Path | None
 
-    def batch(self, index: int) -> TrainBatch:
-        """The batch of step `index`."""
-        chosen = batch_indices(self.lengths, self.settings.batch_size, self.settings.seed, index)
-        device = next(iter(self.parameters.values())).device
-        rows = [self.examples[number] for number in chosen]
-        return make_batch(
-            rows,
-            share_prefix=self.settings.share_prefix,
-            device=device,
-            plain_keys=bool(getattr(self.objective, "plain_keys", False)),
-            multiple=WIDTHS if rounds_coarsely(self.model, device) else 1,
-        )
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Precision and memory of the passes inside."""
+        with ExitStack() as stack:
+            if self.settings.bf16:
+                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            if self.settings.gradient_checkpointing:
+                stack.enter_context(recomputed(self.model))
+            yield
+
+    def batches(self, index: int) -> list[TrainBatch]:
+        """The batches of step `index`, one for each pass: the conversations of one large batch, cut."""
+        size = self.settings.batch_size
+        rows = [
+            self.examples[n] for n in batch_indices(self.lengths, _per_step(self.settings), self.settings.seed, index)
+        ]
+        return [
+            make_batch(
+                rows[start : start + size],
+                share_prefix=self.settings.share_prefix,
+                device=self.device,
+                plain_keys=bool(getattr(self.objective, "plain_keys", False)),
+                multiple=WIDTHS if rounds_coarsely(self.model, self.device) else 1,
+            )
+            for start in range(0, len(rows), size)
+        ]
 
     def to_check(self, start: int) -> Iterator[TrainBatch]:
         """The batch of step `start`, and if that is not packed the next one that is."""
         for index in range(start, min(start + 50, self.settings.steps)):
-            batch = self.batch(index)
+            batch = self.batches(index)[0]
             packed = plan_for(self.model, batch).packing is not None
             if packed or index == start:
                 yield batch
             if packed:
                 return
 
-    def step(self, batch: TrainBatch, index: int) -> Step:
+    def step(self, batch: TrainBatch, index: int, part: Part) -> Step:
         """The forward pass of a batch, with what an objective may ask for."""
         own = self.trainable
         return Step(
@@ -249,6 +268,7 @@ class _Run:
             own.plain_forward,
             steered=own.steered,
             base=own.base_forward,
+            part=part,
         )
 
     def save(self, history: Sequence[Row]) -> None:
@@ -282,7 +302,11 @@ def _prepare(
     parameters = trainable.parameters()
     if not parameters:
         raise LensError("no parameter requires gradient; load the adapter with is_trainable=True")
-    deciding = {name: value for name, value in asdict(settings).items() if name != "checkpoint_every"}
+    if settings.gradient_checkpointing and not trainable.recomputes:
+        raise LensError(
+            f"a {type(trainable).__name__} acts by hooks, which are gone when activation checkpointing runs a block "
+            "again: set gradient_checkpointing=False"
+        )
     return _Run(
         model=model,
         examples=examples,
@@ -291,28 +315,15 @@ def _prepare(
         objective=objective,
         trainable=trainable,
         parameters=parameters,
-        optimiser=torch.optim.AdamW(
-            list(parameters.values()),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        ),
-        identity=run_identity(model, examples, deciding, objective=objective, trainable=trainable),
+        optimiser=optimiser_of(settings, list(parameters.values())),
+        identity=run_identity(model, examples, settings.identity(), objective=objective, trainable=trainable),
         folder=folder,
     )
 
 
-def learning_rate_at(settings: TrainSettings, index: int) -> float:
-    """The learning rate of step `index` (from 0): linear up to the peak, then a cosine towards the floor.
-
-    The floor would be reached one step after the last, so that no step is wasted on a rate of zero.
-    """
-    warmup = round(settings.warmup_fraction * settings.steps)
-    if index < warmup:
-        return settings.learning_rate * (index + 1) / warmup
-    part = (index - warmup) / (settings.steps - warmup)
-    floor = settings.min_lr_fraction
-    return settings.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2)
+def _per_step(settings: TrainSettings) -> int:
+    """Conversations per optimiser step."""
+    return settings.batch_size * settings.gradient_accumulation_steps
 
 
 def _check_examples(model: nn.Module, examples: Sequence[RenderedPrompt], settings: TrainSettings) -> None:
@@ -321,26 +332,47 @@ def _check_examples(model: nn.Module, examples: Sequence[RenderedPrompt], settin
         check_supervised(example, number)
         if len(example.ids) > longest:
             raise LensError(f"example {number} has {len(example.ids)} tokens, this model takes {longest}; shorten it")
-    if len(examples) < settings.batch_size:
-        raise LensError(f"batch_size is {settings.batch_size} and there are {len(examples)} examples; lower it")
+    if len(examples) < _per_step(settings):
+        passes = settings.gradient_accumulation_steps
+        more = f", gradient_accumulation_steps {passes}" if passes > 1 else ""
+        raise LensError(f"batch_size is {settings.batch_size}{more} and there are {len(examples)} examples; lower it")
 
 
-def _set_gradient(loss: Loss, parameters: Mapping[str, nn.Parameter], settings: TrainSettings, index: int) -> float:
-    """Put the clipped gradient of the loss into the parameters; return its length before clipping."""
-    if taken := sorted(RESERVED & loss.terms.keys()):
-        raise LensError(f"the objective calls a loss term {taken[0]!r}, a column of the history; rename it")
-    where = f"step {index + 1} (learning rate {learning_rate_at(settings, index):.3g})"
-    if not bool(torch.isfinite(loss.total)):
-        value = float(loss.total.detach())
-        raise LensError(f"the loss of {where} is {value}; lower learning_rate, warm up longer, or check the data")
-    for parameter in parameters.values():
+def _set_gradient(run: _Run, index: int) -> tuple[Row, int]:
+    """Put the gradient of a step's loss into the parameters, pass by pass; return loss, terms and response tokens."""
+    for parameter in run.parameters.values():
         parameter.grad = None
-    loss.total.backward()  # type: ignore[no-untyped-call]
-    longest = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), longest))
+    batches = run.batches(index)
+    tokens, rows = (sum(each) for each in ([x.n_supervised for x in batches], [len(x.ids) for x in batches]))
+    summed: Row = {"loss": 0.0}
+    for number, batch in enumerate(batches):
+        part = Part(batch.n_supervised / tokens, len(batch.ids) / rows, number == 0)
+        with run.passes():
+            loss = run.objective(run.step(batch, index, part))
+        if taken := sorted(RESERVED & loss.terms.keys()):
+            raise LensError(f"the objective calls a loss term {taken[0]!r}, a column of the history; rename it")
+        value = float(loss.total.detach())
+        if not math.isfinite(value):
+            raise LensError(
+                f"the loss of {_where(run, index)} is {value}; lower learning_rate, warm up longer, or check the data"
+            )
+        (loss.total * part.tokens).backward()  # type: ignore[no-untyped-call]
+        for name, term in {"loss": value, **loss.terms}.items():
+            summed[name] = summed.get(name, 0.0) + term * part.tokens
+    return summed, tokens
+
+
+def _clip(run: _Run, index: int) -> float:
+    """Clip the gradient; return its length before."""
+    longest = math.inf if run.settings.max_grad_norm is None else run.settings.max_grad_norm
+    norm = float(torch.nn.utils.clip_grad_norm_(list(run.parameters.values()), longest))
     if not math.isfinite(norm):
-        raise LensError(f"the gradient of {where} is not finite; lower learning_rate or warm up longer")
+        raise LensError(f"the gradient of {_where(run, index)} is not finite; lower learning_rate or warm up longer")
     return norm
+
+
+def _where(run: _Run, index: int) -> str:
+    return f"step {index + 1} (learning rate {learning_rate_at(run.settings, index):.3g})"
 
 
 def _descend(optimiser: torch.optim.Optimizer, rate: float) -> None:
