@@ -5,6 +5,9 @@ from typing import Literal, get_args
 Backend = Literal["bridge", "hooked"]
 """The hooked model: TransformerBridge, or HookedTransformer (transformer-lens 3.9 only)."""
 
+Theme = Literal["light", "dark"]
+"""The ground of a figure that is saved."""
+
 Side = Literal["base", "finetuned"]
 """One of the two models of a pair."""
 SIDES: tuple[Side, Side] = ("base", "finetuned")

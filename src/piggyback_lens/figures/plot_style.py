@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.figures.showing import shown_in_notebooks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,7 @@ def plot_text(text: object, *, limit: int | None = None) -> str:
 
 def apply_style(figure: "go.Figure", title: str, subtitle: str, *, height: int, room: int = 0) -> None:
     """House style with a literal title; ``room`` px more stay free between subtitle and panels."""
+    shown_in_notebooks()
     heading = wrapped(title, 85)
     top = 52 + 22 * heading.count("<br>") + (28 if subtitle else 0) + room  # px above the panels
     figure.update_layout(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 from piggyback_lens.errors import LensError, visible
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.results.report import Report
+from piggyback_lens.words import Theme
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,6 +87,20 @@ class Result(ABC):
     @abstractmethod
     def figure(self) -> "go.Figure":
         """The picture of this kind of result."""
+
+    def save_figure(self, path: str | Path, *, theme: Theme = "light") -> Path:
+        """Write the figure as .html, or as .svg, .png or .pdf, which kaleido draws with a Chrome.
+
+        Args:
+            path: its ending says the format.
+            theme: light, or dark for slides and dark pages.
+
+        Raises:
+            LensError: another ending, or a picture where no Chrome is found.
+        """
+        from piggyback_lens.figures.showing import save_figure
+
+        return save_figure(self.figure(), path, theme=theme)
 
     def report(self) -> Report:
         """What its report shows, beside the run's own facts."""
