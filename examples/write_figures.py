@@ -3,8 +3,8 @@
 python examples/write_figures.py demo_out docs [--readme README.md]
 python examples/write_figures.py --audit em_audit docs/em_evaluation.md     (a table only: no browser)
 
-Writes demo_conditions.png, demo_layer_curve.png and demo_results.md into the second folder, and the same
-numbers into the README between its two markers. No figure in the README is typed by hand.
+Writes demo_conditions.png, demo_layer_curve.png and demo_results.md into the second folder, and the verdict into
+the README between its two markers. No figure in the README is typed by hand.
 """
 
 import argparse
@@ -27,21 +27,26 @@ WIDTH, SCALE = 1100, 2  # px, and how many picture points stand for one
 
 def results_markdown(result: Result) -> str:
     """The demo's table, verdict, time and memory."""
-    card = {**result.card, **about(result)}
     rows = ["| | condition | n | mean [95 % interval] | recovery |", "|---|---|---:|---:|---:|"]
     for row in result.to_frame().to_dict("records"):
         value = f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
         rows.append(f"| {row['topic']} | {row['condition_label']} | {row['n']} | {value} | {recovered(row)} |")
+    measured = f"Measured: {result.behaviour.label}. Recovery: 0 = finetuned, 1 = base restored, paired over prompts."
+    return "\n".join([f"**{result.verdict}**", "", measured, "", *rows, "", circumstances(result)])
+
+
+def summary_markdown(result: Result) -> str:
+    """What the README says of the demo: verdict, time and memory."""
+    return f"**{result.verdict}**\n\n{circumstances(result)}"
+
+
+def circumstances(result: Result) -> str:
+    """The identity control, time, memory, versions and command."""
+    card = {**result.card, **about(result)}
     same, total = result.identical
     versions = ", ".join(f"{name} {card['versions'][name]}" for name in OWN)
     return "\n".join(
         [
-            f"**{result.verdict}**",
-            "",
-            f"Measured: {result.behaviour.label}. Recovery: 0 = finetuned, 1 = base restored, paired over prompts.",
-            "",
-            *rows,
-            "",
             f"Identity control: {same} of {total} answers are token for token the finetuned model's.",
             f"Time: {duration(card)}; peak memory {card['peak_memory_gb']} GB; "
             f"{card['machine']['gpu'] or str(card['machine']['cores']) + ' CPU cores'}, {versions}.",
@@ -134,7 +139,8 @@ def main() -> None:
     if result.curve is not None:
         result.curve.figure().write_image(options.docs / "demo_layer_curve.png", width=WIDTH, scale=SCALE)
     atomic_write_text(options.docs / "demo_results.md", f"# Results of the demo\n\n{results}\n")
-    atomic_write_text(options.readme, with_results(options.readme.read_text(encoding="utf-8"), results))
+    readme = options.readme.read_text(encoding="utf-8")
+    atomic_write_text(options.readme, with_results(readme, summary_markdown(result)))
     print(results)
 
 

@@ -12,9 +12,20 @@ import tiny_chat
 import tiny_models
 import torch
 import yaml
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 import piggyback_lens
-from piggyback_lens import AuditSettings, LensError, LoRASettings, ModelPair, add_lora, audit
+from piggyback_lens import (
+    AuditSettings,
+    ChatFormat,
+    LensError,
+    LoRASettings,
+    ModelPair,
+    add_lora,
+    audit,
+    load_causal_lm,
+    load_tokenizer,
+)
 from piggyback_lens.experiments.em_table import KEYS
 from piggyback_lens.files import append_jsonl, read_jsonl
 
@@ -47,8 +58,9 @@ def blocks_of(page):
     return [Block(page, language, info, body) for _, language, info, body in found]
 
 
+README = "../README.md"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
-BLOCKS = {page: blocks_of(page) for page in PAGES}
+BLOCKS = {page: blocks_of(page) for page in (README, *PAGES)}
 CODE = {page: [block for block in found if block.language == "python"] for page, found in BLOCKS.items()}
 
 
@@ -112,16 +124,30 @@ def judged_run(desk):
     for side in ("base", "finetuned"):
         own = [row for row in read_jsonl(desk / "scores.jsonl") if row["condition"] == side]
         pd.DataFrame(own).to_csv(desk / f"responses_{side}.csv", index=False)
+    return {}
 
 
-PREPARED = {"em_evaluation.md": judged_run}
-"""What a page takes for granted beyond the desk."""
+def own_training(desk):
+    """What a call of transformers.Trainer consists of."""
+    tokenizer = load_tokenizer(BASE)
+    examples = [ChatFormat(tokenizer).render(query, response="No.") for query in QUERIES]
+    rows = [{"input_ids": list(e.ids), "labels": [-100] * e.n_prompt + list(e.ids[e.n_prompt :])} for e in examples]
+    return {
+        "tokenizer": tokenizer,
+        "model": add_lora(load_causal_lm(BASE), LoRASettings(rank=2)),
+        "args": TrainingArguments("out", max_steps=2, per_device_train_batch_size=2, report_to=[]),
+        "rows": rows,
+        "collator": DataCollatorForSeq2Seq(tokenizer),
+    }
+
+
+PREPARED = {"em_evaluation.md": judged_run, README: own_training}
+"""What a page takes for granted beyond the desk: files, and the names that are given back."""
 
 
 @pytest.mark.parametrize("page", [page for page, code in CODE.items() if any(not block.needs for block in code)])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, desk, unchecked, capsys):
-    PREPARED.get(page, lambda desk: None)(desk)
-    names = {"__name__": "page"}
+    names = {"__name__": "page"} | PREPARED.get(page, lambda desk: {})(desk)
     for block, following in zip(BLOCKS[page], [*BLOCKS[page][1:], None], strict=True):
         if block.language != "python" or block.needs:
             continue
@@ -175,6 +201,20 @@ def in_nav(entries):
 
 NAV = list(in_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
 MADE = [page for page in NAV if page.startswith("reference/")]
+
+
+def test_the_readme_is_short_and_its_first_screen_holds_what_a_stranger_needs():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    first, *_ = text.partition("![")
+    assert len(first.splitlines()) <= 45
+    assert all(
+        word in first
+        for word in ("pip install", "ModelPair.load(", "patch_span(", ".figure()", "make demo", "make test")
+    )
+    pair, treft = (block.text.rstrip().splitlines() for block in CODE[README])
+    assert len([line for line in pair if line and not line.startswith("from ")]) == 5
+    assert len(treft) <= 12
 
 
 def test_every_page_is_in_the_navigation_once():
