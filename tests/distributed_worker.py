@@ -10,6 +10,7 @@ so a loop by hand shards the model with `fully_shard` and asks the same mixin fo
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,32 +21,52 @@ from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 from tiny_models import build
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from piggyback_lens.finetuning.hf_trainer import TReFTMixin, TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.finetuning.hf_trainer import PenaltyMixin, PenaltyTrainer, training_rows
 from piggyback_lens.finetuning.monitor import Monitor
-from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, TReFT, Weighted
+from piggyback_lens.finetuning.preventive import PreventiveSteering
+from piggyback_lens.finetuning.retain import RetainData
+from piggyback_lens.finetuning.trainables import PeftAdapter, add_lora
 from piggyback_lens.settings import LoRASettings
 
 STEPS, ROWS = 4, 4
 
 
-def made(case: dict[str, Any]) -> tuple[Any, TReFTSettings]:
+def made(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model, and what the mixin takes."""
     model = build(case.get("layout", "llama-gqa"), vocab=VOCAB)
+    base = None if case["tuning"] == "peft" else build(case.get("layout", "llama-gqa"), vocab=VOCAB)
     if case["tuning"] == "peft":
         model = add_lora(model, LoRASettings(rank=4))
-    return model, TReFTSettings(prompt=tiny_format().empty_query(), weight=100.0, **case["treft"])
+    retain = RetainData(tiny_examples(6, seed=9), 3)
+    known = {
+        "prefix": Weighted(TReFT(reference="template"), 100.0),
+        "postfix": Weighted(TReFT("postfix", "template"), 100.0),
+        "query": Weighted(TReFT("query", None, base), 100.0),
+        "kl_train": Weighted(KLOnTrain(base), 3.0),
+        "kl_retain": Weighted(KLOnRetain(retain, base), 3.0),
+    }
+    parts = tuple(known[name] for name in case["penalties"])
+    return model, {"objective": Penalised(parts), "prompt": tiny_format().empty_query()}
+
+
+def steered(model: Any, case: dict[str, Any]) -> Any:
+    """What is given to a Trainer as its model."""
+    vector = torch.linspace(-1.0, 1.0, 32)
+    return PreventiveSteering(PeftAdapter(model), vector, layer=1, site="resid_pre") if case.get("steered") else model
 
 
 def with_trainer(out: Path, case: dict[str, Any], processes: int) -> dict[str, Any]:
-    model, treft = made(case)
+    model, given = made(case)
     backend = {"ddp_backend": "gloo"} if processes > 1 else {}
     arguments = TrainingArguments(
         output_dir=str(out.with_suffix("")), max_steps=STEPS, per_device_train_batch_size=ROWS // processes,
         learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
         use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **backend, **case.get("arguments", {}),
     )  # fmt: skip
-    trainer = TReFTTrainer(
-        model=model, args=arguments, train_dataset=training_rows(tiny_examples(8)), treft=treft,
-        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
+    trainer = PenaltyTrainer(
+        model=steered(model, case), args=arguments, train_dataset=training_rows(tiny_examples(8)),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), **given,
     )  # fmt: skip
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
     watched = out.with_suffix(".jsonl")
@@ -74,15 +95,21 @@ def listed(model: Any) -> dict[str, list[float]]:
 class Loop:
     """The least that the mixin needs of a Trainer: the loss of a micro-batch as its mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
         self.args = self.state = SimpleNamespace(global_step=0, should_save=False)
+        self.accelerator = SimpleNamespace(autocast=nullcontext)
         self.current_gradient_accumulation_steps = 1
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any) -> Any:
         return model(**inputs, use_cache=False).loss
 
+    def training_step(self, model: Any, halves: Any) -> Any:
+        loss = torch.stack([self.compute_loss(model, dict(half)) for half in halves]).mean()
+        loss.backward()
+        return loss.detach()
 
-class TReFTLoop(TReFTMixin, Loop):
+
+class PenaltyLoop(PenaltyMixin, Loop):
     """The mixin on top of it."""
 
 
@@ -91,7 +118,7 @@ def with_sharding(case: dict[str, Any], processes: int) -> dict[str, Any]:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    model, treft = made(case)
+    model, given = made(case)
     blocks = list((model.model.model if case["tuning"] == "peft" else model.model).layers)
     if processes > 1:
         dist.init_process_group("gloo")
@@ -102,7 +129,7 @@ def with_sharding(case: dict[str, Any], processes: int) -> dict[str, Any]:
         fully_shard(model)
         assert isinstance(model, FSDPModule)
         assert all(hasattr(value, "full_tensor") for value in model.parameters())
-    loop, rows = TReFTLoop(treft=treft), training_rows(tiny_examples(8))
+    loop, rows = PenaltyLoop(steered(model, case), **given), training_rows(tiny_examples(8))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     collate, log = DataCollatorForSeq2Seq(tiny_tokenizer()), []
     model.train()
@@ -111,15 +138,14 @@ def with_sharding(case: dict[str, Any], processes: int) -> dict[str, Any]:
         batch = rows[step % 2 * ROWS :][:ROWS]
         halves = [collate(batch[:2]), collate(batch[2:])]
         mine = halves if processes == 1 else [halves[dist.get_rank()]]
-        loss = torch.stack([loop.compute_loss(model, dict(half)) for half in mine]).mean()
-        loss.backward()
+        loop.current_gradient_accumulation_steps = len(mine)
+        loss = loop.training_step(model, mine)
         optimiser.step()
         optimiser.zero_grad()
-        shared = loss.detach().clone()
+        shared = torch.stack([loss, *loop._measured[-1].values()])
         if processes > 1:
             dist.all_reduce(shared)
-        log.append({"loss": float(shared) / processes, "treft": float(loop._measured[-1][2])})
-        log[-1][f"drift_{treft.span}"] = float(loop._measured[-1][1])
+        log.append(dict(zip(("loss", *loop._measured[-1]), (shared / processes).tolist(), strict=True)))
     return {"log": log, "monitor": [], "weights": listed(model)}
 
 

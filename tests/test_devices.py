@@ -432,26 +432,31 @@ def trainers(here: Here) -> Any:
         arguments.distributed_state.device = here.device
         return here.device
 
-    runs = ((1, "prefix", "template"), (2, "prefix", "template"), (2, "query", "own"))
+    retain = lens.KLOnRetain(lens.RetainData(EXAMPLES[3:], batch_size=2))
+    prefix = lens.Weighted(lens.TReFT(reference="template"), 10.0)
+    rows = (lens.TReFT("query"), lens.TReFT("postfix", "template"), lens.KLOnTrain(), retain)
+    rest = tuple(lens.Weighted(penalty, 3.0) for penalty in rows)
+    runs = ((1, "prefix", (prefix,)), (2, "prefix", (prefix,)), (2, "rest", rest))
     with mock.patch.object(TrainingArguments, "device", property(told)):
         return np.concatenate([trainer_losses(here, *run) for run in runs])
 
 
-def trainer_losses(here: Here, steps: int, span: str, reference: str) -> list[float]:
+def trainer_losses(here: Here, steps: int, name: str, parts: tuple[lens.Weighted, ...]) -> list[float]:
     arguments = TrainingArguments(
-        str(here.folder / span), max_steps=steps, per_device_train_batch_size=3, report_to=[], use_cpu=True,
+        str(here.folder / name), max_steps=steps, per_device_train_batch_size=3, report_to=[], use_cpu=True,
         logging_steps=1, save_strategy="steps", save_steps=1, disable_tqdm=True, remove_unused_columns=False,
         learning_rate=1e-2,
     )  # fmt: skip
     model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
-    trainer = lens.TReFTTrainer(
-        model=model, args=arguments, train_dataset=training_rows(EXAMPLES),
+    steered = lens.PreventiveSteering(PeftAdapter(model), normal(32).to(here.device), layer=1)
+    trainer = lens.PenaltyTrainer(
+        model=model if name == "prefix" else steered, args=arguments, train_dataset=training_rows(EXAMPLES),
         data_collator=DataCollatorForSeq2Seq(CHAT.tokenizer),
-        treft=lens.TReFTSettings(CHAT.empty_query(), 10.0, span, reference),
+        objective=lens.Penalised(parts), prompt=CHAT.empty_query(),
     )  # fmt: skip
-    monitor = lens.Monitor(model, *probes(), every=1, out=here.folder / f"{span}.jsonl")
+    monitor = lens.Monitor(model, *probes(), every=1, out=here.folder / f"{name}.jsonl")
     trainer.add_callback(monitor.callback(trainer))
-    trainer.train(resume_from_checkpoint=(span, steps) == ("prefix", 2))
+    trainer.train(resume_from_checkpoint=(name, steps) == ("prefix", 2))
     assert next(model.parameters()).device == here.device
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return [*losses, *(row["spread"] for row in monitor.rows)]
@@ -466,7 +471,7 @@ LEFT_OUT = {
     "what experiments return: numbers and text": ("Generation", "Result"),
     "made and used above, but by other names": (
         "Activations", "AnswerContrast", "Behaviour", "ChatFormat", "Intervention", "Interventions",
-        "Method", "Objective", "Penalty", "Record", "RenderedPrompt", "Trainable", "saes.Latents",
+        "Method", "Objective", "Penalty", "PenaltyMixin", "Record", "RenderedPrompt", "Trainable", "saes.Latents",
     ),
     "text and files: no tensors": (
         "ChatSettings", "EMTable", "JudgeSheet", "Task", "join_scores",

@@ -19,22 +19,19 @@ import piggyback_lens.finetuning.hf_trainer as module
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import batch_indices, make_batch
-from piggyback_lens.finetuning.hf_rows import check_prefixes, prompt_rows
-from piggyback_lens.finetuning.hf_trainer import (
-    REFERENCE_FOLDER,
-    TReFTMixin,
-    TReFTSettings,
-    TReFTTrainer,
-    training_rows,
-)
-from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
-from piggyback_lens.finetuning.references import kv_reference
-from piggyback_lens.finetuning.steps import forward_step
+from piggyback_lens.finetuning.hf_rows import check_prefixes, conversations
+from piggyback_lens.finetuning.hf_trainer import REFERENCE_FOLDER, PenaltyTrainer, training_rows
+from piggyback_lens.finetuning.hook_training import HookTrainable
+from piggyback_lens.finetuning.objectives import KLOnTrain, Penalised, TReFT, Weighted
+from piggyback_lens.finetuning.references import SPANS, kv_reference, span_range
+from piggyback_lens.finetuning.steps import Step, forward_step
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.models.pair import hook_model
 from piggyback_lens.models.views import evaluating
 from piggyback_lens.settings import LoRASettings, TrainSettings
+from piggyback_lens.vectors.direction import Direction
 
 EXAMPLES = tiny_examples(8)
 PROMPT = tiny_format().empty_query()
@@ -57,8 +54,10 @@ def arguments(out: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(**given_arguments(out) | options)
 
 
-def settings(**options: Any) -> TReFTSettings:
-    return TReFTSettings(**{"prompt": PROMPT, "weight": 100.0} | options)
+def treft(
+    span: Any = "prefix", own: bool = False, weight: float = 100.0, base: Any = None, **schedule: Any
+) -> Penalised:
+    return Penalised((Weighted(TReFT(span, None if own else "template", base), weight, **schedule),))
 
 
 class InOrder(Sequence[int]):
@@ -79,12 +78,10 @@ def in_order(trainer: Any) -> Any:
     return trainer
 
 
-def make(
-    out: Path, model: nn.Module, treft: TReFTSettings | None, rows: Any = None, cls: Any = None, **options: Any
-) -> Any:
+def make(out: Path, model: Any, objective: Penalised | None, rows: Any = None, **options: Any) -> Any:
     rows = training_rows(EXAMPLES) if rows is None else rows
-    cls = cls or (Trainer if treft is None else TReFTTrainer)
-    given = {} if treft is None else {"treft": treft}
+    cls: Any = Trainer if objective is None else PenaltyTrainer
+    given = {} if objective is None else {"objective": objective, "prompt": PROMPT}
     collator = DataCollatorForSeq2Seq(tiny_tokenizer())
     trainer = cls(model=model, args=arguments(out, **options), train_dataset=rows, data_collator=collator, **given)
     return in_order(trainer)
@@ -118,14 +115,15 @@ def span_settings() -> list[dict[str, Any]]:
     return [
         {"span": "prefix", "start": 1, "threshold": 1e-3},
         {"span": "postfix"},
-        {"span": "query", "reference": "own"},
-        {"span": "all", "reference": "own", "stop": 4},
+        {"span": "query", "own": True},
+        {"span": "all", "own": True, "stop": 4},
     ]
 
 
-def ours(span: str, reference: str, schedule: dict[str, Any]) -> tuple[nn.Module, list[float], list[float]]:
+def ours(span: str, own: bool, schedule: dict[str, Any]) -> tuple[nn.Module, list[float], list[float]]:
     model = fresh()
-    part = Weighted(TReFT.on(model, PROMPT, span, reference=reference), 100.0, **schedule)  # type: ignore[arg-type]
+    penalty = TReFT.on(model, PROMPT, span, reference="own" if own else "template")  # type: ignore[arg-type]
+    part = Weighted(penalty, 100.0, **schedule)
     history = train(model, EXAMPLES, OURS, objective=Penalised((part,))).history
     return model, [row["loss"] for row in history], [row.get(f"drift_{span}", math.nan) for row in history]
 
@@ -135,11 +133,11 @@ def ours(span: str, reference: str, schedule: dict[str, Any]) -> tuple[nn.Module
 def test_the_trainer_gives_the_losses_and_weights_of_our_loop(
     tmp_path: Path, how: dict[str, Any], accumulation: int
 ) -> None:
-    schedule = {name: value for name, value in how.items() if name not in ("span", "reference")}
-    expected, loss, drift = ours(how["span"], how.get("reference", "template"), schedule)
+    schedule = {name: value for name, value in how.items() if name not in ("span", "own")}
+    expected, loss, drift = ours(how["span"], how.get("own", False), schedule)
     model = fresh()
     trainer = make(
-        tmp_path, model, settings(**how), training_rows(same_batches()),
+        tmp_path, model, treft(**how), training_rows(same_batches()),
         per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     trainer.train()
@@ -155,20 +153,20 @@ def test_the_trainer_gives_the_losses_and_weights_of_our_loop(
 
 def test_the_logged_penalty_is_its_part_of_the_logged_loss(tmp_path: Path) -> None:
     model = fresh()
-    trainer = make(tmp_path, model, settings(threshold=1e-3), gradient_accumulation_steps=2, logging_steps=2)
+    trainer = make(tmp_path, model, treft(threshold=1e-3), gradient_accumulation_steps=2, logging_steps=2)
     trainer.train()
     plain = make(tmp_path, fresh(), None, gradient_accumulation_steps=2, logging_steps=2)
     plain.train()
     first = trainer.state.log_history[0]
-    assert first["treft"] == pytest.approx(100 * max(0.0, 2 * first["drift_prefix"] - 1e-3) / 2, rel=0.05)
-    assert first["loss"] - first["treft"] == pytest.approx(losses(plain)[0], rel=1e-2)
+    assert first["penalty"] == pytest.approx(100 * max(0.0, 2 * first["drift_prefix"] - 1e-3) / 2, rel=0.05)
+    assert first["loss"] - first["penalty"] == pytest.approx(losses(plain)[0], rel=1e-2)
 
 
 def test_weight_zero_and_a_penalty_out_of_its_steps_train_as_the_trainer_itself(tmp_path: Path) -> None:
     runs = []
-    for treft in (None, settings(weight=0.0), settings(start=50)):
+    for objective in (None, treft(weight=0.0), treft(start=50), Penalised(())):
         model = fresh(dropout=0.3)
-        trainer = make(tmp_path, model, treft)
+        trainer = make(tmp_path, model, objective)
         trainer.train()
         runs.append((losses(trainer), weights(model)))
     for other in runs[1:]:
@@ -178,7 +176,7 @@ def test_weight_zero_and_a_penalty_out_of_its_steps_train_as_the_trainer_itself(
 
 def test_evaluation_has_no_penalty(tmp_path: Path) -> None:
     model = fresh()
-    trainer = make(tmp_path, model, settings())
+    trainer = make(tmp_path, model, treft())
     trainer.train()
     rows = training_rows(EXAMPLES)
     plain = make(tmp_path, model, None)
@@ -198,7 +196,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path, tuning: str, s
     runs = []
     for switch in (False, True):
         model = fresh() if tuning == "peft" else build("llama-gqa", vocab=VOCAB)
-        trainer = make(tmp_path, model, settings(span=span), max_steps=3, **{CHECKPOINTING: switch})
+        trainer = make(tmp_path, model, treft(span=span), max_steps=3, **{CHECKPOINTING: switch})
         trainer.train()
         runs.append((losses(trainer), losses(trainer, f"drift_{span}")))
         layers = [layer for layer in model.modules() if hasattr(layer, "gradient_checkpointing")]
@@ -208,7 +206,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path, tuning: str, s
     assert runs[0][1][-1] > 1e-4
 
 
-def test_the_checkpoint_wrappers_of_fsdp_are_not_run_twice() -> None:
+def test_the_checkpoint_wrappers_of_fsdp_are_not_run_twice(tmp_path: Path) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
     found = []
@@ -217,14 +215,12 @@ def test_the_checkpoint_wrappers_of_fsdp_are_not_run_twice() -> None:
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.data.add_(0.1)
-        trainer = TReFTMixin.__new__(TReFTMixin)
-        trainer.treft = settings()
-        reference = kv_reference(model, PROMPT)
+        trainer = make(tmp_path, model, Penalised((Weighted(TReFT.on(model, PROMPT), 1.0),)))
         if wrap:
             blocks = set(model.model.model.layers)  # type: ignore[union-attr, arg-type]
             apply_activation_checkpointing(model, check_fn=lambda part, blocks=blocks: part in blocks)
         rows = {"input_ids": torch.tensor([EXAMPLES[0].ids])}
-        drift = trainer._drift(model, rows, reference)
+        drift = trainer._added(model, rows, trainer._counting(), None)
         named = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
         wanted = {name: value for name, value in named.items() if value.requires_grad}
         grads = torch.autograd.grad(drift, list(wanted.values()), allow_unused=True)
@@ -238,7 +234,7 @@ def test_the_checkpoint_wrappers_of_fsdp_are_not_run_twice() -> None:
 def test_bf16_weights_and_bf16_autocast_train_and_start_from_zero_drift(tmp_path: Path) -> None:
     for options in ({"bf16": True}, {}):
         model = fresh() if options else fresh().bfloat16()
-        trainer = make(tmp_path, model, settings(), **options)
+        trainer = make(tmp_path, model, treft(), **options)
         trainer.train()
         drift = losses(trainer, "drift_prefix")
         assert drift[0] == 0.0
@@ -250,10 +246,10 @@ def test_full_finetuning_is_held_to_the_weights_before_training(tmp_path: Path) 
     drifts, base = {}, kv_reference(build("llama-gqa", vocab=VOCAB), PROMPT)
     for weight in (1e-6, 300.0):
         model = build("llama-gqa", vocab=VOCAB)
-        trainer = make(tmp_path, model, settings(weight=weight), learning_rate=1e-3, max_steps=10)
+        trainer = make(tmp_path, model, treft(weight=weight), learning_rate=1e-3, max_steps=10)
         trainer.train()
         drifts[weight] = losses(trainer, "drift_prefix")
-        kept = trainer._reference
+        kept = trainer.objective.parts[0].penalty.reference
         assert all(torch.equal(a, b) for a, b in zip(kept.keys + kept.values, base.keys + base.values, strict=True))
     assert drifts[1e-6][0] == drifts[300.0][0] == 0.0
     assert drifts[300.0][-1] < drifts[1e-6][-1] / 5
@@ -265,8 +261,8 @@ def test_full_finetuning_is_held_to_the_weights_before_training(tmp_path: Path) 
         ("peft", {}),
         ("full", {}),
         ("peft", {"span": "postfix"}),
-        ("peft", {"span": "postfix", "reference": "own"}),
-        ("peft", {"span": "query", "reference": "own"}),
+        ("peft", {"span": "postfix", "own": True}),
+        ("peft", {"span": "query", "own": True}),
     ],
 )
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
@@ -276,17 +272,20 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         return fresh(dropout=0.1) if tuning == "peft" else build("llama-gqa", vocab=VOCAB)
 
     whole, options = model(), {"save_strategy": "steps", "save_steps": 3, "learning_rate": 3e-3}
-    full = make(tmp_path / "whole", whole, settings(**how), **options)
+    full = make(tmp_path / "whole", whole, treft(**how), **options)
     full.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
-    assert (checkpoint / REFERENCE_FOLDER).exists() == ("reference" not in how)
-    if full._reference is not None:
-        kept = PrefixCache.load(checkpoint / REFERENCE_FOLDER)
-        assert all(torch.equal(a, b) for a, b in zip(kept.keys, full._reference.keys, strict=True))
+    assert (checkpoint / REFERENCE_FOLDER).exists() == ("own" not in how)
+    if "own" not in how:
+        kept, known = (
+            PrefixCache.load(checkpoint / REFERENCE_FOLDER / how.get("span", "prefix")),
+            full.objective.parts[0].penalty.reference,
+        )
+        assert all(torch.equal(a, b) for a, b in zip(kept.keys, known.keys, strict=True))
     again = model()
     if tuning == "full":  # as a script does that loads the checkpoint itself: the weights are not the base's
         again.load_state_dict(type(again).from_pretrained(checkpoint).state_dict())  # type: ignore[attr-defined]
-    resumed = make(tmp_path / "again", again, settings(**how), **options)
+    resumed = make(tmp_path / "again", again, treft(**how), **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same(weights(whole), weights(again))
     assert losses(resumed)[-3:] == losses(full)[-3:]
@@ -295,18 +294,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 def test_resuming_without_the_reference_says_what_is_missing(tmp_path: Path) -> None:
     make(tmp_path, fresh(), None, save_strategy="steps", save_steps=4).train()
     with pytest.raises(LensError, match=r"treft_reference.*cannot be read"):
-        make(tmp_path, fresh(), settings()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        make(tmp_path, fresh(), treft()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_resuming_with_the_reference_of_another_span_or_prompt_is_refused(tmp_path: Path) -> None:
-    make(tmp_path, fresh(), settings(span="postfix"), max_steps=1, save_strategy="steps", save_steps=1).train()
-    checkpoint = str(tmp_path / "checkpoint-1")
-    with pytest.raises(LensError, match=r"the base's postfix '<end>.*treft asks for the prefix '<bos>"):
-        make(tmp_path, fresh(), settings()).train(resume_from_checkpoint=checkpoint)
-    reference = PrefixCache.load(Path(checkpoint) / REFERENCE_FOLDER)
-    replace(reference, ids=(5, 5, 5)).save(Path(checkpoint) / REFERENCE_FOLDER)
-    with pytest.raises(LensError, match="resume with the span and prompt that the run began with"):
-        make(tmp_path, fresh(), settings(span="postfix")).train(resume_from_checkpoint=checkpoint)
+    make(tmp_path, fresh(), treft("postfix"), max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    with pytest.raises(LensError, match=r"treft_reference.prefix.*cannot be read"):
+        make(tmp_path, fresh(), treft()).train(resume_from_checkpoint=str(checkpoint))
+    folder = checkpoint / REFERENCE_FOLDER / "postfix"
+    replace(PrefixCache.load(folder), ids=(5, 5, 5)).save(folder)
+    with pytest.raises(LensError, match="resume with the prompt that the run began with"):
+        make(tmp_path, fresh(), treft("postfix")).train(resume_from_checkpoint=str(checkpoint))
 
 
 # --- what a batch has to be ------------------------------------------------------------------------------
@@ -320,11 +319,10 @@ def inputs_of(examples: Sequence[RenderedPrompt], side: str = "right") -> dict[s
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_and_spans_are_found_whatever_the_padding(side: str) -> None:
-    for span in ("prefix", "query", "postfix", "all"):
-        found = prompt_rows(inputs_of(EXAMPLES[:4], side), PROMPT, span)  # type: ignore[arg-type]
-        assert found.ids == tuple(example.ids[: example.n_prompt] for example in EXAMPLES[:4])
-        wanted = [range(e.n_prompt) if span == "all" else e.span(span).positions for e in EXAMPLES[:4]]
-        assert list(found.spans) == wanted
+    for span in SPANS:
+        found = conversations(inputs_of(EXAMPLES[:4], side), PROMPT, whole=True)
+        assert [example.ids for example in found] == [example.ids for example in EXAMPLES[:4]]
+        assert [span_range(e, span) for e in found] == [span_range(e, span) for e in EXAMPLES[:4]]
 
 
 def test_packed_rows_are_checked_conversation_by_conversation() -> None:
@@ -333,13 +331,14 @@ def test_packed_rows_are_checked_conversation_by_conversation() -> None:
     def packed(examples: Sequence[RenderedPrompt]) -> dict[str, Tensor]:
         ids = [token for example in examples for token in example.ids]
         positions = [position for example in examples for position in range(len(example.ids))]
-        return {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+        labels = [label for row in training_rows(examples) for label in row["labels"]]
+        given = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        return {name: torch.tensor([values]) for name, values in given.items()}
 
     assert check_prefixes(packed(good), PROMPT).tolist() == [[0, 0], [0, len(good[0].ids)]]
     with pytest.raises(LensError, match=r"row 0 of the batch \(conversation 1\).*token 5 is 'b'.*'k'"):
         check_prefixes(packed([good[0], bad]), PROMPT)
-    with pytest.raises(LensError, match="packed rows"):
-        prompt_rows(packed(good), PROMPT, "query")
+    assert [example.ids for example in conversations(packed(good), PROMPT, whole=True)] == [e.ids for e in good]
 
 
 def test_pads_behind_flattened_rows_begin_no_conversation() -> None:
@@ -350,13 +349,14 @@ def test_pads_behind_flattened_rows_begin_no_conversation() -> None:
     alone = {name: torch.cat([x[:, : len(first)], x[:, -3:]], dim=1) for name, x in inputs.items()}
     n_prompt = EXAMPLES[0].n_prompt
     labels = [[-100] * n_prompt + list(first[n_prompt:]) + [-100] * 3]
-    assert prompt_rows(alone | {"labels": torch.tensor(labels)}, PROMPT, "query").ids == (first[:n_prompt],)
+    (found,) = conversations(alone | {"labels": torch.tensor(labels)}, PROMPT, whole=True)
+    assert (found.ids, found.n_prompt) == (first, n_prompt)
 
 
 def test_a_row_with_another_prefix_stops_training_by_name(tmp_path: Path) -> None:
     rows = training_rows([*EXAMPLES[:2], tiny_format("be bad.").render("hello", response="yes"), EXAMPLES[3]])
     with pytest.raises(LensError, match=r"row 2 of the batch .*token 5 is 'b', expected 'k'"):
-        make(tmp_path, fresh(), settings(), rows).train()
+        make(tmp_path, fresh(), treft(), rows).train()
     short = [{name: row[name][:5] for name in row} for row in training_rows(EXAMPLES[:1])]
     with pytest.raises(LensError, match="token 5 is the end of the row"):
         check_prefixes({"input_ids": torch.tensor([short[0]["input_ids"]])}, PROMPT)
@@ -365,30 +365,60 @@ def test_a_row_with_another_prefix_stops_training_by_name(tmp_path: Path) -> Non
         check_prefixes({"input_ids": torch.tensor([shifted[0]["input_ids"]])}, PROMPT)
 
 
-def test_labels_on_the_prompt_and_missing_ones_are_refused_for_spans_that_need_them() -> None:
+def test_labels_on_the_prompt_missing_ones_and_holes_are_refused_where_they_are_read() -> None:
     inputs = inputs_of(EXAMPLES[:2])
     whole = inputs | {"labels": inputs["input_ids"]}
     with pytest.raises(LensError, match="label responses only"):
-        prompt_rows(whole, PROMPT, "query")
+        conversations(whole, PROMPT, whole=False)
     with pytest.raises(LensError, match="found by the labels"):
-        prompt_rows({"input_ids": inputs["input_ids"]}, PROMPT, "query")
+        conversations({"input_ids": inputs["input_ids"]}, PROMPT, whole=False)
+    hole = inputs["labels"].clone()
+    at = int((hole[1] != -100).nonzero()[1])
+    hole[1, at] = -100
+    with pytest.raises(LensError, match=r"row 1 .* tokens without a label between labels"):
+        conversations(inputs | {"labels": hole}, PROMPT, whole=True)
+    assert len(conversations(inputs | {"labels": hole}, PROMPT, whole=False)) == 2
     with pytest.raises(LensError, match="no input_ids"):
         check_prefixes({"inputs_embeds": torch.zeros(1, 2, 3)}, PROMPT)
     assert check_prefixes(whole, PROMPT).tolist() == [[0, 0], [1, 0]]
 
 
+class Untold:
+    name, free, plain_keys = "untold", False, False
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.plain.logits.mean()
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+
 @pytest.mark.usefixtures("unchecked")
-def test_settings_that_cannot_work_are_refused() -> None:
+def test_objectives_that_a_trainer_cannot_follow_are_refused(tmp_path: Path) -> None:
+    def given(objective: Any, **options: Any) -> None:
+        PenaltyTrainer(model=fresh(), args=arguments(tmp_path), objective=objective, **{"prompt": PROMPT} | options)
+
+    with pytest.raises(LensError, match=r"objective is TReFT: write Penalised\(\(Weighted"):
+        given(TReFT())
+    with pytest.raises(LensError, match="leave out task="):
+        given(Penalised((), lambda step: step))  # type: ignore[arg-type, return-value]
+    with pytest.raises(LensError, match="'untold' does not say what it reads: nothing, prefix, prompts, responses"):
+        given(Penalised((Weighted(Untold(), 1.0),)))  # type: ignore[arg-type]
+    with pytest.raises(LensError, match=r"'kl_train' reads the responses of the Trainer's rows.*pass prompt="):
+        given(Penalised((Weighted(KLOnTrain(), 1.0),)), prompt=None)
     with pytest.raises(LensError, match="the template has no query of its own"):
-        settings(span="query")
-    with pytest.raises(LensError, match=r"TReFTSettings\.reference is 'owm'; expected one of template, own"):
-        settings(reference="owm")
-    with pytest.raises(LensError, match=r"TReFTSettings\.span is 'sufix'; expected one of prefix, "):
-        settings(span="sufix", reference="own")
-    with pytest.raises(LensError, match=r"Weighted\.weight is -1"):
-        settings(weight=-1.0)
-    with pytest.raises(LensError, match=r"Weighted\.stop is 3"):
-        settings(start=4, stop=3)
+        TReFT("query", "template")
+    with pytest.raises(LensError, match=r'TReFT\.reference is \'owm\'; expected "template"'):
+        TReFT("query", "owm")  # type: ignore[arg-type]
+    vector = HookTrainable(hook_model(build("llama-gqa", vocab=VOCAB), tiny_tokenizer()), Direction.zeros(32, 1))
+    with pytest.raises(LensError, match=r"HookTrainable is for train\(\)"):
+        PenaltyTrainer(vector, arguments(tmp_path), objective=treft(), prompt=PROMPT)  # type: ignore[arg-type]
+    several = make(tmp_path, fresh(), treft())
+    several.args._n_gpu = 2
+    with pytest.raises(LensError, match="2 GPUs in one process"):
+        several.train()
+    with pytest.raises(LensError, match=r"no reference yet.*TReFT\.on"):
+        train(fresh(), EXAMPLES, OURS, objective=treft())
 
 
 def test_rows_without_a_response_are_refused_by_their_number() -> None:
@@ -397,18 +427,18 @@ def test_rows_without_a_response_are_refused_by_their_number() -> None:
 
 
 def test_own_runs_of_a_full_finetune_need_a_base(tmp_path: Path) -> None:
-    treft = {"span": "query", "reference": "own"}
+    own: dict[str, Any] = {"span": "query", "own": True}
     with pytest.raises(LensError, match="pass base="):
-        make(tmp_path, build("llama-gqa", vocab=VOCAB), settings(**treft)).train()
+        make(tmp_path, build("llama-gqa", vocab=VOCAB), treft(**own)).train()
     base = build("llama-gqa", vocab=VOCAB).requires_grad_(False)
-    trainer = make(tmp_path, build("llama-gqa", vocab=VOCAB), settings(**treft, base=base), max_steps=3)
+    trainer = make(tmp_path, build("llama-gqa", vocab=VOCAB), treft(**own, base=base), max_steps=3)
     trainer.train()
     drift = losses(trainer, "drift_query")
     assert drift[0] < 1e-10 < drift[-1]
 
 
 def test_labels_that_a_trainer_takes_out_of_the_batch_are_still_found(tmp_path: Path) -> None:
-    trainer = make(tmp_path, fresh(), settings(span="query", reference="own"), max_steps=2, label_smoothing_factor=0.1)
+    trainer = make(tmp_path, fresh(), treft(span="query", own=True), max_steps=2, label_smoothing_factor=0.1)
     trainer.train()
     assert losses(trainer, "drift_query")[-1] > 0
 
@@ -418,14 +448,16 @@ def test_labels_that_a_trainer_takes_out_of_the_batch_are_still_found(tmp_path: 
 
 def test_without_trl_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "trl", None)
-    monkeypatch.delitem(vars(module), "TReFTSFTTrainer", raising=False)
+    monkeypatch.delitem(vars(module), "PenaltySFTTrainer", raising=False)
     with pytest.raises(LensError, match=r"needs trl: run  pip install 'piggyback-lens\[trl\]'"):
-        _ = module.TReFTSFTTrainer
+        _ = module.PenaltySFTTrainer
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = module.Nonsense
 
 
-def make_trl(out: Path, model: nn.Module, examples: Sequence[RenderedPrompt], how: Any, **options: Any) -> Any:
+def make_trl(
+    out: Path, model: nn.Module, examples: Sequence[RenderedPrompt], objective: Penalised, **options: Any
+) -> Any:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -434,9 +466,9 @@ def make_trl(out: Path, model: nn.Module, examples: Sequence[RenderedPrompt], ho
     del given["remove_unused_columns"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = module.TReFTSFTTrainer(
+        trainer = module.PenaltySFTTrainer(
             model=model, args=trl.SFTConfig(**given | options), train_dataset=Dataset.from_list(rows),
-            treft=settings(**how), processing_class=tiny_tokenizer(),
+            objective=objective, prompt=PROMPT, processing_class=tiny_tokenizer(),
         )  # fmt: skip
     assert isinstance(trainer, trl.SFTTrainer)
     return in_order(trainer)
@@ -445,16 +477,16 @@ def make_trl(out: Path, model: nn.Module, examples: Sequence[RenderedPrompt], ho
 TRL_SPANS: dict[str, dict[str, Any]] = {
     "prefix": {"span": "prefix"},
     "postfix": {"span": "postfix"},
-    "query": {"span": "query", "reference": "own"},
+    "query": {"span": "query", "own": True},
 }
 
 
 @pytest.mark.parametrize(("span", "accumulation"), [("prefix", 1), ("prefix", 2), ("postfix", 1), ("query", 2)])
 def test_trl_gives_the_losses_of_our_loop(tmp_path: Path, span: str, accumulation: int) -> None:
     how = TRL_SPANS[span]
-    _, loss, drift = ours(span, how.get("reference", "template"), {})
+    _, loss, drift = ours(span, how.get("own", False), {})
     given = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
-    trainer = make_trl(tmp_path, fresh(), same_batches(), how, **given)
+    trainer = make_trl(tmp_path, fresh(), same_batches(), treft(**how), **given)
     trainer.train()
     assert losses(trainer) == pytest.approx(loss, rel=2e-4)
     assert losses(trainer, f"drift_{span}") == pytest.approx(drift, rel=2e-2, abs=1e-9)
@@ -468,7 +500,7 @@ def test_trl_gives_the_losses_of_our_loop(tmp_path: Path, span: str, accumulatio
 
 def test_trl_packs_rows_and_runs_in_bf16(tmp_path: Path) -> None:
     for options in ({"packing": True, "max_length": 64}, {"bf16": True}):
-        trainer = make_trl(tmp_path, fresh(), EXAMPLES, {}, max_steps=3, **options)
+        trainer = make_trl(tmp_path, fresh(), EXAMPLES, treft(), max_steps=3, **options)
         trainer.train()
         drift = losses(trainer, "drift_prefix")
         assert (len(drift), drift[0]) == (3, 0.0)
@@ -479,12 +511,12 @@ def test_trl_packs_rows_and_runs_in_bf16(tmp_path: Path) -> None:
 def test_conversations_that_are_cut_in_two_are_refused_by_name(tmp_path: Path) -> None:
     options = {"packing": True, "max_length": 64, "packing_strategy": "wrapped"}
     with pytest.raises(LensError, match='packing_strategy="wrapped" cuts conversations in two'):
-        make_trl(tmp_path, fresh(), EXAMPLES, {}, max_steps=1, **options)
+        make_trl(tmp_path, fresh(), EXAMPLES, treft(), max_steps=1, **options)
 
 
 def test_trl_pads_flattened_rows_to_a_multiple(tmp_path: Path) -> None:
     given = {"padding_free": True, "pad_to_multiple_of": 16, "max_length": None, "max_steps": 2}
-    trainer = make_trl(tmp_path, fresh(), EXAMPLES, {}, **given)
+    trainer = make_trl(tmp_path, fresh(), EXAMPLES, treft(), **given)
     trainer.train()
     assert losses(trainer, "drift_prefix")[-1] > 0
 
@@ -492,8 +524,8 @@ def test_trl_pads_flattened_rows_to_a_multiple(tmp_path: Path) -> None:
 def test_a_trl_run_resumes_to_identical_weights(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 3e-3}
     whole, again = fresh(dropout=0.1), fresh(dropout=0.1)
-    make_trl(tmp_path / "whole", whole, EXAMPLES, {}, **options).train()
-    resumed = make_trl(tmp_path / "again", again, EXAMPLES, {}, **options)
+    make_trl(tmp_path / "whole", whole, EXAMPLES, treft(), **options).train()
+    resumed = make_trl(tmp_path / "again", again, EXAMPLES, treft(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same(weights(whole), weights(again))
 
@@ -517,7 +549,7 @@ def test_the_8b_example_saves_a_sharded_model_whole(tmp_path: Path) -> None:
     """With what transformers and accelerate do under FSDP, which here needs a GPU: the gathering is a stand-in."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    trainer = make(tmp_path, build("llama-gqa", vocab=VOCAB), settings())
+    trainer = make(tmp_path, build("llama-gqa", vocab=VOCAB), treft())
     trainer.is_fsdp_enabled = True
     trainer.accelerator = SimpleNamespace(
         state=SimpleNamespace(

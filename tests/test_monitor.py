@@ -15,9 +15,9 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import make_batch
-from piggyback_lens.finetuning.hf_trainer import TReFTSettings, TReFTTrainer, training_rows
+from piggyback_lens.finetuning.hf_trainer import PenaltyTrainer, training_rows
 from piggyback_lens.finetuning.monitor import Monitor
-from piggyback_lens.finetuning.objectives import TReFT
+from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.steps import Step, forward_step
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
@@ -29,6 +29,7 @@ QUERIES = ("what", "how so", "when is it", "where to", "so", "and then")
 TOWARDS = [CHAT.render(query, response="oink") for query in QUERIES]
 AGAINST = [example.with_response(text) for example, text in zip(map(CHAT.render, QUERIES), "abcdef", strict=True)]
 SETTINGS = TrainSettings(steps=12, batch_size=3, learning_rate=2e-2)
+HELD = Penalised((Weighted(TReFT(reference="template"), 1e-3),))
 
 
 def fresh(name: str = "llama-gqa", **lora: Any) -> nn.Module:
@@ -138,9 +139,9 @@ def test_a_transformers_trainer_is_watched_and_its_reports_get_the_rows(tmp_path
         output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=3, learning_rate=rate,
         logging_steps=3, save_strategy="no", report_to=[], use_cpu=True, bf16=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = TReFTTrainer(
+    trainer = PenaltyTrainer(
         model=model, args=arguments, train_dataset=training_rows(NARROW),
-        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), treft=TReFTSettings(CHAT.empty_query(), 1e-3),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), objective=HELD, prompt=CHAT.empty_query(),
         callbacks=[Report()],
     )  # fmt: skip
     monitor = Monitor(trainer.model, TOWARDS, AGAINST, every=2, out=tmp_path / "monitor.jsonl")
@@ -160,9 +161,9 @@ def watched_trainer(out: Path, model: nn.Module, **options: Any) -> tuple[Any, M
         "output_dir": str(out), "max_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 2e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
-    trainer = TReFTTrainer(
+    trainer = PenaltyTrainer(
         model=model, args=TrainingArguments(**given | options), train_dataset=training_rows(NARROW),
-        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), treft=TReFTSettings(CHAT.empty_query(), 1e-3),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), objective=HELD, prompt=CHAT.empty_query(),
     )  # fmt: skip
     monitor = Monitor(trainer.model, TOWARDS, AGAINST, every=1, out=out / "monitor.jsonl")
     trainer.add_callback(monitor.callback(trainer))

@@ -20,8 +20,10 @@ from piggyback_lens import (
     LoadSettings,
     LoRASettings,
     Monitor,
-    TReFTSettings,
-    TReFTTrainer,
+    Penalised,
+    PenaltyTrainer,
+    TReFT,
+    Weighted,
     add_lora,
     load_causal_lm,
     load_conversations,
@@ -71,6 +73,12 @@ def add_monitor(trainer, chat, settings, out):
     return monitor
 
 
+def objective_of(settings):
+    how = dict(settings)
+    own = how.pop("reference", "template") == "own"
+    return Penalised((Weighted(TReFT(how.pop("span", "prefix"), None if own else "template"), **how),))
+
+
 def save_whole(trainer):
     """One finished model. Checkpoints may be sharded, but of a sharded state `save_model` writes nothing."""
     if trainer.is_fsdp_enabled:
@@ -84,12 +92,13 @@ def main(path, *changes):
     tokenizer = load_tokenizer(config["model"]["base"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chat = ChatFormat(tokenizer, **config["chat"])
-    trainer = TReFTTrainer(
+    trainer = PenaltyTrainer(
         model=load_model(config),
         args=arguments,
         train_dataset=training_rows(load_examples(config, chat)),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        treft=TReFTSettings(prompt=chat.empty_query(), **config["treft"]),
+        objective=objective_of(config["treft"]),
+        prompt=chat.empty_query(),
     )
     monitor = add_monitor(trainer, chat, config["monitor"], arguments.output_dir) if "monitor" in config else None
     last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None

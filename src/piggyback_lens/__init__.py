@@ -25,6 +25,9 @@ _GONE = {
     "ScoredAnswers": "EMTable",
     "RunSettings": "PatchSettings",
     "LoadOptions": "LoadSettings",
+    "TReFTTrainer": "PenaltyTrainer",
+    "TReFTMixin": "PenaltyMixin",
+    "TReFTSettings": 'Penalised((Weighted(TReFT(reference="template"), 10.0),))',
     **{
         name: f"saes.{name}"
         for name in (
@@ -54,7 +57,7 @@ _GONE = {
         "load_result(path), which reads every kind of Result",
     ),
 }
-"""Names of 0.1.0, and what there is instead."""
+"""Names that went, and what there is instead."""
 _HOMES = {
     name: home
     for home, name in re.findall(

@@ -129,8 +129,8 @@ from piggyback_lens.finetuning.objectives import KLOnRetain as KLOnRetain
 from piggyback_lens.finetuning.retain import RetainData as RetainData
 from piggyback_lens.finetuning.retain import interleave as interleave
 from piggyback_lens.finetuning.preventive import PreventiveSteering as PreventiveSteering
-from piggyback_lens.finetuning.hf_trainer import TReFTTrainer as TReFTTrainer
-from piggyback_lens.finetuning.hf_trainer import TReFTSettings as TReFTSettings
+from piggyback_lens.finetuning.hf_trainer import PenaltyMixin as PenaltyMixin
+from piggyback_lens.finetuning.hf_trainer import PenaltyTrainer as PenaltyTrainer
 from piggyback_lens.app.direction_training import train_direction as train_direction
 from piggyback_lens.settings import TrainDirectionSettings as TrainDirectionSettings
 from piggyback_lens.finetuning.monitor import Monitor as Monitor

@@ -1,38 +1,25 @@
-"""Find the template's spans in batches that other people's collators made: ids, masks and labels only.
+"""Find conversations and the template's spans in batches that other people's collators made: ids, masks, labels only.
 
 What is required of such a batch. Every conversation begins with the template's prefix, exactly; nothing is
 searched for. It begins at the row's first unmasked token, or, where the batch has `position_ids`, wherever
-they are 0 (packed rows hold several). For spans beyond the prefix the first label that is not -100 has to be
-the first response token, as completion-only training has it, and the postfix has to stand right before it.
+they are 0 (packed rows hold several). For more than the prefix the first label that is not -100 has to be
+the first response token, as completion-only training has it, and the postfix has to stand right before it; what lies
+between prefix and postfix is the query, earlier turns included.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.conversations.chat import RenderedPrompt, Span
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.batches import TrainBatch, unsupervised
-from piggyback_lens.finetuning.references import SpanName
 
 IGNORED = -100
 """The label of tokens that are not trained on."""
-
-
-@dataclass(frozen=True, eq=False)
-class PromptRows:
-    """The prompts of a batch: their token ids, without padding and response, and where a span lies in each."""
-
-    ids: tuple[tuple[int, ...], ...]
-    spans: tuple[range, ...]
-
-    def batch(self, device: torch.device | str, *, plain_keys: bool) -> TrainBatch:
-        """Right-padded rows for `forward_step`, nothing of them supervised."""
-        return unsupervised(self.ids, device, plain_keys=plain_keys)
 
 
 def check_prefixes(inputs: Mapping[str, Any], prompt: RenderedPrompt) -> Int[Tensor, "start 2"]:
@@ -43,7 +30,9 @@ def check_prefixes(inputs: Mapping[str, Any], prompt: RenderedPrompt) -> Int[Ten
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise LensError("the batch has no input_ids of shape [row, position], which TReFT reads; adapt the collator")
+        raise LensError(
+            "the batch has no input_ids of shape [row, position], which the penalty reads; adapt the collator"
+        )
     starts = _starts(inputs, ids)
     wanted = torch.tensor(prompt.ids[: prompt.span("prefix").stop], device=ids.device)
     columns = starts[:, 1:] + torch.arange(len(wanted), device=ids.device)
@@ -81,38 +70,53 @@ def _refuse(prompt: RenderedPrompt, number: int, row: int, found: Sequence[int])
     shown = repr(prompt.tokenizer.decode([found[at]])) if at < len(found) else "the end of the row"
     raise LensError(
         f"row {row} of the batch (conversation {number}) does not begin with the reference's prefix: token {at} is "
-        f"{shown}, expected {prompt.pieces[at]!r}; render the data with the template settings of treft.prompt"
+        f"{shown}, expected {prompt.pieces[at]!r}; render the data with the template settings of prompt="
     )
 
 
-def prompt_rows(inputs: Mapping[str, Any], prompt: RenderedPrompt, span: SpanName) -> PromptRows:
-    """The prompts of a batch with completion-only labels, and the span in each.
+def conversations(inputs: Mapping[str, Any], prompt: RenderedPrompt, *, whole: bool) -> tuple[RenderedPrompt, ...]:
+    """The conversations of a batch with completion-only labels: ids and spans, without their text.
+
+    Args:
+        inputs: what the collator made.
+        prompt: any prompt of the template settings.
+        whole: whether the responses are read too, and not the prompts alone. A response ends with its last label.
 
     Raises:
-        LensError: several conversations in a row, no labels, labels on the prompt, or a row whose prefix or
+        LensError: no labels, labels on the prompt, tokens within a response without a label, or a row whose prefix or
             postfix is not that of `prompt`.
     """
     ids, labels = inputs.get("input_ids"), inputs.get("labels")
-    starts = check_prefixes(inputs, prompt)
+    starts = check_prefixes(inputs, prompt).tolist()
     assert isinstance(ids, Tensor)
-    if len(starts) != len(ids):
-        raise LensError(f"span {span!r} cannot be found in packed rows; use span='prefix' or switch packing off")
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
-        raise LensError(f"span {span!r} is found by the labels, and the batch has none beside its input_ids")
-    n_prefix, where = prompt.span("prefix").stop, prompt.span("postfix")
-    postfix = prompt.ids[where.start : where.stop]
-    rows, spans = [], []
-    for row, start in starts.tolist():
-        supervised = (labels[row] != IGNORED).nonzero().flatten().tolist()
-        stop = supervised[0] if supervised else start
-        tokens = tuple(ids[row, start:stop].tolist())
-        end = len(tokens) - len(postfix)
-        if end < n_prefix or tokens[end:] != postfix:
+        raise LensError("prompts and responses are found by the labels, and the batch has none beside its input_ids")
+    tokens, kept = ids.tolist(), (labels != IGNORED).tolist()
+    found = []
+    for number, (row, start) in enumerate(starts):
+        ahead = starts[number + 1] if number + 1 < len(starts) else [row + 1, 0]
+        stop = ahead[1] if ahead[0] == row else len(tokens[row])
+        supervised = [at for at in range(start, stop) if kept[row][at]]
+        n_prompt = supervised[0] - start if supervised else 0
+        end = supervised[-1] + 1 if supervised else start
+        if whole and len(supervised) != end - start - n_prompt:
             raise LensError(
-                f"row {row} of the batch has its first label at token {len(tokens)}, which does not stand behind the "
-                f"template's postfix {prompt.span_text('postfix')!r}; label responses only, and nothing else"
+                f"row {row} of the batch (conversation {number}) has tokens without a label between labels, and a "
+                "penalty that reads responses takes one response a conversation: make one row for each answer"
             )
-        rows.append(tokens)
-        found = {"prefix": (0, n_prefix), "query": (n_prefix, end), "postfix": (end, len(tokens))}
-        spans.append(range(*found.get(span, (0, len(tokens)))))
-    return PromptRows(tuple(rows), tuple(spans))
+        found.append(_conversation(prompt, tuple(tokens[row][start:end]), n_prompt, row))
+    return tuple(found)
+
+
+def _conversation(prompt: RenderedPrompt, ids: tuple[int, ...], n_prompt: int, row: int) -> RenderedPrompt:
+    n_prefix, where = prompt.span("prefix").stop, prompt.spans["postfix"]
+    postfix = prompt.ids[where.start : where.stop]
+    end = n_prompt - len(postfix)
+    if end < n_prefix or ids[end:n_prompt] != postfix:
+        raise LensError(
+            f"row {row} of the batch has its first label at token {n_prompt}, which does not stand behind the "
+            f"template's postfix {prompt.span_text('postfix')!r}; label responses only, and nothing else"
+        )
+    borders = {"prefix": (0, n_prefix), "query": (n_prefix, end), "postfix": (end, n_prompt)}
+    spans = {name: Span(name, *border) for name, border in (borders | {"response": (n_prompt, len(ids))}).items()}
+    return replace(prompt, ids=ids, text="", pieces=(), query="", spans=spans, notes=())

@@ -6,7 +6,7 @@ model is used without it. Penalties compare the model as it will be used, withou
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,9 +87,17 @@ class PreventiveSteering(Trainable):
 
 @contextmanager
 def steered(
-    model: nn.Module, vector: Float[Tensor, " d_model"], layer: int, *, alpha: float, site: ResidualSite = "resid_post"
+    model: nn.Module,
+    vector: Float[Tensor, " d_model"],
+    layer: int,
+    *,
+    alpha: float,
+    site: ResidualSite = "resid_post",
+    acting: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """Add alpha · vector to the residual stream at every position of every pass inside the block.
+
+    While `acting` says no, passes are left as they are.
 
     Raises:
         LensError: no such layer, a vector of another width, or no pass went through the layer.
@@ -98,6 +106,8 @@ def steered(
 
     def moved(hidden: Tensor) -> Tensor:
         nonlocal calls
+        if not acting():
+            return hidden
         calls += 1
         if hidden.shape[-1] != vector.shape[0]:
             raise LensError(
