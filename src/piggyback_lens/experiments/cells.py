@@ -354,8 +354,8 @@ class _Prefix:
 
     def state(self, source: Sequence[int], lineage: Lineage) -> KVState:
         """What a pass starts from whose rows follow the prefix rows `source`."""
-        index = torch.tensor(source, device=self.keys[0].device)
-        rows = [index[: lineage.alive(layer)] for layer in range(len(self.keys))]
+        index = torch.tensor(source)
+        rows = [index[: lineage.alive(i)].to(layer.device) for i, layer in enumerate(self.keys)]
         keys = [layer[own] for layer, own in zip(self.keys, rows, strict=True)]
         values = [layer[own] for layer, own in zip(self.values, rows, strict=True)]
         return state_from_keys_values(self.model, keys, values)

@@ -409,7 +409,8 @@ def _hook(
         if heads is not None:
             new = old.index_copy(1, heads.to(old.device), new)
         change = (new.detach() - old.detach()).float().pow(2).sum()
-        receipt.squared_change = change if receipt.squared_change is None else receipt.squared_change + change
+        before = receipt.squared_change  # of a layer that may be on another device
+        receipt.squared_change = change if before is None else before + change.to(before.device)
         put = activation.index_put_ if in_place else activation.index_put
         return put((cells.rows, cells.columns), new)
 

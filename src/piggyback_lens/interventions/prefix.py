@@ -413,7 +413,8 @@ def _compile(
         # With one row the parts stay themselves, so that receipts continue in the passes that follow.
         parts += own if count == 1 else [dataclasses.replace(part, rows=(row,)) for part in own]
     with torch.no_grad(), applied(model, placement, parts, record=record, must_touch=must_touch):
-        keys, values = map(torch.stack, forward_keeping(model, batch.ids, read=NOTHING)[1:])
+        sides, device = forward_keeping(model, batch.ids, read=NOTHING)[1:], device_of(model)
+    keys, values = (torch.stack([layer.to(device) for layer in side]) for side in sides)
     descriptions = [" + ".join(map(repr, own)) or "no intervention" for own in each]
     return [
         PrefixCache(prompt.ids[:length], keys[:, row], values[:, row], descriptions[row], prompt.fingerprint)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.views import inner_model
+from piggyback_lens.models.views import computing_device, inner_model
 from piggyback_lens.words import SITES, Backend, Site
 
 Kind = Literal["bridge", "hooked", "plain"]
@@ -201,7 +201,12 @@ def width_of(model: Any) -> int:
 
 def device_of(model: Any) -> torch.device:
     """Device of the input embeddings, where token ids go."""
-    return _first_parameter(model).device
+    return computing_device(model)
+
+
+def block_devices(model: Any) -> list[torch.device]:
+    """Where each decoder block computes, and has its keys and values; a device map spreads them."""
+    return [computing_device(block) for block in blocks_of(model)]
 
 
 def free_bytes(device: torch.device) -> float:

@@ -17,9 +17,12 @@ from piggyback_lens.models.fused import read_fused_weights_live
 from piggyback_lens.models.sources import multimodal_kind
 from piggyback_lens.models.states import CACHE_NAMES
 from piggyback_lens.models.views import (
+    computing_device,
     gradients_kept,
     inner_model,
+    is_offloaded,
     is_peft_model,
+    keep_vectors_in_memory,
     merged_copy,
     structural_copy,
     text_part,
@@ -45,13 +48,16 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
         inner = text_part(inner_model(structural_copy(hf_model))).eval()
         _refuse_multimodal(inner)
         parameter = next(inner.parameters())
+        if is_offloaded(inner):
+            keep_vectors_in_memory(inner)
+            inner.hf_device_map = None  # TransformerLens refuses such maps, since it read weights past their modules
         inner.config.architectures = [type(inner).__name__]  # what is here, whatever a checkpoint said
         try:
             bridge = TransformerBridge.boot_transformers(
                 "local",  # names that TransformerLens knows make it print notices
                 hf_model=inner,
                 tokenizer=_stand_in_tokenizer(),
-                device=str(parameter.device),
+                device=str(computing_device(inner)),
                 dtype=parameter.dtype,
             )
             bridge.cfg.model_name = name
@@ -118,6 +124,12 @@ def build_hooked(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
             "backend 'hooked' needs HookedTransformer, which transformer-lens 4 removed: use backend='bridge' "
             "or pip install 'transformer-lens>=3.9,<4'"
         ) from error
+    devices = {x.device for x in hf_model.parameters()}
+    if len(devices) > 1:
+        raise LensError(
+            f"the weights are on {len(devices)} devices ({', '.join(sorted(map(str, devices)))}), and a "
+            "HookedTransformer is on one: use backend='bridge'"
+        )
     source = text_part(merged_copy(hf_model) if is_peft_model(hf_model) else structural_copy(hf_model))
     _refuse_multimodal(source)
     _refuse_wrong_layouts(source.config)

@@ -39,7 +39,7 @@ from piggyback_lens.models.peft_adapters import (
 from piggyback_lens.models.places import is_adapter_folder
 from piggyback_lens.models.plain_views import remember_plain
 from piggyback_lens.models.proof import Expected, prove
-from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer, source_name
 from piggyback_lens.models.views import (
     gradients_kept,
     inner_model,
@@ -212,6 +212,7 @@ class ModelPair:
         quantization: Any = None,
         trust_remote_code: bool = False,
         offline: bool = False,
+        device_map: Any = None,
         names: tuple[str, str] | None = None,
         progress: bool | str = True,
     ) -> "ModelPair":
@@ -237,6 +238,8 @@ class ModelPair:
             quantization: "4bit", "8bit" or a quantisation config of transformers, for what is loaded.
             trust_remote_code: run code that a repository brings; it can do whatever you can.
             offline: make no connection at all.
+            device_map: spread the layers of what is loaded over devices: "auto", "balanced", "sequential", or a mapping
+                of modules to devices or "disk"; of the bridge only, and instead of `device`.
             names: of base and finetuned, for figures and results; default from the sources.
             progress: show a line with the time left; a text is its label.
 
@@ -258,6 +261,7 @@ class ModelPair:
             attn_implementation=attn_implementation,
             quantization=quantization,
             trust_remote_code=trust_remote_code,
+            device_map=device_map,
         )
         if is_peft_model(finetuned) and base is None:
             return cls._from_peft(
@@ -375,8 +379,7 @@ def _given_tokenizer(tokenizer: Any, model: Any) -> Any:
 
 def _name(source: Source) -> str:
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        return path.name if path.exists() else str(source)
+        return source_name(source)
     return getattr(source, "name_or_path", "") or type(source).__name__
 
 

@@ -18,7 +18,7 @@ from piggyback_lens.models.places import (
     told,
 )
 from piggyback_lens.models.sources import portable_name
-from piggyback_lens.models.views import adapter_layers, is_peft_model
+from piggyback_lens.models.views import adapter_layers, is_peft_model, offloaded_left_alone
 from piggyback_lens.settings import LoadSettings
 
 
@@ -98,7 +98,7 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
             "this 4-bit base has run on a CPU, and bitsandbytes spoils its weights when an adapter is attached then: "
             "give the path of the base, or attach the adapter before the first pass"
         )
-    with told(misfit):
+    with told(misfit), offloaded_left_alone(hf_model):
         peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True)
         # Said, because "auto" asks the hub about the base that the adapter names.
         needed, allowed = (set(get_peft_model_state_dict(peft_model, save_embedding_layers=s)) for s in (False, True))

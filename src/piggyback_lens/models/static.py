@@ -14,11 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import config_of, core_of, device_of, has_modules
+from piggyback_lens.models.backends import block_devices, config_of, core_of, device_of, has_modules
 from piggyback_lens.models.network import as_read
 from piggyback_lens.models.packing import shortest_window
 from piggyback_lens.models.plain_views import network_of, plain_view
 from piggyback_lens.models.states import KVState, cache_argument
+from piggyback_lens.models.views import is_offloaded
 
 _KEPT: "weakref.WeakKeyDictionary[Any, StaticDecoding]" = weakref.WeakKeyDictionary()
 COLUMNS = 64
@@ -36,6 +37,8 @@ def static_refusal(model: Any, longest: int) -> str | None:
         return "a HookedTransformer has no static cache: use backend='bridge', or static_cache=False"
     if plain_view(model) is not None and network_of(model) is core_of(model):
         return "hooks act on the model, and a static cache is decoded without any: use static_cache=False"
+    if len(set(block_devices(model))) > 1 or is_offloaded(core_of(model)):
+        return "a device map has spread the weights, and no step can be replayed across devices: use static_cache=False"
     if (window := shortest_window(config_of(model))) is not None and window < longest:
         return (
             f"this model's layers look back {window} tokens and the rows have up to {longest}: one mask does not "

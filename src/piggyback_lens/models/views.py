@@ -350,6 +350,36 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(map(_offloaded, model.modules()))
 
 
+def absent_weights(model: nn.Module) -> list[str]:
+    """Weights that are in no memory, and that nobody puts there for a pass."""
+    parts = ((name, part) for name, part in model.named_modules() if not _offloaded(part))
+    return [
+        f"{name}.{key}" for name, part in parts for key, x in part._parameters.items() if x is not None and x.is_meta
+    ]
+
+
+@contextmanager
+def offloaded_left_alone(model: nn.Module) -> Iterator[None]:
+    """Offloaded weights look inside as if they were where they compute, so that PEFT puts its own weights there.
+
+    It would place the whole model anew otherwise, which it cannot do here, and make an adapter without memory.
+    """
+    held = [(part, dict(part._parameters)) for part in model.modules() if _offloaded(part)]
+    spread = vars(model).pop("hf_device_map", None) if held else None
+    for part, weights in held:
+        for key, weight in weights.items():
+            if weight is not None:
+                like = torch.zeros((), dtype=weight.dtype, device=computing_device(part)).expand(weight.shape)
+                part._parameters[key] = nn.Parameter(like, requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, weights in held:
+            part._parameters.update(weights)
+        if spread is not None:
+            vars(model)["hf_device_map"] = spread
+
+
 def keep_vectors_in_memory(model: nn.Module) -> None:
     """Load offloaded weights of norms for good: TransformerLens reads them without a call of their module."""
     for part in model.modules():
