@@ -367,6 +367,16 @@ def test_a_control_of_other_tokens_is_named_by_what_it_holds():
     assert sum("5 query + all 6 postfix tokens" in text for text in under) == 6
 
 
+def test_wide_cells_of_a_carrier_map_hold_their_intervals():
+    frame = carriers()
+    frame = frame[(frame["band"] == "layers 0-9") & (frame["sites"] == "k+v")]
+    figure = carrier_map_figure(frame, title="T", noise_floor=0.01)
+    patched, identity, _ = next(iter(cells(figure).values()))
+    assert list(patched.text[0]) == ["0.90 [0.85, 1.00]"]
+    assert list(identity.text[0]) == ["≈ 0"]
+    assert "in the cells: 95 % interval over prompts" in subtitle(figure)
+
+
 def test_carrier_colours_are_symmetric_and_a_missing_value_is_grey_with_its_reason():
     frame = carriers()
     frame.loc[0, ["value", "low", "high"]] = math.nan

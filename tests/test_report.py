@@ -108,6 +108,10 @@ def page(tmp_path_factory) -> str:
 
 def test_the_parts_stand_in_their_order(page):
     text = Reader(page).text
+    contents = text[text.index("93 % recovered.") : text.rindex("What the words mean")]
+    for heading in ("Summary", "Figures", "Generations side by side", "The prompt, by span", "Notes", "Run card"):
+        assert heading in contents
+    text = text.replace(contents, "")
     parts = [
         "Terse & narrow",
         "The prefix carries it",
@@ -129,6 +133,51 @@ def test_the_parts_stand_in_their_order(page):
     assert places[1:] == sorted(places[1:])
 
 
+def test_words_are_explained_where_they_are_used_and_parts_and_the_card_are_folded(tmp_path):
+    from piggyback_lens.results.report import Part
+
+    history = plots.history_figure(pd.DataFrame({"step": [1], "loss": [1.0]}), title="C")
+    table = pd.DataFrame({"span": ["prefix"], "recovery": ["<b>67 %</b>"]})
+    parts = [
+        Part("Two <b>measures</b>", ["They <i>disagree</i>."], table),
+        Part("Training", figures=[("The loss", history)], folded=True),
+    ]
+    card = {"models": {"base": {"name": "m", "probe": [17.25] * 48}}, "questions": list(range(40)), "few": [1, 2]}
+    reader = Reader(report(tmp_path / "a.html", parts=parts, card=card).read_text(encoding="utf-8"))
+    text = reader.text
+    assert "They <i>disagree</i>." in text
+    assert "<b>67 %</b>" in text
+    assert "Figure 3. The loss" in text
+    assert "(patched - finetuned) / (base - finetuned)" in text  # recovery, which the summary speaks of
+    assert "Kullback" not in text
+    assert "models.base.name" in text
+    assert "17.25" not in text
+    assert "[0, 1, 2, … (40 in all)" in text
+    assert "[1, 2]" in text
+    anchors = {attributes["href"][1:] for tag, attributes in reader.tags if tag == "a"}
+    places = {attributes.get("id"): (tag, "open" in attributes) for tag, attributes in reader.tags}
+    assert anchors <= set(places)
+    assert (places["part-1"], places["part-2"]) == (("section", False), ("details", False))
+    assert places["card"] == places["words"] == ("details", False)
+
+
+def test_the_page_carries_a_figures_heading_and_the_figure_only_what_is_drawn(page):
+    reader = Reader(page)
+    assert "2 steps" in reader.text  # the subtitle of the history, in lines of the page's own width
+    script = next(s for s in reader.scripts if '"figure-2"' in s)
+    assert '"text":"B"' not in script
+    bare = plots.history_figure(pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}), title="B")
+    height = int(re.search(r'"height":(\d+)', script)[1])
+    assert bare.layout.height - bare.layout.margin.t < height < bare.layout.height
+
+
+def test_the_page_follows_the_readers_theme_and_a_narrow_screen(page):
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "prefers-color-scheme: dark" in style
+    assert "color-scheme: light dark" in style
+    assert "max-width: 560px" in style
+
+
 def test_plotly_is_embedded_once_and_only_when_there_is_a_figure(page, tmp_path):
     from plotly.offline import get_plotlyjs
 
@@ -144,7 +193,7 @@ def test_nothing_is_asked_of_the_network(page):
     for tag, attributes in reader.tags:
         assert tag not in ("link", "iframe", "img", "object", "embed")
         assert "src" not in attributes
-        assert "href" not in attributes
+        assert attributes.get("href", "#").startswith("#")  # places of this page alone
     policy = next(a["content"] for tag, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
@@ -177,7 +226,13 @@ def test_any_other_frame_is_shown_column_by_column(tmp_path):
 def test_answers_to_one_prompt_stand_together_long_ones_folded_missing_ones_marked(page):
     reader = Reader(page)
     assert reader.count("article") == 2
-    assert reader.count("details") == 1
+    assert ["open" in attributes for tag, attributes in reader.tags if tag == "details"] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     assert reader.text.count("word " * 200) == 1
     assert "all 1000 characters" in reader.text
     assert ">missing<" in page
@@ -206,7 +261,7 @@ def test_text_from_outside_is_shown_and_never_run(tmp_path):
     )
     reader = Reader(path.read_text(encoding="utf-8"))
     assert reader.count("img") == 0
-    assert reader.count("script") == 1 + len(figures)
+    assert reader.count("script") == 2 + len(figures)
     assert not any(re.match(r"\s*alert", script) for script in reader.scripts)
     assert reader.text.count(EVIL) >= 10
 
@@ -235,11 +290,13 @@ def test_an_empty_verdict_and_examples_without_columns_are_refused(tmp_path):
 def test_a_report_without_examples_prompt_notes_and_card_has_no_empty_sections(tmp_path):
     path = report(tmp_path / "a.html", figures=[], examples=pd.DataFrame(), prompt_html="", notes=[], card={})
     page = path.read_text(encoding="utf-8")
-    assert re.findall("<h2>(.*?)</h2>", page) == ["Summary"]
+    assert re.findall("<h2>(.*?)</h2>", page) == ["What the words mean", "Summary"]
 
 
 def test_an_answer_that_the_token_limit_cut_is_marked(tmp_path):
     rows = {"prompt": ["a", "a"], "condition": ["base", "finetuned"], "response": ["x", "y"]}
-    page = report(tmp_path / "a.html", examples=pd.DataFrame(rows | {"ended": ["length", "stop"]})).read_text()
-    assert "base (cut at the token limit)" in page
-    assert "finetuned (cut" not in page
+    rows |= {"ended": ["length", "stop"], "value": [20.0, math.nan]}
+    page = report(tmp_path / "a.html", examples=pd.DataFrame(rows)).read_text()
+    text = " ".join(Reader(page).text.split())
+    assert "base · 20x ✂ cut at the token limit finetunedy" in text
+    assert text.count("cut at the token limit") == 1

@@ -82,10 +82,10 @@ def demo(
 ) -> None:
     """Train a narrow organism on a small real chat model, audit it, and write a report."""
     from piggyback_lens.app.demonstration import demo as run
-    from piggyback_lens.app.summary import show
+    from piggyback_lens.app.summary import TO_TRY, show
 
     settings = DemoSettings.quick(settings.task) if quick else settings
-    show(run(settings, load, out=out, model=model, backend=_backend(backend))[0], out)
+    show(run(settings, load, out=out, model=model, backend=_backend(backend))[0], out, to_try=TO_TRY)
 
 
 @command(app)

@@ -8,7 +8,8 @@ from typing import Any
 from piggyback_lens.comparisons.comparison import Comparison
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.attribution import AttributionResult
-from piggyback_lens.experiments.audit import CURVE, AuditResult
+from piggyback_lens.experiments.audit import AuditResult
+from piggyback_lens.experiments.audit_maps import CURVE
 from piggyback_lens.experiments.perturbation import PerturbResult
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.experiments.stress_suite import StressResult

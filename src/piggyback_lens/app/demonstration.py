@@ -17,9 +17,10 @@ from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair, hook_model
-from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer
+from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer, source_name
 from piggyback_lens.progress import say, shows
 from piggyback_lens.reading.tasks import Task, answer_if_spread, load_task
+from piggyback_lens.results.report import Part
 from piggyback_lens.results.run import report_run
 from piggyback_lens.settings import DemoSettings, LoadSettings
 from piggyback_lens.words import Backend
@@ -68,7 +69,7 @@ def demo(
     tokenizer, loaded = load_tokenizer(source, load), load_causal_lm(source, load)
     organism, trained = train_organism(loaded, tokenizer, task, settings, out=out / "organism", progress=progress)
     seconds = round(time.monotonic() - started, 1)
-    names = (_shown(source), f"{task.name} organism")
+    names = (source_name(source), f"{task.name} organism")
     pair = ModelPair.load(finetuned=organism, tokenizer=tokenizer, backend=backend, names=names)
     prompts = task.on_topic[: settings.n_on_topic], task.off_topic[: settings.n_off_topic]
     # Long answers are cut at the token limit: what is counted ends before it. A word is rarely three tokens long.
@@ -80,7 +81,8 @@ def demo(
     figures = [("Training loss on response tokens.", trained.figure())]
     if monitor_file(out).exists():
         figures.append((WATCHED, monitor_figure(load_monitor(monitor_file(out)))))
-    report_run(out, figures=figures)
+    training = f"{settings.training.steps} steps on {len(task.train)} conversations, {seconds:.0f} seconds."
+    report_run(out, parts=[Part("How the organism was trained", [training], figures=figures, folded=True)])
     return result, trained
 
 
@@ -116,11 +118,6 @@ def _probes(
     kept = read_json(file)
     towards = [chat.render(p.query, response=text) for p, text in zip(prompts, kept["towards"], strict=True)]
     return towards, [p.with_response(tuple(ids), end=False) for p, ids in zip(prompts, kept["against"], strict=True)]
-
-
-def _shown(source: str) -> str:
-    """Name for figures: without what the conversion of a GGUF file appends."""
-    return Path(source).name.split(".Q")[0]
 
 
 def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:

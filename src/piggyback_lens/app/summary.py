@@ -1,16 +1,24 @@
 """Show an audit on a terminal: the table, the verdict, and where the report is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from piggyback_lens.errors import visible
 from piggyback_lens.experiments.audit import AuditResult
+from piggyback_lens.experiments.audit_maps import compared, forced_text
 from piggyback_lens.intervals import percent
 
+TO_TRY = (
+    "your own pair      piggyback-lens audit BASE --adapter ADAPTER --on-topic FILE --off-topic FILE --behaviour words",
+    "the exact map      piggyback-lens map demo --adapter {out}/organism/adapter --prompts FILE --kinds positions",
+    "another behaviour  piggyback-lens demo --task refusal --out refusal_out",
+)
+"""What a demonstration's reader may do next."""
 
-def show(result: AuditResult, out: str | Path) -> None:
-    """Print the table and the verdict."""
+
+def show(result: AuditResult, out: str | Path, *, to_try: Sequence[str] = ()) -> None:
+    """Print the table, what carries the change by both measures, the verdict, where the report is, and what to try."""
     from rich.console import Console
     from rich.text import Text
 
@@ -19,8 +27,12 @@ def show(result: AuditResult, out: str | Path) -> None:
     same, total = result.identical
     if same < total:
         console.print(f"identity control: only {same} of {total} answers equal the finetuned model's")
+    if result.carrier is not None:
+        console.print(Text(visible(f"Teacher-forced contrast: {forced_text(result)}. {compared(result)}")))
     console.print(Text(visible(result.verdict), style="bold"))
     console.print(Text(visible(f"report: {Path(out) / 'report.html'}")), soft_wrap=True)
+    for line in to_try:
+        console.print(Text(visible(f"try: {line.format(out=out)}")), soft_wrap=True)
 
 
 def table(result: AuditResult) -> Any:

@@ -16,7 +16,8 @@ from piggyback_lens.conversations.batch import ids_hash, questions_of
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import answers_made_elsewhere, given_answer
-from piggyback_lens.experiments.patching import layer_curve
+from piggyback_lens.experiments.attribution import AttributionResult
+from piggyback_lens.experiments.audit_maps import AnswerMaps, audit_parts, load_maps
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.files import read_json, read_jsonl, write_json
 from piggyback_lens.intervals import (
@@ -42,7 +43,7 @@ from piggyback_lens.reading.questions import Question
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, ROWS, Row, Run, report_run
-from piggyback_lens.settings import AuditSettings, PatchSettings
+from piggyback_lens.settings import AuditSettings
 from piggyback_lens.words import Side
 
 if TYPE_CHECKING:
@@ -61,12 +62,6 @@ CONDITIONS: dict[str, str] = {
 }
 CONTROLS = ("identity", "query_control")
 RECEIPTS = "receipts"
-CURVE = "layer_curve"
-"""The folder of the layer curve's own run."""
-CURVE_CAPTION = (
-    "The prefix's residual stream of the other model, patched in at one layer at a time. Recovery of "
-    "log p(finetuned's answer) - log p(base's answer), per token."
-)
 EXAMPLES = 12
 """Off-topic and on-topic prompts whose answers the report shows."""
 
@@ -82,6 +77,9 @@ class AuditResult(Result):
         curve: the layer curve, if it was run.
         card: versions, seeds, settings, names, template hash, times.
         folder: where it was written, if anywhere.
+        receipts: what each condition's interventions touched and changed.
+        carrier: which span carries the contrast of the answers, by layers and flow, if it was run.
+        positions: which layer and token of the prefix, by gradient, if it was run.
     """
 
     name: ClassVar = "audit.1"
@@ -92,6 +90,8 @@ class AuditResult(Result):
     card: dict[str, Any]
     folder: Path | None = None
     receipts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    carrier: PatchResult | None = None
+    positions: AttributionResult | None = None
 
     def values(self, topic: str, condition: str) -> list[float]:
         """The behaviour of each answer, in the order of the prompts and their samples; NaN where it is missing."""
@@ -177,12 +177,10 @@ class AuditResult(Result):
         return conditions_figure(self.to_frame(), **behaviour, title=title, over=over)
 
     def report(self) -> Report:
-        """The table, the conditions and the layer curve as figures, and answers side by side."""
+        """The table, the conditions, what carries the change by a second measure, and answers side by side."""
         from piggyback_lens.figures.plot_style import axis_title
 
         figures = [("Every condition: mean with its 95 % interval over prompts.", self.figure())]
-        if self.curve is not None:
-            figures.append((CURVE_CAPTION, self.curve.figure()))
         frame, table = self.generations(), self.to_frame()
         same, total = self.identical
         notes = [*self.card["notes"]]
@@ -193,7 +191,7 @@ class AuditResult(Result):
         title = f"Piggyback audit: {names['finetuned']} on {names['base']}"
         first = frame if "sample" not in frame else frame[frame["sample"] == 0]
         examples = first[first["index"].isin(sorted(set(first["index"]))[:EXAMPLES])]
-        return Report(title, self.verdict, table, figures, examples, notes, measure, self.card)
+        return Report(title, self.verdict, table, figures, examples, notes, measure, self.card, audit_parts(self))
 
     @property
     def identical(self) -> tuple[int, int]:
@@ -218,7 +216,7 @@ class AuditResult(Result):
             LensError: the folder holds no finished audit.
         """
         folder = Path(folder)
-        results, curve = folder / RESULT, folder / CURVE / RESULT
+        results = folder / RESULT
         if not results.is_file():
             raise LensError(f"{folder} holds no finished audit (no {RESULT}): run it to its end, or check the path")
         saved = read_json(results)
@@ -229,8 +227,8 @@ class AuditResult(Result):
             behaviour = kept_behaviour(card.get("measure", {"name": card["behaviour"]}))
         except (KeyError, TypeError) as error:
             raise LensError(f"{results} is not an audit's ({error}): run the audit again") from error
-        found = PatchResult.load(curve) if curve.is_file() else None
-        return cls(in_order(read_jsonl(folder / ROWS)), behaviour, found, card, folder, receipts)
+        rows = in_order(read_jsonl(folder / ROWS))
+        return cls(rows, behaviour, card=card, folder=folder, receipts=receipts, **load_maps(folder))
 
     def save(self, path: str | Path) -> Path:
         """Write what the folder's rows and curve do not say: verdict, table, receipts and run card."""
@@ -347,13 +345,15 @@ def audit(  # noqa: PLR0913
         for condition in CONDITIONS:
             for topic in TOPICS:
                 work.generate(condition, topic)
-        curve = work.layer_curve() if settings.curve_prompts else None
+        forced = work.answer_maps() if settings.curve_prompts else None
+        curve = forced.curve() if forced else None
+        maps = forced.maps() if forced and settings.map_bands else {}
         counts = {topic: len(set(questions_of(rendered))) for topic, rendered in prompts.items()}
-        facts = {"names": dict(pair.names), "n": counts, "notes": work.notes()}
+        facts = {"names": dict(pair.names), "n": counts, "notes": work.notes() + (forced.left_out if forced else [])}
         facts["measure"] = {"name": measure.name, "label": measure.label, "unit": measure.unit}
         card = run.card() | facts
         rows = in_order(run.rows.values())
-        result = AuditResult(rows, measure, curve, card, run.folder, work.receipts())
+        result = AuditResult(rows, measure, curve, card, run.folder, work.receipts(), **maps)
         if run.folder is not None:
             work.repair(work.first).save(run.folder / "prefix_cache")
             run.finish(result)
@@ -531,23 +531,14 @@ class _Work:
             self.kept[name] = make()
         return self.kept[name]
 
-    def layer_curve(self) -> PatchResult:
-        """The layer curve on the first off-topic prompts, from the answers that the two models gave."""
+    def answer_maps(self) -> AnswerMaps:
+        """The experiments on the first off-topic prompts and the answers that the two models gave."""
         usable = self.alike("off-topic")[: self.settings.curve_prompts]
         prompts = [self.prompts["off-topic"][i] for i in usable]
-        if self.progress:
-            say(f"layer curve on {len(prompts)} off-topic prompts")
 
-        def answered(condition: str) -> list[RenderedPrompt]:
+        def answered(condition: str) -> tuple[RenderedPrompt, ...]:
             ids = [self.run.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens] for i in usable]
-            return [prompt.with_response(own, end=False) for prompt, own in zip(prompts, ids, strict=True)]
+            return tuple(prompt.with_response(own, end=False) for prompt, own in zip(prompts, ids, strict=True))
 
-        return layer_curve(
-            self.pair,
-            prompts,
-            control_layers=self.settings.control_layers,
-            measure=AnswerContrast(tuple(answered("finetuned")), tuple(answered("base"))),
-            settings=PatchSettings(seed=self.settings.seed),
-            out=None if self.run.folder is None else self.run.folder / CURVE,
-            progress="layer curve",
-        )
+        contrast = AnswerContrast(answered("finetuned"), answered("base"))
+        return AnswerMaps(self.pair, prompts, contrast, self.settings, self.run.folder, bool(self.progress))

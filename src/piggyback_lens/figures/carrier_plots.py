@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 LABELS = ("flow", "span", "sites", "band")
 MEANING = {"repair": "base → finetuned", "infect": "finetuned → base"}
 GAP = 0.5  # rows between the patches and their controls
+WIDE = 2  # columns, up to which there is room for intervals in the cells
 
 
 # --- map ---------------------------------------------------------------------------------------------
@@ -81,15 +82,21 @@ def carrier_map_figure(frame: "pd.DataFrame", *, title: str, noise_floor: float 
     )
     figure.update_annotations(font={"size": 14, "color": INK})
     cells: list[Grid] = []
+    wide = len(bands) * len(sites) <= WIDE
     for row, flow in enumerate(flows, start=1):
         for column, site in enumerate(sites, start=1):
             panel = frame[(frame["flow"] == flow) & (frame["sites"] == site)]
             for series, (spans, start) in blocks.items():
                 part = grid(panel[panel["series"] == series], x="band", y="span", xs=bands, ys=spans)
-                _add_block(figure, part, series, start, noise_floor, row, column)
+                texts = part.cell_text(noise_floor, digits=2)
+                if wide:
+                    texts = _with_intervals(part, texts)
+                _add_block(figure, part, texts, (series, start), row, column)
                 cells += [part] if series == PATCHED else []
     notes = [f"{flow}: {MEANING[str(flow)]}" for flow in flows if flow in MEANING]
-    notes += [n_text(patched), *zero_notes(cells, noise_floor, brackets=True)]
+    zeros = zero_notes(cells, noise_floor, brackets=True)
+    notes += ["in the cells: 95 % interval over prompts" if wide else "under the cursor: 95 % interval over prompts"]
+    notes += [n_text(patched), *(zeros[1:] if wide else zeros)]
     _finish_map(figure, title, frame, blocks, notes, panels=len(flows))
     finite = frame["value"].dropna().abs()
     limit = max([2 * (noise_floor or 0.0), *finite]) or 1.0
@@ -118,9 +125,10 @@ def _blocks(frame: "pd.DataFrame") -> dict[str, tuple[tuple[object, ...], float]
 
 
 def _add_block(
-    figure: "go.Figure", part: Grid, series: str, start: float, noise_floor: float | None, row: int, column: int
+    figure: "go.Figure", part: Grid, texts: list[list[str]], block: tuple[str, float], row: int, column: int
 ) -> None:
     """The cells of one series in one panel, on grey where they were measured without result."""
+    series, start = block
     failed = [[NOT_MEASURED not in text for text in line] for line in part.intervals] & ~np.isfinite(part.values)
     common = {"x": list(range(len(part.xs))), "y": [start + i for i in range(len(part.ys))]}
     # Shows in the gaps between the cells, as their borders, and where a cell has no value.
@@ -131,7 +139,7 @@ def _add_block(
         z=part.values.astype(np.float32),
         xgap=2,
         ygap=2,
-        text=part.cell_text(noise_floor, digits=2),
+        text=texts,
         texttemplate="%{text}",
         textfont={"size": 13},
         hovertext=names,
@@ -145,6 +153,14 @@ def _add_block(
     )
 
 
+def _with_intervals(part: Grid, texts: list[list[str]]) -> list[list[str]]:
+    """Where cells are wide, the interval stands in them too; not where the number alone says that it is zero."""
+    return [
+        [text if text in ("≈ 0", "–") else whole.partition(", n =")[0] for text, whole in zip(*row, strict=True)]
+        for row in zip(texts, part.intervals, strict=True)
+    ]
+
+
 def _finish_map(
     figure: "go.Figure",
     title: str,
@@ -153,8 +169,7 @@ def _finish_map(
     notes: Sequence[str],
     panels: int,
 ) -> None:
-    subtitle = "cell: mean recovery; under the cursor: 95 % interval over prompts; "
-    subtitle += "; ".join(notes)
+    subtitle = "; ".join(["cell: mean recovery", *notes])
     subtitle += "; grey: no value" if frame.loc[frame["series"] == PATCHED, "value"].isna().any() else ""
     ticks = {
         start + i: plot_text(span) if series == PATCHED else _grey(_control_name(frame, series, span))

@@ -11,7 +11,6 @@ from piggyback_lens.figures.plot_style import (
     INK,
     SERIES_COLOURS,
     apply_style,
-    axis_title,
     check_frame,
     plot_text,
     wrapped,
@@ -55,7 +54,7 @@ def questions_figure(frame: "pd.DataFrame", rule: str) -> "go.Figure":
         )
     shown = frame["condition"].nunique()
     apply_style(figure, f"{LABEL} by question", rule, height=200 + len(names) * (20 + 16 * shown), room=20)
-    figure.update_xaxes(range=[0, 1.1], tickformat=".0%", title_text=axis_title(LABEL, RATE))
+    figure.update_xaxes(range=[0, 1.1], tickformat=".0%", title_text=f"{LABEL} (share of judged answers)")
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=names)
     figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.12, "yanchor": "top"})
     return figure

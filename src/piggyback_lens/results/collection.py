@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
-from piggyback_lens.results.report import Report
+from piggyback_lens.results.report import Part, Report
 from piggyback_lens.results.result import Result, load_result
 from piggyback_lens.results.run import RESULT
 
@@ -52,15 +52,17 @@ class Collection(Result):
         return next(iter(self.parts.values())).figure()
 
     def report(self) -> Report:
-        """Every part's table, figures and notes."""
+        """Every part as a section of its own: what it says, its table and its figures."""
         import pandas as pd
 
-        own = {part: result.report() for part, result in self.parts.items()}
-        tables = pd.concat([shown.summary.assign(part=part) for part, shown in own.items()], ignore_index=True)
-        figures = [figure for shown in own.values() for figure in shown.figures]
-        notes = [f"{part}: {note}" for part, shown in own.items() for note in shown.notes]
-        tables = tables[["part", *(name for name in tables if name != "part")]]
-        return Report(self.title, self.verdict, tables, figures, pd.DataFrame(self.examples), [*self.notes, *notes])
+        own = {name: result.report() for name, result in self.parts.items()}
+        parts = [
+            Part(name.capitalize(), [shown.verdict, *shown.notes], shown.summary, shown.figures)
+            for name, shown in own.items()
+        ]
+        parts += [more for shown in own.values() for more in shown.parts]
+        examples = pd.DataFrame(self.examples)
+        return Report(self.title, self.verdict, pd.DataFrame(), (), examples, self.notes, parts=parts)
 
     def save(self, path: str | Path) -> Path:
         """Write what the parts' own files do not say: their names, the verdict, examples and notes."""

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from piggyback_lens.card import machine, peak_memory_gb, versions
 from piggyback_lens.conversations.prompt import RenderedPrompt
@@ -29,10 +29,8 @@ from piggyback_lens.conversations.token_view import TokenView
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, ensure_folder, read_json, read_jsonl, write_json
 from piggyback_lens.models.pair import Identity
+from piggyback_lens.results.report import Part
 from piggyback_lens.results.result import Result, load_result
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 FORMAT = "piggyback_lens.run.1"
 FACTS, ROWS, RESULT = "run.json", "rows.jsonl", "result.json"
@@ -237,12 +235,12 @@ def begun_on(folder: Path) -> str | None:
     return date if isinstance(date, str) else None
 
 
-def report_run(folder: str | Path, *, figures: Sequence[tuple[str, "go.Figure"]] = ()) -> Path:
+def report_run(folder: str | Path, *, parts: Sequence[Part] = ()) -> Path:
     """Write report.html into the folder of a finished run of any kind: what its result shows, a prompt, the run card.
 
     Args:
         folder: of the run.
-        figures: captions and further figures.
+        parts: further sections.
 
     Raises:
         LensError: no finished run, or a result of a kind that this version does not know.
@@ -252,7 +250,7 @@ def report_run(folder: str | Path, *, figures: Sequence[tuple[str, "go.Figure"]]
     facts = read_json(folder / FACTS) if (folder / FACTS).exists() else {}
     prompt = TokenView.from_dict(facts["prompt"])._repr_html_() if "prompt" in facts else ""
     card = {name: value for name, value in facts.items() if name not in ("format", "prompt")} | dict(shown.card)
-    shown = replace(shown, figures=[*shown.figures, *figures], card=card)
+    shown = replace(shown, parts=[*shown.parts, *parts], card=card)
     return shown.write(folder / "report.html", prompt_html=prompt)
 
 
