@@ -36,10 +36,18 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-class Examples(griffe.Extension):
-    """Docstrings say `Example:` of one example; griffe reads a doctest under `Examples:`."""
+HOMES = {name.rpartition(".")[2]: name for _, names in groups().values() for name in names}
+"""Where each public name is defined, which is its anchor on the site."""
+
+
+class Docstrings(griffe.Extension):
+    """Reads our docstrings as griffe wants them: `Example:` is `Examples:`, and public names in backticks are links."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe for every object that it has read."""
+        """Change a docstring (called by griffe for every object that it has read)."""
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            text = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(r"(?<![`\w])`(\w+)`(?![`\w])", self._link, text)
+
+    def _link(self, found: re.Match[str]) -> str:
+        return f"[{found[0]}][{HOMES[found[1]]}]" if found[1] in HOMES else found[0]
