@@ -8,9 +8,10 @@ what is counted nothing else is shown.
 import html
 import sys
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -48,6 +49,13 @@ def say(text: str) -> None:
     stream = sys.stdout if in_notebook() else sys.stderr
     stream.write(visible(text) + "\n")
     stream.flush()
+
+
+if in_notebook():
+    # Libraries import tqdm's bars of ipywidgets, of which nothing here needs any, and warn where they are not there.
+    with warnings.catch_warnings(), suppress(ImportError):
+        warnings.filterwarnings("ignore", "IProgress not found")
+        import tqdm.auto  # noqa: F401
 
 
 # ---------------------------------------------------------------- what is counted
@@ -180,6 +188,7 @@ def shows(label: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 _NOW.set(None)
             return result
 
+        run.shows = label  # type: ignore[attr-defined]
         return run
 
     return decorated

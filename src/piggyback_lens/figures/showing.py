@@ -3,6 +3,7 @@
 import base64
 import colorsys
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,17 +121,28 @@ def _register() -> None:
     if pio.renderers.default != "plotly_mimetype":
         return
 
-    class WithPicture(MimetypeRenderer):
+    class WithPicture(MimetypeRenderer):  # type: ignore[misc]
         def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
             own = _turned(fig_dict) if "dark" in str(pio.templates.default) else fig_dict
             bundle: dict[str, Any] = dict(pio.renderers["plotly_mimetype"].to_mimebundle(own))
+            if self.pictures:
+                _keep_chrome()
             drawn = picture(own, "png") if self.pictures else None
             self.pictures = drawn is not None  # looked for once: it takes a while to find that there is none
             if drawn is not None:
                 return bundle | {"image/png": base64.b64encode(drawn).decode("ascii")}
-            return bundle | pio.renderers["notebook_connected"].to_mimebundle(own)
+            return bundle | dict(pio.renderers["notebook_connected"].to_mimebundle(own))
 
         pictures = True
 
     pio.renderers["piggyback_lens"] = WithPicture()
     pio.renderers.default = "piggyback_lens"
+
+
+@cache
+def _keep_chrome() -> None:
+    """One Chrome for all pictures of this kernel: starting it takes longer than drawing."""
+    with suppress(ImportError, AttributeError, OSError, RuntimeError):  # releases of kaleido that have none
+        import kaleido
+
+        kaleido.start_sync_server(silence_warnings=True)
