@@ -33,6 +33,7 @@ from piggyback_lens.interventions.kinds import add as add
 from piggyback_lens.interventions.kinds import ablate as ablate
 from piggyback_lens.interventions.kinds import clamp as clamp
 from piggyback_lens.interventions.kinds import zero as zero
+from piggyback_lens.interventions.kinds import adapter_off as adapter_off
 from piggyback_lens.interventions.kinds import mean_ablate as mean_ablate
 from piggyback_lens.interventions.kinds import resample as resample
 from piggyback_lens.interventions.hooks import Record as Record
@@ -119,6 +120,7 @@ from piggyback_lens.finetuning.trainables import add_lora as add_lora
 from piggyback_lens.settings import LoRASettings as LoRASettings
 from piggyback_lens.finetuning.trainables import Trainable as Trainable
 from piggyback_lens.finetuning.hook_training import HookTrainable as HookTrainable
+from piggyback_lens.finetuning.gated import GatedAdapter as GatedAdapter
 from piggyback_lens.finetuning.steps import Objective as Objective
 from piggyback_lens.finetuning.objectives import Weighted as Weighted
 from piggyback_lens.finetuning.objectives import Penalised as Penalised

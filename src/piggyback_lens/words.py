@@ -21,6 +21,8 @@ RECIPIENT: dict[Flow, Side] = {"repair": "finetuned", "infect": "base"}
 Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "rot_k", "z", "mlp_post"]
 """Where an activation lives. Keys (k) are those before the rotary embedding, rot_k those after it."""
 SITES: tuple[Site, ...] = get_args(Site)
+AdapterSite = Literal["adapter"]
+"""What the LoRA adapter of a model reads, at every module that it is on; its only intervention is `adapter_off`."""
 HEAD_SITES: tuple[Site, ...] = ("q", "k", "v", "rot_k", "z")
 """Sites that are split into heads."""
 

@@ -19,14 +19,23 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from piggyback_lens.conversations.chat import PromptBatch
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.activations import Activations, assemble
 from piggyback_lens.interventions.placement import PHASES, Cells, Placement
-from piggyback_lens.models.backends import HookedModel, check_layers, hook_name, hook_points, shape_of, writes_through
-from piggyback_lens.words import HEAD_SITES, SITES, Phase, Site
+from piggyback_lens.models.attachment import adapter_inputs
+from piggyback_lens.models.backends import (
+    HookedModel,
+    check_layers,
+    hook_name,
+    hook_points,
+    n_layers_of,
+    shape_of,
+    writes_through,
+)
+from piggyback_lens.words import HEAD_SITES, SITES, AdapterSite, Phase, Site
 
 HookPair = tuple[str, Callable[..., Tensor | None]]
 
@@ -76,7 +85,7 @@ class Intervention:
 
     Attributes:
         kind: what to do.
-        site: where the activation lives.
+        site: where the activation lives; "adapter" for `adapter_off`.
         layers: which layers; None for all.
         heads: which heads (key/value heads at k, v, rot_k); None for all.
         span: which tokens: prefix, query, postfix, response, prompt, all, or a sub-span of the template.
@@ -88,7 +97,7 @@ class Intervention:
     """
 
     kind: str
-    site: Site
+    site: Site | AdapterSite
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     span: str = "all"
@@ -101,7 +110,11 @@ class Intervention:
     def __post_init__(self) -> None:
         if self.kind not in ACTIONS:
             raise LensError(f"intervention {self.kind!r} is not known: choose one of {', '.join(ACTIONS)}")
-        if self.site not in SITES:
+        if self.site == "adapter" and self.kind != "zero":
+            raise LensError(
+                f"{self.kind} at site 'adapter': what an adapter reads can only be switched off (adapter_off)"
+            )
+        if self.site not in (*SITES, "adapter"):
             raise LensError(f"site {self.site!r} is not known: choose one of {', '.join(SITES)}")
         if self.phase not in PHASES:
             raise LensError(f"phase {self.phase!r} is not known: choose one of {', '.join(PHASES)}")
@@ -367,12 +380,40 @@ def hook_pairs(
     pairs: list[HookPair] = []
     points = hook_points(model) if parts and points is None else points
     for part, receipt in zip(parts, record.open(parts, placement.total), strict=True):
+        if part.site == "adapter":
+            raise LensError(f"{part} is at no hook point of TransformerLens: use `with applied(...)`, or generate")
         layers = check_layers(part.layers, shape_of(model).n_layers)
         _check(part, model, placement, layers)
         for layer in layers:
             hook = _hook(part, layer, placement, receipt, writes_through(model, part.site))
             pairs.append((hook_name(model, part.site, layer, points), hook))
     return pairs
+
+
+def adapter_hooks(
+    parts: Sequence[Intervention], model: Any, batch: PromptBatch | Placement, record: Record
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Modules, and what is to be done to their input by a forward pre-hook, for interventions at site "adapter".
+
+    Raises:
+        LensError: a model without a LoRA adapter that can be switched off by token, or a span that a row lacks.
+    """
+    placement = Placement.of(batch)
+    found: list[tuple[nn.Module, Callable[..., Any]]] = []
+    for part, receipt in zip(parts, record.open(parts, placement.total), strict=True):
+        placement.check(part.span, part.tokens, part.rows)
+        for layer in check_layers(part.layers, n_layers_of(model)):
+            hook = _hook(part, layer, placement, receipt)
+            found += [(module, _before(hook)) for module in adapter_inputs(model, layer)]
+    return found
+
+
+def _before(hook: Callable[..., Tensor | None]) -> Callable[..., Any]:
+    def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        changed = hook(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    return before
 
 
 def _check(part: Intervention, model: HookedModel, placement: Placement, layers: tuple[int, ...]) -> None:
@@ -421,4 +462,5 @@ def _keep(part: Intervention, layer: int, cells: Cells, value: Tensor, receipt: 
     if part.options["detach"]:
         name = part.options["dtype"]
         value = value.detach().to(part.options["device"], dtype=getattr(torch, name) if name else None)
+    assert part.site != "adapter", "only what changes acts there"
     receipt.chunks.setdefault((part.site, layer), []).append((cells.origins, cells.slots, value))

@@ -355,6 +355,34 @@ def zero(
     return _each(sites, "zero", layers=layers, heads=heads, span=span, tokens=tokens, phase=phase)
 
 
+def adapter_off(
+    span: str,
+    *,
+    layers: Sequence[int] | int | None = None,
+    tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Intervention:
+    """The finetune's LoRA adapter is off at these tokens: they are computed with the base's weights alone.
+
+    Where all tokens before them are off too (the prefix, or prefix and query), their keys and values are exactly the
+    base's; a postfix alone still reads the adapted query. Activated LoRA (arXiv 2504.12397) is the case of an adapter
+    that is off before a given place. `GatedAdapter` trains an adapter that is off at the same tokens.
+
+    Args:
+        span: which tokens.
+        layers: in which layers; None for all.
+        tokens: indices within the span.
+        phase: prompt, generation or both.
+
+    Example:
+        >>> with pair.using("finetuned") as model:
+        ...     answers = generate(model, prompts, interventions=adapter_off("prefix"), max_new_tokens=4)
+        >>> len(answers)
+        3
+    """
+    return Intervention("zero", "adapter", _ints(layers), None, span, _ints(tokens), phase)
+
+
 def mean_ablate(
     reference: Activations,
     *,

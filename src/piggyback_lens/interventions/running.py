@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from piggyback_lens.conversations.chat import PromptBatch
-from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts, hook_pairs
+from piggyback_lens.interventions.hooks import (
+    AnyIntervention,
+    Intervention,
+    Record,
+    adapter_hooks,
+    as_parts,
+    hook_pairs,
+)
 from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.models.backends import HookedModel, hook_points
@@ -55,22 +62,31 @@ def applied(
 
 @contextmanager
 def applied_each(
-    model: HookedModel, variants: Sequence[tuple[PromptBatch | Placement, Sequence[Intervention], Record]]
+    model: Any, variants: Sequence[tuple[PromptBatch | Placement, Sequence[Intervention], Record]]
 ) -> Iterator[None]:
     """As `applied`, for rows of one pass under different interventions, each with its own record.
 
-    `Placement.only` says which rows a variant has.
+    `Placement.only` says which rows a variant has. A plain transformers model has no hook points: only its adapter can
+    be acted on.
     """
     handles: list[tuple[Any, Any]] = []
-    points = hook_points(model) if any(parts for _, parts, _ in variants) else {}
+    inputs: list[Any] = []
+    points: Any = None
     try:
         for batch, parts, record in variants:
-            for name, function in hook_pairs(parts, model, batch, record, points):
+            beside = [part for part in parts if part.site == "adapter"]
+            for module, before in adapter_hooks(beside, model, batch, record):
+                inputs.append(module.register_forward_pre_hook(before))
+            hooked = [part for part in parts if part.site != "adapter"]
+            points = hook_points(model) if hooked and points is None else points
+            for name, function in hook_pairs(hooked, model, batch, record, points) if hooked else ():
                 point = points[name]
                 point.add_hook(function)
                 handles.append((point, point.fwd_hooks[-1]))
         yield
     finally:
+        for handle in inputs:
+            handle.remove()
         for point, handle in handles:
             handle.hook.remove()
             if handle in point.fwd_hooks:

@@ -28,6 +28,7 @@ from piggyback_lens.models.backends import (
     n_layers_of,
     writes_through,
 )
+from piggyback_lens.models.views import adapter_layers
 from piggyback_lens.words import Module, Site
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +50,47 @@ def linear_of(model: Any, layer: int, module: Module) -> nn.Module:
         f"{type(core_of(model)).__name__} has no {module}_proj in its blocks: use PEFT for this architecture "
         "(add_lora, attach_adapter), which names its modules as they are"
     )
+
+
+def adapter_inputs(model: Any, layer: int) -> list[nn.Module]:
+    """The A matrices of a model's LoRA adapter in one layer: where they read zero, the adapter adds exactly zero.
+
+    Args:
+        model: transformers or PEFT model, or a bridge around one.
+        layer: from 0.
+
+    Raises:
+        LensError: no LoRA adapter that stands apart from the weights, or one that also changes what is no s·BA.
+    """
+    if not has_modules(model):
+        raise LensError(
+            "a HookedTransformer has its adapter merged into the weights: use backend='bridge', where it stands apart"
+        )
+    layers = adapter_layers(core_of(model))
+    if not layers:
+        raise LensError(f"{type(core_of(model)).__name__} has no adapter that could be off: is it the finetuned side?")
+    for name, found in layers.items():
+        if (beyond := _beyond_low_rank(found)) is not None:
+            raise LensError(f"the adapter of {name} {beyond}: only a plain LoRA on linear layers can be off by token")
+    inside: Any = adapter_layers(blocks_of(model)[layer])
+    return [own.lora_A[name] for own in inside.values() for name in own.active_adapters if name in own.lora_A]
+
+
+def _beyond_low_rank(found: Any) -> str | None:
+    """What an adapter layer does beside adding s·BA to its module's output, if anything."""
+    if not hasattr(found, "lora_A"):
+        return f"is {type(found).__name__}"
+    if found.merged_adapters:
+        return "is merged into the weights"
+    active = found.active_adapters
+    if any(name in found.lora_embedding_A for name in active):
+        return "is on an embedding"
+    if any(found.lora_bias.get(name) for name in active):
+        return "has lora_bias"
+    if variants := [type(found.lora_variant[name]).__name__ for name in active if name in found.lora_variant]:
+        return f"is a {variants[0]}"
+    bias = getattr(found.get_base_layer(), "bias", None)
+    return "trained biases" if bias is not None and bias.requires_grad else None
 
 
 def module_sizes(model: Any, layer: int, module: Module) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """PEFT adapters: read, checked and attached; and which of them hooks and prefix caches can follow."""
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,17 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
         raise LensError(
             f"adapter {folder} says bias={config['bias']!r} and holds no bias: save it again with a newer peft"
         )
+    if (Path(folder) / OFF_FILE).is_file():
+        warnings.warn(
+            f"adapter {folder} was trained with itself off at some tokens ({OFF_FILE}), and is on everywhere unless "
+            "generate and the like are given adapter_off(...) for the same",
+            stacklevel=2,
+        )
     return peft_model.eval()
 
 
+OFF_FILE = "adapter_off.json"
+"""Beside an adapter that was trained by `GatedAdapter`: where it was off."""
 _FETCHING_KINDS = ("XLORA", "SHADOW")
 _ACTING_FIELDS = {
     "megatron_config": "import a module that the file names",

@@ -1,0 +1,72 @@
+"""Gated adapters: a LoRA that is off on chosen tokens while it trains, so that it cannot be carried by them.
+
+    trainable = GatedAdapter(model, adapter_off("prefix"))
+    train(trainable, examples, settings)
+    generate(model, prompts, interventions=trainable.off)         # it is used as it was trained
+
+Patching shows whether a span's keys and values suffice to carry a behaviour; training without them shows whether they
+are needed. The adapter is saved as PEFT saves any LoRA, and `adapter_off.json` beside it says where it was off, which
+PEFT's format cannot (activated LoRA is off before a place, not at chosen tokens).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from piggyback_lens.errors import LensError
+from piggyback_lens.files import write_json
+from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.finetuning.steps import StepOutput, forward_step
+from piggyback_lens.finetuning.trainables import PeftAdapter
+from piggyback_lens.interventions.hooks import AnyIntervention, Interventions, Record, as_parts
+from piggyback_lens.interventions.placement import Placement, Row
+from piggyback_lens.interventions.running import applied_each
+from piggyback_lens.models.peft_adapters import OFF_FILE
+
+
+class GatedAdapter(PeftAdapter):
+    """The LoRA adapter of a PEFT model, off at chosen tokens in every pass of training.
+
+    Every row is computed whole, so a step costs what it costs in transformers: no prefix is shared.
+
+    Attributes:
+        off: where it is off, for `generate` and whatever else takes interventions.
+    """
+
+    recomputes = False  # backwards, when the adapter is on again
+
+    def __init__(self, model: nn.Module, off: AnyIntervention) -> None:
+        """Take a PEFT model and what `adapter_off` gives, once or several times.
+
+        Raises:
+            LensError: as `PeftAdapter`; interventions of another kind.
+        """
+        super().__init__(model)
+        self.off = Interventions(as_parts(off))
+        if wrong := [part for part in self.off.parts if part.site != "adapter"]:
+            raise LensError(f"{wrong[0]} is not adapter_off(...): an adapter is only switched off while it trains")
+
+    def forward(self, batch: TrainBatch) -> StepOutput:
+        """One pass of whole rows, the adapter off where it is to be.
+
+        Raises:
+            LensError: rows without conversations, whose spans are not known.
+        """
+        whole = replace(batch, share_prefix=False)
+        if not self.off.parts:
+            return forward_step(self.model, whole)
+        if not batch.examples:
+            raise LensError("a gated adapter needs conversations, to know which tokens it is off at")
+        placement = Placement.in_rows([Row.of(example) for example in batch.examples], batch)
+        with applied_each(self.model, [(placement, self.off.parts, Record())]):
+            return forward_step(self.model, whole)
+
+    def settings(self) -> dict[str, object]:
+        """Those of the adapter, and where it is off: a checkpoint with other tokens is refused."""
+        return {**super().settings(), "off": [repr(part) for part in self.off.parts]}
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as PEFT does, and adapter_off.json."""
+        super().save(folder)
+        write_json(folder / OFF_FILE, self.off.to_dict())

@@ -1,0 +1,217 @@
+"""Adapters that are off at chosen tokens, against a model whose adapter is switched by hand, token by token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_adapters
+import tiny_models
+import torch
+from peft import LoraConfig
+from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
+
+from piggyback_lens import (
+    LensError,
+    ModelPair,
+    PrefixCache,
+    TrainSettings,
+    adapter_off,
+    applied,
+    attach_adapter,
+    batch_prompts,
+    generate,
+    response_log_probs,
+    train,
+    zero,
+)
+from piggyback_lens.files import read_json
+from piggyback_lens.finetuning.batches import make_batch
+from piggyback_lens.finetuning.gated import GatedAdapter
+from piggyback_lens.finetuning.steps import response_nll
+from piggyback_lens.finetuning.trainables import PeftAdapter
+from piggyback_lens.interventions.hooks import Intervention, Interventions
+
+LAYOUTS = ("llama-gqa", "qwen3", "gpt2")
+MODULES = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+SPANS = (("prefix",), ("postfix",), ("prefix", "query"), ("prefix", "postfix"), ("prefix", "query", "postfix"))
+
+
+def adapted(layout: str = "llama-gqa", **changes: Any) -> Any:
+    """A PEFT model whose adapter is not the identity."""
+    config = LoraConfig(
+        r=2, lora_alpha=8, target_modules=MODULES.get(layout, "all-linear"), task_type="CAUSAL_LM", **changes
+    )
+    return tiny_adapters.put_on(tiny_models.build(layout, vocab=VOCAB), config)
+
+
+def off_of(spans: tuple[str, ...]) -> Interventions:
+    return Interventions(tuple(adapter_off(span) for span in spans))
+
+
+@torch.no_grad()
+def by_hand(model: Any, ids: tuple[int, ...], off: set[int]) -> torch.Tensor:
+    """Logits [pos, vocab], one token at a time, the whole adapter switched off where `off` says."""
+    from transformers import DynamicCache
+
+    cache, logits = DynamicCache(), []
+    for place, token in enumerate(ids):
+        one = torch.tensor([[token]])
+        if place in off:
+            with model.disable_adapter():
+                logits.append(model(input_ids=one, past_key_values=cache, use_cache=True).logits[0, 0])
+        else:
+            logits.append(model(input_ids=one, past_key_values=cache, use_cache=True).logits[0, 0])
+    return torch.stack(logits)
+
+
+def places(prompt: Any, spans: tuple[str, ...]) -> set[int]:
+    return {i for name in spans for i in range(prompt.span(name).start, prompt.span(name).stop)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spans", SPANS)
+def test_logits_are_those_of_an_adapter_switched_by_hand(layout: str, spans: tuple[str, ...]) -> None:
+    model = adapted(layout)
+    pair = ModelPair.load(finetuned=model, tokenizer=tiny_tokenizer())
+    examples = tiny_examples(3)
+    batch = batch_prompts(examples)
+    with pair.using("finetuned") as hooked, applied(hooked, batch, off_of(spans)) as record:
+        found = hooked(batch.ids, attention_mask=batch.attention_mask).detach()
+    with pair.using("finetuned") as hooked:
+        always = hooked(batch.ids, attention_mask=batch.attention_mask).detach()
+    for row, example in enumerate(examples):
+        real = batch.attention_mask[row].bool()
+        expected = by_hand(model, example.ids, places(example, spans))
+        torch.testing.assert_close(found[row][real], expected, atol=1e-4, rtol=1e-4)
+        assert float((always[row][real] - expected).abs().max()) > 1e-2
+    assert all(receipt.cells and receipt.change_norm > 0 for receipt in record.receipts)
+
+
+def test_off_everywhere_is_the_base_and_off_at_the_prefix_is_the_base_prefix() -> None:
+    model = adapted()
+    pair = ModelPair.load(finetuned=model, tokenizer=tiny_tokenizer())
+    prompts = [tiny_format().render(query) for query in ("hello", "what is it?", "a")]
+    with pair.using("base") as hooked:
+        base = generate(hooked, prompts, max_new_tokens=6)
+    repair = PrefixCache.compile(pair, prompts[0], side="base")
+    with pair.using("finetuned") as hooked:
+        off = generate(hooked, prompts, max_new_tokens=6, interventions=adapter_off("all"))
+        gated = generate(hooked, prompts, max_new_tokens=6, interventions=adapter_off("prefix"))
+        patched = generate(hooked, prompts, max_new_tokens=6, prefix_cache=repair)
+        plain = generate(hooked, prompts, max_new_tokens=6)
+        answers = [p.with_response(a.ids, end=False) for p, a in zip(prompts, gated, strict=True)]
+        scored = response_log_probs(hooked, answers, interventions=adapter_off("prefix"))
+    assert [a.ids for a in off] == [a.ids for a in base]
+    assert [a.ids for a in gated] == [a.ids for a in patched] != [a.ids for a in plain]
+    compiled = PrefixCache.compile(pair, prompts[0], adapter_off("prefix"))
+    assert torch.equal(compiled.keys, repair.keys)
+    assert torch.equal(compiled.values, repair.values)
+    for answer, own in zip(answers, scored, strict=True):
+        logits = by_hand(model, answer.ids, places(answer, ("prefix",)))[answer.n_prompt - 1 : -1].log_softmax(-1)
+        expected = logits.gather(-1, torch.tensor(answer.ids[answer.n_prompt :])[:, None])[:, 0]
+        torch.testing.assert_close(torch.as_tensor(own), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_peft_agrees_where_it_can_say_the_same() -> None:
+    example = tiny_examples(1)[0]
+    postfix = list(example.ids[example.span("postfix").start : example.n_prompt])
+    activated = adapted(alora_invocation_tokens=postfix)
+    batch = make_batch([example], share_prefix=False)
+    with torch.no_grad():
+        theirs = activated(input_ids=batch.ids, attention_mask=batch.attention_mask).logits[0]
+        ours = GatedAdapter(adapted(), [adapter_off("prefix"), adapter_off("query")]).forward(batch).logits
+    torch.testing.assert_close(ours, theirs[example.n_prompt - 1 : len(example.ids) - 1], atol=1e-4, rtol=1e-4)
+
+
+SHORT = TrainSettings(steps=3, batch_size=4, learning_rate=0.01, checkpoint_every=1)
+
+
+def test_off_nowhere_trains_as_any_adapter_step_by_step() -> None:
+    runs = []
+    for kind in (lambda model: GatedAdapter(model, ()), PeftAdapter):
+        model = adapted()
+        found = train(kind(model), tiny_examples(8), SHORT, progress=False)
+        runs.append(
+            (
+                [row["loss"] for row in found.history],
+                [p.detach().clone() for p in PeftAdapter(model).parameters().values()],
+            )
+        )
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=1e-5)
+    for ours, theirs in zip(runs[0][1], runs[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_training_descends_the_gated_loss_and_leaves_the_keys_and_values_of_the_base(tmp_path: Path) -> None:
+    model, examples = adapted(), tiny_examples(8)
+    prompt = examples[0]
+    trainable = GatedAdapter(model, adapter_off("prefix"))
+    batch = make_batch(examples[:4])
+    total = response_nll(trainable.forward(batch).logits, batch.ids[batch.supervised])
+    slow = []
+    for example in examples[:4]:
+        logits = by_hand(model, example.ids, places(example, ("prefix",)))[example.n_prompt - 1 : -1].log_softmax(-1)
+        slow += logits.gather(-1, torch.tensor(example.ids[example.n_prompt :])[:, None])[:, 0].tolist()
+    assert float(total) == pytest.approx(-sum(slow) / len(slow), abs=1e-5)
+
+    found = train(trainable, examples, SHORT, out=tmp_path / "run", progress=False)
+    losses = [row["loss"] for row in found.history]
+    assert len(set(losses)) == 3
+    output = trainable.forward(make_batch(examples[:2]))
+    with torch.no_grad(), model.disable_adapter():
+        base = PeftAdapter(model).forward(make_batch(examples[:2], share_prefix=False))
+    stop = prompt.span("prefix").stop
+    for ours, theirs in zip([*output.keys, *output.values], [*base.keys, *base.values], strict=True):
+        assert torch.equal(ours[:, :, :stop], theirs[:, :, :stop])
+        assert not torch.equal(ours[:, :, stop:], theirs[:, :, stop:])
+    folder = tmp_path / "run" / "adapter"
+    assert Interventions.from_dict(read_json(folder / "adapter_off.json")) == trainable.off
+    with pytest.warns(UserWarning, match="trained with itself off"):
+        attach_adapter(tiny_models.build("llama-gqa", vocab=VOCAB), folder)
+    again = train(GatedAdapter(adapted(), adapter_off("prefix")), examples, SHORT, out=tmp_path / "run", progress=False)
+    assert [row["loss"] for row in again.history] == losses
+    with pytest.raises(LensError, match="off"):
+        train(GatedAdapter(adapted(), adapter_off("postfix")), examples, SHORT, out=tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_dora": True}, "Dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+        ({"bias": "all"}, "trained biases"),
+    ],
+)
+def test_what_cannot_be_off_by_token_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
+    layout = "qwen2" if "bias" in changes else "llama-gqa"
+    model = adapted(layout, **changes)
+    batch = make_batch(tiny_examples(2))
+    with pytest.raises(LensError, match=says):
+        GatedAdapter(model, adapter_off("prefix")).forward(batch)
+
+
+def test_blocks_are_not_computed_again_with_the_adapter_on() -> None:
+    again = TrainSettings(steps=1, batch_size=4, gradient_checkpointing=True)
+    with pytest.raises(LensError, match="gradient_checkpointing=False"):
+        train(GatedAdapter(adapted(), adapter_off("prefix")), tiny_examples(8), again, progress=False)
+
+
+def test_models_without_an_adapter_of_their_own_are_refused() -> None:
+    pair = ModelPair.load(finetuned=adapted(), tokenizer=tiny_tokenizer())
+    prompts = [tiny_format().render("hello")]
+    with pair.using("base") as hooked, pytest.raises(LensError, match="no adapter"):
+        generate(hooked, prompts, max_new_tokens=2, interventions=adapter_off("prefix"))
+    with pytest.raises(LensError, match="adapter_off"):
+        GatedAdapter(adapted(), zero("resid_pre"))
+    with pytest.raises(LensError, match="switched off"):
+        Intervention("add", "adapter", tensors={"vector": torch.ones(4)})
+    batch = batch_prompts(prompts)
+    with pair.using("finetuned") as hooked, pytest.raises(LensError, match="no hook point"):
+        adapter_off("prefix").fwd_hooks(hooked, batch)
+
+
+def test_a_hooked_transformer_has_its_adapter_in_the_weights() -> None:
+    pair = ModelPair.load(finetuned=adapted(), tokenizer=tiny_tokenizer(), backend="hooked")
+    with pair.using("finetuned") as hooked, pytest.raises(LensError, match="merged into the weights"):
+        generate(hooked, [tiny_format().render("hello")], max_new_tokens=2, interventions=adapter_off("prefix"))
