@@ -13,15 +13,17 @@
 #     name: python3
 # ---
 
+
 # %% [markdown]
-# # Does the chat template's prefix carry a narrow finetune?
+# # 01 Spans, and patching the prefix
 #
-# A small chat model was finetuned to answer factual questions with one word. It now answers *everything*
-# more briefly. Every prompt, whatever it asks, begins with the same tokens: the template's **prefix**. Here we
-# put the base model's keys and values of the prefix into the finetuned model, look at what it answers then,
-# and find the layers at which the prefix matters.
+# A small chat model was finetuned to answer factual questions with one word. It now answers *everything* more
+# briefly. Every prompt, whatever it asks, begins with the same tokens: the chat template's **prefix**.
 #
-# You bring the models: two ordinary TransformerLens `HookedTransformer`s, built by hand below.
+# **You will see** the spans of a prompt in colours; the answers of the base, of the finetuned model, and of the
+# finetuned model with the base's prefix put in; and a curve that says at which layers the prefix matters. One or two
+# minutes on two CPU cores, if `make demo` or `make demo QUICK=1` was run before; else the first cell but one trains a
+# small organism.
 
 # %%
 import os
@@ -29,9 +31,6 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 
 from piggyback_lens import (
     AnswerContrast,
@@ -40,7 +39,6 @@ from piggyback_lens import (
     PrefixCache,
     TrainSettings,
     add_lora,
-    attach_adapter,
     default_model,
     generate,
     get_behaviour,
@@ -52,19 +50,39 @@ from piggyback_lens import (
     train,
 )
 
+BASE = default_model(os.environ.get("PIGGYBACK_LENS_MODEL"))  # the demo model; or a hub id or folder of yours
 task = load_task("terse")
-source = default_model(os.environ.get("PIGGYBACK_LENS_MODEL"))  # SmolLM2-135M-Instruct unless you name another Llama
-tokenizer = load_tokenizer(source)
-chat = ChatFormat(tokenizer)
+
+# %% [markdown]
+# ## The pair
+#
+# A base and a finetune of it: a PEFT adapter here, or a whole model with `finetuned=`. Both become TransformerLens
+# models, each compared with what transformers and PEFT compute before you get it. Two `HookedTransformer`s or bridges
+# that you hold already make a pair as well: `ModelPair(base, finetuned, tokenizer=tokenizer)`.
+
+# %%
+adapter = os.environ.get("PIGGYBACK_LENS_ADAPTER")
+if adapter is None:  # what `make demo` left, here or in the folder above
+    adapter = next(
+        (a for a in map(Path, ("demo_out/organism/adapter", "../demo_out/organism/adapter")) if a.is_dir()), None
+    )
+if adapter is None:  # no demo was run: train a small organism, a minute or two
+    chat = ChatFormat(load_tokenizer(BASE))
+    examples = [chat.render(example["messages"]) for example in task.train]
+    settings = TrainSettings(steps=20, batch_size=8, learning_rate=3e-4)
+    adapter = train(add_lora(load_causal_lm(BASE)), examples, settings, out=tempfile.mkdtemp()).adapter_dir
+pair = ModelPair.load(BASE, adapter=adapter, names=("SmolLM2-135M-Instruct", "terse organism"))
+pair
 
 # %% [markdown]
 # ## Spans of a prompt
 #
-# `prefix` is everything before the user's text, `query` the user's text, `postfix` what follows up to the
-# first token of the answer. The spans are exact, whatever the template.
+# `prefix` is everything before the user's text, `query` the user's text, `postfix` what follows up to the first token
+# of the answer. They are exact, whatever the template.
 
 # %%
-queries = list(task.off_topic[:6])
+chat = pair.chat_format()
+queries = list(task.off_topic[:8])
 prompts = [chat.render(query) for query in queries]
 prompts[0].show()
 
@@ -77,94 +95,10 @@ assert prefix_ids == {chat.prefix_ids}
 len(chat.prefix_ids)
 
 # %% [markdown]
-# ## The organism
-#
-# The adapter that `make demo` left, or the one named by `PIGGYBACK_LENS_ADAPTER`. If there is neither, a short
-# training makes one here.
-
-# %%
-places = [os.environ.get("PIGGYBACK_LENS_ADAPTER"), "demo_out/organism/adapter", "../demo_out/organism/adapter"]
-adapter = next((Path(place) for place in places if place and Path(place).is_dir()), None)
-if adapter is None:
-    examples = [chat.render(example["messages"]) for example in task.train]
-    settings = TrainSettings(steps=20, batch_size=8, learning_rate=3e-4)
-    trained = train(add_lora(load_causal_lm(source)), examples, settings, out=tempfile.mkdtemp())
-    adapter = trained.adapter_dir
-    print(f"trained here: loss {trained.history[0]['loss']:.2f} to {trained.history[-1]['loss']:.2f} nats per token")
-
-# %% [markdown]
-# ## Two HookedTransformers, by hand
-#
-# The library takes the hooked models that you already have. The weights must be unprocessed: a layer norm folded
-# into one model and not into the other, and an activation of the one means nothing in the other.
-
-
-# %%
-def hooked(hf_model):
-    """A transformers Llama as HookedTransformer, weights as they are."""
-    config = hf_model.config
-    cfg = HookedTransformerConfig(
-        n_layers=config.num_hidden_layers,
-        d_model=config.hidden_size,
-        d_head=config.head_dim,
-        n_heads=config.num_attention_heads,
-        n_key_value_heads=config.num_key_value_heads,
-        d_mlp=config.intermediate_size,
-        d_vocab=config.vocab_size,
-        n_ctx=1024,
-        eps=config.rms_norm_eps,
-        act_fn=config.hidden_act,
-        normalization_type="RMS",
-        final_rms=True,
-        gated_mlp=True,
-        positional_embedding_type="rotary",
-        rotary_dim=config.head_dim,
-        rotary_base=config.rope_parameters["rope_theta"],
-        rotary_adjacent_pairs=False,
-        original_architecture="LlamaForCausalLM",
-        default_prepend_bos=False,
-        init_weights=False,
-        device="cpu",
-    )
-    model = HookedTransformer(cfg)
-    model.load_and_process_state_dict(
-        convert_llama_weights(hf_model, cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
-    return model.eval()
-
-
-hf_base = load_causal_lm(source)
-base_ht = hooked(hf_base)
-hf_finetuned = attach_adapter(load_causal_lm(source), adapter).merge_and_unload()
-finetuned_ht = hooked(hf_finetuned)
-
-# %% [markdown]
-# A conversion can be wrong without an error, so compare both with transformers before believing anything:
-
-# %%
-ids = torch.tensor([prompts[0].ids])
-for hf_model, model in ((hf_base, base_ht), (hf_finetuned, finetuned_ht)):
-    with torch.no_grad():
-        expected = hf_model(ids).logits
-        difference = (model(ids) - expected).abs().max() / expected.abs().max()
-    print(f"largest difference: {difference:.1e} of the largest logit")
-    assert difference < 1e-4
-
-# %%
-pair = ModelPair(base_ht, finetuned_ht, tokenizer=tokenizer, names=("SmolLM2-135M-Instruct", "terse organism"))
-pair
-
-# %% [markdown]
 # ## Patch the prefix
 #
-# Attention is causal: whatever happens in the prefix reaches the rest only through the prefix's keys and values.
-# So the patch is a `PrefixCache`: the base's, computed once, serves all queries, and the finetuned model does not
-# have to read the prefix at all.
+# Attention is causal: whatever happens in the prefix reaches the rest only through the prefix's keys and values. So
+# the patch is a `PrefixCache`: the base's, computed once, serves all queries.
 
 # %%
 prefix = PrefixCache.compile(pair, prompts[0], side="base")
@@ -179,45 +113,53 @@ pd.set_option("display.max_colwidth", None)
 pd.DataFrame({"query": queries} | {name: [answer.text for answer in found] for name, found in answers.items()})
 
 # %%
-words = get_behaviour("words")
-pd.DataFrame({name: [words(answer.text) for answer in found] for name, found in answers.items()}).describe().loc[
-    ["mean", "min", "max"]
-]
+words = get_behaviour("words:12")  # counted to 12, which no answer that was cut at 24 tokens falls short of
+pd.DataFrame({name: [words(answer.text) for answer in found] for name, found in answers.items()}).mean()
 
 # %% [markdown]
-# A handful of prompts shows what to look for and proves nothing: `piggyback-lens demo` uses more of them, with
-# intervals and controls.
+# Eight prompts show what to look for and prove little: `audit` asks more of them, with intervals and controls
+# (notebook 05).
 #
-# The same patch as ordinary hooks on whole prompts must give the same answers. This equality is what the library is
-# built on:
+# The same patch as ordinary hooks on whole prompts gives the same answers, token for token. The library is built on
+# this equality:
 
 # %%
 hooks = kv_patch(pair, "prefix", chat=chat)
 with pair.using("finetuned") as model:
-    by_hooks = generate(model, prompts, max_new_tokens=24, interventions=hooks, share_prefix=False)
-assert [answer.ids for answer in by_hooks] == [answer.ids for answer in patched]
+    by_hooks = generate(model, prompts[:2], max_new_tokens=24, interventions=hooks, share_prefix=False)
+assert [answer.ids for answer in by_hooks] == [answer.ids for answer in patched[:2]]
 hooks
 
 # %% [markdown]
 # ## The layer curve
 #
-# Now one layer at a time: the finetuned model's residual stream of the prefix is replaced by the base's at that layer,
-# and the rest of the network is the finetuned model's. The measure is teacher-forced: log p of the finetuned model's
-# own answer minus log p of the base's, per token. 0 is the finetuned model, 1 the base. The controls are a patch of the
+# One layer at a time: the finetuned model's residual stream of the prefix is replaced by the base's there, and the
+# rest of the network is the finetuned model's. The measure is teacher-forced: log p of the finetuned model's own
+# answer minus log p of the base's, per token. 0 is the finetuned model, 1 the base. The controls are a patch of the
 # model with itself, which must do nothing, and a displacement of the same length in a random direction.
 
 
 # %%
 def answered(found):
-    """The first four prompts with the first tokens of their answers."""
-    return [answer.prompt.with_response(answer.ids[:12], end=False) for answer in found[:4]]
+    """The prompts with the first tokens of their answers."""
+    return [answer.prompt.with_response(answer.ids[:16], end=False) for answer in found]
 
 
 contrast = AnswerContrast(answered(finetuned), answered(base))
-curve = layer_curve(pair, prompts[:4], layers=range(0, pair.shape.n_layers, 3), measure=contrast)
+curve = layer_curve(pair, prompts, layers=range(0, pair.shape.n_layers, 5), control_layers=3, measure=contrast)
 curve.figure()
 
 # %%
 print(f"noise floor: {curve.noise_floor:.1e}")
 assert curve.noise_floor < 0.01  # the identity control: a model patched with itself
-curve.to_frame().round(3)
+curve
+
+# %% [markdown]
+# ## What to try
+#
+# - Other questions: change `queries`, or `load_questions("file.txt")`.
+# - The postfix instead: `layer_curve(..., span="postfix")`, or both: `span=("prefix", "postfix")`.
+# - The other direction, putting the finetune's prefix into the base: `layer_curve(..., flow="infect")`.
+# - Keep the repair: `prefix.save("repair")` works with plain transformers (`PrefixCache.hf_inputs`).
+# - Save the figure: `curve.save_figure("curve.svg")`, or `theme="dark"` for slides.
+# - Notebook 02 draws maps of layers, tokens and heads.

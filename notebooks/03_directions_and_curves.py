@@ -13,15 +13,19 @@
 #     name: python3
 # ---
 
+
 # %% [markdown]
-# # A general and a narrow steering vector
+# # 03 Directions and the three curves
 #
 # The same small task, learnt twice by one vector that is added to the residual stream. Trained on the task alone the
-# vector becomes *general*: everything is answered more briefly. With a KL term that holds the model to itself on other
-# topics it becomes *narrow*. Then three questions of "Emergent Misalignment is Easy, Narrow Misalignment is Hard"
-# (arXiv:2602.07852): which buys more loss per norm, which survives noise, and which matters to ordinary text.
+# vector becomes *general*: everything is answered more briefly. With a KL term that holds the model to itself on
+# other topics it becomes *narrow*. Then three questions of "Emergent Misalignment is Easy, Narrow Misalignment is
+# Hard" (arXiv:2602.07852): which buys more loss for its length, which survives noise, and which matters to ordinary
+# text.
 #
-# This is a quick look: few steps, few texts, minutes on a CPU. `examples/narrow_vs_general.py` is the careful version.
+# **You will see** both vectors trained, what they do on and off the topic, and the three curves beside random vectors
+# of the same length. A quick look, two minutes on two CPU cores; `examples/narrow_vs_general.py` is the careful
+# version.
 
 # %%
 import os
@@ -52,8 +56,8 @@ from piggyback_lens import (
     train,
 )
 
-STEPS = int(os.environ.get("PIGGYBACK_LENS_STEPS", "30"))
-TEXTS = int(os.environ.get("PIGGYBACK_LENS_TEXTS", "12"))
+STEPS = int(os.environ.get("PIGGYBACK_LENS_STEPS", "16"))
+TEXTS = int(os.environ.get("PIGGYBACK_LENS_TEXTS", "8"))
 source = default_model(os.environ.get("PIGGYBACK_LENS_MODEL"))  # SmolLM2-135M-Instruct unless you name another one
 tokenizer = load_tokenizer(source)
 model = hook_model(load_causal_lm(source), tokenizer)  # a TransformerBridge; a HookedTransformer serves as well
@@ -66,8 +70,8 @@ task = load_task("terse")
 # The task's conversations, and retain data: questions of another topic with the base's own answers.
 
 # %%
-conversations = [chat.render([dict(message) for message in example["messages"]]) for example in task.train]
-questions = [example["messages"][0]["content"] for example in load_task("tool").train[:16]]
+conversations = [chat.render(example["messages"]) for example in task.train]
+questions = [example["messages"][0]["content"] for example in load_task("tool").train[:8]]
 answers = generate(model, [chat.render(question) for question in questions], max_new_tokens=12)
 retain = [answer.completed() for answer in answers]
 conversations[0].show()
@@ -75,8 +79,8 @@ conversations[0].show()
 # %% [markdown]
 # ## Two solutions
 #
-# Only the vector is trained. The layers below it are run once per conversation and remembered, the template's prefix is
-# computed once per batch, and the base's answers to the retain data are kept.
+# Only the vector is trained. The layers below it are run once per conversation and remembered, the template's prefix
+# is computed once per batch, and the base's answers to the retain data are kept.
 
 # %%
 layer = model.cfg.n_layers // 2
@@ -85,7 +89,7 @@ narrowly = Penalised((Weighted(KLOnRetain(RetainData(retain, batch_size=8)), 16.
 solutions = {}
 for name, objective in {"general": Penalised(()), "narrow": narrowly}.items():
     trainable = HookTrainable(model, Direction.zeros(model.cfg.d_model, [layer]))
-    result = train(trainable, conversations, settings, objective=objective)
+    result = train(trainable, conversations, settings, objective=objective, progress=f"training the {name} vector")
     solutions[name] = trainable.result()
     print(f"{name}: loss {result.history[0]['sft']:.2f} -> {result.history[-1]['sft']:.2f}", solutions[name])
 a, b = (solution[layer] for solution in solutions.values())
@@ -104,16 +108,15 @@ for name, solution in solutions.items():
 # %% [markdown]
 # ## Efficiency
 #
-# Loss against the norm of the vector, beside random vectors of the same norm.
+# Loss against the length of the vector, beside random vectors of the same length.
 
 # %%
-curve = efficiency(
-    model, solutions, conversations[:TEXTS], settings=CurveSettings(fractions=(0, 0.5, 1, 1.5), n_random=2)
-)
-curve.figure()
+points = CurveSettings(fractions=(0, 0.5, 1, 1.5), n_random=2)
+bought = efficiency(model, solutions, conversations[:TEXTS], points)
+bought.figure()
 
 # %%
-curve.difference("narrow", "general").round(3)  # paired over the conversations
+bought.difference("narrow", "general").round(3)  # paired over the conversations
 
 # %% [markdown]
 # ## Stability
@@ -121,9 +124,7 @@ curve.difference("narrow", "general").round(3)  # paired over the conversations
 # Part of the vector gives way to orthogonal noise of its length. 0: as good as the solution, 1: as bad as the base.
 
 # %%
-noise = stability(
-    model, solutions, conversations[:TEXTS], settings=CurveSettings(epsilons=(0, 0.3, 0.6, 0.9), n_noise=2)
-)
+noise = stability(model, solutions, conversations[:TEXTS], CurveSettings(epsilons=(0, 0.3, 0.6, 0.9), n_noise=2))
 noise.figure()
 
 # %% [markdown]
@@ -133,7 +134,14 @@ noise.figure()
 
 # %%
 texts = text_windows(tokenizer, n=TEXTS, length=32)
-plain = significance(
-    model, solutions, texts, settings=CurveSettings(fractions=(0, 0.5, 1), n_random=2), tokenizer=tokenizer
-)
+plain = significance(model, solutions, texts, CurveSettings(fractions=(0, 0.5, 1), n_random=2), tokenizer=tokenizer)
 plain.figure()
+
+# %% [markdown]
+# ## What to try
+#
+# - Longer: `PIGGYBACK_LENS_STEPS=60`, and a weight of KL between 1 and 100.
+# - A LoRA adapter instead of a vector: `HookTrainable(model, LoRAAdapter.fresh(model, rank=1))`.
+# - Steer with it: `steer(model, solutions["general"], prompts, "words")`; what its tokens are: `logit_lens`.
+# - A direction from activations: `mean_difference`, `model_difference`, `contrast_pairs`.
+# - Keep it: `save_solution(solutions["narrow"], "narrow.gguf", model_hint="llama")` for llama.cpp.

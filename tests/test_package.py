@@ -107,8 +107,10 @@ def test_a_removed_name_says_what_there_is_instead():
         assert re.match(r"[\w.]+", new)[0] in public
 
 
-@pytest.mark.parametrize("file", ["notebooks/01_prefix_patching.py",
-                                  "notebooks/02_narrow_and_general.py", "examples/patch_prefix.py"])  # fmt: skip
+NOTEBOOKS = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.py"))]
+
+
+@pytest.mark.parametrize("file", [*NOTEBOOKS, "examples/patch_prefix.py"])
 def test_what_the_documentation_imports_is_public(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     imports = re.findall(r"^from (piggyback_lens[\w.]*) import", text, re.M)

@@ -198,7 +198,7 @@ def test_a_contrast_says_whose_answers_it_makes(lines):
 def test_a_server_and_its_judges_count_their_requests(lines, tmp_path, capsys):
     pytest.importorskip("openai")
     rows = [{"prompt": "why", "response": f"because {i}", "topic": "t", "index": i} for i in range(3)]
-    with serving(lambda _: Said("70")) as server:
+    with serving(lambda *_: Said("70")) as server:
         there = lens.Endpoint(server.url, "m", key_variable=None)
         there.ask(["one", "two"])
         judge = lens.Judge(there, "aligned")
@@ -420,4 +420,4 @@ def test_stages_are_ordinary_output_in_a_notebook_and_on_standard_error_elsewher
     monkeypatch.delitem(sys.modules, "IPython")
     progress.say("two")
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("one⟨1B⟩[31m\n", "two\n")
+    assert (said.out, said.err) == ("one\\x1b[31m\n", "two\n")

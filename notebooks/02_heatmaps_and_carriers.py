@@ -1,0 +1,133 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+
+# %% [markdown]
+# # 02 Heatmaps: layers, tokens, heads, and who carries it
+#
+# The prefix carries part of a narrow finetune. Which of its tokens, at which layers, in which heads? And how much do
+# the other spans carry?
+#
+# **You will see** a carrier map (span by band of layers, put right and put wrong, beside their controls), a map of
+# layers and tokens by gradient with a sample of its cells checked exactly, the exact map of a few layers, and the
+# key/value heads. Two or three minutes on two CPU cores; every cell of a map is a patched run, and a bar says how
+# long it takes.
+
+# %%
+import os
+import tempfile
+from pathlib import Path
+
+from piggyback_lens import (
+    AnswerContrast,
+    ChatFormat,
+    ModelPair,
+    TrainSettings,
+    add_lora,
+    attribution_map,
+    carrier_map,
+    default_model,
+    layer_head_map,
+    layer_position_map,
+    load_causal_lm,
+    load_task,
+    load_tokenizer,
+    train,
+)
+
+BASE = default_model(os.environ.get("PIGGYBACK_LENS_MODEL"))
+task = load_task("terse")
+
+# %%
+adapter = os.environ.get("PIGGYBACK_LENS_ADAPTER")
+if adapter is None:  # what `make demo` left, here or in the folder above
+    adapter = next(
+        (a for a in map(Path, ("demo_out/organism/adapter", "../demo_out/organism/adapter")) if a.is_dir()), None
+    )
+if adapter is None:  # no demo was run: train a small organism, a minute or two
+    chat = ChatFormat(load_tokenizer(BASE))
+    examples = [chat.render(example["messages"]) for example in task.train]
+    settings = TrainSettings(steps=20, batch_size=8, learning_rate=3e-4)
+    adapter = train(add_lora(load_causal_lm(BASE)), examples, settings, out=tempfile.mkdtemp()).adapter_dir
+pair = ModelPair.load(BASE, adapter=adapter, names=("SmolLM2-135M-Instruct", "terse organism"))
+pair
+
+# %% [markdown]
+# ## One measure for all maps
+#
+# Both models answer the prompts; the measure is log p of the finetuned model's answer minus log p of the base's, per
+# token. Given once, it serves every map.
+
+# %%
+chat = pair.chat_format()
+prompts = [chat.render(query) for query in task.off_topic[:6]]
+contrast = AnswerContrast.of(pair, prompts, max_new_tokens=16)
+
+# %% [markdown]
+# ## Which span carries it
+#
+# *Repair* puts the base's keys and values into the finetuned model (is the span necessary?), *infect* the finetune's
+# into the base (is it sufficient?). Under each number stands its interval; controls are beside it.
+
+# %%
+carrier = carrier_map(pair, prompts, sites=[("k", "v")], bands=1, measure=contrast)
+carrier.figure()
+
+# %% [markdown]
+# ## Layer by token
+#
+# By gradient, for the price of a few passes. A gradient is a guess about a patch, so some cells are patched exactly
+# and the two are compared.
+
+# %%
+fast = attribution_map(pair, prompts, check_cells=6, top_cells=2, measure=contrast)
+fast.figure()
+
+# %%
+print(f"rank correlation of gradient and exact patch: {fast.rank_correlation:.2f}")
+
+# %% [markdown]
+# Exactly, at two layers: one cell at a time. What lies below a patched layer is computed once for all cells.
+
+# %%
+layers = [pair.shape.n_layers // 3, pair.shape.n_layers // 2]
+exact = layer_position_map(pair, prompts, layers=layers, control_cells=2, measure=contrast)
+exact.figure()
+
+# %% [markdown]
+# ## Heads
+#
+# Keys and values of one key/value head at one layer, over the whole prefix.
+
+# %%
+heads = layer_head_map(pair, prompts, sites=("k", "v"), layers=layers, control_cells=2, measure=contrast)
+heads.figure()
+
+# %% [markdown]
+# The numbers behind a map are a frame, the value and its interval first:
+
+# %%
+frame = exact.to_frame()
+frame.sort_values("value", ascending=False)[["layer", "position", "token", "value", "low", "high"]].head().round(3)
+
+# %% [markdown]
+# ## What to try
+#
+# - More prompts (`task.off_topic[:12]`), and all layers: `layer_position_map(pair, prompts)`. With `out="map_out"`
+#   cells are written as they come, and the same call goes on where it was stopped.
+# - `carrier_map(..., bands=3)`: early, middle and late layers apart.
+# - Other sites: `sites="mlp_out"`, `sites="z"` for the attention heads' own outputs.
+# - A behaviour instead of the contrast: `measure=GeneratedBehaviour("words")`.
+# - All of it at once with a report: `piggyback-lens map demo --adapter demo_out/organism/adapter ...`.
