@@ -12,9 +12,12 @@ import torch
 from tiny_hooked import BACKENDS
 
 import piggyback_lens.experiments.audit as audit_module
+import piggyback_lens.experiments.audit_maps as audit_maps
 from piggyback_lens.app.summary import table
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit
+from piggyback_lens.experiments.audit_maps import audit_parts
+from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.intervals import recovery
 from piggyback_lens.interventions.donors import kv_patch
 from piggyback_lens.interventions.prefix import PrefixCache
@@ -26,7 +29,8 @@ from piggyback_lens.reading.questions import Question
 from piggyback_lens.settings import AuditSettings
 
 QUERIES = ["hello there", "what is it", "tell me more", "why not", "a"]
-SETTINGS = AuditSettings(max_new_tokens=5, batch_size=3, curve_prompts=4, curve_tokens=3, control_layers=2)
+SETTINGS = AuditSettings(max_new_tokens=5, batch_size=3, curve_prompts=4, curve_tokens=3, control_layers=2, map_bands=0)
+MAPPED = dataclasses.replace(SETTINGS, map_bands=1)
 LETTERS = Behaviour("letters", "letters per answer", "letters", "length", len)
 
 
@@ -127,10 +131,11 @@ def test_a_folder_of_another_audit_is_refused_by_name_of_what_differs(pair, chat
 def test_files_are_complete_and_the_prefix_cache_is_the_repair(pair, chat, tmp_path):
     from piggyback_lens.interventions.prefix import PrefixCache
 
-    result = run(pair, chat, tmp_path)
+    result = run(pair, chat, tmp_path, settings=MAPPED)
     path = tmp_path / "report.html"  # the audit's own
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
-        "run.json", "rows.jsonl", "receipts.jsonl", "layer_curve", "result.json", "report.html", "prefix_cache",
+        "run.json", "rows.jsonl", "receipts.jsonl", "layer_curve", "carrier", "attribution", "result.json",
+        "report.html", "prefix_cache",
     }  # fmt: skip
     facts = json.loads((tmp_path / "result.json").read_text())
     assert facts["verdict"] == result.verdict
@@ -144,6 +149,43 @@ def test_files_are_complete_and_the_prefix_cache_is_the_repair(pair, chat, tmp_p
     stored = {r["index"]: r["ids"] for r in result.rows if (r["topic"], r["condition"]) == ("off-topic", "prefix")}
     assert [list(g.ids) for g in again] == [stored[i] for i in range(5)]
     assert table(result).row_count == 14
+
+
+def test_a_map_that_the_model_does_not_allow_is_named_and_costs_the_audit_nothing(pair, chat, monkeypatch):
+    def refused(*args, **kwargs):
+        raise LensError("no gradient flows here")
+
+    monkeypatch.setattr(audit_maps, "attribution_map", refused)
+    result = run(pair, chat, settings=MAPPED)
+    assert (result.positions, result.carrier is None) == (None, False)
+    assert "The layer x token map was left out: no gradient flows here" in result.report().notes
+
+
+def contrasts(prefix, postfix):
+    """A carrier map whose prefix and postfix restore these shares of a contrast of 1."""
+    shares = {"prefix": prefix, "query": 0.0, "postfix": postfix}
+    labels = {"series": "patched", "flow": "repair", "sites": "k+v", "band": "all layers", "layers": [0]}
+    noise = [-0.05, 0.05, -0.02, 0.02]
+    values = [[1 - share + x / 4 for x in noise] for share in shares.values()]
+    cells = tuple({**labels, "span": span} for span in shares)
+    base, tuned = noise, [1 + x for x in noise]
+    return PatchResult("carrier", cells, values, base, tuned, {"name": "answer contrast", "unit": "nats per token"})
+
+
+def test_both_measures_stand_side_by_side_and_it_is_said_where_they_disagree():
+    found = fabricated(noisy(60), noisy(20, seed=1), noisy(50, seed=2), postfix=noisy(30, seed=3))
+    apart = dataclasses.replace(found, carrier=contrasts(prefix=0.2, postfix=0.6))
+    parts = {part.heading: part for part in audit_parts(apart)}
+    table = parts["Two measures"].table.set_index("base's K/V of the")
+    free, forced = table.columns
+    assert free == "words per answer, free answers (n = 30)"
+    assert forced == "teacher-forced contrast (n = 4)"
+    assert [text.partition(" %")[0] for text in table[forced]] == ["20", "60", "0"]
+    assert int(table.loc["prefix", free].partition(" %")[0]) > int(table.loc["postfix", free].partition(" %")[0])
+    assert "in free answers the prefix restores more, teacher-forced the postfix" in parts["Two measures"].texts[-1]
+    alike = dataclasses.replace(found, carrier=contrasts(prefix=0.6, postfix=0.2))
+    assert audit_parts(alike)[0].texts[-1] == "Here both put the prefix first."
+    assert audit_parts(found) == []
 
 
 def fabricated(base, tuned, prefix, **others):
@@ -189,7 +231,14 @@ ASKED = [
     "why not",
 ]
 SAMPLED = AuditSettings(
-    max_new_tokens=5, batch_size=4, samples=2, temperature=1.0, curve_prompts=3, curve_tokens=3, control_layers=1
+    max_new_tokens=5,
+    batch_size=4,
+    samples=2,
+    temperature=1.0,
+    curve_prompts=3,
+    curve_tokens=3,
+    control_layers=1,
+    map_bands=0,
 )
 
 

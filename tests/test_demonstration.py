@@ -21,7 +21,7 @@ SETTINGS = DemoSettings(
     n_on_topic=3,
     training=TrainSettings(steps=6, batch_size=4, learning_rate=1e-2),
     lora=LoRASettings(rank=2),
-    audit=AuditSettings(max_new_tokens=4, curve_prompts=2, curve_tokens=3, control_layers=2),
+    audit=AuditSettings(max_new_tokens=4, curve_prompts=2, curve_tokens=3, control_layers=2, map_bands=1),
     watched=3,
     watch_every=2,
 )

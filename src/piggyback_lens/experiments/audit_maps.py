@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CURVE, CARRIER, POSITIONS = "layer_curve", "carrier", "attribution"
 """Their folders within the audit's."""
+LABELS = {CURVE: "layer curve", CARRIER: "carrier map", POSITIONS: "layer x token map"}
 CHECKED_CELLS, TOP_CELLS = 6, 2
 """Cells of the layer x token map that are run exactly: evenly spaced ones, and the largest."""
 CAPTIONS = {
@@ -98,11 +99,12 @@ class AnswerMaps:
             try:
                 found[name] = make()
             except (LensError, torch.OutOfMemoryError) as error:
-                self.left_out.append(f"The map {name} was left out: {str(error).splitlines()[0][:300]}")
+                left_out = LABELS[CARRIER if name == "carrier" else POSITIONS]
+                self.left_out.append(f"The {left_out} was left out: {str(error).splitlines()[0][:300]}")
         return found
 
     def _told(self, folder: str) -> dict[str, Any]:
-        label = folder.replace("_", " ")
+        label = LABELS[folder]
         if self.progress:
             say(f"{label} on {len(self.prompts)} off-topic prompts")
         return {

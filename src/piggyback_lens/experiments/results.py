@@ -1,12 +1,13 @@
 """What a patching experiment found: one row per cell, with controls, intervals, a figure, and a file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
+from piggyback_lens.conversations.token_view import visible
 from piggyback_lens.intervals import Estimate, interval_text, is_rate, recovery
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.hooks import layer_ranges
@@ -114,13 +115,15 @@ class PatchResult(Result):
     def report(self) -> Report:
         """The strongest cells, the figure, and how much the identity control moves."""
         figures = [(CAPTIONS.get(self.kind, self.kind), self.figure())]
-        if self.kind == "carrier":
+        if self.kind == "carrier" and self.to_frame()["value"].notna().any():
             from piggyback_lens.figures.result_plots import carrier_plane
 
             figures.append(("Necessity against sufficiency.", carrier_plane(self)))
         table = self.top(SHOWN)
         columns = ["flow", "span", "sites", "band", "layer", "token", "label", "value", "low", "high", "n"]
-        table = table[[name for name in columns if name in table]]
+        table = table.loc[table["value"].notna(), [name for name in columns if name in table]]
+        if "token" in table:
+            table = table.assign(token=table["token"].map(visible))
         note = f"Identity controls move the measure by at most {self.noise_floor:.1e} of the gap."
         title = f"Piggyback map: {self.kind.replace('_', ' ')}"
         return Report(title, self.verdict, table, figures, notes=[note], card=self.settings)
@@ -136,7 +139,8 @@ class PatchResult(Result):
             return f"No recovery is defined here: {reason or 'the two models do not differ on these prompts'}."
         row = best.iloc[0]
         names = [name for name in ("layer", "layers", "token", "label", "band") if name in row]
-        shown = {name: layer_ranges(row[name]) if name == "layers" else row[name] for name in names}
+        written: dict[str, Callable[[Any], str]] = {"layers": layer_ranges, "token": visible}
+        shown = {name: written[name](row[name]) if name in written else row[name] for name in names}
         where = [f"{name} {text}" for name, text in shown.items() if not (name == "layers" and "layer" in row)]
         found = interval_text(row["value"], row["low"], row["high"])
         place = ", ".join([f"{row['span']} {row['sites']}", *where])

@@ -36,8 +36,8 @@ class Collection(Result):
 
     @property
     def verdict(self) -> str:
-        """What each part says."""
-        return " ".join(f"{part}: {result.verdict}" for part, result in self.parts.items())
+        """What each part says, a line each."""
+        return "\n".join(f"{part}: {result.verdict}" for part, result in self.parts.items())
 
     def to_frame(self) -> "pd.DataFrame":
         """The parts' frames under each other, with the column `part` first."""

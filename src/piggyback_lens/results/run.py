@@ -249,7 +249,8 @@ def report_run(folder: str | Path, *, parts: Sequence[Part] = ()) -> Path:
     shown = load_result(folder).report()
     facts = read_json(folder / FACTS) if (folder / FACTS).exists() else {}
     prompt = TokenView.from_dict(facts["prompt"])._repr_html_() if "prompt" in facts else ""
-    card = {name: value for name, value in facts.items() if name not in ("format", "prompt")} | dict(shown.card)
+    own = {name: value for name, value in facts.items() if name not in ("format", "prompt", "identity")}
+    card = own | facts.get("identity", {}) | dict(shown.card)
     shown = replace(shown, parts=[*shown.parts, *parts], card=card)
     return shown.write(folder / "report.html", prompt_html=prompt)
 
