@@ -829,6 +829,16 @@ class DemoSettings(Settings):
     watched: int = 8
     watch_every: int = 10
 
+    def plan(self, out: str) -> str:
+        """What the demonstration does and how long it takes, said before anything is imported or loaded."""
+        known = {"two to five": type(self).quick(self.task), "six to twelve": type(self)(self.task)}
+        minutes = [f"It takes {time} minutes on two CPU cores. " for time, own in known.items() if own == self]
+        return (
+            f"demo: finetunes a small chat model on the task {self.task} ({self.training.steps} steps), asks it "
+            f"{self.n_off_topic + self.n_on_topic} questions under seven conditions, looks where the change is carried "
+            f"and writes {out}/report.html.\n{''.join(minutes)}Stop it whenever you like: the same command goes on."
+        )
+
     @classmethod
     def quick(cls, task: TaskName = "terse") -> "DemoSettings":
         """Fewer prompts and steps: a few minutes on two cores."""

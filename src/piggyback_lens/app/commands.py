@@ -81,10 +81,11 @@ def demo(
     out: Out = Path("demo_out"),
 ) -> None:
     """Train a narrow organism on a small real chat model, audit it, and write a report."""
+    settings = DemoSettings.quick(settings.task) if quick else settings
+    tell(settings.plan(str(out)))  # at once: what comes next takes seconds to import
     from piggyback_lens.app.demonstration import demo as run
     from piggyback_lens.app.summary import TO_TRY, show
 
-    settings = DemoSettings.quick(settings.task) if quick else settings
     show(run(settings, load, out=out, model=model, backend=_backend(backend))[0], out, to_try=TO_TRY)
 
 
