@@ -35,6 +35,7 @@ from piggyback_lens.words import (
     SolutionKind,
     Split,
     TaskName,
+    TrainerName,
     Weighting,
     module_name,
 )
@@ -293,12 +294,23 @@ class PatchSettings(Settings):
         seed: of the random controls.
         budget_gb: memory for one pass beside the weights, in GB, which says how many cells go through together; None
             for 1, on a GPU for half of what is free.
+        cells_per_pass: the most cells that go through together; None for as many as the memory allows. Numbers are the
+            same bit for bit only where it is the same.
+        executor: runs each pass as a job: any executor of concurrent.futures, such as those of `engines`; None for this
+            process. The pair then has to be loaded from names.
     """
 
     postfix_donor: PostfixDonor = "own_prompt"
     chat: Any = None
     seed: int = 0
     budget_gb: float | None = None
+    cells_per_pass: int | None = None
+    executor: Any = None
+
+    def _check(self) -> None:
+        check_field(self, "cells_per_pass", self.cells_per_pass is None or self.cells_per_pass >= 1, "at least 1")
+        runs = self.executor is None or callable(getattr(self.executor, "submit", None))
+        check_field(self, "executor", runs, "an executor of concurrent.futures")
 
 
 @dataclass(frozen=True)
@@ -768,6 +780,7 @@ class CompareSettings(Settings):
         minutes: begin no further cell after so many; the same call continues.
         training: steps, batch size, learning rate, ...; the seed in it is not used.
         lora: the adapter.
+        trainer: what trains: our loop (own), or transformers' Trainer (hf) with the same rows, rates and penalties.
     """
 
     seeds: Sequence[int] = (0, 1, 2)
@@ -789,6 +802,7 @@ class CompareSettings(Settings):
     minutes: float | None = None
     training: TrainSettings = field(default_factory=TrainSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)
+    trainer: TrainerName = "own"
 
     def _check(self) -> None:
         for name in AXES:

@@ -76,5 +76,8 @@ Schedule = Literal[
 ]
 """transformers' names of learning-rate schedules."""
 
+TrainerName = Literal["own", "hf"]
+"""What trains: the loop of `train`, or the Trainer of transformers."""
+
 Optimiser = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
 """transformers' names of optimisers: torch's AdamW, its fused kernel, and those of bitsandbytes."""

@@ -28,6 +28,7 @@ from piggyback_lens.comparisons.comparison_plan import (
     base_folder,
     cell_folder,
 )
+from piggyback_lens.comparisons.hf_cells import Trained, train_by_trainer
 from piggyback_lens.comparisons.methods import Ingredients, Method, SetUp, set_up
 from piggyback_lens.conversations.batch import questions_of, repeated
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
@@ -39,7 +40,7 @@ from piggyback_lens.finetuning.checkpoints import PREFIX
 from piggyback_lens.finetuning.references import kv_reference, prefix_batch, prefix_drift
 from piggyback_lens.finetuning.steps import forward_step
 from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.finetuning.training import train
+from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.measuring.scoring import kl_to_base
@@ -322,14 +323,11 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     chat = ChatFormat(tokenizer, system=cell.system, date=base.get("date"))
     peft_model = add_lora(structural_copy(model), plan.settings.lora, seed=cell.seed)
     use, settings = _set_up(plan, cell, peft_model, chat, shared)
-    trained = train(
-        use.trainable,
-        use.examples,
-        settings,
-        objective=use.objective,
-        out=folder,
-        progress=False,
-    )
+    if plan.settings.trainer == "hf":
+        trained: Trained | TrainResult = train_by_trainer(use, settings, chat.empty_query(), folder)
+    else:
+        how: dict[str, Any] = {"objective": use.objective, "out": folder, "progress": False}
+        trained = train(use.trainable, use.examples, settings, **how)
     seconds = {"training": round(time.perf_counter() - began, 2)}
     assert trained.adapter_dir is not None
     history, identity = trained.history, {**plan.identity(), "cell": cell.settings()}

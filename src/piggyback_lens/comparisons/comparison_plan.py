@@ -65,6 +65,8 @@ class Plan:
         facts = {name: getattr(self.settings, name) for name in names}
         facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
         facts |= {"training": training, "lora": asdict(self.settings.lora), "model": source_fingerprint(self.source)}
+        if self.settings.trainer != "own":
+            facts["trainer"] = self.settings.trainer
         if (weights := weights_fingerprint(self.source)) is not None:
             facts["weights"] = weights
         if self.settings.text_source is not None and Path(self.settings.text_source).is_file():
