@@ -3,6 +3,7 @@
 import base64
 import colorsys
 import re
+import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,9 @@ def picture(figure: Any, kind: str, width: int = WIDTH) -> bytes | None:
     import plotly.io as pio
 
     try:
-        return bytes(pio.to_image(figure, format=kind, width=width, scale=SCALE if kind == "png" else 1))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The kopts argument is ignored")  # of a Chrome that runs already
+            return bytes(pio.to_image(figure, format=kind, width=width, scale=SCALE if kind == "png" else 1))
     except (ImportError, OSError, RuntimeError, ValueError):  # no kaleido, no Chrome, or one that does not start
         return None
 
@@ -86,7 +89,7 @@ def _turned(value: Any) -> Any:
     value = _NAMED.get(value, value)
     if _HEX.fullmatch(value):
         digits = value[1:] if len(value) == 7 else "".join(2 * digit for digit in value[1:])
-        return "#{:02x}{:02x}{:02x}".format(*_opposite(*(int(digits[i : i + 2], 16) for i in (0, 2, 4))))
+        return "#{:02x}{:02x}{:02x}".format(*_opposite(*(float(int(digits[i : i + 2], 16)) for i in (0, 2, 4))))
     if found := _RGB.fullmatch(value):
         kind, *parts, alpha = found.groups()
         return f"{kind}({', '.join(map(str, _opposite(*map(float, parts))))}{alpha or ''})"
