@@ -6,13 +6,14 @@ what PEFT does. A HookedTransformer has no such modules: their inputs and output
 around them. Edits are ordinary torch hooks; they act before any intervention that is installed later.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
@@ -29,7 +30,7 @@ from piggyback_lens.models.backends import (
     writes_through,
 )
 from piggyback_lens.models.views import adapter_layers
-from piggyback_lens.words import Module, Site
+from piggyback_lens.words import MODULES, Module, Site, module_name
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 SiteEdit = Callable[[Tensor], Tensor]
@@ -236,6 +237,39 @@ def changed_weight(model: Any, layer: int, module: Module, delta: Tensor) -> Ite
     finally:
         with torch.no_grad():
             weight.copy_(kept)
+
+
+def linear_weights(
+    model: Any, layers: Sequence[int], modules: Sequence[Module] | None = None
+) -> dict[tuple[int, Module], Float[Tensor, "out in"]]:
+    """The weights of linear modules by (layer, module); with `modules` None, of all that the model has.
+
+    Raises:
+        LensError: a HookedTransformer, an adapter in the way, or a module that is not there.
+    """
+    if not has_modules(model) or adapter_layers(core_of(model)):
+        raise LensError(
+            f"{type(model).__name__} has no plain linear weights: give a transformers model without adapter"
+        )
+    found: dict[tuple[int, Module], Tensor] = {}
+    for layer in layers:
+        names = {name.rsplit(".", 1)[-1] for name, _ in blocks_of(model)[layer].named_modules()}
+        there = [module for module in MODULES if f"{module}_proj" in names]
+        for module in there if modules is None else map(module_name, modules):
+            linear: Any = linear_of(model, layer, module)
+            found[layer, module] = linear.weight
+    return found
+
+
+def other_differences(one: Any, other: Any, known: Mapping[tuple[int, Module], Tensor]) -> list[str]:
+    """Names of parameters in which two models differ, those of `known` (of the first) left out."""
+    left_out = {id(weight) for weight in known.values()}
+    theirs = dict(core_of(other).named_parameters())
+    return [
+        name
+        for name, own in core_of(one).named_parameters()
+        if id(own) not in left_out and not (name in theirs and torch.equal(own.cpu(), theirs[name].cpu()))
+    ]
 
 
 def _weight_of(model: HookedModel | nn.Module, layer: int, module: Module) -> Tensor:

@@ -4,6 +4,7 @@
 writes them.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.maths import norm_matched_random, orthogonal_noise
-from piggyback_lens.models.attachment import changed_weight, module_sizes
+from piggyback_lens.models.attachment import changed_weight, linear_weights, module_sizes, other_differences
 from piggyback_lens.models.backends import check_layers, n_layers_of
 from piggyback_lens.vectors.direction import Direction, Provenance, total_norm
 from piggyback_lens.words import MODULES, Module, NoiseOn, NormOver, Site, module_name
@@ -91,6 +92,99 @@ class LoRAAdapter:
                 a[layer, module] = (torch.rand(rank, d_in, generator=generator) * 2 - 1) / d_in**0.5
                 b[layer, module] = torch.zeros(d_out, rank)
         return cls(a, b, 2.0 * rank if alpha is None else alpha, rslora, Provenance("fresh", seed=seed))
+
+    @classmethod
+    def between(
+        cls,
+        base: Any,
+        finetuned: Any,
+        *,
+        rank: int | None = None,
+        modules: Sequence[Module] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> "LoRAAdapter":
+        """A full finetune as an adapter: the difference of its linear weights, cut to a rank by its singular values.
+
+        With full rank base and adapter are the finetuned model, if nothing but these weights was changed; what else
+        differs (norms, biases, embeddings) is named in a warning.
+
+        Args:
+            base: transformers model, or bridge.
+            finetuned: the same, of the same sizes.
+            rank: r of every module; None for full rank.
+            modules: any of q, k, v, o, gate, up, down; None for all that the model has.
+            layers: None for all.
+
+        Raises:
+            LensError: models of different sizes, a rank below 1, or a module or layer that they do not have.
+        """
+        if rank is not None and rank < 1:
+            raise LensError(f"rank {rank}: it must be at least 1")
+        chosen = check_layers(layers, n_layers_of(base))
+        ours, theirs = (linear_weights(model, chosen, modules) for model in (base, finetuned))
+        if {p: w.shape for p, w in ours.items()} != {p: w.shape for p, w in theirs.items()}:
+            raise LensError("base and finetuned have linear weights of different sizes: they are no pair")
+        width = rank or max(min(weight.shape) for weight in ours.values())
+        a, b, kept, whole = {}, {}, 0.0, 0.0
+        for place, weight in ours.items():
+            u, s, v = torch.linalg.svd((theirs[place] - weight).detach().float().cpu(), full_matrices=False)
+            part = s[:width].sqrt()
+            a[place] = torch.zeros(width, v.shape[1])
+            b[place] = torch.zeros(u.shape[0], width)
+            a[place][: len(part)] = part[:, None] * v[:width]
+            b[place][:, : len(part)] = u[:, :width] * part
+            kept, whole = kept + float(s[:width].square().sum()), whole + float(s.square().sum())
+        if differ := other_differences(base, finetuned, ours):
+            more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+            warnings.warn(f"{differ[0]}{more} differ too, which no LoRA of these modules holds", stacklevel=2)
+        share = kept / whole if whole else 1.0
+        how = f"rank {width} of the difference of two models, {share:.3%} of its squared norm"
+        return cls(a, b, float(width), provenance=Provenance(how))
+
+    def __add__(self, other: "LoRAAdapter") -> "LoRAAdapter":
+        """An adapter that adds what both add; its rank is the sum of theirs.
+
+        Raises:
+            LensError: adapters on different modules or layers.
+        """
+        if self.a.keys() != other.a.keys():
+            raise LensError(f"{self!r} and {other!r} are on different modules: attached(model, a, b) adds such ones")
+        places = self._places()
+        a = {p: torch.cat([self.a[p], other.a[p]]) for p in places}
+        b = {p: torch.cat([self.scale * self.b[p], other.scale * other.b[p]], dim=1) for p in places}
+        return LoRAAdapter(a, b, float(self.rank + other.rank), provenance=Provenance("sum of two adapters"))
+
+    def __sub__(self, other: "LoRAAdapter") -> "LoRAAdapter":
+        """An adapter that adds what this one adds and takes away what the other adds."""
+        return self + other.scaled(-1.0)
+
+    def without(self, direction: Direction) -> "LoRAAdapter":
+        """The adapter that writes nothing along a direction of the residual stream: B ← B − v vᵀB on o and down.
+
+        Modules that do not write into the residual stream (q, k, v, gate, up) stay as they are.
+
+        Args:
+            direction: with a vector for each layer of the adapter, or one vector for all of them. Its length does not
+                count.
+
+        Raises:
+            LensError: no module that writes into the residual stream, missing layers, or another width.
+        """
+        writing = [place for place in self._places() if place[1] in ("o", "down")]
+        if not writing:
+            raise LensError(f"{self!r} has neither o nor down, the modules that write into the residual stream")
+        b = dict(self.b)
+        for layer, module in writing:
+            if len(direction.layers) > 1 and layer not in direction.layers:
+                raise LensError(f"{direction!r} has no vector of layer {layer}: give one for each, or one for all")
+            vector = direction[layer] if layer in direction.layers else direction[direction.layers[0]]
+            old = b[layer, module]
+            if len(vector) != len(old):
+                raise LensError(f"the direction has width {len(vector)}, {module} of layer {layer} writes {len(old)}")
+            unit = torch.nn.functional.normalize(vector.to(old.device, old.dtype), dim=0)
+            b[layer, module] = old - torch.outer(unit, unit @ old)
+        source = self.provenance or Provenance("an adapter of unknown origin")
+        return replace(self, b=b, provenance=replace(source, how=f"{source.how}; without a direction"))
 
     def __repr__(self) -> str:
         return (
