@@ -18,7 +18,7 @@ from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.references import kv_reference, prefix_drift
 from piggyback_lens.finetuning.steps import Step, forward_step, plan_for
 from piggyback_lens.models import packing
-from piggyback_lens.models.packing import Packing
+from piggyback_lens.models.packing import Costs, Packing
 
 
 def widened(model: Any) -> Any:
@@ -31,7 +31,7 @@ def widened(model: Any) -> Any:
 
 @pytest.fixture
 def packs_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "ATTENTION_COST", 0.0)
+    monkeypatch.setattr(packing, "costs_of", lambda _model: Costs(0.0, 1.0, 0.0))
 
 
 @pytest.mark.usefixtures("packs_always")
@@ -65,7 +65,7 @@ def test_penalties_on_keys_and_values_are_those_of_whole_rows(span: Any, monkeyp
     model, examples = tuned("llama-gqa"), tiny_examples(4)
     objective = Penalised((Weighted(TReFT.on(model, examples[0], span, reference="own"), 3.0),))
     found = []
-    monkeypatch.setattr(packing, "ATTENTION_COST", 0.0)
+    monkeypatch.setattr(packing, "costs_of", lambda _model: Costs(0.0, 1.0, 0.0))
     for packs in (True, False):
         if not packs:
             monkeypatch.setattr(packing, "LONGEST", dict.fromkeys(packing.LONGEST, 0))
@@ -161,9 +161,9 @@ def test_it_is_packed_where_it_pays() -> None:
 def test_a_second_pass_is_run_only_where_it_costs_less_than_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama-gqa", vocab=VOCAB, attn_implementation="sdpa")
     model.config.hidden_size = 4096
-    floor = packing.fewest_tokens(torch.device("cuda"), 4096)
-    assert 1500 < floor < 2500  # an H200: 80 ms to launch a pass of 8B, 47 us a token
-    assert packing.fewest_tokens(torch.device("cpu"), 4096) == 0
+    cpu, gpu = (packing.assumed(torch.device(kind), 4096) for kind in ("cpu", "cuda"))
+    assert 1500 < gpu.launch / gpu.token < 2500  # an H200: 80 ms to launch a pass of 8B, 47 us a token
+    assert cpu.launch == 0
 
     def chosen(rows: int, width: int, n_prefix: int, packs: bool = True) -> str:
         ids = torch.ones((rows, width), dtype=torch.long)
@@ -173,7 +173,7 @@ def test_a_second_pass_is_run_only_where_it_costs_less_than_its_tokens(monkeypat
 
     sizes = [(16, 48, 24), (16, 455, 24), (32, 400, 200), (1, 48, 24), (16, 48, 0)]
     assert [chosen(*size) for size in sizes] == ["packed", "24 alone", "200 alone", "whole", "packed"]
-    monkeypatch.setattr(packing, "fewest_tokens", lambda _device, _width: floor)
+    monkeypatch.setattr(packing, "costs_of", lambda _model: gpu)
     assert [chosen(*size) for size in sizes] == ["packed", "whole", "200 alone", "whole", "packed"]
     assert chosen(16, 48, 24, packs=False) == "whole"
 

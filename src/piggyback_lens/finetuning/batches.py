@@ -24,6 +24,7 @@ class TrainBatch(Batch):
     prefix_length: int  # leading tokens that are prefix in every row, and the same ids
     share_prefix: bool  # compute those tokens once instead of once per row
     plain_keys: bool = False  # keep the keys before the rotary embedding too
+    prefix_apart: bool = False  # compute the prefix in a pass of its own, which rounds alike whatever the rows are
 
     @property
     def n_supervised(self) -> int:
@@ -38,6 +39,7 @@ def make_batch(
     pad_id: int = 0,
     device: torch.device | str = "cpu",
     plain_keys: bool = False,
+    prefix_apart: bool = False,
     multiple: int = 1,
 ) -> TrainBatch:
     """Right-pad examples into one batch, to a width that is a multiple of a number.
@@ -59,6 +61,7 @@ def make_batch(
         prefix_length=common_prefix_length(examples),
         share_prefix=share_prefix,
         plain_keys=plain_keys,
+        prefix_apart=prefix_apart,
     )
 
 

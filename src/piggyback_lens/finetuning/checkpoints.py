@@ -8,8 +8,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,10 @@ Parameters = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: one history row per step done."""
+    """How far a run has come: one history row per step done, and how its passes are planned."""
 
     history: tuple[Row, ...]
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_identity(
@@ -91,7 +93,7 @@ def save_checkpoint(
         save_file({name: _plain(value) for name, value in parameters.items()}, target / "weights.safetensors")
         tensors, numbers = _flat_state(parameters, optimiser)
         save_file(tensors, target / "optimiser.safetensors")
-        state = {"identity": identity, "history": progress.history, "optimiser": numbers}
+        state = {"identity": identity, "history": progress.history, "optimiser": numbers, "plan": progress.plan}
         write_json(target / "state.json", state)
 
     older = [path for path in _finished(folder) if path != final]
@@ -123,7 +125,7 @@ def load_checkpoint(
         state = read_json(newest / "state.json")
         saved, history = dict(state["identity"]), [dict(row) for row in state["history"]]
         weights, moments = (load_file(newest / f"{name}.safetensors") for name in ("weights", "optimiser"))
-        numbers = dict(state.get("optimiser", {}))
+        numbers, plan = dict(state.get("optimiser", {})), dict(state.get("plan", {}))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise LensError(
             f"{newest} is damaged ({error}): delete it to start again, or copy it from elsewhere"
@@ -139,7 +141,7 @@ def load_checkpoint(
         _restore_state(moments | numbers, parameters, optimiser)
     except (KeyError, ValueError) as error:
         raise LensError(f"{newest} is damaged (its optimiser's state: {error}): delete it to start again") from error
-    return Progress(tuple(history))
+    return Progress(tuple(history), plan)
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> Path:

@@ -43,7 +43,6 @@ from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Loss, Objective, Part, Step, sft
 from piggyback_lens.interventions.prefix import PrefixCache, TemplateSpan
 from piggyback_lens.maths import kl_per_token
-from piggyback_lens.models.packing import rounds_coarsely
 from piggyback_lens.models.views import has_adapter
 from piggyback_lens.settings import check_field
 
@@ -103,13 +102,12 @@ class TReFT:
     postfix against the template's is compared before it, since there the positions differ.
 
     With the template's prefix as reference it is read from the pass that gives the loss, costs no further
-    pass, and is zero before training (in float32 up to rounding, 1e-12). Where rounding is coarse (half precision,
-    a GPU) it depends on the shape of a pass, so the reference is computed once for each shape that is met, which
-    takes the base: an adapter that can be switched off, or `base`; without one rounding stays, 2e-3 in bfloat16
-    at 8B. Any span with reference "own" is zero before training up to the rounding of the model's precision; it takes
-    one base pass of the prompts per step. The
-    template's postfix is not zero before training: a row's postfix depends on its query, and this penalty
-    holds it to that of one example.
+    pass, and is zero before training, in every precision: like is compared with like. What a pass computes depends on
+    its shape in the last bits (2e-3 of the drift in bfloat16 at 8B), so in float32 on a CPU the prefix is a pass of its
+    own, and elsewhere, or where it is not, the reference is computed once for each shape that is met, which takes the
+    base: an adapter that can be switched off, or `base`; without one rounding stays. Any span with reference "own" is
+    zero before training too; it takes one base pass of the same rows per step. The template's postfix is not: a row's
+    postfix depends on its query, and this penalty holds it to that of one example.
 
     Attributes:
         span: prefix, query, postfix, or all (the whole prompt; never the response).
@@ -213,7 +211,7 @@ class TReFT:
             return prefix_drift(step.plain, self._rounded_alike(step, reference)).mean()
         spans = [span_range(example, self.span) for example in examples]
         if reference is None:
-            return span_drift(step.plain, spans, base_of(step, _prompts_only(step.batch), self.base)).mean()
+            return span_drift(step.plain, spans, base_of(step, _unread(step.batch), self.base)).mean()
         for number, (example, span) in enumerate(zip(examples, spans, strict=True)):
             _check_ids(example.ids[span.start : span.stop], number, reference)
         return span_drift(step.plain, spans, reference.to(step.batch.ids.device)).mean()
@@ -222,12 +220,12 @@ class TReFT:
         """The reference as a pass of this step's shape computes it."""
         device, shape = step.batch.ids.device, step.plain.prefix_pass
         has_base = self.base is not None or step.base is not None or has_adapter(step.model)
-        if shape in (None, (1, len(reference.ids))) or not has_base or not rounds_coarsely(step.model, device):
+        autocast = torch.is_autocast_enabled(device.type)
+        if shape is None or not has_base or (shape == (1, len(reference.ids)) and not autocast):
             return reference.to(device)
-        key = (*shape, step.batch.prefix_length)
+        key = (*shape, step.batch.prefix_length, int(autocast))
         if key not in self.alike:
-            batch = replace(step.batch, plain_keys=False)
-            base = base_of(step, batch, self.base)
+            base = base_of(step, step.batch, self.base)
             keys, values = (torch.stack([x.clone() for x in side]) for side in (base.prefix_keys, base.prefix_values))
             self.alike[key] = replace(reference, ids=reference.ids[: keys.shape[2]], keys=keys, values=values)
         return self.alike[key]
@@ -243,11 +241,9 @@ def _named_base(base: nn.Module | None) -> dict[str, object]:
     return {} if base is None else {"base": model_fingerprint(base)}
 
 
-def _prompts_only(batch: TrainBatch) -> TrainBatch:
-    """The batch cut behind its longest prompt; nothing of it is supervised."""
-    width = max(example.n_prompt for example in batch.examples)
-    ids, mask, supervised = (x[:, :width] for x in (batch.ids, batch.attention_mask, batch.supervised))
-    return replace(batch, ids=ids, attention_mask=mask, supervised=torch.zeros_like(supervised), plain_keys=False)
+def _unread(batch: TrainBatch) -> TrainBatch:
+    """The same rows, in passes of the same shapes, whose logits nobody wants."""
+    return replace(batch, supervised=torch.zeros_like(batch.supervised))
 
 
 def _check_prefix(example: RenderedPrompt, number: int, ids: tuple[int, ...]) -> None:
@@ -396,6 +392,11 @@ class Penalised:
     def plain_keys(self) -> bool:
         """Whether the pass has to keep its keys before the rotary embedding."""
         return any(part.penalty.plain_keys for part in self.parts)
+
+    @property
+    def prefix_apart(self) -> bool:
+        """Whether the prefix is held against a reference, so that it pays to compute it in passes that round alike."""
+        return any(part.penalty.reads == "prefix" for part in self.parts)
 
     def settings(self) -> dict[str, object]:
         """Everything that was chosen, JSON-able."""

@@ -47,6 +47,7 @@ class StepOutput:
     values: Sequence[Float[Tensor, "row kv_head pos head_dim"]]
     plain_keys: tuple[Float[Tensor, "row pos width"], ...] | None = None  # before the rotary embedding, if asked
     prefix_pass: tuple[int, int] | None = None  # rows and tokens of the pass that computed the prefix
+    way: str = ""  # the passes that it took (see `Plan`)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,6 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
         LensError: the model has no output embeddings, or does not compute its logits with them.
     """
     plan = plan_for(model, batch)
-    if plan.packing is not None:
-        return _packed_step(model, batch, plan.packing, prefix)
     n_rows, width = batch.ids.shape
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
     start = plan.alone if prefix is None else batch.prefix_length
@@ -121,6 +120,8 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
         if prefix is None and start:
             _, *once = forward_keeping(model, batch.ids[:1, :start], read=NOTHING)
             prefix = [key[0] for key in once[0]], [value[0] for value in once[1]]
+        if plan.packing is not None:
+            return replace(_packed_step(model, batch, plan.packing, prefix), way=plan.name)
         past = None if prefix is None else _in_rows(prefix, start, n_rows)
         reads = rows, targets_at - 1 - start
         logits, keys, values = forward_keeping(model, batch.ids[:, start:], past, read=reads)
@@ -137,6 +138,7 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
         values=tuple(values),
         plain_keys=kept.joined(keys) if kept else None,
         prefix_pass=(1, start) if start else (n_rows, width),
+        way=plan.name,
     )
 
 
@@ -144,7 +146,7 @@ def plan_for(model: Any, batch: TrainBatch) -> Plan:
     """The passes of `forward_step` on this batch."""
     if not batch.share_prefix:
         return Plan()
-    return plan_of(model, batch, batch.prefix_length, packs=not batch.plain_keys)
+    return plan_of(model, batch, batch.prefix_length, packs=not batch.plain_keys, apart=batch.prefix_apart)
 
 
 def _in_rows(prefix: LayerTensors, length: int, n_rows: int) -> Past:
@@ -178,7 +180,7 @@ def _packed_step(model: Any, batch: TrainBatch, packing: Packing, prefix: LayerT
         prefix_values=tuple(value[0, :, : batch.prefix_length] for value in values),
         keys=UnpackedLayers(packing, tuple(keys)),
         values=UnpackedLayers(packing, tuple(values)),
-        prefix_pass=(1, len(packing.rows)),
+        prefix_pass=(1, start or len(packing.rows)),
     )
 
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,8 +36,9 @@ from piggyback_lens.finetuning.checkpoints import (
 from piggyback_lens.finetuning.optimisers import learning_rate_at, optimiser_of
 from piggyback_lens.finetuning.steps import Objective, Part, Step, check_sharing, plan_for, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable, seeded
-from piggyback_lens.models.backends import n_positions_of
-from piggyback_lens.models.packing import rounds_coarsely
+from piggyback_lens.models.backends import n_positions_of, width_of
+from piggyback_lens.models.costs import known_costs
+from piggyback_lens.models.packing import Costs, assumed, costing, rounds_coarsely
 from piggyback_lens.models.recomputing import recomputed
 from piggyback_lens.progress import say, shows, track
 from piggyback_lens.results.result import Result
@@ -67,6 +68,7 @@ class TrainResult(Result):
     versions: Mapping[str, str]  # of the packages that decide the numbers
     adapter_dir: Path | None  # the saved adapter, None where `out` was None
     resumed_from: int | None = field(compare=False)  # steps that a checkpoint had already done
+    plan: Mapping[str, Any] = field(default_factory=dict, compare=False)  # seconds of a block, and passes by their way
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file; the adapter's place is relative, so that the folder can be moved."""
@@ -151,12 +153,13 @@ def train(
     with nullcontext() if run.folder is None else locked(run.folder):
         start = run.resume()
         history = list(start.history if start else ())
-        if settings.share_prefix and len(history) < settings.steps:
-            with _dropout(network, adapter=False), run.passes():
-                for batch in run.to_check(len(history)):
-                    check_sharing(trainable.forward, batch)
-        with _dropout(network, adapter=True):
-            _loop(run, history, on_step)
+        with costing(network, run.costs()):
+            if settings.share_prefix and len(history) < settings.steps:
+                with _dropout(network, adapter=False), run.passes():
+                    for batch in run.to_check(len(history)):
+                        check_sharing(trainable.forward, batch)
+            with _dropout(network, adapter=True):
+                _loop(run, history, on_step)
         adapter_dir = None if run.folder is None else write_folder(run.folder / "adapter", trainable.save)
         result = TrainResult(
             history=tuple(history),
@@ -165,6 +168,7 @@ def train(
             versions={name: version(name) for name in ("piggyback-lens", "torch", "transformers", "peft")},
             adapter_dir=adapter_dir,
             resumed_from=len(start.history) if start else None,
+            plan=run.plan,
         )
         if run.folder:
             result.save(run.folder / RESULT)
@@ -214,6 +218,7 @@ class _Run:
     optimiser: torch.optim.Optimizer
     identity: Mapping[str, object]
     folder: Path | None
+    plan: dict[str, Any] = field(default_factory=dict)  # for the run card: costs, and passes by their way
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +237,7 @@ class _Run:
 
     def batches(self, index: int) -> list[TrainBatch]:
         """The batches of step `index`, one for each pass: the conversations of one large batch, cut."""
-        size = self.settings.batch_size
+        size, coarse = self.settings.batch_size, rounds_coarsely(self.model, self.device) or self.settings.bf16
         rows = [
             self.examples[n] for n in batch_indices(self.lengths, _per_step(self.settings), self.settings.seed, index)
         ]
@@ -242,7 +247,8 @@ class _Run:
                 share_prefix=self.settings.share_prefix,
                 device=self.device,
                 plain_keys=bool(getattr(self.objective, "plain_keys", False)),
-                multiple=WIDTHS if rounds_coarsely(self.model, self.device) else 1,
+                prefix_apart=bool(getattr(self.objective, "prefix_apart", False)) and not coarse,
+                multiple=WIDTHS if coarse else 1,
             )
             for start in range(0, len(rows), size)
         ]
@@ -260,10 +266,13 @@ class _Run:
     def step(self, batch: TrainBatch, index: int, part: Part) -> Step:
         """The forward pass of a batch, with what an objective may ask for."""
         own = self.trainable
+        output = own.forward(batch)
+        passes = self.plan.setdefault("passes", {})
+        passes[output.way] = passes.get(output.way, 0) + 1
         return Step(
             self.model,
             batch,
-            own.forward(batch),
+            output,
             index,
             own.plain_forward,
             steered=own.steered,
@@ -274,19 +283,29 @@ class _Run:
     def save(self, history: Sequence[Row]) -> None:
         """Write a checkpoint, if there is a folder."""
         if self.folder is not None:
-            progress = Progress(tuple(history))
+            progress = Progress(tuple(history), self.plan)
             save_checkpoint(self.folder, progress, self.parameters, self.optimiser, self.identity)
 
     def resume(self) -> Progress | None:
-        """Restore the folder's checkpoint. A fresh run writes one of step 0, where a rerun starts."""
-        if self.folder is None:
-            return None
-        found = load_checkpoint(self.folder, self.parameters, self.optimiser, self.identity)
-        if found is None:
-            if (self.folder / "adapter").exists():
-                raise LensError(f"{self.folder} holds an adapter but no checkpoint; train into another folder")
-            self.save(())
-        return found
+        """Restore the folder's checkpoint. A fresh run finds its costs, and writes step 0, where reruns start."""
+        found = None
+        if self.folder is not None:
+            found = load_checkpoint(self.folder, self.parameters, self.optimiser, self.identity)
+        if found is not None:
+            self.plan.update(found.plan)
+            return found
+        if self.folder is not None and (self.folder / "adapter").exists():
+            raise LensError(f"{self.folder} holds an adapter but no checkpoint; train into another folder")
+        if self.settings.share_prefix:
+            with self.passes():
+                self.plan["costs"] = asdict(known_costs(self.model))
+        self.save(())
+        return None
+
+    def costs(self) -> Costs:
+        """What ways through the model are chosen by; runs of 0.1.0 have measured none."""
+        found = self.plan.get("costs")
+        return Costs(**found) if found else assumed(self.device, width_of(self.model))
 
 
 def _prepare(

@@ -4,14 +4,17 @@ Packed: the prefix once, then the rest of every row, one behind the other, witho
 and lets each of them look at the prefix; positions count from the start of every row. Attention is causal, so the
 prefix sees no row, and the numbers are those of rows that are run alone.
 
-The way is chosen by what it costs. On a CPU that is arithmetic. On a GPU no pass is shorter than launching its kernels
-from Python, so a second pass costs more than the tokens that it saves. The costs are constants, not timed on the spot:
-the way decides the last bits, and a run that is resumed has to go on as it began.
+The way is chosen by what it costs: launching a pass, its tokens, and the pairs of tokens that look at each other. On a
+GPU no pass is shorter than launching its kernels from Python, so a second one may cost more than the tokens that it
+saves; on a CPU weights are read however few the tokens are. `train` measures the costs once (see `costs`) and keeps to
+them in a run that is resumed, since the way decides the last bits; elsewhere they are assumed.
 """
 
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from piggyback_lens.conversations.batch import Batch
-from piggyback_lens.models.backends import config_of, core_of, floating_dtype, has_modules, width_of
+from piggyback_lens.models.backends import config_of, core_of, device_of, floating_dtype, has_modules, width_of
 from piggyback_lens.models.views import inner_model
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -29,13 +32,55 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that read other tokens by attention alone: convolutions and recurrences would mix the rows."""
 ATTENTION_COST = 1.2
-"""What a multiplication of masked attention costs in those of a linear layer: measured 0.7 to 1.5 on two cores."""
+"""What a multiplication of masked attention costs in those of a linear layer, where nothing was measured."""
 LAUNCH_S, FLOPS = 2.5e-3, 3e14
-"""On a GPU: seconds to launch one block with adapters, and operations per second: measured on an H200, 8B, bfloat16."""
+"""Of a GPU, likewise: seconds to launch one block with adapters, and operations per second (an H200, 8B, bfloat16)."""
 MULTIPLE = 64
 """Where rounding is coarse a packed row is filled up to a multiple of this: passes of one shape round alike."""
 LONGEST = {"sdpa": 4096, "eager": 512}
 """Tokens of a packed row, by kind of attention: the mask, and with eager the scores, grow with their square."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one decoder block, forwards and backwards."""
+
+    launch: float  # whatever it computes
+    token: float
+    pair: float  # of tokens, one of which looks at the other
+
+    def of(self, tokens: int, seen: int) -> float:
+        """A pass of so many tokens, each of which looks at so many."""
+        return max(self.launch, tokens * (self.token + seen * self.pair))
+
+
+_USED: "weakref.WeakKeyDictionary[Any, Costs]" = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def costing(model: Any, costs: Costs) -> Iterator[None]:
+    """Inside, ways through this model are chosen by these costs."""
+    core = core_of(model)
+    before = _USED.get(core)
+    _USED[core] = costs
+    try:
+        yield
+    finally:
+        del _USED[core]
+        if before is not None:
+            _USED[core] = before
+
+
+def costs_of(model: Any) -> Costs:
+    """The costs by which ways through a model are chosen now: `costing`'s, else assumed ones."""
+    return _USED.get(core_of(model)) or assumed(device_of(model), width_of(model))
+
+
+def assumed(device: torch.device, d_model: int) -> Costs:
+    """Costs without a measurement. A block has 12 d² weights, and 2 d multiplications for a pair of tokens."""
+    token = 24 * d_model**2 / FLOPS
+    pair = token * ATTENTION_COST / (6 * d_model)
+    return Costs(0.0 if device.type == "cpu" else LAUNCH_S, token, pair)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,16 +151,19 @@ class UnpackedLayers(Sequence[Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The passes of a batch: `packing` of all rows in one, or `alone` tokens once and then the rest of the rows.
-
-    Neither: one pass of the rows as they are.
-    """
+    """The passes of a batch: `alone` tokens once before the others, and the rows packed, or as they are."""
 
     packing: Packing | None = None
     alone: int = 0
 
+    @property
+    def name(self) -> str:
+        """In words, for the run card."""
+        rest = "whole rows" if self.packing is None else "packed"
+        return f"prefix apart, {rest}" if self.alone else rest
 
-def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True) -> Plan:
+
+def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True, apart: bool = False) -> Plan:
     """The cheapest way for right-padded rows that share `n_prefix` tokens.
 
     Packing needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), rows
@@ -126,30 +174,30 @@ def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True) -> P
         batch: the rows.
         n_prefix: tokens that all of them share.
         packs: False where something needs the rows apart.
+        apart: the prefix has to be a pass of its own, which rounds alike whatever the rows are.
     """
     n_rows, width = batch.ids.shape
-    rest, d_model = width - n_prefix, width_of(model)
-    floor = fewest_tokens(batch.ids.device, d_model)
-
-    def cost(tokens: int, seen: int) -> float:  # a block: 12 d² weights, 2 d per pair of tokens
-        return max(floor, tokens * (1 + ATTENTION_COST * seen / (6 * d_model)))
-
-    ways = [(cost(n_rows * width, width), n_rows * width, Plan())]
-    if n_prefix and n_rows > 1:
-        both = cost(n_prefix, n_prefix) + cost(n_rows * rest, width)
-        ways.append((both, n_prefix + n_rows * rest, Plan(alone=n_prefix)))
-    if packs and _takes_masks(model, width):
+    rest, costs = width - n_prefix, costs_of(model)
+    first = costs.of(n_prefix, n_prefix)
+    ways: list[tuple[float, int, Plan]] = []
+    if n_prefix and (apart or n_rows > 1):
+        ways.append((first + costs.of(n_rows * rest, width), n_prefix + n_rows * rest, Plan(alone=n_prefix)))
+    if not n_prefix or not apart:
+        ways.append((costs.of(n_rows * width, width), n_rows * width, Plan()))
+    if packs and takes_masks(model, width):
         tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * n_prefix
         if tokens <= LONGEST[config_of(model)._attn_implementation]:
             multiple = MULTIPLE if rounds_coarsely(model, batch.ids.device) else 1
             packing = Packing.place(batch.attention_mask, n_prefix, multiple)
-            ways.append((cost(tokens, tokens), tokens, Plan(packing)))
+            if apart and n_prefix:
+                packed, plan = (
+                    first + costs.of(tokens - n_prefix, tokens),
+                    Plan(replace(packing, prefix_alone=True), n_prefix),
+                )
+            else:
+                packed, plan = costs.of(tokens, tokens), Plan(packing)
+            ways.append((packed, tokens, plan))
     return min(ways, key=lambda way: way[:2])[2]
-
-
-def fewest_tokens(device: torch.device, d_model: int) -> float:
-    """Tokens that are computed while a pass is launched: fewer take as long."""
-    return 0.0 if device.type == "cpu" else LAUNCH_S * FLOPS / (24 * d_model**2)
 
 
 def shortest_window(config: Any) -> int | None:
@@ -164,7 +212,8 @@ def rounds_coarsely(model: Any, device: torch.device) -> bool:
     return half or device.type != "cpu" or torch.is_autocast_enabled(device.type)
 
 
-def _takes_masks(model: Any, width: int) -> bool:
+def takes_masks(model: Any, width: int) -> bool:
+    """Whether rows of a width may be packed: the model takes a mask and positions as they are given."""
     text = config_of(model)
     if not has_modules(model) or getattr(text, "_attn_implementation", None) not in LONGEST:
         return False

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import blocks_of, has_modules
-from piggyback_lens.models.states import CACHE_NAMES, empty_cache
+from piggyback_lens.models.states import empty_cache
 
 Past = tuple[Tensor, Tensor] | None
 """Keys and values of one block before a pass."""
@@ -48,14 +48,16 @@ def recomputed(model: Any) -> Iterator[None]:
 
 def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        name = next((name for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        past = None if name is None else _kept(kwargs[name], number)
+        cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+        past = None if cache is None else _kept(cache, number)
         first = True
 
         def once_more(*args: Any, **kwargs: Any) -> Any:
             nonlocal first
-            if not first and name is not None:  # the pass's own cache holds the new tokens already
-                kwargs = kwargs | {name: _cache_with(past, number)}
+            if not first and cache is not None:  # the pass's own holds the new tokens already
+                own = _cache_with(past, number)
+                args = tuple(own if value is cache else value for value in args)
+                kwargs = {name: own if value is cache else value for name, value in kwargs.items()}
             first = False
             return forward(*args, **kwargs)
 

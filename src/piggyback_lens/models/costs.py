@@ -1,0 +1,132 @@
+"""What a pass of a model costs on this device, measured once: the last block on few tokens, on many, under a mask.
+
+What was measured is kept in the cache folder, by device, threads and kind of block: the cheapest way of a batch through
+the model (see `packing`) decides the last bits of a run, so the same run has to find the same costs.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from piggyback_lens.files import read_json, write_json
+from piggyback_lens.models.backends import (
+    blocks_of,
+    config_of,
+    device_of,
+    floating_dtype,
+    has_modules,
+    width_of,
+)
+from piggyback_lens.models.network import NOTHING, forward_keeping
+from piggyback_lens.models.packing import Costs, assumed, takes_masks
+from piggyback_lens.models.partial import begun_at, residual_at
+from piggyback_lens.models.sources import cache_folder
+from piggyback_lens.models.views import evaluating
+
+BUDGET_S = 0.6
+"""Time in which no further size is measured."""
+MOST_TOKENS = 4096
+
+
+def known_costs(model: Any) -> Costs:
+    """The costs of a model's last block here: those that were kept, or measured now in under a second.
+
+    A HookedTransformer has assumed ones.
+    """
+    if not has_modules(model):
+        return assumed(device_of(model), width_of(model))
+    file, key = cache_folder() / "costs.json", _key(model)
+    kept: dict[str, Any] = {}
+    with suppress(Exception):  # a file that is not there, or damaged
+        kept = dict(read_json(file))
+        return Costs(**kept[key])
+    costs = measured(model)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, kept | {key: asdict(costs)})
+    return costs
+
+
+def _key(model: Any) -> str:
+    device, block = device_of(model), blocks_of(model)[-1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    shapes = [(part, tuple(value.shape), str(value.dtype)) for part, value in block.named_parameters()]
+    facts = [name, torch.get_num_threads(), torch.__version__, type(block).__name__, shapes]
+    facts += [getattr(config_of(model), "_attn_implementation", None), torch.is_autocast_enabled(device.type)]
+    facts.append("forward" in vars(block))  # as activation checkpointing leaves it
+    return f"{name} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+@torch.enable_grad()
+def measured(model: Any) -> Costs:
+    """Time the model's last block, on few tokens, on many, and on as many under a mask."""
+    began, device, d_model = time.perf_counter(), device_of(model), width_of(model)
+    last = len(blocks_of(model)) - 1
+    in_tuple = last > 0 and residual_at(model, torch.zeros((1, 2), dtype=torch.long), last)[1]
+    times: dict[tuple[int, int, bool], float] = {}
+
+    def seconds(rows: int, width: int, masked: bool) -> float:
+        def run() -> None:
+            _run_last(model, last, (rows, width, d_model), in_tuple=in_tuple, masked=masked)
+
+        times.setdefault((rows, width, masked), _fastest(run, device))
+        return times[rows, width, masked]
+
+    with evaluating(model):
+        launch, tokens = seconds(1, 8, False), 128
+        while seconds(8, tokens // 8, False) < 3 * launch and tokens < MOST_TOKENS:
+            if time.perf_counter() - began > BUDGET_S:
+                break
+            tokens *= 2
+        rows = seconds(8, tokens // 8, False)
+        if takes_masks(model, 2):
+            pair = max(0.0, seconds(1, tokens, True) - rows) / (tokens**2 * 7 / 8)
+        else:
+            pair = assumed(device, d_model).pair * rows / tokens / assumed(device, d_model).token
+    token = max(rows / tokens - pair * tokens / 8, 0.1 * rows / tokens)
+    return Costs(*(float(f"{value:.2g}") for value in (launch, token, pair)))
+
+
+def _run_last(model: Any, last: int, shape: tuple[int, int, int], *, in_tuple: bool, masked: bool) -> None:
+    """The last block of a pass, and its gradient."""
+    device = device_of(model)
+    rows, width, _ = shape
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    residual = drawn.to(device, floating_dtype(model)).requires_grad_()
+    ids = torch.zeros((rows, width), dtype=torch.long, device=device)
+    found: list[torch.Tensor] = []
+    handle = blocks_of(model)[last].register_forward_hook(
+        lambda _m, _a, out: found.append(out[0] if type(out) is tuple else out)
+    )
+    try:
+        more: dict[str, Any] = {}
+        if masked:
+            more["seen"] = torch.ones((width, width), dtype=torch.bool, device=device).tril()[None, None]
+            more["positions"] = torch.arange(width, device=device)[None]
+        with begun_at(model, last, [residual], in_tuple=in_tuple):
+            forward_keeping(model, ids, read=NOTHING, **more)
+    finally:
+        handle.remove()
+    torch.autograd.grad(found[0].float().sum(), [residual])
+
+
+def _fastest(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of the fastest of three runs, after one that is not counted; of fewer where they are long."""
+    times = []
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+        if len(times) > 1 and sum(times) > 0.15:
+            break
+    return min(times[1:])
