@@ -88,6 +88,35 @@ def test_completion_shows_public_names_only():
     assert dir(piggyback_lens) == sorted([*piggyback_lens.__all__, "__version__", "saes"])
 
 
+COMPLETED = """
+from IPython.core.completer import provisionalcompleter
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell()
+shell.run_cell("import piggyback_lens as lens")
+for line in LINES:
+    with provisionalcompleter():
+        print(line, *(found.text for found in shell.Completer.completions(line, len(line))))
+"""
+
+
+def test_the_options_of_experiments_and_settings_complete_in_jupyter():
+    """Names are loaded when they are first used, which a completer that only reads code would not see."""
+    pytest.importorskip("IPython", reason="the extra notebooks is not installed")
+    expected = {
+        "lens.layer_curve(pair, prompts, contr": "control_layers=",
+        "lens.efficiency(model, solutions, prompts, prog": "progress=",
+        "lens.generate(model, prompts, max_": "max_new_tokens=",
+        "lens.ModelPair.load(ada": "adapter=",
+        "lens.AuditSettings(curve_p": "curve_prompts=",
+        "lens.saes.train_": "train_sae",
+        "lens.layer_": "layer_curve",
+    }
+    done = python(f"LINES = {list(expected)}\n{COMPLETED}")
+    assert done.returncode == 0, done.stderr
+    shown = {line: set(done.stdout.split(line + " ")[1].splitlines()[0].split()) for line in expected}
+    assert not [line for line, word in expected.items() if word not in shown[line]], shown
+
+
 def test_every_settings_class_is_public():
     from piggyback_lens import settings
 
