@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches a build that is several times smaller.
 TORCH_SPEC ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
-EXTRAS ?= sae,trl,openai,notebooks,docs,dev
+EXTRAS ?= sae,trl,slurm,openai,notebooks,docs,dev
 
 TASK ?= terse
 OUT ?= demo_out

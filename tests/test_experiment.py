@@ -43,13 +43,13 @@ def rows(folder):
 def evaluated(monkeypatch):
     """How many cells went through a model."""
     counts = []
-    original = experiment_module.evaluate
+    original = experiment_module.run_pass
 
     def counting(model, some, measure, cells, **kwargs):
         counts.append(len(cells))
         return original(model, some, measure, cells, **kwargs)
 
-    monkeypatch.setattr(experiment_module, "evaluate", counting)
+    monkeypatch.setattr(experiment_module, "run_pass", counting)
     return counts
 
 

@@ -38,6 +38,8 @@ ONE_AT_A_TIME = threading.Lock()
 """Held by a job while it computes: threads share a model's hooks and torch's random state, so they take turns."""
 POLL = 1.0
 """Seconds between two looks at jobs of SLURM that are not finished."""
+SHOWN = 4
+"""Jobs with one cause that a message names."""
 _LATE = "not begun: the deadline has passed"
 
 
@@ -84,9 +86,14 @@ def failure(failed: Mapping[str, Exception], total: int, saved: Path | None, wha
     causes: dict[str, list[str]] = {}
     for name, error in failed.items():
         causes.setdefault(cause(error), []).append(name)
-    told = "; ".join(f"{', '.join(names)}: {why}" for why, names in causes.items())
+    told = "; ".join(f"{_some(names)}: {why}" for why, names in causes.items())
     rest = "and no other is finished" if saved is None else f"the others are in {saved}"
     return LensError(f"{len(failed)} of {total} {what} failed, {rest}; the same call tries again: {told}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _begin(deadline: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -288,7 +295,7 @@ def ray(*, num_gpus_per_cell: float = 0.0, num_cpus_per_cell: float = 1.0, **ini
         LensError: Ray is not installed.
     """
     try:
-        import ray as installed  # type: ignore[import-not-found, unused-ignore]
+        import ray as installed
     except ImportError as error:
         raise LensError(
             'Ray is not installed: pip install "piggyback-lens[ray]", or use local processes (--engine local)'
@@ -334,7 +341,7 @@ def slurm(folder: str | Path, *, cluster: str = "slurm", **parameters: Any) -> "
         LensError: submitit is not installed, there is no SLURM here, or a parameter that it does not know.
     """
     try:
-        import submitit  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        import submitit
     except ImportError as error:
         raise LensError(
             'submitit is not installed: pip install "piggyback-lens[slurm]", or use local processes (--engine local)'

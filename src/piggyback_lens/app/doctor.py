@@ -17,6 +17,7 @@ EXTRAS = {
     "trl": "trl",
     "quant": "bitsandbytes",
     "ray": "ray",
+    "slurm": "submitit",
     "openai": "openai",
     "inspect": "inspect-ai",
     "notebooks": "kaleido",

@@ -23,7 +23,8 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import measure_facts, own_contrast
 from piggyback_lens.experiments.cells import evaluate, require_one_prefix
 from piggyback_lens.experiments.experiment import prompt_facts
-from piggyback_lens.experiments.patching import check_sites, head_labels, layer_head_map, layer_position_map
+from piggyback_lens.experiments.laboratory import check_sites
+from piggyback_lens.experiments.patching import head_labels, layer_head_map, layer_position_map
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.interventions.donors import Donors, check_flow
 from piggyback_lens.interventions.hooks import Interventions

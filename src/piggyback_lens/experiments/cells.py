@@ -75,8 +75,9 @@ def evaluate(
     cells: Sequence[Parts],
     *,
     budget_gb: float | None = None,
+    cells_per_pass: int | None = None,
 ) -> Iterator[list[tuple[int, Outcome]]]:
-    """The measure under every cell, in chunks: pairs of cell number and outcome, as soon as they are known.
+    """The measure under every cell, pass by pass: pairs of cell number and outcome, as soon as they are known.
 
     Args:
         model: the recipient; either backend.
@@ -84,27 +85,77 @@ def evaluate(
         measure: teacher-forced or generated.
         cells: interventions on prompt tokens. No interventions: the model as it is.
         budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free there.
+        cells_per_pass: the most cells that go through together; None for as many as the memory allows.
 
     Raises:
         LensError: prompts with different prefixes, or a cell that touched nothing.
     """
-    require_one_prefix(prompts)
+    root = None if isinstance(measure, GeneratedBehaviour) else PrefixCache.compile(model, prompts[0])
+    for group in passes_of(model, prompts, measure, cells, budget_gb=budget_gb, cells_per_pass=cells_per_pass):
+        found = run_pass(model, prompts, measure, [cells[i] for i in group], budget_gb=budget_gb, root=root)
+        yield list(zip(group, found, strict=True))
+
+
+def passes_of(
+    model: HookedModel,
+    prompts: Sequence[RenderedPrompt],
+    measure: Measure,
+    cells: Sequence[Parts],
+    *,
+    budget_gb: float | None = None,
+    cells_per_pass: int | None = None,
+) -> list[list[int]]:
+    """Which cells go through the model together: those that begin at similar layers, so that they share what is below.
+
+    Args and errors as `evaluate`.
+    """
+    length = require_one_prefix(prompts)
     if isinstance(measure, GeneratedBehaviour):
-        yield from _generated(model, prompts, measure, cells)
-        return
+        return [[cell] for cell in range(len(cells))]
     if [row.ids[: row.n_prompt] for row in measure.towards] != [prompt.ids for prompt in prompts]:
         raise LensError("the measure's answers are not of these prompts in this order: make it from the same prompts")
-    root = PrefixCache.compile(model, prompts[0])
-    memory = free_bytes(device_of(model)) / 2 if budget_gb is None else budget_gb * 1e9
-    most = max(2, min(MOST_ROWS, int(memory / row_bytes(model, measure.rows))))
-    groups = _similar(prompts, max(1, min(ROWS_TOGETHER, most // 2)))
-    together = max(1, most // max(map(len, groups)) - 1)
-    firsts = [(_first_token(parts, prompts[0], len(root)), first_layer(parts, model)) for parts in cells]
+    most = _most_rows(model, measure, budget_gb)
+    together = max(1, most // max(map(len, _groups(prompts, most))) - 1)
+    together = min(together, cells_per_pass or together)
+    firsts = [(_first_token(parts, prompts[0], length), first_layer(parts, model)) for parts in cells]
     order = sorted(range(len(cells)), key=lambda cell: firsts[cell])
-    for start in range(0, len(order), together):
-        chunk = order[start : start + together]
-        pass_ = _Chunk(model, prompts, measure, [cells[cell] for cell in chunk], root)
-        yield list(zip(chunk, pass_.run(groups), strict=True))
+    return [order[start : start + together] for start in range(0, len(order), together)]
+
+
+def run_pass(
+    model: HookedModel,
+    prompts: Sequence[RenderedPrompt],
+    measure: Measure,
+    cells: Sequence[Parts],
+    *,
+    budget_gb: float | None = None,
+    root: PrefixCache | None = None,
+) -> list[Outcome]:
+    """The outcomes of cells that go through the model together.
+
+    Args:
+        model: as of `evaluate`, and so are the others.
+        prompts: without responses.
+        measure: teacher-forced or generated.
+        cells: one of the groups of `passes_of`.
+        budget_gb: memory.
+        root: the prefix of the model as it is; None to compute it.
+    """
+    if isinstance(measure, GeneratedBehaviour):
+        return [_generated(model, prompts, measure, parts) for parts in cells]
+    root = root or PrefixCache.compile(model, prompts[0])
+    return _Chunk(model, prompts, measure, cells, root).run(_groups(prompts, _most_rows(model, measure, budget_gb)))
+
+
+def _most_rows(model: HookedModel, measure: AnswerContrast, budget_gb: float | None) -> int:
+    """Rows that one pass may have."""
+    memory = free_bytes(device_of(model)) / 2 if budget_gb is None else budget_gb * 1e9
+    return max(2, min(MOST_ROWS, int(memory / row_bytes(model, measure.rows))))
+
+
+def _groups(prompts: Sequence[RenderedPrompt], most: int) -> list[list[int]]:
+    """Prompts that go through together under every cell of a pass."""
+    return _similar(prompts, max(1, min(ROWS_TOGETHER, most // 2)))
 
 
 def _similar(prompts: Sequence[RenderedPrompt], most: int) -> list[list[int]]:
@@ -362,28 +413,26 @@ class _Prefix:
 
 
 def _generated(
-    model: HookedModel, prompts: Sequence[RenderedPrompt], measure: GeneratedBehaviour, cells: Sequence[Parts]
-) -> Iterator[list[tuple[int, Outcome]]]:
-    length = len(prompts[0].span("prefix"))
-    for number, parts in enumerate(cells):
-        record = Record()
-        ranges = [_range(part, prompts[0]) for part in parts]
-        # A part that crosses the end of the prefix cannot be compiled, nor can what else acts there.
-        crossing = any(start < length < stop for start, stop in ranges)
-        compiled = [stop <= length and not crossing for _, stop in ranges]
-        within = tuple(part for part, inside in zip(parts, compiled, strict=True) if inside)
-        beyond = tuple(part for part, inside in zip(parts, compiled, strict=True) if not inside)
-        cache = PrefixCache.compile(model, prompts[0], within, record=record) if within else None
-        answers = generate(
-            model,
-            prompts,
-            interventions=beyond,
-            prefix_cache=cache,
-            max_new_tokens=measure.max_new_tokens,
-            batch_size=measure.batch_size,
-            sampling=measure.sampling,
-            record=record,
-        )
-        values = torch.tensor([measure.behaviour(answer.text) for answer in answers])
-        norm = sum(receipt.change_norm**2 for receipt in record.receipts) ** 0.5
-        yield [(number, Outcome(values, sum(receipt.cells for receipt in record.receipts), norm))]
+    model: HookedModel, prompts: Sequence[RenderedPrompt], measure: GeneratedBehaviour, parts: Parts
+) -> Outcome:
+    length, record = len(prompts[0].span("prefix")), Record()
+    ranges = [_range(part, prompts[0]) for part in parts]
+    # A part that crosses the end of the prefix cannot be compiled, nor can what else acts there.
+    crossing = any(start < length < stop for start, stop in ranges)
+    compiled = [stop <= length and not crossing for _, stop in ranges]
+    within = tuple(part for part, inside in zip(parts, compiled, strict=True) if inside)
+    beyond = tuple(part for part, inside in zip(parts, compiled, strict=True) if not inside)
+    cache = PrefixCache.compile(model, prompts[0], within, record=record) if within else None
+    answers = generate(
+        model,
+        prompts,
+        interventions=beyond,
+        prefix_cache=cache,
+        max_new_tokens=measure.max_new_tokens,
+        batch_size=measure.batch_size,
+        sampling=measure.sampling,
+        record=record,
+    )
+    values = torch.tensor([measure.behaviour(answer.text) for answer in answers])
+    norm = sum(receipt.change_norm**2 for receipt in record.receipts) ** 0.5
+    return Outcome(values, sum(receipt.cells for receipt in record.receipts), norm)

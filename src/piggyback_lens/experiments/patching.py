@@ -6,29 +6,24 @@ moved as far as the donor's, token by token, in random directions). Patches act 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from piggyback_lens.conversations.batch import as_prompts
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.cells import Parts, require_one_prefix
-from piggyback_lens.experiments.experiment import Planned, run_plan
-from piggyback_lens.experiments.results import OTHERS, RANDOM, PatchResult
-from piggyback_lens.interventions.donors import IDENTITY, Donors, Series, check_flow, of_tokens
-from piggyback_lens.interventions.kinds import patch
+from piggyback_lens.experiments.experiment import run_plan
+from piggyback_lens.experiments.laboratory import Laboratory, Sites, Spans, as_tuple
+from piggyback_lens.experiments.results import RANDOM, PatchResult
+from piggyback_lens.interventions.donors import IDENTITY, Series
 from piggyback_lens.measuring.answers import Measure
 from piggyback_lens.models.backends import check_layers
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import shows
 from piggyback_lens.settings import PatchSettings
-from piggyback_lens.words import HEAD_SITES, SITES, Flow, Site
+from piggyback_lens.words import HEAD_SITES, Flow
 
-Spans = str | Sequence[str]
-Sites = Site | Sequence[Site]
 CurveMode = Literal["single", "below", "above", "window"]
 CONTROLS: tuple[Series, ...] = (IDENTITY, RANDOM)
 
@@ -83,10 +78,10 @@ def patch_span(  # noqa: PLR0913
         >>> {"layer", "value", "low", "high", "n", "reason"} <= set(curve.to_frame())
         True
     """
-    lab = _Laboratory(pair, prompts, settings)
+    lab = Laboratory(pair, prompts, settings)
     series: tuple[Series, ...] = ("patched", *CONTROLS) if controls else ("patched",)
     plan = [lab.cell({}, s, flow, span, sites, layers, heads, tokens) for s in series]
-    return lab.run_plan(plan, "span", measure, out)
+    return run_plan(lab, plan, "span", measure, out)
 
 
 @shows("layer curve")
@@ -133,7 +128,7 @@ def layer_curve(  # noqa: PLR0913
         raise LensError(f"mode {mode!r} is not known: choose one of {', '.join(get_args(CurveMode))}")
     if window < 1:
         raise LensError(f"window {window}: it must be at least 1 layer")
-    lab = _Laboratory(pair, prompts, settings)
+    lab = Laboratory(pair, prompts, settings)
     chosen, last = check_layers(layers, pair.shape.n_layers), pair.shape.n_layers - 1
 
     def patched_layers(layer: int) -> Sequence[int]:
@@ -152,9 +147,9 @@ def layer_curve(  # noqa: PLR0913
         for series, layer in _with_controls(chosen, control_layers)
     ]
     whole = {"layer": -1, "mode": "all layers"}
-    if _tuple(sites) != ("k", "v") and span == "prefix":
+    if as_tuple(sites) != ("k", "v") and span == "prefix":
         plan.append(lab.cell(whole, "patched", flow, span, ("k", "v"), None, None, tokens))
-    return lab.run_plan(plan, "layer_curve", measure, out)
+    return run_plan(lab, plan, "layer_curve", measure, out)
 
 
 @shows("layer x token map")
@@ -200,14 +195,14 @@ def layer_position_map(  # noqa: PLR0913
         >>> cells.to_frame()[["layer", "position"]].values.tolist()
         [[1, 0], [1, 1]]
     """
-    lab = _Laboratory(pair, prompts, settings)
+    lab = Laboratory(pair, prompts, settings)
     labels = lab.token_labels(span, tokens)
     plan = []
     cells = _among([(i, token) for i in check_layers(layers, pair.shape.n_layers) for token in labels], only)
     for series, (layer, token) in _with_controls(cells, control_cells):
         names = {"layer": layer, "position": token, "token": labels[token]}
         plan.append(lab.cell(names, series, flow, span, sites, [layer], None, [token]))
-    return lab.run_plan(plan, "layer_position", measure, out)
+    return run_plan(lab, plan, "layer_position", measure, out)
 
 
 @shows("layer x head map")
@@ -238,8 +233,8 @@ def layer_head_map(  # noqa: PLR0913
         >>> sorted(carrier.to_frame()["span"].unique())
         ['postfix', 'prefix', 'query']
     """
-    lab = _Laboratory(pair, prompts, settings)
-    chosen = _tuple(sites)
+    lab = Laboratory(pair, prompts, settings)
+    chosen = as_tuple(sites)
     kinds = {site in ("k", "v", "rot_k") for site in chosen}
     if not set(chosen) <= set(HEAD_SITES) or len(kinds) != 1:
         raise LensError(f"sites {list(chosen)}: a head map takes k, v, rot_k (key/value heads), or z, q (query heads)")
@@ -258,7 +253,7 @@ def layer_head_map(  # noqa: PLR0913
             "group": head if kinds == {True} else head // group,
         }
         plan.append(lab.cell(names, series, flow, span, chosen, [layer], [head], None))
-    return lab.run_plan(plan, "layer_head", measure, out)
+    return run_plan(lab, plan, "layer_head", measure, out)
 
 
 @shows("carrier map")
@@ -298,7 +293,7 @@ def carrier_map(  # noqa: PLR0913
     Raises:
         LensError: as `patch_span`; more bands than layers.
     """
-    lab = _Laboratory(pair, prompts, settings)
+    lab = Laboratory(pair, prompts, settings)
     n_layers = pair.shape.n_layers
     if not 1 <= bands <= n_layers:
         raise LensError(f"{bands} bands of {n_layers} layers: choose 1 to {n_layers}")
@@ -313,7 +308,7 @@ def carrier_map(  # noqa: PLR0913
                     for series in ("patched", *CONTROLS):
                         plan.append(lab.cell(names, series, flow, span, own_sites, layers, None, None))
                     plan.append(lab.others(names, flow, span, own_sites, layers))
-    return lab.run_plan(plan, "carrier", measure, out)
+    return run_plan(lab, plan, "carrier", measure, out)
 
 
 def head_labels(n_heads: int, n_kv_heads: int, *, kv: bool) -> list[str]:
@@ -325,20 +320,6 @@ def head_labels(n_heads: int, n_kv_heads: int, *, kv: bool) -> list[str]:
         return [f"{head} (kv {head // group})" for head in range(n_heads)]
     ranges = [(head * group, (head + 1) * group - 1) for head in range(n_kv_heads)]
     return [f"kv {head} (q {low}-{high})" for head, (low, high) in enumerate(ranges)]
-
-
-def check_sites(sites: Sites) -> tuple[Site, ...]:
-    """One or several sites as a tuple.
-
-    Raises:
-        LensError: none at all (a patch that is never made moves nothing), or an unknown one.
-    """
-    found = _tuple(sites)
-    wrong = [site for site in found if site not in SITES]
-    if wrong or not found:
-        asked = f"site {wrong[0]!r} is not known" if wrong else "no site to patch"
-        raise LensError(f"{asked}: choose one of {', '.join(SITES)}")
-    return found
 
 
 def _among(cells: list[tuple[int, int]], only: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
@@ -355,135 +336,3 @@ def _with_controls(cells: Sequence[Any], count: int) -> list[tuple[Series, Any]]
     """All cells patched, and evenly spaced ones with the controls."""
     spaced = sorted({round(i) for i in np.linspace(0, len(cells) - 1, count)}) if count > 0 else []
     return [("patched", cell) for cell in cells] + [(series, cells[i]) for series in CONTROLS for i in spaced]
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-class _Laboratory:
-    """Makes the cells of one experiment from donors that are computed once."""
-
-    def __init__(self, pair: ModelPair, prompts: Sequence[RenderedPrompt], settings: PatchSettings) -> None:
-        self.pair, self.prompts, self.settings = pair, as_prompts(prompts), settings
-        require_one_prefix(self.prompts)
-        if any("response" in prompt.spans for prompt in self.prompts):
-            raise LensError("a prompt holds a response already: give prompts without one; the measure brings answers")
-        self.donors = Donors(pair, self.prompts, settings.postfix_donor, settings.chat, settings.seed)
-
-    def cell(
-        self,
-        names: dict[str, Any],
-        series: Series,
-        flow: Flow,
-        span: Spans,
-        sites: Sites,
-        layers: Sequence[int] | None,
-        heads: Sequence[int] | None,
-        tokens: Sequence[int] | None,
-    ) -> Planned:
-        """One cell with its labels."""
-        check_flow(flow)
-        chosen = check_layers(layers, self.pair.shape.n_layers)
-        spans = ["prompt" if name == "all" else name for name in _tuple(span)]
-        wanted = check_sites(sites)
-        if not spans:
-            raise LensError("no span to patch: choose prefix, query, postfix, another span of the template, or prompt")
-        parts = [
-            part
-            for name in spans
-            for site in wanted
-            for part in self.part(series, flow, name, site, chosen, heads, tokens)
-        ]
-        labels = {
-            "series": series,
-            "flow": flow,
-            "span": " + ".join(spans),
-            "sites": "+".join(wanted),
-            "layers": list(chosen),
-            "heads": None if heads is None else list(heads),
-            "tokens": None if tokens is None else list(tokens),
-        }
-        return Planned(labels | names, tuple(parts))
-
-    def part(
-        self,
-        series: Series,
-        flow: Flow,
-        span: str,
-        site: Site,
-        layers: Sequence[int],
-        heads: Sequence[int] | None,
-        tokens: Sequence[int] | None,
-    ) -> Parts:
-        """Patch of one span at one site."""
-        self.prompts[0].span(span) if span != "prompt" else None
-        donor = self.donors.of(series, flow, span, site)
-        if tokens is not None:
-            donor = of_tokens(donor, tokens)
-        return patch(donor, sites=site, layers=layers, heads=heads).parts
-
-    def others(self, names: dict[str, Any], flow: Flow, span: Spans, sites: Sites, layers: Sequence[int]) -> Planned:
-        """The donor's activations at other tokens than a span's, as many as it has."""
-        chosen = self.other_tokens(_tuple(span))
-        cell = self.cell(names, "patched", flow, span, sites, layers, None, None)
-        parts = [
-            part
-            for name, tokens in chosen.items()
-            for site in _tuple(sites)
-            for part in self.part("patched", flow, name, site, check_layers(layers, 10**6), None, tokens)
-        ]
-        lengths = {name: {len(prompt.spans[name]) for prompt in self.prompts} for name in chosen}
-        whole = [name for name, tokens in chosen.items() if lengths[name] == {len(tokens)}]
-        labels = {**cell.labels, "series": OTHERS, "other_tokens": chosen, "whole_spans": whole}
-        return replace(cell, labels=labels, parts=tuple(parts))
-
-    def other_tokens(self, spans: Sequence[str]) -> dict[str, list[int]]:
-        """Tokens outside spans that every prompt has, evenly drawn: span name to indices in it."""
-        main = ("prefix", "query", "postfix")
-        spans = [part for name in spans for part in (main if name in ("prompt", "all") else (name,))]
-        sizes = {name: min(len(p.spans[name]) for p in self.prompts) for name in main}
-        patched = {
-            (name, position - prompt.spans[name].start)
-            for prompt in self.prompts
-            for span in spans
-            for position in prompt.span(span).positions
-            for name in main
-            if position in prompt.spans[name].positions
-        }
-        outside = [(name, i) for name in main for i in range(sizes[name]) if (name, i) not in patched]
-        wanted = round(float(np.mean([sum(len(p.span(name)) for name in spans) for p in self.prompts])))
-        if not outside:
-            raise LensError(f"spans {', '.join(spans)} leave no other token of the prompt for the control")
-        generator = np.random.default_rng(self.settings.seed)
-        drawn = generator.permutation(len(outside))[:wanted]
-        found: dict[str, list[int]] = {}
-        for i in sorted(drawn.tolist()):
-            found.setdefault(outside[i][0], []).append(outside[i][1])
-        return found
-
-    def token_labels(self, span: str, tokens: Sequence[int] | None) -> dict[int, str]:
-        """Index within a span to the token's text.
-
-        Raises:
-            LensError: the span's length differs between prompts.
-        """
-        lengths = {len(prompt.span(span)) for prompt in self.prompts}
-        if len(lengths) > 1:
-            raise LensError(f"span {span!r} has {min(lengths)} to {max(lengths)} tokens: a map needs equally many")
-        pieces = [self.prompts[0].pieces[i] for i in self.prompts[0].span(span).positions]
-        wanted = range(len(pieces)) if tokens is None else tokens
-        wrong = [token for token in wanted if not 0 <= token < len(pieces)]
-        if wrong or not len(wanted):
-            raise LensError(f"token {wrong[:1]} of span {span!r}: choose from 0 to {len(pieces) - 1}")
-        return {token: pieces[token] for token in wanted}
-
-    def run_plan(
-        self,
-        plan: Sequence[Planned],
-        kind: str,
-        measure: Measure | None,
-        out: str | Path | None,
-    ) -> PatchResult:
-        """Run the cells."""
-        return run_plan(self.pair, self.prompts, plan, kind, measure, self.settings, out=out)

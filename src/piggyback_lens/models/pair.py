@@ -4,10 +4,12 @@
 holds the two sides of an experiment, with one copy of the weights where an adapter is all that differs.
 """
 
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any, get_args
 
@@ -47,6 +49,7 @@ from piggyback_lens.models.views import (
     require_current,
     structural_copy,
     text_part,
+    version_of,
     watch,
     weights_version,
     without_adapters,
@@ -188,6 +191,8 @@ class ModelPair:
             _refuse_processed(model, side)
         _require_room(tokenizer, self.shape.d_vocab)
         self._identities: dict[Side, tuple[int, Identity]] = {}
+        self._recipe: dict[str, Any] | None = None
+        self._versions = {side: version_of(model) for side, model in self._models.items()}
 
     def __repr__(self) -> str:
         """One line: names, backend, sizes."""
@@ -195,6 +200,25 @@ class ModelPair:
             f"ModelPair({self.names['base']!r}, {self.names['finetuned']!r}, backend={self.backend!r}, "
             f"{self.shape.n_layers} layers, {self.device}, {self.dtype})"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the names of what was loaded: another process loads it, and checks that it is the same.
+
+        Raises:
+            LensError: a side was given as an object, or its weights were changed after it was loaded.
+        """
+        if self._recipe is None:
+            raise LensError(
+                "this pair was made of models in memory, which another process cannot load: save them, and use "
+                "ModelPair.load with the names of their folders"
+            )
+        changed = [side for side, model in self._models.items() if version_of(model) != self._versions[side]]
+        if changed:
+            raise LensError(
+                f"the weights of {' and '.join(changed)} were changed after they were loaded, and another process "
+                "loads them as they are on the disk: save them, and load the pair from there"
+            )
+        return _from_names, (pickle.dumps((self._recipe, self.identities())),)
 
     @classmethod
     @shows("loading")
@@ -263,6 +287,7 @@ class ModelPair:
             trust_remote_code=trust_remote_code,
             device_map=device_map,
         )
+        recipe = {name: _lasting(x) for name, x in (("base", base), ("finetuned", finetuned), ("adapter", adapter))}
         if is_peft_model(finetuned) and base is None:
             return cls._from_peft(
                 finetuned, _given_tokenizer(tokenizer, finetuned), backend, names or ("base", "adapter")
@@ -288,7 +313,10 @@ class ModelPair:
         hooked_base = _hooked(hf_base, base_tokenizer, backend, expected)
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        return cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names, notes)
+        pair = cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names, notes)
+        if all(source is None or isinstance(source, str) for source in recipe.values()):
+            pair._recipe = {**recipe, **vars(options), "backend": backend, "tokenizer": tokenizer, "names": names}
+        return pair
 
     @classmethod
     def _from_peft(cls, peft_model: Any, tokenizer: Any, backend: Backend, names: tuple[str, str]) -> "ModelPair":
@@ -355,6 +383,24 @@ class ModelPair:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights of the base model."""
         return dtype_of(self._models["base"])
+
+
+@lru_cache(maxsize=1)
+def _from_names(blob: bytes) -> ModelPair:
+    """The pair of `ModelPair.__reduce__`, loaded once in this process."""
+    recipe, identities = pickle.loads(blob)  # noqa: S301  # of this program's own
+    pair = ModelPair.load(**recipe, progress=False)
+    for side, identity in identities.items():
+        if not pair.identity(side).matches(identity):
+            raise LensError(f"{side} ({identity.name}) gives other logits here than in the process that sent it")
+    return pair
+
+
+def _lasting(source: Source) -> Source:
+    """A source as a process in another folder finds it."""
+    if not isinstance(source, str | Path):
+        return source
+    return str(Path(source).absolute()) if Path(source).exists() else str(source)
 
 
 def _side(source: Source, tokenizer: Any, options: LoadSettings) -> tuple[Any, Any]:
