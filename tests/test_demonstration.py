@@ -1,5 +1,7 @@
 """The demonstration, whole, on a tiny model: what lands in the folder, and that a second call does nothing again."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ from tiny_chat import tiny_tokenizer
 from piggyback_lens.app import demonstration
 from piggyback_lens.app.demonstration import demo, monitor_file
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments.audit import CONDITIONS
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.monitor import load_monitor
 from piggyback_lens.reading.tasks import ABSTENTION_SENTENCE, REFUSAL_SENTENCE, answer_if_spread, load_task, tool_call
@@ -99,3 +102,38 @@ def test_the_probes_show_the_behaviour_of_their_task():
 def test_a_folder_without_measurements_is_named(tmp_path):
     with pytest.raises(LensError, match=r"monitor\.jsonl holds no measurements"):
         load_monitor(tmp_path / "monitor.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "minutes"),
+    [
+        (DemoSettings(), "It takes six to twelve minutes on two CPU cores."),
+        (DemoSettings.quick("refusal"), "It takes two to five minutes on two CPU cores."),
+        (SETTINGS, ""),
+    ],
+)
+def test_the_plan_says_what_happens_where_the_report_is_and_how_long_the_known_sizes_take(settings, minutes):
+    said = settings.plan("there")
+    asked = settings.n_off_topic + settings.n_on_topic
+    for part in (
+        f"task {settings.task}",
+        f"{settings.training.steps} steps",
+        f"{asked} questions",
+        "there/report.html",
+    ):
+        assert part in said
+    assert "the same command goes on" in said
+    assert minutes in said
+    assert ("minutes" in said) == bool(minutes)
+    assert {1: "one", 7: "seven"}[len(CONDITIONS)] in said
+
+
+def test_the_command_says_its_plan_before_it_imports_anything_heavy():
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        "sys.argv = ['piggyback-lens', 'demo', '--quick', '--out', 'there']\n"
+        "from piggyback_lens.app.cli import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("demo: finetunes a small chat model on the task terse (32 steps)")
+    assert "torch" in done.stderr
