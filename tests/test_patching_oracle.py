@@ -268,6 +268,8 @@ def check_other_tokens(result, some):
         assert len(set(chosen)) == len(chosen) == min(size, len(there)), labels
         assert set(chosen) <= set(there)
         assert not set(chosen) & inside
+        full = [n for n, tokens in labels["other_tokens"].items() if {len(p.spans[n]) for p in some} == {len(tokens)}]
+        assert labels["whole_spans"] == full
         beside = result.cells[number - 3]
         assert (beside["series"], beside["span"], beside["band"]) == ("patched", labels["span"], labels["band"])
 

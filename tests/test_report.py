@@ -13,7 +13,7 @@ import pytest
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures import plots
-from piggyback_lens.results.report import LONG_TEXT, Report
+from piggyback_lens.results.report import LONG_TEXT, Part, Report
 
 EVIL = "</script><script>alert('x')</script><img src=http://example.org/x onerror=alert(1)>"
 
@@ -134,8 +134,6 @@ def test_the_parts_stand_in_their_order(page):
 
 
 def test_words_are_explained_where_they_are_used_and_parts_and_the_card_are_folded(tmp_path):
-    from piggyback_lens.results.report import Part
-
     history = plots.history_figure(pd.DataFrame({"step": [1], "loss": [1.0]}), title="C")
     table = pd.DataFrame({"span": ["prefix"], "recovery": ["<b>67 %</b>"]})
     parts = [
@@ -258,12 +256,14 @@ def test_text_from_outside_is_shown_and_never_run(tmp_path):
         examples=pd.DataFrame({"prompt": [EVIL], "condition": [EVIL], "response": [EVIL * 9], "topic": [EVIL]}),
         card={EVIL: EVIL, "list": [EVIL]},
         notes=[EVIL],
+        parts=[Part(EVIL, [EVIL], pd.DataFrame({EVIL: [EVIL]})), Part(EVIL, folded=True)],
+        measure=EVIL,
     )
     reader = Reader(path.read_text(encoding="utf-8"))
     assert reader.count("img") == 0
     assert reader.count("script") == 2 + len(figures)
     assert not any(re.match(r"\s*alert", script) for script in reader.scripts)
-    assert reader.text.count(EVIL) >= 10
+    assert reader.text.count(EVIL) >= 20
 
 
 def test_figures_in_the_page_hold_their_data(page):

@@ -82,6 +82,25 @@ def test_the_frame_has_one_row_per_cell_with_labels_and_numbers():
     assert result.to_frame()["value"].iloc[1] == pytest.approx(1.0)
 
 
+def test_a_control_of_other_tokens_says_what_it_holds_in_the_frame():
+    held = {"other_tokens": {"query": [0, 3], "postfix": [0, 1, 2]}, "whole_spans": ["postfix"]}
+    labels = (cell(band="all layers"), cell("other tokens control", band="all layers", **held))
+    frame = small(kind="carrier", cells=labels, values=[moved(FINETUNED, BASE, 0.2), BASE]).to_frame()
+    assert frame["contains"].tolist()[1] == "2 query + all 3 postfix tokens"
+    assert frame["contains"].isna().tolist() == [True, False]
+    ticks = " ".join(small(kind="carrier", cells=labels, values=[BASE, BASE]).figure().layout.yaxis.ticktext)
+    assert "instead of prefix: 2 query + all 3 postfix tokens" in ticks
+
+
+def test_a_figure_of_nothing_defined_says_why_and_its_report_has_no_empty_table():
+    labels = (cell(band="all layers"),)
+    same = small(kind="carrier", cells=labels, values=[BASE], base=FINETUNED, finetuned=FINETUNED)
+    notes = [note.text for note in same.figure().layout.annotations]
+    assert any("no recovery is defined here" in text and "do not differ" in text for text in notes)
+    assert same.report().summary.empty
+    assert len(same.report().figures) == 1  # no plane of nothing
+
+
 def test_where_the_models_do_not_differ_there_is_a_reason_and_no_number():
     frame = small(base=FINETUNED).to_frame()
     assert frame["value"].isna().all()
