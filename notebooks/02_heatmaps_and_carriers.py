@@ -20,10 +20,9 @@
 # The prefix carries part of a narrow finetune. Which of its tokens, at which layers, in which heads? And how much do
 # the other spans carry?
 #
-# **You will see** a carrier map (span by band of layers, put right and put wrong, beside their controls), a map of
-# layers and tokens by gradient with a sample of its cells checked exactly, the exact map of a few layers, and the
-# key/value heads. Two or three minutes on two CPU cores; every cell of a map is a patched run, and a bar says how
-# long it takes.
+# **You will see** a carrier map (which span, beside its controls), a map of layers and tokens by gradient with a
+# sample of its cells checked exactly, exact patches of some cells, and the key/value heads. Two or three minutes on
+# two CPU cores; every cell of a map is a patched run, and a bar says how long it takes.
 
 # %%
 import os
@@ -72,17 +71,17 @@ pair
 
 # %%
 chat = pair.chat_format()
-prompts = [chat.render(query) for query in task.off_topic[:6]]
+prompts = [chat.render(query) for query in task.off_topic[:8]]
 contrast = AnswerContrast.of(pair, prompts, max_new_tokens=16)
 
 # %% [markdown]
 # ## Which span carries it
 #
-# *Repair* puts the base's keys and values into the finetuned model (is the span necessary?), *infect* the finetune's
-# into the base (is it sufficient?). Under each number stands its interval; controls are beside it.
+# The base's keys and values of one span are put into the finetuned model, at all layers: how much of the way back to
+# the base do its answers go? In the cells stand the intervals; below come the controls.
 
 # %%
-carrier = carrier_map(pair, prompts, sites=[("k", "v")], bands=1, measure=contrast)
+carrier = carrier_map(pair, prompts, sites=[("k", "v")], bands=1, flows=("repair",), measure=contrast)
 carrier.figure()
 
 # %% [markdown]
@@ -92,27 +91,29 @@ carrier.figure()
 # and the two are compared.
 
 # %%
-fast = attribution_map(pair, prompts, check_cells=6, top_cells=2, measure=contrast)
+fast = attribution_map(pair, prompts, check_cells=5, top_cells=1, measure=contrast)
 fast.figure()
 
 # %%
 print(f"rank correlation of gradient and exact patch: {fast.rank_correlation:.2f}")
 
 # %% [markdown]
-# Exactly, at two layers: one cell at a time. What lies below a patched layer is computed once for all cells.
+# Exactly, one cell at a time: the last tokens of the prefix at the middle layer. What lies below a patched layer is
+# computed once for all cells.
 
 # %%
-layers = [pair.shape.n_layers // 3, pair.shape.n_layers // 2]
-exact = layer_position_map(pair, prompts, layers=layers, control_cells=2, measure=contrast)
+middle = [pair.shape.n_layers // 2]
+exact = layer_position_map(pair, prompts, layers=middle, tokens=range(16, 24), control_cells=2, measure=contrast)
 exact.figure()
 
 # %% [markdown]
 # ## Heads
 #
-# Keys and values of one key/value head at one layer, over the whole prefix.
+# Keys and values of one key/value head at that layer, over the whole prefix. Every one of them serves three query
+# heads here.
 
 # %%
-heads = layer_head_map(pair, prompts, sites=("k", "v"), layers=layers, control_cells=2, measure=contrast)
+heads = layer_head_map(pair, prompts, sites=("k", "v"), layers=middle, control_cells=1, measure=contrast)
 heads.figure()
 
 # %% [markdown]
@@ -125,9 +126,10 @@ frame.sort_values("value", ascending=False)[["layer", "position", "token", "valu
 # %% [markdown]
 # ## What to try
 #
-# - More prompts (`task.off_topic[:12]`), and all layers: `layer_position_map(pair, prompts)`. With `out="map_out"`
-#   cells are written as they come, and the same call goes on where it was stopped.
-# - `carrier_map(..., bands=3)`: early, middle and late layers apart.
+# - More prompts (`task.off_topic[:24]`), and all layers and tokens: `layer_position_map(pair, prompts)`. With
+#   `out="map_out"` cells are written as they come, and the same call goes on where it was stopped.
+# - `carrier_map(pair, prompts)`: also *infect* (is the span sufficient?), early, middle and late layers apart, and
+#   the residual stream.
 # - Other sites: `sites="mlp_out"`, `sites="z"` for the attention heads' own outputs.
 # - A behaviour instead of the contrast: `measure=GeneratedBehaviour("words")`.
 # - All of it at once with a report: `piggyback-lens map demo --adapter demo_out/organism/adapter ...`.

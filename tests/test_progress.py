@@ -416,6 +416,7 @@ def test_a_notebook_keeps_where_a_call_was_stopped(kernel, monkeypatch):
 
 
 def test_stages_are_ordinary_output_in_a_notebook_and_on_standard_error_elsewhere(kernel, monkeypatch, capsys):
+    progress.say_stage("zero")
     progress.say("one\x1b[31m")
     monkeypatch.delitem(sys.modules, "IPython")
     progress.say("two")

@@ -45,10 +45,16 @@ def shown() -> bool:
 
 
 def say(text: str) -> None:
-    """One line for a stage of a long run: on standard error, in a log file too; in a notebook as ordinary output."""
+    """One line that stays: on standard error, in a log file too; in a notebook as ordinary output."""
     stream = sys.stdout if in_notebook() else sys.stderr
     stream.write(visible(text) + "\n")
     stream.flush()
+
+
+def say_stage(text: str) -> None:
+    """As `say`, but in a notebook, where the line of progress names the stage: there it would only be in the way."""
+    if not in_notebook():
+        say(text)
 
 
 if in_notebook():

@@ -13,7 +13,7 @@ from piggyback_lens.directions.kept import solution_hash
 from piggyback_lens.measuring.variants import Text, texts_hash
 from piggyback_lens.models.backends import HookedModel, facts_of
 from piggyback_lens.models.pair import Identity, identify
-from piggyback_lens.progress import say, shows
+from piggyback_lens.progress import say_stage, shows
 from piggyback_lens.results.collection import Collection
 from piggyback_lens.results.run import Run, report_run
 from piggyback_lens.settings import CurveSettings
@@ -63,7 +63,7 @@ def draw_curves(
         curves: dict[CurveKind, Curve] = {}
         # Those that are there come first, so that one of another run is refused before any is drawn.
         for kind in sorted(kinds, key=lambda kind: not (Path(out) / kind).exists()):
-            say(kind)
+            say_stage(kind)
             more = {"tokenizer": tokenizer} if kind == "significance" else {}
             draw = _maker(kind, model, solutions, prompts, texts, settings)
             curves[kind] = draw(out=Path(out) / kind, progress=str(kind), **more)

@@ -18,7 +18,7 @@ from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer, source_name
-from piggyback_lens.progress import say, shows
+from piggyback_lens.progress import say_stage, shows
 from piggyback_lens.reading.tasks import Task, answer_if_spread, load_task
 from piggyback_lens.results.report import Part
 from piggyback_lens.results.run import report_run
@@ -65,7 +65,7 @@ def demo(
     source = default_model(model, offline=load.offline)
     started = time.monotonic()
     if progress:
-        say(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
+        say_stage(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
     tokenizer, loaded = load_tokenizer(source, load), load_causal_lm(source, load)
     organism, trained = train_organism(loaded, tokenizer, task, settings, out=out / "organism", progress=progress)
     seconds = round(time.monotonic() - started, 1)

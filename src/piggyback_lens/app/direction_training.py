@@ -26,7 +26,7 @@ from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.backends import HookedModel, check_layers, device_of, facts_of, shape_of
 from piggyback_lens.models.pair import Identity, identify
-from piggyback_lens.progress import say, shows
+from piggyback_lens.progress import say_stage, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, Run, report_run
@@ -183,7 +183,7 @@ def train_direction(
     with Run.open(out, "train-direction", identity, models={"model": own}, prompt=examples[0]) as run:
         kept = _answered(model, retain, settings.answer_tokens, run, progress)
         if progress:
-            say(f"training: {settings.steps} steps on {len(examples)} conversations")
+            say_stage(f"training: {settings.steps} steps on {len(examples)} conversations")
         mixed = interleave(examples, kept, settings.interleave, seed=settings.seed)
         chosen: dict[str, Any] = {"objective": _objective(settings, kept)}
         trained = train(trainable, mixed, settings.training, out=out / "training", **chosen)
@@ -223,7 +223,7 @@ def _answered(
 
     def answer() -> list[list[int]]:
         if progress:
-            say(f"the base answers {len(open_)} retain prompts")
+            say_stage(f"the base answers {len(open_)} retain prompts")
         found = generate(model, open_, max_new_tokens=tokens, progress="retain answers")
         return [list(answer.ids) for answer in found]
 

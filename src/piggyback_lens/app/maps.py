@@ -19,7 +19,7 @@ from piggyback_lens.experiments.patching import (
 )
 from piggyback_lens.intervals import require_enough
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say, shows
+from piggyback_lens.progress import say_stage, shows
 from piggyback_lens.results.collection import Collection
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Run, report_run
@@ -59,14 +59,14 @@ def run_maps(
     facts = prompt_facts(pair, prompts) | {"answer_tokens": settings.answer_tokens}
     with Run.open(out, "map", facts, models=pair.identities(), prompt=prompts[0]) as run:
         if progress and not (Path(out) / "answers.json").exists():
-            say(f"both models answer {len(prompts)} prompts")
+            say_stage(f"both models answer {len(prompts)} prompts")
         measure = own_contrast(run, pair, prompts, tokens=settings.answer_tokens)
         options: dict[str, Any] = {"measure": measure}
         options["settings"] = PatchSettings(seed=settings.seed, budget_gb=settings.budget_gb)
         found: dict[str, Result] = {}
         for kind in settings.kinds:
             if progress:
-                say(kind)
+                say_stage(kind)
             own = options | {"out": Path(out) / kind, "progress": kind}
             found[kind] = _experiment(kind, pair, prompts, settings, own)
         examples = tuple(

@@ -31,7 +31,7 @@ from piggyback_lens.intervals import Array, Estimate, interval_text, is_rate, me
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.backends import HookedModel, embeddings_of
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say, shows
+from piggyback_lens.progress import say_stage, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Row, Run
@@ -295,7 +295,7 @@ def perturb(
     with Run.open(out, "perturb", identity, models=pair.identities(), keys=COLUMNS, prompt=everything[0]) as run:
         for each in SIDES:
             if progress:
-                say(f"{sum(job.key not in run.rows for job in jobs[each])} answers of {pair.names[each]}")
+                say_stage(f"{sum(job.key not in run.rows for job in jobs[each])} answers of {pair.names[each]}")
             with pair.using(each) as model:
                 answer_jobs(model, jobs[each], run, measure, settings, pair.names[each])
         models = {side: model.to_dict() for side, model in run.models.items()}

@@ -22,7 +22,7 @@ from piggyback_lens.experiments.perturbation import check_rows, generated_report
 from piggyback_lens.intervals import Array, Estimate, is_rate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say, shows
+from piggyback_lens.progress import say_stage, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import Row, Run
@@ -202,7 +202,7 @@ def stress(
         for side in sides:
             jobs = _jobs(rendered, families, side)
             if progress:
-                say(f"{sum(job.key not in run.rows for job in jobs)} answers of {pair.names[side]}")
+                say_stage(f"{sum(job.key not in run.rows for job in jobs)} answers of {pair.names[side]}")
             with pair.using(side) as model:
                 answer_jobs(model, jobs, run, measure, settings, pair.names[side])
         reasons = {UNMODIFIED: ""} | {variant.name: variant.skipped for variant in variants}
