@@ -65,7 +65,9 @@ def demo(
     source = default_model(model, offline=load.offline)
     started = time.monotonic()
     if progress:
-        say_stage(f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations")
+        say_stage(
+            f"training the {task.name} organism: {settings.training.steps} steps on {len(task.train)} conversations"
+        )
     tokenizer, loaded = load_tokenizer(source, load), load_causal_lm(source, load)
     organism, trained = train_organism(loaded, tokenizer, task, settings, out=out / "organism", progress=progress)
     seconds = round(time.monotonic() - started, 1)
