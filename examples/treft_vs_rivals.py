@@ -27,6 +27,7 @@ from piggyback_lens import (
     CompareSettings,
     GeneratedBehaviour,
     LensError,
+    LoadSettings,
     ModelPair,
     RenderedPrompt,
     Result,
@@ -88,7 +89,7 @@ class Study:
         """One stage of one task, in its own folder."""
         sizes = {"n_prompts": self.n, "max_new_tokens": self.tokens, "minutes": self.minutes}
         chosen = CompareSettings(training=self.training, **sizes, **settings)
-        call = {"settings": chosen, "out": self.out / task / stage, "offline": True}
+        call = {"settings": chosen, "out": self.out / task / stage, "load": LoadSettings(offline=True)}
         say(f"{task}, {stage}: {', '.join(methods)} ({self.minutes:.0f} minutes left)")
         if self.workers == 1:
             return compare_methods(self.model, task, methods, **call)

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from piggyback_lens.figures.plot_style import set_apart
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.reading.tasks import Task, load_task
-from piggyback_lens.settings import CompareSettings, LoRASettings, TrainSettings
+from piggyback_lens.settings import CompareSettings, LoadSettings, LoRASettings, TrainSettings
 from piggyback_lens.vectors.task_vectors import (
     inner_products,
     mean_by_layer,
@@ -100,7 +101,7 @@ def compare(model, out, methods=("sft",), **changes):
     settings |= {"retain": RETAIN}
     call = {"progress": False}
     for name, value in changes.items():
-        (call if name in ("progress", "executor", "offline") else settings)[name] = value
+        (call if name in ("progress", "executor", "load") else settings)[name] = value
     return compare_methods(model, tiny_task(), list(methods), CompareSettings(**settings), out=out, **call)
 
 
@@ -179,11 +180,49 @@ def test_the_penalty_on_the_prefix_lowers_its_drift(everything):
 
 
 def test_training_a_cell_leaves_the_shared_base_as_it_was(model, everything):
-    loaded, _ = cells_module._loaded(model, False)
+    loaded, _ = cells_module._loaded(model, LoadSettings())
     fresh = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB)
     assert not hasattr(loaded, "peft_config")
     assert loaded.state_dict().keys() == fresh.state_dict().keys()
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_a_comparison_runs_in_half_precision_on_a_quantised_base_with_everything_that_saves_memory(
+    tmp_path, quantization
+):
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes", reason="needs the extra quant")
+    tokenizer, folder = tiny_chat.tiny_tokenizer(), tmp_path / "model"
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16}
+    tiny_models.build("llama-gqa", 0, vocab=len(tokenizer), **small).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    training = replace(TRAINING, batch_size=2, gradient_accumulation_steps=2, bf16=True, gradient_checkpointing=True)
+    load = LoadSettings(dtype="bfloat16", device="cpu", quantization=quantization)
+    call = {"training": training, "load": load}
+    found = compare(str(folder), tmp_path / "out", ["sft", "treft:lambda=3"], **call)
+    cells = {cell["label"]: cell for cell in found.cells}
+    assert cells["treft:lambda=3"]["training"]["first"]["drift_prefix"] == 0.0
+    assert all(cell["training"]["plan"]["costs"]["token"] > 0 for cell in cells.values())
+    assert all(np.isfinite(cell["kl"]).all() and cell["kl"] != [0.0] * 4 for cell in cells.values())
+    held = next(iter(cells_module._HELD.values()))[0]
+    assert held.dtype is torch.bfloat16
+    assert bool(getattr(held, "is_loaded_in_4bit", False)) == (quantization == "4bit")
+    adapter = load_file(next((tmp_path / "out").glob("cells/*/adapter/adapter_model.safetensors")))
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
+    with pytest.raises(LensError, match=r"load\.dtype is .bfloat16. there, None here"):
+        compare(str(folder), tmp_path / "out", ["sft"], training=training)
+
+
+def test_how_the_base_is_loaded_is_not_said_to_what_loads_it_itself(tmp_path):
+    with pytest.raises(LensError, match="loads the model itself"):
+        compare(own_model, tmp_path, load=LoadSettings(dtype="bfloat16"))
+    with pytest.raises(LensError, match="device_map does not go with a comparison"):
+        compare("no/model", tmp_path, load=LoadSettings(device_map="auto"))
+
+
+def own_model():
+    raise AssertionError("not loaded")
 
 
 def test_a_method_without_its_retain_data_is_refused(model, tmp_path):

@@ -14,7 +14,7 @@ from piggyback_lens.comparisons import comparison_cells
 from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
 from piggyback_lens.comparisons.methods import parse_method
 from piggyback_lens.errors import LensError
-from piggyback_lens.settings import TrainSettings
+from piggyback_lens.settings import LoadSettings, TrainSettings
 
 METHODS = (
     "sft",
@@ -155,5 +155,5 @@ def test_the_users_modes_and_random_state_are_left_alone(tmp_path: Path) -> None
     before = torch.random.get_rng_state()
     compare(tiny, tmp_path, ("sft",), trainer="hf")
     assert torch.equal(torch.random.get_rng_state(), before)
-    base, _ = comparison_cells._loaded(tiny, False)
+    base, _ = comparison_cells._loaded(tiny, LoadSettings())
     assert not any(module.training for module in base.modules())

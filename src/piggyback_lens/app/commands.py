@@ -50,7 +50,7 @@ app = typer.Typer(
     add_completion=False,
 )
 NOT_OF_DEMO = ("n_off_topic", "n_on_topic", "training", "lora", "audit", "watched", "watch_every")
-NOT_OF_COMPARE = ("device", "dtype", "attn_implementation", "quantization", "trust_remote_code")
+NOT_OF_COMPARE = ("device_map", "trust_remote_code")
 SOLUTION = "a direction, a folder of train-direction, a PEFT adapter folder, or a vector in .gguf, .npy or .pt"
 
 
@@ -345,7 +345,7 @@ def compare(
     methods = as_methods(method or ["sft", "treft:lambda=1,10,30"])
     chosen = load_task(task)
     with _executor(engine) as executor:
-        found = compare_methods(base, chosen, methods, settings, out=out, executor=executor, offline=load.offline)
+        found = compare_methods(base, chosen, methods, settings, out=out, executor=executor, load=load)
     tell(found.verdict, ("report", report_run(out)))
 
 

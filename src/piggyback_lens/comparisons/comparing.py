@@ -37,7 +37,7 @@ from piggyback_lens.models.sources import default_model
 from piggyback_lens.progress import counting, say, shows
 from piggyback_lens.reading.tasks import TASKS, Task, load_task
 from piggyback_lens.results.run import refuse_other
-from piggyback_lens.settings import AXES, CompareSettings
+from piggyback_lens.settings import AXES, CompareSettings, LoadSettings
 from piggyback_lens.vectors.task_vectors import mean_by_layer, update_cosines
 
 RETAIN = 48
@@ -57,7 +57,7 @@ def compare_methods(
     out: str | Path,
     executor: Executor | None = None,
     progress: bool | str = True,
-    offline: bool = False,
+    load: LoadSettings = LoadSettings(),
 ) -> Comparison:
     """Train and measure every cell of methods × seeds × systems × shares × sizes × epochs.
 
@@ -74,7 +74,7 @@ def compare_methods(
         executor: runs the cells: any executor of concurrent.futures, such as processes or Ray; None for this process.
             Machines of a cluster go by their own clocks.
         progress: show a bar with the time left, and name the cells on the way.
-        offline: make no connection.
+        load: how the base's weights are loaded: dtype, device, quantisation, ...
 
     Raises:
         LensError: settings that do not fit, a method that cannot be set up, or the folder of another comparison,
@@ -82,8 +82,8 @@ def compare_methods(
     """
     chosen = load_task(task) if isinstance(task, str) else task
     prompts = default_retain(chosen) if settings.retain is None else tuple(settings.retain)
-    source = default_model(offline=offline) if base == "demo" else base
-    plan = Plan(source, chosen, settings, prompts, offline)
+    source = default_model(offline=load.offline) if base == "demo" else base
+    plan = Plan(source, chosen, settings, prompts, load)
     for topic in ("on", "off"):
         plan.prompts(topic)
     cells = grid(as_methods(methods), settings)

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +59,17 @@ CELL_LOCK = ".cell.lock"
 """`train` has a lock of its own in a cell's folder."""
 
 
-@lru_cache(maxsize=1)
-def _loaded(source: Source, offline: bool) -> tuple[Any, Any]:
+_HELD: dict[str, tuple[Any, Any]] = {}
+"""The base that this process has loaded; one at a time."""
+
+
+def _loaded(source: Source, load: LoadSettings) -> tuple[Any, Any]:
     """The base and its tokenizer, of a place or of the user's function."""
-    if callable(source):
-        return source()
-    settings = LoadSettings(offline=offline)
-    return load_causal_lm(source, settings), load_tokenizer(source, settings)
+    key = repr((source, load))
+    if key not in _HELD:
+        _HELD.clear()
+        _HELD[key] = source() if callable(source) else (load_causal_lm(source, load), load_tokenizer(source, load))
+    return _HELD[key]
 
 
 # --- the base's part -------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ def run_base(plan: Plan, system: str | None, needs: Needs, out: str) -> str:
     with locked(folder, name=CELL_LOCK, wait=True), ONE_AT_A_TIME:
         missing = [name for name, done in _wanted(folder, plan, needs).items() if not done]
         if missing or needs.model:
-            model, tokenizer = _loaded(plan.source, plan.offline)
+            model, tokenizer = _loaded(plan.source, plan.load)
             hooked = hook_model(model, tokenizer)
             if BASE_FILE not in missing:
                 _refuse_other_model(read_json(folder / BASE_FILE), identify(hooked))
@@ -274,7 +277,7 @@ def prepare_cells(plan: Plan, system: str | None, cells: Sequence[Cell], out: st
     once = {(cell.method, cell.share, cell.size, cell.epochs): cell for cell in reversed(cells)}
     if once:
         with ONE_AT_A_TIME:
-            model, tokenizer = _loaded(plan.source, plan.offline)
+            model, tokenizer = _loaded(plan.source, plan.load)
             chat, peft_model = (
                 ChatFormat(tokenizer, system=system, date=_begun_on(Path(folder))),
                 add_lora(structural_copy(model), plan.settings.lora),
@@ -319,7 +322,7 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     began = time.perf_counter()
     shared = base_folder(out, cell.system)
     base = read_json(shared / BASE_FILE)
-    model, tokenizer = _loaded(plan.source, plan.offline)
+    model, tokenizer = _loaded(plan.source, plan.load)
     chat = ChatFormat(tokenizer, system=cell.system, date=base.get("date"))
     peft_model = add_lora(structural_copy(model), plan.settings.lora, seed=cell.seed)
     use, settings = _set_up(plan, cell, peft_model, chat, shared)
@@ -334,6 +337,7 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     facts: dict[str, Any] = {"identity": identity, "cell": cell.settings(), "label": cell.method.label}
     facts |= {"drift": _prefix_drift(peft_model, chat), "update_norms": update_norms(trained.adapter_dir)}
     facts["training"] = {"steps": len(history), "rows": len(use.examples), "first": history[0], "last": history[-1]}
+    facts["training"] |= {"plan": trained.plan} if isinstance(trained, TrainResult) else {}
     facts |= _measured(plan, peft_model, chat, base)
     seconds["all"] = round(time.perf_counter() - began, 2)
     write_json(folder / CELL_FILE, facts | {"seconds": seconds, "versions": versions()})
@@ -391,12 +395,15 @@ def train_settings(plan: Plan, cell: Cell, n_examples: int, n_rows: int) -> Trai
 
     An epoch is a pass over `n_rows`, all that a method trains on; with interleaving more than the `n_examples`.
     """
-    batch = min(plan.settings.training.batch_size, n_examples)
-    steps = plan.settings.training.steps
+    training = plan.settings.training
+    batch = min(training.batch_size, n_examples)
+    passes = min(training.gradient_accumulation_steps, n_examples // batch)
+    steps = training.steps
     if cell.epochs is not None:
-        steps = max(1, round(cell.epochs * -(-n_rows // batch)))
-    rate = cell.method.learning_rate or plan.settings.training.learning_rate
-    return replace(plan.settings.training, seed=cell.seed, batch_size=batch, steps=steps, learning_rate=rate)
+        steps = max(1, round(cell.epochs * -(-n_rows // (batch * passes))))
+    rate = cell.method.learning_rate or training.learning_rate
+    sizes: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": passes, "steps": steps}
+    return replace(training, seed=cell.seed, learning_rate=rate, **sizes)
 
 
 def _retain(plan: Plan, chat: ChatFormat, shared: Path) -> list[RenderedPrompt]:

@@ -11,7 +11,7 @@ from piggyback_lens.comparisons.methods import Method
 from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
 from piggyback_lens.reading.tasks import Task
-from piggyback_lens.settings import CompareSettings, check_field
+from piggyback_lens.settings import CompareSettings, LoadSettings, check_field
 
 Source = str | Callable[[], tuple[Any, Any]]
 """A model folder, hub id or GGUF file; or a top-level function that returns (transformers model, tokenizer)."""
@@ -29,14 +29,21 @@ class Plan:
         task: what is learned.
         settings: of the comparison.
         retain: prompts that the base answers as retain data.
-        offline: make no connection.
+        load: how the base's weights are loaded; a function that gives the model loads them itself.
     """
 
     source: Source
     task: Task
     settings: CompareSettings = field(default_factory=CompareSettings)
     retain: tuple[str, ...] = ()
-    offline: bool = False
+    load: LoadSettings = field(default_factory=LoadSettings)
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self.load).items() if name != "offline"}
+        if self.load.device_map is not None:
+            raise LensError("device_map does not go with a comparison: a cell is trained on one device; give device=")
+        if callable(self.source) and LoadSettings(**given) != LoadSettings():
+            raise LensError(f"{self.source.__qualname__} loads the model itself: leave load= out but for offline")
 
     def prompts(self, topic: str) -> tuple[str, ...]:
         """The first `n_prompts` of a topic in this split.
@@ -59,12 +66,14 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the numbers, beside the cell; JSON-able."""
-        training = {k: v for k, v in asdict(self.settings.training).items() if k not in ("seed", "checkpoint_every")}
+        training = {name: value for name, value in self.settings.training.identity().items() if name != "seed"}
         measured = ("split", "n_prompts", "max_new_tokens", "samples", "temperature", "n_texts", "text_length")
         names = (*measured, "text_source", "direction_examples")
         facts = {name: getattr(self.settings, name) for name in names}
         facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
         facts |= {"training": training, "lora": asdict(self.settings.lora), "model": source_fingerprint(self.source)}
+        if weighed := {name: str(getattr(self.load, name)) for name in _WEIGH if self._asks(name)}:
+            facts["load"] = weighed
         if self.settings.trainer != "own":
             facts["trainer"] = self.settings.trainer
         if (weights := weights_fingerprint(self.source)) is not None:
@@ -73,6 +82,13 @@ class Plan:
             facts["texts"] = hashlib.sha256(Path(self.settings.text_source).read_bytes()).hexdigest()[:16]
         plain: dict[str, Any] = json.loads(json.dumps(facts))
         return plain
+
+    def _asks(self, name: str) -> bool:
+        return bool(getattr(self.load, name) != getattr(LoadSettings(), name))
+
+
+_WEIGH = ("dtype", "quantization", "attn_implementation")
+"""Ways to load that decide the numbers. At their defaults they are left out, so that older folders go on."""
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ class HookTrainable(Trainable):
                 return forward_step(self.model, batch)
             with self.below.standing_in(batch):
                 output = forward_step(self.model, batch)
-            nothing = {"keys": (), "values": (), "prefix_keys": (), "prefix_values": ()}
-            return replace(output, **nothing, way=f"{output.way}, lower layers kept")
+            bare = replace(output, keys=(), values=(), prefix_keys=(), prefix_values=())
+            return replace(bare, way=f"{output.way}, lower layers kept")
 
     @torch.no_grad()
     def base_forward(self, batch: TrainBatch) -> StepOutput:

@@ -396,7 +396,7 @@ class Penalised:
     @property
     def prefix_apart(self) -> bool:
         """Whether the prefix is held against a reference, so that it pays to compute it in passes that round alike."""
-        return any(part.penalty.reads == "prefix" for part in self.parts)
+        return any(part.weight > 0 and part.penalty.reads == "prefix" for part in self.parts)
 
     def settings(self) -> dict[str, object]:
         """Everything that was chosen, JSON-able."""

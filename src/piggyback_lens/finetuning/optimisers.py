@@ -60,6 +60,6 @@ def _schedule(name: str, warmup: int, steps: int, peak: float, floor: float) -> 
 
     name, more = ("cosine_with_min_lr", {"min_lr_rate": floor}) if floor else (name, None)
     unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
-    schedule: Any = get_scheduler(name, unused, warmup, steps, more)  # type: ignore[arg-type]
+    schedule: Any = get_scheduler(name, unused, warmup, steps, more)
     part: Callable[[int], float] = schedule.lr_lambdas[0]
     return part
