@@ -29,7 +29,7 @@ PATIENCE = 1.0
 TICK = 0.5
 """Seconds between two pictures of a line."""
 BAR = 24
-"""Characters of the bar in plain text."""
+"""Characters of a bar."""
 
 
 def in_notebook() -> bool:
@@ -249,7 +249,11 @@ class _Terminal(_Screen):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[times]}"))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(BAR),
+                TextColumn("{task.fields[times]}"),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
             self._task = self._bar.add_task(line.label, total=line.total, times="")
             self._bar.start()
