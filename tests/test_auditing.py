@@ -11,8 +11,8 @@ import tiny_models
 import torch
 from tiny_hooked import BACKENDS
 
-import piggyback_lens.experiments.audit as audit_module
 import piggyback_lens.experiments.audit_maps as audit_maps
+import piggyback_lens.experiments.treatments as treatments_module
 from piggyback_lens.app.summary import table
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit
@@ -334,8 +334,8 @@ def test_answers_made_elsewhere_stand_in_the_rows_and_are_not_generated(pair, ch
     made = [row for row in whole.rows if row["condition"] in ("base", "finetuned")]
     files = [written_answers(made, tmp_path / "answers.jsonl")]
     asked = []
-    real = audit_module.generate
-    monkeypatch.setattr(audit_module, "generate", lambda *a, **k: asked.append(len(a[1])) or real(*a, **k))
+    real = treatments_module.generate
+    monkeypatch.setattr(treatments_module, "generate", lambda *a, **k: asked.append(len(a[1])) or real(*a, **k))
     settings = dataclasses.replace(SAMPLED, curve_prompts=0)
     found = audit(pair, ASKED, ASKED, LETTERS, settings, chat=chat, answers=files, out=tmp_path / "run")
     assert sum(asked) == 5 * 2 * 5 * 2  # conditions x topics x prompts x samples

@@ -194,3 +194,40 @@ def test_slurm_is_refused_where_it_is_not(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(lens.LensError, match=r'submitit is not installed: pip install "piggyback-lens\[slurm\]"'):
         engines.slurm(tmp_path)
+
+
+# ---------------------------------------------------------------- audits
+
+AUDIT = lens.AuditSettings(
+    max_new_tokens=4, batch_size=2, curve_prompts=3, curve_tokens=3, control_layers=1, map_bands=1
+)
+QUERIES = (["hello there", "what is it", "tell me more"], ["abc", "you", "dog"])
+
+
+def audited(pair, out=None, **options):
+    return lens.audit(pair, *QUERIES, "words", AUDIT, chat=CHAT, out=out, progress=False, **options)
+
+
+@pytest.mark.slow
+def test_an_audit_in_processes_equals_that_of_none(pair, processes, tmp_path):
+    alone = audited(pair, tmp_path / "alone")
+    found = audited(pair, tmp_path / "there", executor=processes)
+    assert (found.rows, found.receipts, found.verdict) == (alone.rows, alone.receipts, alone.verdict)
+    assert_equal(found.curve, alone.curve)
+    assert_equal(found.carrier, alone.carrier)
+    caches = [lens.PrefixCache.load(tmp_path / run / "prefix_cache") for run in ("alone", "there")]
+    assert torch.equal(caches[0].keys, caches[1].keys)
+
+
+def test_lost_answers_are_named_and_the_next_call_asks_for_them_alone(pair, tmp_path):
+    settings = replace(AUDIT, curve_prompts=0)
+    options = {"chat": CHAT, "out": tmp_path / "run", "progress": False}
+    told = (
+        "^2 of 14 jobs failed, the others are in .*run; the same call tries again: base, on-topic, prefix, off-topic: "
+    )
+    with Losing(2, 5) as executor, pytest.raises(lens.LensError, match=told + "made to fail$"):
+        lens.audit(pair, *QUERIES, "words", settings, executor=executor, **options)
+    with Losing() as executor:
+        found = lens.audit(pair, *QUERIES, "words", settings, executor=executor, **options)
+    assert executor.count == 2
+    assert found.rows == lens.audit(pair, *QUERIES, "words", settings, chat=CHAT, progress=False).rows

@@ -8,17 +8,20 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from piggyback_lens.conversations.batch import ids_hash, questions_of
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
+from piggyback_lens.engines import failure, finished
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import answers_made_elsewhere, given_answer
 from piggyback_lens.experiments.attribution import AttributionResult
 from piggyback_lens.experiments.audit_maps import AnswerMaps, audit_parts, load_maps
 from piggyback_lens.experiments.results import PatchResult
+from piggyback_lens.experiments.treatments import Batch, Treatments
 from piggyback_lens.files import read_json, read_jsonl, write_json
 from piggyback_lens.intervals import (
     Estimate,
@@ -30,21 +33,16 @@ from piggyback_lens.intervals import (
     require_enough,
     spread,
 )
-from piggyback_lens.interventions.donors import kv_patch, prefix_activations
-from piggyback_lens.interventions.hooks import Intervention, Interventions, Record
-from piggyback_lens.interventions.kinds import patch
-from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.answers import AnswerContrast
-from piggyback_lens.measuring.generation import Generation, generate
+from piggyback_lens.measuring.generation import Generation
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_behaviour
 from piggyback_lens.models.pair import ModelPair
-from piggyback_lens.progress import say, shows
+from piggyback_lens.progress import counting, say_stage, shows
 from piggyback_lens.reading.questions import Question
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT, ROWS, Row, Run, report_run
 from piggyback_lens.settings import AuditSettings
-from piggyback_lens.words import Side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -290,6 +288,7 @@ def audit(  # noqa: PLR0913
     *,
     chat: ChatFormat | None = None,
     answers: Sequence[str | Path] = (),
+    executor: Executor | None = None,
     out: str | Path | None = None,
     progress: bool | str = True,
 ) -> AuditResult:
@@ -304,12 +303,16 @@ def audit(  # noqa: PLR0913
         chat: template settings; default those of the pair's tokenizer.
         answers: files of answers that were made elsewhere, such as those of base and finetuned from a fast server: rows
             with condition, question, sample, response. They are checked against the questions, and not generated.
+        executor: runs the answers of each condition and topic, and the passes of the maps, as jobs: any executor of
+            concurrent.futures, such as those of `engines`; None for this process. The pair then has to be loaded from
+            names.
         out: folder of the run: every answer as it comes, the layer curve, the prefix cache of the repair, the result
             and report.html. The same call continues there.
         progress: show a line with the time left; a text is its label.
 
     Raises:
-        LensError: fewer than three prompts, a folder of another audit, or an empty prefix or postfix.
+        LensError: fewer than three prompts, a folder of another audit, an empty prefix or postfix, or jobs that the
+            executor has lost, after the others are kept.
 
     Example:
         >>> queries = ["hello there", "what is it", "tell me more"]
@@ -341,10 +344,9 @@ def audit(  # noqa: PLR0913
         identity["answers"] = hashlib.sha256(repr(sorted(elsewhere.items())).encode()).hexdigest()[:16]
     columns, shown = ("condition", "topic", "index"), prompts["off-topic"][0]
     with Run.open(out, "audit", identity, models=pair.identities(), keys=columns, prompt=shown) as run:
-        work = _Work(pair, chat, prompts, measure, settings, run, progress, elsewhere)
-        for condition in CONDITIONS:
-            for topic in TOPICS:
-                work.generate(condition, topic)
+        treatments = Treatments(pair, chat, prompts, settings)
+        work = _Work(treatments, measure, run, progress, elsewhere, executor)
+        work.generate()
         forced = work.answer_maps() if settings.curve_prompts else None
         curve = forced.curve() if forced else None
         maps = forced.maps() if forced and settings.map_bands else {}
@@ -355,7 +357,7 @@ def audit(  # noqa: PLR0913
         rows = in_order(run.rows.values())
         result = AuditResult(rows, measure, curve, card, run.folder, work.receipts(), **maps)
         if run.folder is not None:
-            work.repair(work.first).save(run.folder / "prefix_cache")
+            treatments.repair(treatments.first).save(run.folder / "prefix_cache")
             run.finish(result)
     if out is not None:
         report_run(out)
@@ -364,85 +366,70 @@ def audit(  # noqa: PLR0913
 
 @dataclass
 class _Work:
-    """The state of one audit: what patches are made of, and what they touched."""
+    """The state of one audit: what is asked under which treatment, and the run that gets the rows."""
 
-    pair: ModelPair
-    chat: ChatFormat
-    prompts: dict[str, list[RenderedPrompt]]
+    treatments: Treatments
     behaviour: Behaviour
-    settings: AuditSettings
     run: Run
     progress: bool | str
     elsewhere: dict[tuple[str, str, int], Row] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
+    executor: Executor | None = None
 
     def notes(self) -> list[str]:
         """What a reader of the numbers should know."""
-        notes = sorted({note for own in self.prompts.values() for prompt in own for note in prompt.notes})
-        sizes = [len(prompt.spans["query"]) for prompt in self.prompts["off-topic"]]
-        own = self.longest(self.first)
+        notes = sorted({note for own in self.treatments.prompts.values() for prompt in own for note in prompt.notes})
+        sizes = [len(prompt.spans["query"]) for prompt in self.treatments.prompts["off-topic"]]
+        own = self.treatments.longest(self.treatments.first)
         return [
             *notes,
             f"The query control patches {sum(sizes) / len(sizes):.1f} tokens per off-topic prompt (all of the query); "
             f"the prefix has {len(own.spans['prefix'])}, the postfix {len(own.spans['postfix'])}.",
         ]
 
-    def generate(self, condition: str, topic: str) -> None:
-        """Answer the prompts of one topic that have no row under this condition, those of one system text together."""
-        prompts = self.prompts[topic]
+    def generate(self) -> None:
+        """Answer what has no row yet, group by group: here, or as jobs of the executor.
+
+        Raises:
+            LensError: jobs that the executor has lost, after the others are finished and kept.
+        """
+        groups = [(c, t, group) for c in CONDITIONS for t in TOPICS for group in self._missing(c, t)]
+        if self.executor is None:
+            for condition, topic, group in groups:
+                if self.progress:
+                    say_stage(f"{len(group)} {topic} answers: {CONDITIONS[condition]}")
+                self.treatments.answer(condition, topic, group, self._keep)
+            return
+        failed: dict[str, Exception] = {}
+        with counting(len(groups), "answers") as advance:
+            for number, found in finished([self.treatments.job(*group) for group in groups], self.executor):
+                if isinstance(found, Exception):
+                    failed["{}, {}".format(*groups[number])] = found
+                    continue
+                for batch in found:
+                    self._keep(batch)
+                advance(1)
+        if failed:
+            raise failure(failed, len(groups), self.run.folder, "jobs") from next(iter(failed.values()))
+
+    def _missing(self, condition: str, topic: str) -> list[list[int]]:
+        """Prompts of one topic that have no row under a condition, those of one system text together."""
+        prompts = self.treatments.prompts[topic]
         missing = [i for i in range(len(prompts)) if (condition, topic, i) not in self.run.rows]
         given = [i for i in missing if (condition, topic, i) in self.elsewhere]
         for i in given:
             answer = given_answer(prompts[i], self.elsewhere[condition, topic, i])
             self.run.add([self._row(condition, topic, i, answer) | {"made": "elsewhere"}])
-        missing = [i for i in missing if i not in given]
-        if missing and self.progress:
-            say(f"{len(missing)} {topic} answers: {CONDITIONS[condition]}")
         groups: dict[str | None, list[int]] = {}
         for i in missing:
-            groups.setdefault(self.chat.under(prompts[i].question).system, []).append(i)
-        for group in groups.values():
-            self._generate(condition, topic, group)
+            if i not in given:
+                groups.setdefault(self.treatments.chat.under(prompts[i].question).system, []).append(i)
+        return list(groups.values())
 
-    def _generate(self, condition: str, topic: str, missing: list[int]) -> None:
-        chosen = [self.prompts[topic][i] for i in missing]
-        interventions, prefix_cache = self._treatment(condition, chosen)
-        record = Record()
-
-        before: list[tuple[int, float]] = []
-
-        def keep(rows: list[int], answers: list[Generation]) -> None:
-            now = [(receipt.cells, receipt.change_norm**2) for receipt in record.receipts]
-            gone = zip(now, before or [(0, 0.0)] * len(now), record.receipts, strict=True)
-            touched = [
-                {
-                    "intervention": repr(own.part),
-                    "cells": a[0] - b[0],
-                    "layers": len(own.layers),
-                    "squared": a[1] - b[1],
-                }
-                for a, b, own in gone
-            ]
-            before[:] = now
-            where = {"condition": condition, "topic": topic, "indices": [missing[row] for row in rows]}
-            self.run.note(RECEIPTS, [where | {"touched": touched}])
-            pairs = zip(rows, answers, strict=True)
-            self.run.add([self._row(condition, topic, missing[row], answer) for row, answer in pairs])
-
-        side: Side = "base" if condition == "base" else "finetuned"
-        with self.pair.using(side) as model:
-            generate(
-                model,
-                chosen,
-                interventions=interventions,
-                prefix_cache=prefix_cache,
-                max_new_tokens=self.settings.max_new_tokens,
-                batch_size=self.settings.batch_size,
-                sampling=self.settings.sampling,
-                record=record,
-                progress=f"{topic}, {condition}",
-                on_batch=keep,
-            )
+    def _keep(self, batch: Batch) -> None:
+        where = {"condition": batch.condition, "topic": batch.topic, "indices": batch.indices}
+        self.run.note(RECEIPTS, [where | {"touched": batch.touched}])
+        pairs = zip(batch.indices, batch.answers, strict=True)
+        self.run.add([self._row(batch.condition, batch.topic, index, answer) for index, answer in pairs])
 
     def receipts(self) -> dict[str, list[dict[str, Any]]]:
         """What each condition's interventions touched and changed, over all calls of the run."""
@@ -480,65 +467,16 @@ class _Work:
             "value": self.behaviour(answer.text),
         }
 
-    def _treatment(
-        self, condition: str, prompts: list[RenderedPrompt]
-    ) -> tuple[Interventions | Intervention | None, PrefixCache | None]:
-        """Interventions and prefix cache of a condition."""
-        if condition in ("base", "finetuned"):
-            return None, None
-        chat = self.chat.under(prompts[0].question)
-        if condition == "query_control":
-            return kv_patch(self.pair, "query", chat=chat, prompts=prompts), None
-        if condition == "identity":
-            return None, self._once(f"identity {chat.system}", lambda: self._own_prefix(chat))
-        postfix = None
-        if condition in ("postfix", "both"):
-            postfix = self._once(f"postfix {chat.system}", lambda: kv_patch(self.pair, "postfix", chat=chat))
-        return postfix, self.repair(chat) if condition in ("prefix", "both") else None
-
-    def longest(self, chat: ChatFormat) -> RenderedPrompt:
-        """A prompt with the whole prefix: where a query merges with the header, its prefix is shorter."""
-        everything = (p for rendered in self.prompts.values() for p in rendered)
-        own = [prompt for prompt in everything if self.chat.under(prompt.question) is chat]
-        return max(own, key=lambda p: len(p.spans["prefix"]))
-
-    @property
-    def first(self) -> ChatFormat:
-        """The settings of the first off-topic prompt: of what is made of one prefix only."""
-        return self.chat.under(self.prompts["off-topic"][0].question)
-
-    def alike(self, topic: str) -> list[int]:
-        """One sample of each prompt of a topic with one whole prefix: not of those that merge with the header."""
-        size = len(self.longest(self.first).spans["prefix"])
-        numbered = enumerate(self.prompts[topic])
-        own = [(i, p) for i, p in numbered if p.sample == 0 and self.chat.under(p.question) is self.first]
-        return [i for i, prompt in own if len(prompt.spans["prefix"]) == size]
-
-    def _own_prefix(self, chat: ChatFormat) -> PrefixCache:
-        """The finetuned model under a patch of its own prefix K/V: through the same hooks as a real one."""
-        own = patch(prefix_activations(self.pair, "finetuned", self.longest(chat), ("k", "v")))
-        return PrefixCache.compile(self.pair, self.longest(chat), own, side="finetuned")
-
-    def repair(self, chat: ChatFormat) -> PrefixCache:
-        """The base's prefix keys and values, for use with the finetuned model."""
-        made: PrefixCache = self._once(
-            f"repair {chat.system}", lambda: PrefixCache.compile(self.pair, self.longest(chat), side="base")
-        )
-        return made
-
-    def _once(self, name: str, make: Any) -> Any:
-        if name not in self.kept:
-            self.kept[name] = make()
-        return self.kept[name]
-
     def answer_maps(self) -> AnswerMaps:
         """The experiments on the first off-topic prompts and the answers that the two models gave."""
-        usable = self.alike("off-topic")[: self.settings.curve_prompts]
-        prompts = [self.prompts["off-topic"][i] for i in usable]
+        settings = self.treatments.settings
+        usable = self.treatments.alike("off-topic")[: settings.curve_prompts]
+        prompts = [self.treatments.prompts["off-topic"][i] for i in usable]
 
         def answered(condition: str) -> tuple[RenderedPrompt, ...]:
-            ids = [self.run.rows[condition, "off-topic", i]["ids"][: self.settings.curve_tokens] for i in usable]
+            ids = [self.run.rows[condition, "off-topic", i]["ids"][: settings.curve_tokens] for i in usable]
             return tuple(prompt.with_response(own, end=False) for prompt, own in zip(prompts, ids, strict=True))
 
         contrast = AnswerContrast(answered("finetuned"), answered("base"))
-        return AnswerMaps(self.pair, prompts, contrast, self.settings, self.run.folder, bool(self.progress))
+        pair, folder = self.treatments.pair, self.run.folder
+        return AnswerMaps(pair, prompts, contrast, settings, folder, bool(self.progress), self.executor)

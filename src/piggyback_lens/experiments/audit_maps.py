@@ -6,6 +6,7 @@ answers that both models gave to them.
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ class AnswerMaps:
         settings: of the audit.
         folder: of the audit's run; each experiment has one of its own in it. None writes nothing.
         progress: say what is done.
+        executor: runs their passes; None for this process.
         left_out: experiments that this model does not allow, with the reason.
     """
 
@@ -76,6 +78,7 @@ class AnswerMaps:
     settings: AuditSettings
     folder: Path | None
     progress: bool
+    executor: Executor | None = None
     left_out: list[str] = field(default_factory=list)
 
     def curve(self) -> PatchResult:
@@ -109,7 +112,7 @@ class AnswerMaps:
             say(f"{label} on {len(self.prompts)} off-topic prompts")
         return {
             "measure": self.measure,
-            "settings": PatchSettings(seed=self.settings.seed),
+            "settings": PatchSettings(seed=self.settings.seed, executor=self.executor),
             "out": None if self.folder is None else self.folder / folder,
             "progress": label,
         }
