@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jaxtyping
 import numpy as np
@@ -197,14 +198,26 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, broken, unchecked):
 
 
 def test_a_result_is_shown_in_few_letters_and_its_texts_escaped():
-    evil = small(cells=tuple(c | {"span": "<script>\x1b[31m"} for c in small().cells))
+    evil = small(cells=tuple(c | {"span": f"<script>\x1b[31m{i}"} for i, c in enumerate(small().cells)))
     assert len(repr(evil)) <= 300
     assert "\x1b" not in repr(evil)
     shown = evil._repr_html_()
     assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown
     assert "\x1b" not in shown
     assert "recovery 1.00" in repr(small())
     assert "recovery 1.00" in shown
+
+
+def test_a_shown_result_leaves_out_what_is_the_same_in_all_rows_and_never_its_numbers():
+    frame, shown = small().to_frame(), small()._repr_html_()
+    columns = re.findall(r"<th>(\w+)</th>", shown)
+    alike = {name for name in frame if frame[name].astype(str).nunique() == 1}
+    assert alike > {"n", "span"}
+    assert {"value", "low", "high", "n"} <= set(columns)
+    assert not (alike - {"value", "low", "high", "n"}) & set(columns)
+    assert columns == [name for name in frame if name in columns]
+    assert "-0<" not in shown
 
 
 def test_the_reference_of_a_curve_and_controls_are_never_its_strongest_cell():

@@ -23,7 +23,7 @@ NO_CHROME = (
     "'piggyback-lens[notebooks]', install Chromium (or run plotly_get_chrome), or save the figure as .html"
 )
 WIDTH, SCALE = 900, 2
-"""Of pictures: the width that figures are laid out for, in px, and how many dots a px has in a .png."""
+"""Of pictures: the width that figures are laid out for, in px, and how many dots a px has in a .png file."""
 DARKEST = 0.07
 """Lightness of what is white in the light theme."""
 
@@ -46,20 +46,20 @@ def save_figure(figure: "go.Figure", path: str | Path, *, theme: Theme = "light"
         return atomic_write_text(path, shown.to_html(include_plotlyjs=True))
     if kind not in PICTURES:
         raise LensError(f"{path} ends with {kind or 'nothing'}: give .html, {', '.join(PICTURES)}")
-    drawn = picture(shown, kind.removeprefix("."), width)
+    drawn = picture(shown, kind.removeprefix("."), width, SCALE if kind == ".png" else 1)
     if drawn is None:
         raise LensError(f"{path} is not written: {NO_CHROME}")
     return atomic_write_bytes(path, drawn)
 
 
-def picture(figure: Any, kind: str, width: int = WIDTH) -> bytes | None:
-    """A figure as svg, png or pdf; None where nothing can draw it."""
+def picture(figure: Any, kind: str, width: int = WIDTH, scale: int = 1) -> bytes | None:
+    """A figure as svg, png or pdf, its dots `scale` times as dense; None where nothing can draw it."""
     import plotly.io as pio
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The kopts argument is ignored")  # of a Chrome that runs already
-            return bytes(pio.to_image(figure, format=kind, width=width, scale=SCALE if kind == "png" else 1))
+            return bytes(pio.to_image(figure, format=kind, width=width, scale=scale))
     except (ImportError, OSError, RuntimeError, ValueError):  # no kaleido, no Chrome, or one that does not start
         return None
 

@@ -43,6 +43,8 @@ KINDS: dict[str, str] = {
 }
 """Every kind of result, and where its class is: a new one is registered here."""
 SHOWN_ROWS, SHOWN_TEXT = 8, 300
+NUMBERS = ("value", "low", "high", "n")
+"""Columns that every frame has."""
 
 
 def _number(value: Any) -> Any:
@@ -168,10 +170,13 @@ class Result(ABC):
 
     def _repr_html_(self) -> str:
         frame = self.to_frame()
-        shown = frame.head(SHOWN_ROWS).map(lambda x: visible(x) if isinstance(x, str) else x)
-        table = shown.to_html(index=False, escape=True, border=0, float_format="{:.3g}".format)
+        told = frame.map(lambda x: visible(x) if isinstance(x, str) else x + 0.0 if isinstance(x, float) else x)
+        # What is the same in all rows would push the numbers out of sight.
+        alike = [name for name in told if name not in NUMBERS and told[name].astype(str).nunique() == 1]
+        table = told.drop(columns=alike if len(told) > 1 else [])
+        shown = table.head(SHOWN_ROWS).to_html(index=False, escape=True, border=0, float_format="{:.3g}".format)
         more = f"<p>{len(frame) - SHOWN_ROWS} more rows: to_frame()</p>" if len(frame) > SHOWN_ROWS else ""
-        return f"<p><b>{html.escape(visible(self.verdict))}</b></p>{table}{more}"
+        return f"<p><b>{html.escape(visible(self.verdict))}</b></p>{shown}{more}"
 
 
 def load_result(path: str | Path) -> Result:
