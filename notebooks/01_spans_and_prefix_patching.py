@@ -13,7 +13,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 01 Spans, and patching the prefix
 #
@@ -22,7 +21,7 @@
 #
 # **You will see** the spans of a prompt in colours; the answers of the base, of the finetuned model, and of the
 # finetuned model with the base's prefix put in; and a curve that says at which layers the prefix matters. One or two
-# minutes on two CPU cores, if `make demo` or `make demo QUICK=1` was run before; else the first cell but one trains a
+# minutes on two CPU cores, if `make demo` or `make demo QUICK=1` was run before; else the second cell trains a
 # small organism.
 
 # %%

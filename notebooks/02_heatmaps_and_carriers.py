@@ -13,7 +13,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 02 Heatmaps: layers, tokens, heads, and who carries it
 #
