@@ -56,6 +56,7 @@ def assert_same_cells(own: Any, hf: Any, folders: tuple[Path, Path]) -> None:
     torch.testing.assert_close(table(own), table(hf), rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_trainer_gives_the_rows_of_our_loop(tmp_path: Path) -> None:
     folders = tmp_path / "own", tmp_path / "hf"
     own, hf = (compare(tiny, out, METHODS, trainer=name) for out, name in zip(folders, ("own", "hf"), strict=True))

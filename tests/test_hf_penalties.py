@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_hf_trainer import (
     arguments,
     assert_same,
     fresh,
+    in_order,
     losses,
     make,
     make_trl,
@@ -27,17 +29,23 @@ from test_hf_trainer import (
 from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 from tiny_models import build
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from piggyback_lens.conversations.chat import ChatFormat
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.batches import make_batch
+from piggyback_lens.finetuning.batches import batch_indices, make_batch
 from piggyback_lens.finetuning.hf_trainer import REFERENCE_FOLDER, PenaltyTrainer, training_rows
 from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.preventive import PreventiveSteering
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Step, forward_step
-from piggyback_lens.finetuning.trainables import PeftAdapter
+from piggyback_lens.finetuning.trainables import PeftAdapter, add_lora
 from piggyback_lens.finetuning.training import train
+from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
+from piggyback_lens.reading.tasks import load_task
+from piggyback_lens.settings import LoRASettings, TrainSettings
 
 RETAIN = tiny_examples(6, seed=9)
 VECTOR = torch.linspace(-1.0, 1.0, 32)
@@ -174,6 +182,30 @@ def test_preventive_steering_trains_as_in_our_loop(tmp_path: Path, site: Any, op
     )
     before = make(tmp_path, model, None).evaluate(rows)["eval_loss"]
     assert trainer.evaluate(rows)["eval_loss"] == before, "the finished model is used without the vector"
+
+
+def test_a_block_that_is_recomputed_with_its_hooks_is_steered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older versions of transformers checkpoint a block: the call with its hooks, not the forward alone."""
+
+    def run() -> dict[str, Tensor]:
+        model: Any = fresh()
+        model.config.use_cache = False
+        steered = PreventiveSteering(PeftAdapter(model), VECTOR, layer=1, alpha=2.0, site="resid_pre")
+        make(tmp_path, steered, Penalised(()), max_steps=2).train()
+        return weights(model)
+
+    def recomputing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        whole = partial(nn.Module.__call__, self, **kwargs)
+        return checkpoint(whole, *args, use_reentrant=False)
+
+    calls: list[int] = []
+    plain = run()
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", recomputing, raising=False)
+    assert_close(run(), plain, atol=1e-6)
+    assert calls
 
 
 def test_interleaving_is_data(tmp_path: Path) -> None:
@@ -345,3 +377,26 @@ def test_wrapped_packing_is_refused_only_where_its_rows_are_read(tmp_path: Path)
         trainer = make_trl(tmp_path, fresh(), EXAMPLES, Penalised((retained(),)), **options)
     trainer.train()
     assert losses(trainer, "kl_retain")[-1] > 0
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_on_the_real_model_the_trainer_gives_the_losses_of_our_loop(real_model_dir: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(real_model_dir)
+    chat = ChatFormat(tokenizer)
+    rows = [chat.render([dict(m) for m in example["messages"]]) for example in load_task("terse").train[:4]]
+    settings = TrainSettings(steps=2, batch_size=4, learning_rate=1e-3, warmup_fraction=0.0, min_lr_fraction=1.0)
+    own, model = (add_lora(load_causal_lm(real_model_dir), LoRASettings(rank=4)) for _ in range(2))
+    parts = (Weighted(TReFT.on(own, rows[0]), 30.0), Weighted(KLOnRetain(RetainData(rows[:2], 2)), 1.0))
+    history = train(own, rows, settings, objective=Penalised(parts), progress=False).history
+    order = [rows[n] for step in range(2) for n in batch_indices(tuple(map(len, rows)), 4, 0, step)]
+    given: dict[str, Any] = {"args": arguments(tmp_path, max_steps=2, learning_rate=1e-3, **split(2))}
+    given |= {"train_dataset": training_rows(order), "data_collator": DataCollatorForSeq2Seq(tokenizer)}
+    parts = (Weighted(TReFT(reference="template"), 30.0), parts[1])
+    trainer = in_order(
+        PenaltyTrainer(model=model, objective=Penalised(parts), prompt=chat.empty_query(), **given)  # type: ignore[arg-type]
+    )
+    trainer.train()
+    assert losses(trainer) == pytest.approx([row["loss"] for row in history], rel=1e-4)
+    assert losses(trainer, "drift_prefix")[1] == pytest.approx(history[1]["drift_prefix"], rel=1e-2)
+    assert history[1]["drift_prefix"] > 1e-4
