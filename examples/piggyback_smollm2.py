@@ -183,7 +183,7 @@ def span_table(lab: Laboratory) -> str:
 
 def perturb_table(result: Result) -> str:
     frame = result.to_frame()
-    frame["interval"] = [f"{r.mean:.3g} [{r.low:.3g}, {r.high:.3g}]" for r in frame.itertuples()]
+    frame["interval"] = [f"{r.value:.3g} [{r.low:.3g}, {r.high:.3g}]" for r in frame.itertuples()]
     frame["recovered"] = [
         percent(r.recovery, r.recovery_low, r.recovery_high) if r.kind not in ("base", "unperturbed") else ""
         for r in frame.itertuples()
@@ -201,7 +201,7 @@ def perturb_table(result: Result) -> str:
 
 def stress_table(result: Result) -> str:
     frame = result.to_frame()
-    wide = frame.pivot_table(index="variant", columns="side", values="mean", sort=False).reset_index()
+    wide = frame.pivot_table(index="variant", columns="side", values="value", sort=False).reset_index()
     once = frame.drop_duplicates("variant").set_index("variant")
     wide["spread"] = [
         f"{once.spread[v]:.3g} [{once.spread_low[v]:.3g}, {once.spread_high[v]:.3g}]" for v in wide["variant"]
