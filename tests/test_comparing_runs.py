@@ -463,7 +463,7 @@ def test_points_say_what_differs_and_lines_join_the_first_weight_alone():
         ("lines+markers+text", ["λ 1, λ of kl_train 20", "λ 3, λ of kl_train 20"]),
     ]
     assert [trace.showlegend for trace in figure.data if trace.name == "treft+kl_train"] == [True, False]
-    assert "λ of kl_train 20" in figure.data[-2].customdata[0][4]
+    assert "λ of kl_train 20" in figure.data[-1].customdata[0][4]
 
 
 def test_points_of_other_learning_rates_and_axes_are_not_joined():
@@ -476,7 +476,19 @@ def test_points_of_other_learning_rates_and_axes_are_not_joined():
         "λ 1, lr shared, share 50 %",
         "λ 3, lr 0.5, share 100 %",
     ]
-    assert all("system default" in row[4] for trace in figure.data[:-1] for row in trace.customdata)
+    assert all("system default" in row[4] for trace in figure.data for row in trace.customdata)
+
+
+def test_the_axis_of_kept_behaviour_fits_the_methods_and_says_where_the_base_is():
+    close = with_cells(*marks("treft:lambda=1")).pareto_figure()
+    low, high = close.layout.xaxis.range
+    assert 0.5 < low < 1 < high < 1.1
+    assert "base" not in {trace.name for trace in close.data}
+    assert any(note.text == "← base (0, 0)" for note in close.layout.annotations)
+    lost = [made_up("kl_train:lambda=9", seed, (55.0, 58.0, 52.0), (50.0, 50.0, 50.0)) for seed in (0, 1)]
+    wide = with_cells(*marks("treft:lambda=1"), *lost).pareto_figure()
+    assert wide.layout.xaxis.range[0] < 0
+    assert "base" in {trace.name for trace in wide.data}
 
 
 def test_one_family_with_one_weight_is_labelled_with_it_alone():
@@ -487,7 +499,7 @@ def test_one_family_with_one_weight_is_labelled_with_it_alone():
 
 def test_rows_without_a_defined_share_are_named_in_the_figure():
     figure = with_cells(*marks("treft:lambda=3"), *marks("kl_train:lambda=2", seeds=(0, 5))).pareto_figure()
-    assert [trace.name for trace in figure.data] == ["sft", "treft", "base"]
+    assert [trace.name for trace in figure.data] == ["sft", "treft"]
     said = figure.layout.title.subtitle.text
     assert "not drawn, no plain finetuning with these seeds: kl_train:lambda=2" in said.replace("<br>", " ")
 

@@ -369,6 +369,10 @@ def test_every_curve_survives_its_file_and_draws_all_its_series(tmp_path, kind):
     assert drawn == set(curve.series)
     assert {t.line.color for t in figure.data if t.name and "control" in t.name} == {"#666666"}
     assert "texts" in figure.layout.title.subtitle.text
+    named = [note.text for note in figure.layout.annotations if "own norm" in note.text]
+    norms = curve.settings.get("own_norms", {}) if kind in ("efficiency", "significance") else {}
+    assert named == [f"{name}: own norm {norm:.3g}" for name, norm in norms.items()]
+    assert bool(named) == (kind in ("efficiency", "significance"))
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(LensError, match=r"says no format.*no Curve"):
         Curve.load(tmp_path / "x.json")

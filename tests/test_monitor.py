@@ -266,6 +266,8 @@ def test_frame_and_figure_show_spread_recovery_and_every_layer() -> None:
     assert list(carried.x) == list(frame["step"][np.isfinite(frame["recovery"])])
     assert np.asarray(drift.z).shape == (3, 3)
     np.testing.assert_allclose(np.asarray(drift.z)[2], np.log10(frame["drift_layer_2"]))
+    assert list(drift.x) == [1.5, 4.5, 7.5, 9.0]  # borders halfway between measurements, and the end of the run
+    assert 9 < figure.layout.xaxis3.range[1] < 9.5
     with pytest.raises(LensError, match="needs the columns"):
         Monitor(model, TOWARDS, AGAINST).figure()
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures import plots
+from piggyback_lens.figures.plot_style import whole_steps
 
 fixed = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 TOKENS = ["<|im_start|>", "\n", " ", "<b>", "<br>", "$x$", "&amp;", "%{x}", "<a href='x'>", " the", "\n", ""]
@@ -373,6 +374,27 @@ def test_history_draws_losses_then_gradient_norm_and_rate_and_no_bookkeeping(fig
     ]
     assert numbers(figures["history"].data[0].y) == [2.0, 1.5, 1.2]
     assert figures["history"].layout.xaxis4.title.text == "step"
+
+
+def test_a_history_ends_where_the_run_ended_and_draws_no_panel_twice():
+    history = pd.DataFrame({"step": [1, 2, 3, 4], "loss": [2.0, 1.5, 1.2, 1.1]})
+    plain = plots.history_figure(history.assign(sft=history["loss"], norm=[0.0, 1.0, 1.5, 1.7]))
+    titles = [note.text for note in plain.layout.annotations]
+    assert titles == ["loss (nats per token)", "norm of the solution"]
+    assert "sft is the whole loss" in plain.layout.title.subtitle.text
+    axis = plain.layout.xaxis
+    assert (axis.dtick, axis.tickformat) == (1, "d")
+    assert 0.9 < axis.range[0] < 1
+    assert 4 < axis.range[1] < 4.1
+    two = plots.history_figure(history.assign(sft=[1.0, 1.0, 1.0, 1.0], kl_retain=[1.0, 0.5, 0.2, 0.1]))
+    assert len(two.layout.annotations) == 3
+
+
+def test_steps_of_an_axis_are_whole_and_few():
+    assert whole_steps([0.0, 3.0])["dtick"] == 1
+    assert whole_steps([0.0, 29.0], most=20)["dtick"] == 2
+    assert whole_steps([1.0, 480.0])["dtick"] == 50
+    assert whole_steps([8.0])["range"] == [7.5, 8.5]
 
 
 def test_frames_without_what_a_figure_needs_are_refused():
