@@ -77,20 +77,21 @@ class Study:
         self.candidates = given.candidates.split(";")
         self.training = TrainSettings(steps=given.steps, batch_size=given.batch)
         self.n, self.tokens, self.workers = given.n, given.tokens, given.workers
-        self.deadline = time.monotonic() + 60 * given.minutes
+        self.deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
         told = ("seeds", "steps", "batch", "rates", "candidates", "n", "tokens")
         self.asked = " ".join(f"--{name} {shlex.quote(str(getattr(given, name)))}" for name in told)
 
     @property
-    def minutes(self) -> float:
-        return max(0.0, (self.deadline - time.monotonic()) / 60)
+    def minutes(self) -> float | None:
+        return None if self.deadline is None else max(0.0, (self.deadline - time.monotonic()) / 60)
 
     def compare(self, task: str, stage: str, methods: list[str], **settings: object) -> Result:
         """One stage of one task, in its own folder."""
         sizes = {"n_prompts": self.n, "max_new_tokens": self.tokens, "minutes": self.minutes}
         chosen = CompareSettings(training=self.training, **sizes, **settings)
         call = {"settings": chosen, "out": self.out / task / stage, "load": LoadSettings(offline=True)}
-        say(f"{task}, {stage}: {', '.join(methods)} ({self.minutes:.0f} minutes left)")
+        left = "" if self.minutes is None else f" ({self.minutes:.0f} minutes left)"
+        say(f"{task}, {stage}: {', '.join(methods)}{left}")
         if self.workers == 1:
             return compare_methods(self.model, task, methods, **call)
         with local(self.workers) as executor:
@@ -451,7 +452,7 @@ def main() -> None:
     asks.add_argument("--model", type=str)
     asks.add_argument("--tasks", default="terse,refusal,abstain")
     asks.add_argument("--seeds", default="0,1,2")
-    asks.add_argument("--minutes", type=float, default=math.inf)
+    asks.add_argument("--minutes", type=float)
     asks.add_argument("--steps", type=int, default=30)
     asks.add_argument("--batch", type=int, default=8)
     asks.add_argument("--rates", default=",".join(RATES))
