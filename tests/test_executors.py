@@ -16,6 +16,8 @@ from tiny_pairs import LEVEL
 
 import piggyback_lens as lens
 from piggyback_lens import engines
+from piggyback_lens.app.commands import _executor
+from piggyback_lens.app.options import EngineOptions
 
 CHAT = tiny_hooked.chat()
 PROMPTS = tiny_hooked.prompts(LEVEL)
@@ -194,6 +196,17 @@ def test_slurm_is_refused_where_it_is_not(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(lens.LensError, match=r'submitit is not installed: pip install "piggyback-lens\[slurm\]"'):
         engines.slurm(tmp_path)
+
+
+def test_the_command_line_refuses_engine_options_that_do_not_go_together(tmp_path):
+    for options, told in (
+        (EngineOptions(workers=2), "--workers 2 needs processes: add --engine local"),
+        (EngineOptions("local", slurm={"timeout_min": 5}), r"--slurm timeout_min=\.\.\. says how SLURM runs jobs"),
+    ):
+        with pytest.raises(lens.LensError, match=told):
+            _executor(options, tmp_path)
+    with _executor(EngineOptions("local", workers=2), tmp_path) as executor:
+        assert isinstance(executor, engines.Processes)
 
 
 # ---------------------------------------------------------------- audits

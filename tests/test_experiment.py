@@ -11,7 +11,8 @@ from tiny_pairs import THREE, contrast, pair
 import piggyback_lens.experiments.experiment as experiment_module
 import piggyback_lens.results.run as run_module
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.experiment import Planned, run_plan
+from piggyback_lens.experiments.experiment import run_plan
+from piggyback_lens.experiments.laboratory import Laboratory, Planned
 from piggyback_lens.experiments.patching import carrier_map, layer_curve, layer_head_map, layer_position_map, patch_span
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.interventions.donors import prefix_activations
@@ -222,22 +223,24 @@ def planned(*parts):
 
 
 def test_a_plan_without_cells_and_a_model_that_breaks_are_refused(tmp_path):
-    run = {"kind": "span", "measure": contrast(), "settings": PatchSettings()}
+    lab = Laboratory(pair(), prompts(THREE), PatchSettings())
+    run = {"kind": "span", "measure": contrast()}
     with pytest.raises(LensError, match="no cell is left to run"):
-        run_plan(pair(), prompts(THREE), [], **run)
+        run_plan(lab, [], **run)
     with pytest.raises(LensError, match="no prompts"):
-        run_plan(pair(), [], planned(*zero("v", span="prefix").parts), **run)
+        Laboratory(pair(), [], PatchSettings())
     broken = prefix_activations(pair(), "base", prompts(THREE)[0], "v")
     broken["v", 1].fill_(float("nan"))
     with pytest.raises(LensError, match=r"cell 0 gave .*nan.*: the model does not stay finite under this patch"):
-        run_plan(pair(), prompts(THREE), planned(*patch(broken).parts), out=tmp_path, **run)
+        run_plan(lab, planned(*patch(broken).parts), out=tmp_path, **run)
     assert not (tmp_path / "result.json").exists()
 
 
 def test_any_intervention_can_be_a_cell():
     """The engine takes more than patches: here an ablation and nothing at all."""
     plan = [*planned(*zero("v", span="prefix").parts), *planned()]
-    result = run_plan(pair(), prompts(THREE), plan, kind="span", measure=contrast(), settings=PatchSettings())
+    lab = Laboratory(pair(), prompts(THREE), PatchSettings())
+    result = run_plan(lab, plan, "span", contrast())
     assert result.values[1] == pytest.approx(result.finetuned, abs=1e-6)
     assert result.values[0] != pytest.approx(result.finetuned, abs=1e-2)
     assert (result.cells[1]["touched"], result.cells[1]["change_norm"]) == (0, 0)
@@ -247,12 +250,11 @@ def test_progress_counts_the_cells_that_are_left(tmp_path, monkeypatch):
     shown = []
     original = experiment_module.counting
 
-    def counting(total, label):
-        shown.append((total, label))
-        return original(total, None)
+    def counting(total):
+        shown.append(total)
+        return original(total)
 
     monkeypatch.setattr(experiment_module, "counting", counting)
-    curve(tmp_path, progress=True)
-    curve(tmp_path, progress="my curve")
-    curve(progress=False)
-    assert shown == [(CELLS, "layer curve"), (0, "my curve"), (CELLS, None)]
+    curve(tmp_path)
+    curve(tmp_path)
+    assert shown == [CELLS, 0]

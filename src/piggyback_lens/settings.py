@@ -325,6 +325,8 @@ class MapSettings(Settings):
         answer_tokens: tokens of the models' own answers that the contrast scores.
         seed: of the random controls.
         budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
+        cells_per_pass: the most cells that go through together, and are one job of an engine; None for as many as the
+            memory allows.
     """
 
     kinds: Sequence[MapKind] = ("carrier", "layers", "attribution")
@@ -334,9 +336,11 @@ class MapSettings(Settings):
     answer_tokens: int = 24
     seed: int = 0
     budget_gb: float | None = None
+    cells_per_pass: int | None = None
 
     def _check(self) -> None:
         check_field(self, "answer_tokens", self.answer_tokens >= 1, "at least 1")
+        check_field(self, "cells_per_pass", self.cells_per_pass is None or self.cells_per_pass >= 1, "at least 1")
         keyed, read = {"k", "v", "rot_k"}, {"z", "q"}
         if "heads" in self.kinds and not (set(self.sites) <= keyed or set(self.sites) <= read):
             raise LensError(f"sites {'+'.join(self.sites)} have no heads of one kind: kind heads takes k+v, or z, q")

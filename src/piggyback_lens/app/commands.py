@@ -1,5 +1,6 @@
 """The commands: each reads its inputs, runs one experiment in a folder, and tells what was found."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import typer
 from piggyback_lens.app.options import (
     Base,
     BehaviourName,
+    CellOptions,
     DataOptions,
     EngineOptions,
     First,
@@ -95,7 +97,7 @@ def audit(
     topics: TopicOptions,
     behaviour: BehaviourName,
     settings: AuditSettings,
-    models: PairOptions,
+    models: CellOptions,
     answers: Annotated[
         list[Path] | None,
         typer.Option(help="Answers made elsewhere, repeatable: rows with condition, question, sample, response."),
@@ -118,7 +120,8 @@ def audit(
     inside, outside = _first_prompts(topics.on_topic), _first_prompts(topics.off_topic)
     pair, chat = models.pair(base, out)
     given: dict[str, Any] = {"chat": chat, "answers": answers or (), "out": out}
-    result = run(pair, inside, outside, measure, settings, **given)
+    with _executor(models.engine, out) as executor:
+        result = run(pair, inside, outside, measure, settings, executor=executor, **given)
     show(result, out)
     if reasons := [reason for gate in gates if (reason := gate.reason(result)) is not None]:
         tell("\n".join(reasons))
@@ -147,14 +150,20 @@ def em(
 
 @command(app, "map")
 def map_(
-    base: Base, prompts: Prompts, settings: MapSettings, models: PairOptions, n: First = 12, out: Out = Path("map_out")
+    base: Base,
+    prompts: Prompts,
+    settings: MapSettings,
+    models: CellOptions,
+    n: First = 12,
+    out: Out = Path("map_out"),
 ) -> None:
     """Map where the behaviour rides: span x layer x site, with controls and intervals."""
     from piggyback_lens.app.maps import run_maps
 
     chosen = _first_prompts(prompts, n)
     pair, chat = models.pair(base, out)
-    found = run_maps(pair, chat.ask(chosen), settings, out=out)
+    with _executor(models.engine, out) as executor:
+        found = run_maps(pair, chat.ask(chosen), settings, executor=executor, out=out)
     tell(found.verdict, ("report", out / "report.html"))
 
 
@@ -344,7 +353,7 @@ def compare(
 
     methods = as_methods(method or ["sft", "treft:lambda=1,10,30"])
     chosen = load_task(task)
-    with _executor(engine) as executor:
+    with _executor(engine, out) as executor:
         found = compare_methods(base, chosen, methods, settings, out=out, executor=executor, load=load)
     tell(found.verdict, ("report", report_run(out)))
 
@@ -403,16 +412,22 @@ def _backend(text: str) -> Backend:
     return text  # type: ignore[return-value]
 
 
-def _executor(asked: EngineOptions) -> Any:
+def _executor(asked: EngineOptions, out: Path) -> Any:
     """A context manager that gives the executor, or None for this process."""
     from piggyback_lens import engines
 
+    if asked.slurm and asked.engine != "slurm":
+        raise LensError(f"--slurm {next(iter(asked.slurm))}=... says how SLURM runs jobs: add --engine slurm")
     if asked.engine == "here":
         if asked.workers > 1:
             raise LensError(f"--workers {asked.workers} needs processes: add --engine local")
         return nullcontext()
-    local = asked.engine == "local"
-    return engines.local(asked.workers) if local else engines.ray(num_gpus_per_cell=asked.gpus_per_cell)
+    if asked.engine == "local":
+        return engines.local(asked.workers)
+    if asked.engine == "ray":
+        return engines.ray(num_gpus_per_cell=asked.gpus_per_cell)
+    gpus = {} if asked.gpus_per_cell == 0 else {"gpus_per_node": math.ceil(asked.gpus_per_cell)}
+    return engines.slurm(out / "jobs", **gpus | dict(asked.slurm))
 
 
 def _lines() -> Iterator[str]:

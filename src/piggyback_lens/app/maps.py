@@ -1,6 +1,7 @@
 """The job `map`: several patching experiments on the contrast of the models' own answers, and one report."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def run_maps(
     prompts: Sequence[RenderedPrompt],
     settings: MapSettings = MapSettings(),
     *,
+    executor: Executor | None = None,
     out: str | Path,
     progress: bool | str = True,
 ) -> Collection:
@@ -48,6 +50,7 @@ def run_maps(
         pair: base and finetuned.
         prompts: rendered, without a response, all with the same prefix.
         settings: which experiments, and on what.
+        executor: runs the passes of cells as jobs; None for this process. The pair then has to be loaded from names.
         out: folder of the run.
         progress: show a line with the time left; a text is its label.
 
@@ -62,7 +65,12 @@ def run_maps(
             say_stage(f"both models answer {len(prompts)} prompts")
         measure = own_contrast(run, pair, prompts, tokens=settings.answer_tokens)
         options: dict[str, Any] = {"measure": measure}
-        options["settings"] = PatchSettings(seed=settings.seed, budget_gb=settings.budget_gb)
+        options["settings"] = PatchSettings(
+            seed=settings.seed,
+            budget_gb=settings.budget_gb,
+            cells_per_pass=settings.cells_per_pass,
+            executor=executor,
+        )
         found: dict[str, Result] = {}
         for kind in settings.kinds:
             if progress:

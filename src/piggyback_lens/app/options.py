@@ -110,17 +110,20 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Where the cells of a comparison run.
+    """Where the cells run.
 
     Attributes:
-        engine: this process (here), local processes, or a Ray cluster.
+        engine: this process (here), local processes, a Ray cluster, or SLURM.
         workers: processes of the local engine.
-        gpus_per_cell: GPUs that Ray reserves for a cell.
+        gpus_per_cell: GPUs that Ray or SLURM reserves for a cell; of Ray also a fraction.
+        slurm: parameters of SLURM's jobs as submitit names them, NAME=VALUE, repeatable: timeout_min=60,
+            slurm_partition=gpu, ...
     """
 
-    engine: Literal["here", "local", "ray"] = "here"
+    engine: Literal["here", "local", "ray", "slurm"] = "here"
     workers: int = 1
     gpus_per_cell: float = 0.0
+    slurm: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,17 @@ class PairOptions(ModelOptions):
         source = None if base == "demo" else base
         pair = ModelPair.load(source, self.finetuned, self.adapter, backend=self.backend, **vars(self.load))
         return pair, self._as_begun(pair.chat_format(self.chat), out)
+
+
+@dataclass(frozen=True)
+class CellOptions(PairOptions):
+    """The pair, and where the cells of an experiment on it run.
+
+    Attributes:
+        engine: where the cells run.
+    """
+
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def shown_name(source: str) -> str:
