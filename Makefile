@@ -14,6 +14,7 @@ EXTRAS ?= sae,trl,slurm,openai,notebooks,docs,dev
 TASK ?= terse
 OUT ?= demo_out
 QUICK ?=
+RUN ?=
 PYTEST ?=
 LEGS ?=
 # Test processes, of one thread each; a file stays in one process.
@@ -35,6 +36,7 @@ help:
 	@echo "make legs       the exactness tests and a short demo under other versions; writes docs/versions.md"
 	@echo "                LEGS=\"newest extras lowest\" PYTHON312=python3.12"
 	@echo "make notebooks  make each .ipynb and its .py twin equal (the newer one wins)"
+	@echo "                RUN=1 runs them, and stores what they show"
 	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
 	@echo "make install    only make $(VENV)"
 	@echo "make clean      remove $(VENV) and caches; results stay"
@@ -63,6 +65,7 @@ legs:
 
 notebooks: install
 	@$(BIN)/jupytext --sync notebooks/*.ipynb
+	@$(if $(RUN),$(BIN)/python examples/run_notebooks.py notebooks/*.ipynb)
 
 figures: install
 	@$(BIN)/python examples/write_figures.py $(OUT) docs
