@@ -1,6 +1,6 @@
 """Run the notebooks and store what they show, without the cells that need the hub or a GPU.
 
-python examples/run_notebooks.py notebooks/*.ipynb      (after `make demo`; PIGGYBACK_LENS_ADAPTER names another adapter)
+python examples/run_notebooks.py notebooks/*.ipynb     (after `make demo`, or with PIGGYBACK_LENS_ADAPTER)
 """
 
 import sys
