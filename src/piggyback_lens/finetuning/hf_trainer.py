@@ -65,7 +65,7 @@ class PenaltyMixin:
     settings, e.g. `chat.empty_query()`: its prefix is what every row has to begin with, its postfix the reference of
     span "postfix". Penalties that read nothing of the batch do without it.
 
-    Logs, beside the Trainer's loss (which includes the penalties), `penalty`, the part of it that they are, and each
+    Logs, beside the Trainer's loss (which includes the penalties), "penalty", the part of it that they are, and each
     of them by its name, before weight and threshold: means over steps, processes, and rows or tokens as the penalty
     counts them. A threshold holds for each micro-batch. Rows count equally within a micro-batch, and micro-batches
     equally; tokens count equally wherever the Trainer's own do. In steps in which nothing counts nothing more runs, and
@@ -274,7 +274,7 @@ class PenaltyMixin:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with `penalty` and the penalties by name beside the training loss."""
+        """As the Trainer's, with "penalty" and the penalties by name beside the training loss."""
         if "loss" in logs and self._measured:
             steps, self._measured = self._measured, []
             for name in dict.fromkeys(name for terms in steps for name in terms):
