@@ -106,7 +106,7 @@ off_topic[0]
 
 # %%
 settings = AuditSettings(max_new_tokens=24, curve_prompts=0)
-result = audit(pair, on_topic, off_topic, "words:8", settings, out=folder / "audit")
+result = audit(pair, on_topic, off_topic, "words:12", settings, out=folder / "audit")
 print(result.verdict)
 result.figure()
 

@@ -171,8 +171,8 @@ def test_the_third_notebook_trains_two_vectors_and_draws_three_curves(settings, 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_fourth_notebook_holds_the_prefix_where_plain_finetuning_moves_it(settings, tmp_path):
-    settings.setenv("PIGGYBACK_LENS_STEPS", "6")
+@pytest.mark.usefixtures("settings")
+def test_the_fourth_notebook_holds_the_prefix_where_plain_finetuning_moves_it(tmp_path):
     said = texts(run(NAMES[3], tmp_path))
     plain, treft = map(float, re.search(r"prefix moved by ([\d.e-]+), with TReFT by ([\d.e-]+)", said).groups())
     assert 0 < treft < plain / 2
