@@ -20,9 +20,9 @@
 # prefix carry it there?
 #
 # **You will see** question files read with their ids, an audit under seven conditions with intervals and controls,
-# its verdict and figure, cells that you can read one by one, a bound that could stand in a CI job, and judged answers
-# turned into rates of emergent misalignment. Cells tagged *network* or *gpu* fetch a published pair of 14B parameters
-# (one GPU of 40 GB); skip them, and everything else runs on the demo organism in two minutes on two CPU cores.
+# its verdict and figure, answers that you can read one by one, and judged answers turned into rates of emergent
+# misalignment. Cells tagged *network* or *gpu* fetch a published pair of 14B parameters (one GPU of 40 GB); skip
+# them, and everything else runs on the demo organism in a minute or two on two CPU cores.
 
 # %%
 import os
