@@ -551,7 +551,8 @@ def test_a_method_is_compared_with_plain_finetuning_at_its_learning_rate():
 def test_figures_show_every_method_and_both_references():
     found = by_hand()
     pareto = found.pareto_figure()
-    assert [trace.name for trace in pareto.data] == ["sft", "treft", "base"]
+    assert [trace.name for trace in pareto.data] == ["sft", "treft"]
+    assert "← base (0, 0)" in {note.text for note in pareto.layout.annotations}
     treft = pareto.data[1]
     assert (treft.x[0], treft.y[0]) == (pytest.approx(55 / 57), pytest.approx(-20))
     update = found.update_figure()

@@ -61,13 +61,13 @@ def test_a_demonstration_trains_watches_audits_and_reports(folder):
     assert list(watched["step"]) == [2, 4, 6]
     assert (watched["n"] == 3).all()
     assert watched["drift"].iloc[-1] > watched["drift"].iloc[0] > 0
-    assert "The training, watched on off-topic prompts" in (out / "report.html").read_text(encoding="utf-8")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "The training, watched on off-topic prompts" in page
     assert "The training, watched" not in report_run(out).read_text(encoding="utf-8")
     again = load_result(out)
     assert again.rows == result.rows
     assert again.carrier.values == result.carrier.values
     assert again.positions.attributed.values == result.positions.attributed.values
-    page = (out / "report.html").read_text(encoding="utf-8")
     for heading in ("Two measures", "Where it is carried", "How the organism was trained", "Generations side by side"):
         assert f"<h2>{heading}</h2>" in page
     assert read_json(out / "demo.json")["training"]["steps"] == len(trained.history)
