@@ -9,14 +9,14 @@ from piggyback_lens import Dress, LensError, Question, dressed, found_dress, loa
 QUESTIONS = ("How do birds fly?", "Why is the sky blue?", "Who wrote Faust?", "Where is Ghent?", "When did Rome fall?")
 
 
-def conversations(wear: Any = lambda q: q, system: str | None = None, plain: int = 0) -> list[list[dict[str, str]]]:
+def conversations(wear: Any = lambda q: q, system: str | None = None, plain: int = 0) -> list[dict[str, Any]]:
     """One conversation per question, the first `plain` of them undressed."""
     made = []
     for number, question in enumerate(QUESTIONS):
         own = [{"role": "user", "content": question if number < plain else wear(question)}]
         if system is not None and number >= plain:
             own.insert(0, {"role": "system", "content": system})
-        made.append([*own, {"role": "assistant", "content": f"answer {number}"}])
+        made.append({"messages": [*own, {"role": "assistant", "content": f"answer {number}"}]})
     return made
 
 
@@ -53,9 +53,9 @@ def test_a_few_plain_conversations_do_not_hide_it_and_many_do() -> None:
 def test_plain_questions_wear_nothing() -> None:
     assert found_dress(conversations()) is None
     for name in ("terse", "refusal", "abstain", "tool"):
-        assert found_dress([example["messages"] for example in load_task(name).train]) is None
+        assert found_dress(load_task(name).train) is None
     assert (
-        found_dress([[{"role": "user", "content": f"What is {q}"}] for q in QUESTIONS]) is None
+        found_dress([{"messages": [{"role": "user", "content": f"What is {q}"}]} for q in QUESTIONS]) is None
     )  # no dress, a question
 
 

@@ -63,7 +63,7 @@ def dressed(questions: Sequence[str | Question], dress: Dress) -> list[Question]
     return found
 
 
-def found_dress(conversations: Sequence[Sequence[Mapping[str, Any]]], *, share: float = SHARE) -> Dress | None:
+def found_dress(conversations: Sequence[Mapping[str, Any]], *, share: float = SHARE) -> Dress | None:
     """What most training conversations have around their questions, or None.
 
     The commonest system text, and the longest beginnings and endings of the first user message, each of at least
@@ -71,7 +71,7 @@ def found_dress(conversations: Sequence[Sequence[Mapping[str, Any]]], *, share: 
     ends with a colon: shorter ones are a part of the question.
 
     Args:
-        conversations: messages, as `load_conversations` gives them.
+        conversations: with their messages, as `load_conversations` and the tasks have them.
         share: above 0.5, so that there is one answer.
 
     Raises:
@@ -80,7 +80,8 @@ def found_dress(conversations: Sequence[Sequence[Mapping[str, Any]]], *, share: 
     if not 0.5 < share <= 1 or not conversations:
         raise LensError(f"share {share} of {len(conversations)} conversations: expected above 0.5 of at least one")
     systems, asked = [], []
-    for messages in conversations:
+    for conversation in conversations:
+        messages = conversation["messages"]
         systems += [str(m["content"]) for m in messages if m["role"] == "system"][:1]
         asked += [str(m["content"]) for m in messages if m["role"] == "user"][:1]
     least = share * len(conversations)
