@@ -23,6 +23,7 @@ from piggyback_lens.app.options import (
     Prompts,
     TextOptions,
     TopicOptions,
+    Work,
     command,
     tell,
 )
@@ -373,12 +374,13 @@ def convert(
 @command(app)
 def doctor(
     models: PairOptions,
+    work: Work,
     base: Annotated[str | None, typer.Argument(help="A model to look at, as for the other commands.")] = None,
 ) -> None:
-    """Say what is installed and what works here; of a model its template, its memory, and what will not work."""
+    """Say what is installed and works here; of a model its template, what of it fits, and what will not work."""
     from piggyback_lens.app.doctor import examine
 
-    for line in examine(base, models):
+    for line in examine(base, models, work):
         tell(line)
 
 

@@ -1,7 +1,8 @@
 """What is installed and works here; and of a model what it is, what its template writes, and what will not work."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piggyback_lens.card import machine, versions
@@ -9,7 +10,7 @@ from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.errors import LensError
 
 if TYPE_CHECKING:
-    from piggyback_lens.app.options import PairOptions
+    from piggyback_lens.app.options import PairOptions, Work
 
 EXTRAS = {
     "sae": "sae-lens",
@@ -29,8 +30,14 @@ QUERY = "How do birds fly?"
 WIDTH = 18
 
 
-def examine(base: str | None, models: "PairOptions") -> Iterator[str]:
-    """Lines on this machine, and on a model where one is named."""
+def examine(base: str | None, models: "PairOptions", work: "Work") -> Iterator[str]:
+    """Lines on this machine, and on a model where one is named.
+
+    Args:
+        base: the model.
+        models: how it is loaded, and what is beside it.
+        work: what its memory is planned for; with a size named, nothing is loaded.
+    """
     for name, value in {**versions(), **machine()}.items():
         yield _line(name, value)
     yield _line("backends", ", ".join(_backends()))
@@ -38,7 +45,7 @@ def examine(base: str | None, models: "PairOptions") -> Iterator[str]:
     if base is None:
         yield _line("demo model", _demo_model())
     else:
-        yield from _model(base, models)
+        yield from _model(base, models, work)
 
 
 def _line(name: str, value: Any) -> str:
@@ -67,8 +74,8 @@ def _demo_model() -> str:
         return str(error)
 
 
-def _model(base: str, models: "PairOptions") -> Iterator[str]:
-    """The template, which takes no weights; then the weights, and whether the hooked model is the same function."""
+def _model(base: str, models: "PairOptions", work: "Work") -> Iterator[str]:
+    """Template and memory, which take no weights; then the weights, and whether the hooked model is the same."""
     from piggyback_lens.models.backends import shape_of
     from piggyback_lens.models.pair import hook_model
     from piggyback_lens.models.sources import load_causal_lm
@@ -78,6 +85,13 @@ def _model(base: str, models: "PairOptions") -> Iterator[str]:
     prompt = chat.render(QUERY)
     yield _line("template", f"fingerprint {chat.fingerprint}, default system text {chat.default_system!r}")
     yield from str(prompt.show()).splitlines()
+    if Path(source).suffix != ".gguf":
+        needed, free = yield from _memory(source, models, work)
+        if work.memory_gb is not None:
+            return
+        if needed > free:
+            yield _line("not loaded", f"{needed / 1e9:.3g} GB of weights, {free / 1e9:.3g} GB are free")
+            return
     loaded = load_causal_lm(source, models.load)
     size = sum(weight.numel() * weight.element_size() for weight in loaded.parameters())
     yield _line("weights", f"{size / 1e9:.2f} GB on {loaded.device}, {loaded.dtype}")
@@ -97,6 +111,30 @@ def _model(base: str, models: "PairOptions") -> Iterator[str]:
         pair, _ = models.pair(base)
         yield _line("pair", f"{pair!r}: each side computes what its owner computes")
         yield from (_line("note", note) for note in pair.notes)
+
+
+def _memory(source: str, models: "PairOptions", work: "Work") -> Generator[str, None, tuple[float, float]]:
+    """What fits, from the config alone. Gives the bytes of the weights as they are loaded, and those that are free."""
+    import torch
+
+    from piggyback_lens.app.memory import Sizes, free_memory, plan
+    from piggyback_lens.models.places import usable_device
+    from piggyback_lens.models.sources import load_config
+
+    config, device = load_config(source, models.load), usable_device(models.load.device)
+    cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    places = cards if models.load.device_map is not None and cards else [device]
+    free, told = sum(map(free_memory, places)), f"free on {', '.join(map(str, places))}"
+    if work.memory_gb is not None:
+        free, told = 1e9 * work.memory_gb, "named; nothing is loaded"
+    yield _line("memory", f"{free / 1e9:.3g} GB {told}")
+    sizes, copies = Sizes.of(config, work), 1 if models.finetuned is None else 2
+    yield from (_line(name, line) for name, line in plan(sizes, work, free, copies))
+    kind = models.load.quantization
+    dtype = str(config.dtype or "float32").removeprefix("torch.") if models.load.dtype == "auto" else models.load.dtype
+    if kind not in ("8bit", "4bit"):
+        kind = "float32" if dtype in ("float32", "float64") else "bfloat16"
+    return copies * sizes.weights(kind), free
 
 
 def _parity(loaded: Any, hooked: Any, prompt: RenderedPrompt) -> str:

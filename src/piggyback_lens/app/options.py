@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from piggyback_lens.errors import LensError, visible
-from piggyback_lens.settings import ChatSettings, LoadSettings, field_docs
+from piggyback_lens.settings import ChatSettings, LoadSettings, check_field, field_docs
 from piggyback_lens.words import Backend, Supervise
 
 if TYPE_CHECKING:
@@ -124,6 +124,29 @@ class EngineOptions:
     workers: int = 1
     gpus_per_cell: float = 0.0
     slurm: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What memory is asked for.
+
+    Attributes:
+        memory_gb: plan for a device of this size, in GB (1e9 bytes), from the config alone: no weights are read.
+        rows: rows of a batch.
+        tokens: tokens of a row, its answer included.
+        rank: of the LoRA adapter, on all linear layers.
+    """
+
+    memory_gb: float | None = None
+    rows: int = 16
+    tokens: int = 512
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        good = self.memory_gb is None or self.memory_gb > 0
+        check_field(self, "memory_gb", good, "a number above 0")
+        for name in ("rows", "tokens", "rank"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from piggyback_lens.interventions.running import applied_each
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure
 from piggyback_lens.measuring.generation import generate
-from piggyback_lens.models.backends import HookedModel, check_layers, device_of, dtype_of, free_bytes, shape_of
+from piggyback_lens.models.backends import HookedModel, Shape, check_layers, device_of, dtype_of, free_bytes, shape_of
 from piggyback_lens.models.forking import Lineage, forking
 from piggyback_lens.models.network import NOTHING, forward, forward_keeping
 from piggyback_lens.models.states import KVState, state_from_keys_values
@@ -150,7 +150,10 @@ def run_pass(
 def _most_rows(model: HookedModel, measure: AnswerContrast, budget_gb: float | None) -> int:
     """Rows that one pass may have."""
     memory = free_bytes(device_of(model)) / 2 if budget_gb is None else budget_gb * 1e9
-    return max(2, min(MOST_ROWS, int(memory / row_bytes(model, measure.rows))))
+    tokens = max(len(row.ids) for row in measure.rows)
+    answer = max(len(row.ids) - row.n_prompt for row in measure.rows)
+    one = row_bytes(shape_of(model), dtype_of(model).itemsize, tokens, answer)
+    return max(2, min(MOST_ROWS, int(memory / one)))
 
 
 def _groups(prompts: Sequence[RenderedPrompt], most: int) -> list[list[int]]:
@@ -164,11 +167,15 @@ def _similar(prompts: Sequence[RenderedPrompt], most: int) -> list[list[int]]:
     return [order[i : i + most] for i in range(0, len(order), most)]
 
 
-def row_bytes(model: HookedModel, rows: Sequence[RenderedPrompt]) -> int:
-    """Rough memory of one row of a pass: keys and values (twice, while they grow), logits, the widest activations."""
-    shape, item = shape_of(model), dtype_of(model).itemsize
-    tokens = max(len(row.ids) for row in rows)
-    answer = max(len(row.ids) - row.n_prompt for row in rows)
+def row_bytes(shape: Shape, item: int, tokens: int, answer: int) -> int:
+    """Rough memory of one row of a pass: keys and values (twice, while they grow), logits, the widest activations.
+
+    Args:
+        shape: of the model.
+        item: bytes of a number.
+        tokens: of the row, its answer included.
+        answer: of them, those whose logits are computed.
+    """
     kv = 4 * shape.n_layers * shape.n_kv_heads * tokens * shape.d_head * item
     logits = answer * shape.d_vocab * (item + 8)
     widest = tokens * (10 * shape.d_model + 2 * shape.n_heads * tokens) * item

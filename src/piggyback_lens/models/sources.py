@@ -210,6 +210,23 @@ def _usable_devices(settings: LoadSettings) -> torch.device:
 
 # ---------------------------------------------------------------- a model's folder and its config.json
 
+
+def load_config(source: str | Path, settings: LoadSettings = LoadSettings()) -> Any:
+    """The configuration of a model of transformers; of a repository on the hub nothing else is fetched.
+
+    Args:
+        source: as of `load_causal_lm`, but for GGUF files.
+        settings: how to load; only `offline` and `trust_remote_code` matter here.
+
+    Raises:
+        LensError: as `load_causal_lm`.
+    """
+    place = locate(source)
+    if place.local or not looks_like_hub_id(place.name):
+        return _config(_model_folder(source, settings), source, settings)
+    return _config(snapshot(place, ["config.json"], "config.json", source, settings), source, settings)
+
+
 _MODEL_FILES = [
     "config.json",
     "generation_config.json",
