@@ -23,7 +23,7 @@ WORDS = 3
 
 @dataclass(frozen=True)
 class Dress:
-    """What stands around a question.
+    """What stands around a question: a system text, text before it, text after it.
 
     Attributes:
         system: the system text; None leaves that of the chat format.
