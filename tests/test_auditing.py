@@ -185,6 +185,8 @@ def test_both_measures_stand_side_by_side_and_it_is_said_where_they_disagree():
     assert "in free answers the prefix restores more, teacher-forced the postfix" in parts["Two measures"].texts[-1]
     alike = dataclasses.replace(found, carrier=contrasts(prefix=0.6, postfix=0.2))
     assert audit_parts(alike)[0].texts[-1] == "Here both put the prefix first."
+    near = dataclasses.replace(found, carrier=contrasts(prefix=0.31, postfix=0.3))
+    assert "Teacher-forced the two intervals overlap: that order may be chance." in audit_parts(near)[0].texts[-1]
     assert audit_parts(found) == []
 
 

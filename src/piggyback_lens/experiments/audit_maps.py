@@ -5,7 +5,7 @@ answers that both models gave to them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,18 +172,27 @@ def forced_text(result: "AuditResult") -> str:
 
 
 def compared(result: "AuditResult") -> str:
-    """Whether both measures put prefix and postfix in the same order."""
-    free = {span: result.recovery(span).value for span in ("prefix", "postfix")}
-    forced = {span: float(_forced(result, span)["value"]) for span in ("prefix", "postfix")}
-    if any(math.isnan(value) for value in (*free.values(), *forced.values())):
+    """Whether both measures put prefix and postfix in the same order, and where the order may be chance."""
+    spans = ("prefix", "postfix")
+    free = {span: (own.value, own.low, own.high) for span, own in ((s, result.recovery(s)) for s in spans)}
+    forced = {span: tuple(float(_forced(result, span)[end]) for end in _ENDS) for span in spans}
+    if any(math.isnan(ends[0]) for ends in (*free.values(), *forced.values())):
         return "One of them is not defined here, so that they cannot be compared."
-    first, second = (max(order, key=lambda span: order[span]) for order in (free, forced))
-    if first == second:
-        return f"Here both put the {first} first."
-    return (
-        f"Here they disagree: in free answers the {first} restores more, teacher-forced the {second}. The first says "
-        "what a user would see, the second where more of the difference in the models' next-token predictions sits."
-    )
+    first, second = (max(spans, key=lambda span: order[span][0]) for order in (free, forced))
+    said = f"Here both put the {first} first."
+    if first != second:
+        said = (
+            f"Here they disagree: in free answers the {first} restores more, teacher-forced the {second}. The first "
+            "says what a user would see, the second where more of the difference in next-token predictions sits."
+        )
+    unsure = [name for name, order in (("in free answers", free), ("teacher-forced", forced)) if _overlap(order)]
+    chance = f" {' and '.join(unsure).capitalize()} the two intervals overlap: that order may be chance."
+    return said + (chance if unsure else "")
+
+
+def _overlap(order: Mapping[str, tuple[float, ...]]) -> bool:
+    (_, low, high), (_, other_low, other_high) = order.values()
+    return not (low > other_high or other_low > high)
 
 
 def _forced(result: "AuditResult", span: str) -> Any:

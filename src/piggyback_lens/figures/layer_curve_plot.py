@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 RECOVERY_LINES = {0.0: "0 = finetuned", 1.0: "1 = base restored"}
-PLOT_HEIGHT, LABEL_GAP = 400, 19  # px: of the panel, and from the middle of one name to the next
+PLOT_HEIGHT, LABEL_GAP = 400, 22  # px: of the panel, and from the middle of one name to the next
 SQUEEZED = 3  # a reference line that would make the range so many times as large is named, not drawn
 BAND = 1.0  # of the range of the means: how far a band may reach beyond it
 VISIBLE = 0.005  # of the range: a noise floor below it is said, not drawn

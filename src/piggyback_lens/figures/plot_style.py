@@ -87,7 +87,8 @@ def check_frame(frame: "pd.DataFrame", columns: Sequence[str]) -> None:
 
 def wrapped(text: str, width: int) -> str:
     """Literal text in lines of at most ``width`` characters."""
-    return "<br>".join(plot_text(line) for line in textwrap.wrap(text, width))
+    lines = textwrap.wrap(text, width, break_on_hyphens=False)  # 3e-07 is one word
+    return "<br>".join(map(plot_text, lines))
 
 
 def axis_title(label: str, unit: str) -> str:
