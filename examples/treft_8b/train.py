@@ -48,7 +48,8 @@ def read_config(path, changes):
 
 def load_model(config):
     settings = config["model"]
-    model = load_causal_lm(settings["base"], LoadSettings(dtype=settings["dtype"]))
+    load = LoadSettings(dtype=settings["dtype"], quantization=settings.get("quantization"))
+    model = load_causal_lm(settings["base"], load)
     if settings["tuning"] == "full":
         return model
     adapted = add_lora(model, LoRASettings(**config.get("lora", {})), seed=config["training"].get("seed", 0))

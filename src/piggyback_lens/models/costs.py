@@ -1,4 +1,4 @@
-"""What a pass of a model costs on this device, measured once: the last block on few tokens, on many, under a mask.
+"""What a pass of a model costs on this device, measured once: the last block on few tokens and on many, and attention.
 
 What was measured is kept in the cache folder, by device, threads and kind of block: the cheapest way of a batch through
 the model (see `packing`) decides the last bits of a run, so the same run has to find the same costs.
@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.models.backends import (
@@ -32,6 +33,8 @@ from piggyback_lens.models.views import evaluating
 BUDGET_S = 0.6
 """Time in which no further size is measured."""
 MOST_TOKENS = 4096
+ATTENDED = 512
+"""At most so many tokens of the attention that is timed: its cost is theirs squared."""
 
 
 def known_costs(model: Any) -> Costs:
@@ -60,40 +63,50 @@ def _key(model: Any) -> str:
     facts = [name, torch.get_num_threads(), torch.__version__, type(block).__name__, shapes]
     facts += [getattr(config_of(model), "_attn_implementation", None), torch.is_autocast_enabled(device.type)]
     facts.append("forward" in vars(block))  # as activation checkpointing leaves it
+    facts.append("attention alone")  # what is measured, if that changes
     return f"{name} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 @torch.enable_grad()
 def measured(model: Any) -> Costs:
-    """Time the model's last block, on few tokens, on many, and on as many under a mask."""
+    """Time the model's last block, on few tokens and on many, and its attention under a mask."""
     began, device, d_model = time.perf_counter(), device_of(model), width_of(model)
     last = len(blocks_of(model)) - 1
     in_tuple = last > 0 and residual_at(model, torch.zeros((1, 2), dtype=torch.long), last)[1]
-    times: dict[tuple[int, int, bool], float] = {}
 
-    def seconds(rows: int, width: int, masked: bool) -> float:
-        def run() -> None:
-            _run_last(model, last, (rows, width, d_model), in_tuple=in_tuple, masked=masked)
-
-        times.setdefault((rows, width, masked), _fastest(run, device))
-        return times[rows, width, masked]
+    def seconds(rows: int, width: int) -> float:
+        return _fastest(lambda: _run_last(model, last, (rows, width, d_model), in_tuple=in_tuple), device)
 
     with evaluating(model):
-        launch, tokens = seconds(1, 8, False), 128
-        while seconds(8, tokens // 8, False) < 3 * launch and tokens < MOST_TOKENS:
-            if time.perf_counter() - began > BUDGET_S:
-                break
+        launch, tokens = seconds(1, 8), 128
+        rows = seconds(8, tokens // 8)
+        while rows < 3 * launch and tokens < MOST_TOKENS and time.perf_counter() - began < BUDGET_S:
             tokens *= 2
-        rows = seconds(8, tokens // 8, False)
-        if takes_masks(model, 2):
-            pair = max(0.0, seconds(1, tokens, True) - rows) / (tokens**2 * 7 / 8)
-        else:
-            pair = assumed(device, d_model).pair * rows / tokens / assumed(device, d_model).token
+            rows = seconds(8, tokens // 8)
+    pair = assumed(device, d_model).pair / assumed(device, d_model).token * rows / tokens
+    if takes_masks(model, 2):
+        seen = min(tokens, ATTENDED)
+        pair = _fastest(lambda: _attend(model, seen), device) / seen**2
     token = max(rows / tokens - pair * tokens / 8, 0.1 * rows / tokens)
     return Costs(*(float(f"{value:.2g}") for value in (launch, token, pair)))
 
 
-def _run_last(model: Any, last: int, shape: tuple[int, int, int], *, in_tuple: bool, masked: bool) -> None:
+def _attend(model: Any, tokens: int) -> None:
+    """Attention of one row under a mask, as this model computes it, and its gradient."""
+    config, device, dtype = config_of(model), device_of(model), floating_dtype(model)
+    heads = int(config.num_attention_heads)
+    size = (3, 1, heads, tokens, width_of(model) // heads)
+    inputs = torch.ones(size, dtype=dtype, device=device).mul_(0.1).requires_grad_()
+    seen = torch.ones((tokens, tokens), dtype=torch.bool, device=device).tril()
+    q, k, v = inputs
+    if config._attn_implementation == "sdpa":
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    else:
+        out = (q @ k.mT).masked_fill(~seen, torch.finfo(dtype).min).softmax(-1) @ v
+    torch.autograd.grad(out.float().sum(), [inputs])
+
+
+def _run_last(model: Any, last: int, shape: tuple[int, int, int], *, in_tuple: bool) -> None:
     """The last block of a pass, and its gradient."""
     device = device_of(model)
     rows, width, _ = shape
@@ -105,12 +118,8 @@ def _run_last(model: Any, last: int, shape: tuple[int, int, int], *, in_tuple: b
         lambda _m, _a, out: found.append(out[0] if type(out) is tuple else out)
     )
     try:
-        more: dict[str, Any] = {}
-        if masked:
-            more["seen"] = torch.ones((width, width), dtype=torch.bool, device=device).tril()[None, None]
-            more["positions"] = torch.arange(width, device=device)[None]
         with begun_at(model, last, [residual], in_tuple=in_tuple):
-            forward_keeping(model, ids, read=NOTHING, **more)
+            forward_keeping(model, ids, read=NOTHING)
     finally:
         handle.remove()
     torch.autograd.grad(found[0].float().sum(), [residual])
