@@ -13,7 +13,7 @@ PAGES = ("models", "values", "measuring", "experiments", "directions", "training
 
 
 def groups() -> dict[str, tuple[str, list[str]]]:
-    """Title and full names of every group, by the name of its page; those of `piggyback_lens.saes` are the last."""
+    """Title and full names of every group, by the name of its page; the two namespaces are the last."""
     text = (PACKAGE / "__init__.pyi").read_text(encoding="utf-8")
     _, *parts = re.split(r"^# (?!ruff)(.*)$", text, flags=re.MULTILINE)
     found = {}
@@ -23,13 +23,15 @@ def groups() -> dict[str, tuple[str, list[str]]]:
     imports = re.findall(r"^from (\S+) import (.*)$", saes, re.MULTILINE)
     names = [f"{module}.{name.strip()}" for module, line in imports for name in line.split(",")]
     found["saes"] = "Sparse autoencoders (piggyback_lens.saes, extra sae)", names
+    engines = [f"piggyback_lens.engines.{name}" for name in ("local", "ray", "slurm")]
+    found["engines"] = "Where cells run (piggyback_lens.engines)", engines
     return found
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add a page for every group (called by mkdocs)."""
     for page, (title, names) in groups().items():
-        where = "piggyback_lens.saes" if page == "saes" else "piggyback_lens"
+        where = f"piggyback_lens.{page}" if page in ("engines", "saes") else "piggyback_lens"
         lead = f"# {title}\n\nEach of these is imported from `{where}`.\n\n"
         text = lead + "\n".join(f"::: {name}\n" for name in names)
         files.append(File.generated(config, f"reference/{page}.md", content=text))

@@ -24,7 +24,8 @@ VOCABULARY = {
 }
 
 
-PUBLIC = {name: getattr(lens, name) for name in lens.__all__} | {n: getattr(lens.saes, n) for n in lens.saes.__all__}
+PUBLIC = {name: getattr(lens, name) for name in lens.__all__} | {"engines": lens.engines, "saes": lens.saes}
+PUBLIC |= {name: getattr(space, name) for space in (lens.engines, lens.saes) for name in space.__all__}
 
 
 def own_function(member):

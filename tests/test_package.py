@@ -81,7 +81,7 @@ def test_the_surface_is_in_six_groups_and_each_name_is_written_once():
 
 
 def test_completion_shows_public_names_only():
-    assert dir(piggyback_lens) == sorted([*piggyback_lens.__all__, "__version__", "saes"])
+    assert dir(piggyback_lens) == sorted([*piggyback_lens.__all__, "__version__", "engines", "saes"])
 
 
 COMPLETED = """
@@ -139,7 +139,7 @@ NOTEBOOKS = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").gl
 def test_what_the_documentation_imports_is_public(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     imports = re.findall(r"^from (piggyback_lens[\w.]*) import", text, re.M)
-    assert set(imports) <= {"piggyback_lens", "piggyback_lens.saes"}
+    assert set(imports) <= {"piggyback_lens", "piggyback_lens.engines", "piggyback_lens.saes"}
 
 
 @pytest.mark.slow

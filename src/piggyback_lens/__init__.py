@@ -1,7 +1,8 @@
 """Show where in the chat template a narrow finetune is carried, and prove it by intervention.
 
-The public names are those of `__init__.pyi`, in six groups; `piggyback_lens.saes` holds those that need sae-lens. They
-are loaded when they are first used, so that importing the package is instant.
+The public names are those of `__init__.pyi`, in six groups, and two namespaces: `piggyback_lens.saes` (it needs
+sae-lens) and `piggyback_lens.engines` (where cells run). They are loaded when they are first used, so that importing
+the package is instant.
 """
 
 import re
@@ -58,6 +59,7 @@ _GONE = {
     ),
 }
 """Names that went, and what there is instead."""
+_NAMESPACES = ("engines", "saes")
 _HOMES = {
     name: home
     for home, name in re.findall(
@@ -72,8 +74,8 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name in _GONE:
         raise AttributeError(f"{__name__} has no {name} any more: use {_GONE[name]}")
-    if name == "saes":
-        return import_module("piggyback_lens.saes")
+    if name in _NAMESPACES:
+        return import_module(f"piggyback_lens.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -82,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "saes"]
+    return [*__all__, "__version__", *_NAMESPACES]

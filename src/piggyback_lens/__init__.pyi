@@ -146,6 +146,7 @@ from piggyback_lens.comparisons.comparing import compare_methods as compare_meth
 from piggyback_lens.settings import CompareSettings as CompareSettings
 from piggyback_lens.comparisons.methods import Method as Method
 
+from piggyback_lens import engines as engines
 from piggyback_lens import saes as saes
 
 __version__: str

@@ -32,6 +32,8 @@ from typing import Any
 
 from piggyback_lens.errors import LensError
 
+__all__ = ["local", "ray", "slurm"]
+
 Job = tuple[Any, ...]
 """A function at the top level of a module, and its arguments."""
 ONE_AT_A_TIME = threading.Lock()
