@@ -226,7 +226,8 @@ def test_the_reference_has_every_public_name():
     groups = runpy.run_path(str(ROOT / ".ci" / "reference.py"))["groups"]()
     assert [f"reference/{page}.md" for page in groups] == MADE
     names = {page: [name.rpartition(".")[2] for name in full] for page, (_, full) in groups.items()}
-    assert sorted(names.pop("saes")) == sorted(piggyback_lens.saes.__all__)
+    for space in (piggyback_lens.engines, piggyback_lens.saes):
+        assert sorted(names.pop(space.__name__.rpartition(".")[2])) == sorted(space.__all__)
     assert sorted(name for group in names.values() for name in group) == piggyback_lens.__all__
 
 
