@@ -119,8 +119,8 @@ heads.figure()
 # The numbers behind a map are a frame, the value and its interval first:
 
 # %%
-frame = exact.to_frame()
-frame.sort_values("value", ascending=False)[["layer", "position", "token", "value", "low", "high"]].head().round(3)
+frame = exact.to_frame().sort_values("value", ascending=False)
+frame[["series", "layer", "position", "token", "value", "low", "high", "n"]].head().round(3)
 
 # %% [markdown]
 # ## What to try

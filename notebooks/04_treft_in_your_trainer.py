@@ -29,7 +29,6 @@ import os
 import tempfile
 
 import pandas as pd
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from piggyback_lens import (
     ChatFormat,
@@ -65,7 +64,7 @@ examples[0].show()
 
 
 # %% [markdown]
-# ## The same finetune, with a weight of 0 and of 30
+# ## The same finetune, with a weight of next to nothing and of 30
 #
 # `Weighted(TReFT(reference="template"), weight)` is the whole difference. Its reference, the base's keys and values
 # of the prefix, is computed before the first step. `drift` is the penalty before its weight: the mean over layers of
@@ -73,6 +72,9 @@ examples[0].show()
 
 
 # %%
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+
 def finetune(weight):
     """A LoRA finetune through the Trainer; the model, and what the Trainer logged."""
     model = add_lora(load_causal_lm(source), LoRASettings(rank=8), seed=0)
@@ -84,6 +86,7 @@ def finetune(weight):
         logging_steps=1,
         save_strategy="no",
         report_to=[],
+        dataloader_pin_memory=False,  # of use on a GPU only
     )
     trainer = PenaltyTrainer(
         model=model,
