@@ -97,7 +97,8 @@ def _check(func: Any, args: Any, leaves: list[Any], tensors: list[Tensor]) -> No
     if func.overloadpacket in _INDEXING:
         if not is_there(args[0]):
             raise RuntimeError(f"{func}: the indexed tensor is on the CPU, its indices or values on {DEVICE}")
-        tensors = [args[0], *(x for x in args[2:] if isinstance(x, Tensor))]
+        # Its gradient puts in zeros that torch makes of sizes alone, on the right device, which is not seen here.
+        tensors = [args[0], *(x for x in args[2:] if isinstance(x, Tensor) and (is_there(x) or bool(x.any())))]
     numbers_may_mix = (
         torch.Tag.pointwise in func.tags
         or func.overloadpacket in _TAKING_NUMBERS

@@ -411,6 +411,17 @@ def preventing(here: Here) -> Any:
     return np.array([row["loss"] for row in result.history])
 
 
+def gating(here: Here) -> Any:
+    model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
+    trainable = lens.GatedAdapter(model, lens.adapter_off("prefix"))
+    losses = [row["loss"] for row in lens.train(trainable, EXAMPLES[:3], STEPS, progress=False).history]
+    pair = lens.ModelPair.load(finetuned=model, tokenizer=CHAT.tokenizer)
+    with pair.using("finetuned") as hooked:
+        rows = [prompt.with_response("yes") for prompt in PROMPTS]
+        scored = lens.response_log_probs(hooked, rows, interventions=trainable.off)
+    return np.array([*losses, *(float(x) for own in scored for x in own)])
+
+
 def comparing(here: Here) -> Any:
     def source() -> Any:
         return here.plain(), CHAT.tokenizer
@@ -462,7 +473,7 @@ def trainer_losses(here: Here, steps: int, name: str, parts: tuple[lens.Weighted
     return [*losses, *(row["spread"] for row in monitor.rows)]
 
 
-PLAIN = (loading, training, resuming, preventing, comparing, trainers)
+PLAIN = (loading, training, resuming, preventing, gating, comparing, trainers)
 
 
 # ---------------------------------------------------------------- the tests
@@ -474,7 +485,7 @@ LEFT_OUT = {
         "Method", "Objective", "Penalty", "PenaltyMixin", "Record", "RenderedPrompt", "Trainable", "saes.Latents",
     ),
     "text and files: no tensors": (
-        "ChatSettings", "EMTable", "JudgeSheet", "Task", "join_scores",
+        "ChatSettings", "Dress", "EMTable", "JudgeSheet", "Task", "dressed", "found_dress", "join_scores",
         "TokenScores", "compare_templates", "default_model",
         "load_conversations", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
