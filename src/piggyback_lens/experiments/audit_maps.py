@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,8 +18,9 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.attribution import AttributionResult, attribution_map
 from piggyback_lens.experiments.patching import carrier_map, layer_curve
 from piggyback_lens.experiments.results import PatchResult
-from piggyback_lens.intervals import percent
+from piggyback_lens.intervals import Estimate, percent
 from piggyback_lens.measuring.answers import AnswerContrast
+from piggyback_lens.measuring.measures import Behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import say
 from piggyback_lens.results.report import Part
@@ -28,8 +29,6 @@ from piggyback_lens.settings import AuditSettings, PatchSettings
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from piggyback_lens.experiments.audit import AuditResult
 
 CURVE, CARRIER, POSITIONS = "layer_curve", "carrier", "attribution"
 """Their folders within the audit's."""
@@ -55,6 +54,21 @@ TWO_MEASURES = (
     "as means over their tokens, each token scored after the ones before it. It moves in proportion and needs fewer "
     "prompts, but it weighs every token alike, and a changed first word does not change what follows.",
 )
+
+
+@runtime_checkable
+class Mapped(Protocol):
+    """What is read here of an audit's result."""
+
+    @property
+    def behaviour(self) -> Behaviour: ...  # noqa: D102
+    @property
+    def curve(self) -> PatchResult | None: ...  # noqa: D102
+    @property
+    def carrier(self) -> PatchResult | None: ...  # noqa: D102
+    @property
+    def positions(self) -> AttributionResult | None: ...  # noqa: D102
+    def recovery(self, condition: str) -> Estimate: ...  # noqa: D102
 
 
 @dataclass
@@ -127,7 +141,7 @@ def load_maps(folder: Path) -> dict[str, Any]:
     return {"curve": None, **found}
 
 
-def audit_parts(result: "AuditResult") -> list[Part]:
+def audit_parts(result: Mapped) -> list[Part]:
     """The sections of an audit's report on where the change is carried."""
     figures = []
     if result.carrier is not None:
@@ -148,7 +162,7 @@ def audit_parts(result: "AuditResult") -> list[Part]:
     return parts
 
 
-def two_measures(result: "AuditResult") -> "pd.DataFrame":
+def two_measures(result: Mapped) -> "pd.DataFrame":
     """Recovery when the base's keys and values of a span are put in: of the counted behaviour, and of the contrast."""
     import pandas as pd
 
@@ -165,13 +179,13 @@ def two_measures(result: "AuditResult") -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def forced_text(result: "AuditResult") -> str:
+def forced_text(result: Mapped) -> str:
     """What the base's keys and values of each span restore of the contrast, in per cent."""
     found = {span: _forced(result, span) for span in SPANS}
     return ", ".join(f"{span} {_percent(*(row[end] for end in _ENDS))}" for span, row in found.items())
 
 
-def compared(result: "AuditResult") -> str:
+def compared(result: Mapped) -> str:
     """Whether both measures put prefix and postfix in the same order, and where the order may be chance."""
     spans = ("prefix", "postfix")
     free = {span: (own.value, own.low, own.high) for span, own in ((s, result.recovery(s)) for s in spans)}
@@ -195,7 +209,7 @@ def _overlap(order: Mapping[str, tuple[float, ...]]) -> bool:
     return not (low > other_high or other_low > high)
 
 
-def _forced(result: "AuditResult", span: str) -> Any:
+def _forced(result: Mapped, span: str) -> Any:
     assert result.carrier is not None
     frame = result.carrier.to_frame()
     whole = (frame["band"] == "all layers") & (frame["series"] == "patched") & (frame["flow"] == "repair")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.figures.showing import shown_in_notebooks
+from piggyback_lens.showing import shown_in_notebooks
 
 if TYPE_CHECKING:
     import pandas as pd

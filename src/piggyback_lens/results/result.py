@@ -100,7 +100,7 @@ class Result(ABC):
         Raises:
             LensError: another ending, or a picture where no Chrome is found.
         """
-        from piggyback_lens.figures.showing import save_figure
+        from piggyback_lens.showing import save_figure
 
         return save_figure(self.figure(), path, theme=theme)
 
