@@ -1,7 +1,7 @@
 """A pair on one device against the same pair spread by a device map: equal numbers, and what each takes.
 
     python benchmarks/devices.py --model Qwen/Qwen2.5-7B-Instruct --dtype bfloat16 --map balanced
-    python benchmarks/devices.py --map disk          # no second device: the upper half of the layers is on the disk
+    python benchmarks/devices.py --map disk          # no second device; slow, the disk is read in every pass
 
 The finetune is a LoRA adapter of random numbers. Compared are greedy answers, a layer curve, and answers from a prefix
 cache that was saved on one layout and loaded on the other. Prints a Markdown table; ends with status 1 where numbers

@@ -18,6 +18,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.cells import row_bytes
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.models.backends import Shape, blocks_of
+from piggyback_lens.models.network import forward, output_embeddings
 from piggyback_lens.settings import LoRASettings
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
@@ -63,7 +64,7 @@ class Sizes:
             raise LensError(f"no model can be built from this config ({error})") from error
         parameters = sum(weight.numel() for weight in model.parameters())
         matrices = sum(weight.numel() for weight in blocks_of(model).parameters() if weight.ndim > 1)
-        shape = _shape(config.get_text_config(), int(model.get_output_embeddings().weight.shape[0]))
+        shape = _shape(config.get_text_config(), int(output_embeddings(model).weight.shape[0]))
         with torch.device("meta"):
             adapted = add_lora(model, LoRASettings(rank=work.rank))
         trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
@@ -102,7 +103,8 @@ def _kept(model: nn.Module, rows: int, tokens: int) -> int | None:
     seen = torch.ones((1, 1, tokens, tokens), dtype=torch.bool, device="meta")  # a plain one would be looked into
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            model(input_ids=ids, attention_mask=seen, labels=ids, use_cache=False)
+            logits = forward(model, ids, torch.ones_like(ids), seen=seen)
+            nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     except Exception:  # layouts that look at numbers on the way
         return None
     return sum(size for size, _ in found.values())
