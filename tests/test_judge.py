@@ -408,13 +408,9 @@ def digits():
     """A tiny model whose tokenizer writes digits one by one, and its chat format."""
     from piggyback_lens.models.booting import boot_bridge
 
-    letters, vocab = tiny_chat.LETTERS, tiny_chat.VOCAB
-    try:
-        tiny_chat.LETTERS = "0123456789" + letters + "".join(sorted(set(HARD) - set(letters)))
-        tokenizer = tiny_chat.tiny_tokenizer()
-        size = len(tiny_chat.SPECIAL) + len(tiny_chat.LETTERS)
-    finally:
-        tiny_chat.LETTERS, tiny_chat.VOCAB = letters, vocab
+    letters = "0123456789" + tiny_chat.LETTERS + "".join(sorted(set(HARD) - set(tiny_chat.LETTERS)))
+    tokenizer = tiny_chat.tiny_tokenizer(letters=letters)
+    size = len(tiny_chat.SPECIAL) + len(letters)
     model = boot_bridge(tiny_models.build("llama-gqa", 0, vocab=size), tokenizer, "llama-gqa")
     return model, lens.ChatFormat(tokenizer, system="be kind.")
 

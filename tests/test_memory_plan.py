@@ -20,7 +20,7 @@ LAYOUTS = ("llama-gqa", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_keys_and_values_are_those_of_a_real_model(layout):
     model = tiny_models.build(layout, 0, vocab=tiny_chat.VOCAB)
-    sizes = Sizes.of(model.config, Work(rows=2, tokens=6, rank=2))
+    sizes = Sizes.of(model.config, Work(batch_size=2, row_tokens=6, rank=2))
     own = sum(weight.numel() for weight in model.parameters())
     assert sizes.parameters == own
     assert sizes.weights("float32") == 4 * own
@@ -36,7 +36,7 @@ def test_weights_keys_and_values_are_those_of_a_real_model(layout):
 
 def test_what_waits_for_the_backward_pass_is_counted_as_in_a_real_step():
     model = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2))
-    sizes = Sizes.of(model.get_base_model().config, Work(rows=2, tokens=16, rank=2))
+    sizes = Sizes.of(model.get_base_model().config, Work(batch_size=2, row_tokens=16, rank=2))
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     held = {}
 
@@ -54,7 +54,7 @@ def test_what_waits_for_the_backward_pass_is_counted_as_in_a_real_step():
 
 def test_the_plan_says_what_fits_with_its_arithmetic():
     config = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB).config
-    work = Work(rows=2, tokens=16, rank=2)
+    work = Work(batch_size=2, row_tokens=16, rank=2)
     sizes = Sizes.of(config, work)
     small, large = (dict(plan(sizes, work, free, 1)) for free in (sizes.weights("4bit"), 1e9))
     assert large["float32 weights"].startswith(f"{sizes.parameters:,} x 4 B = ")
@@ -67,7 +67,7 @@ def test_the_plan_says_what_fits_with_its_arithmetic():
 
 
 def test_impossible_plans_are_refused():
-    with pytest.raises(LensError, match=r"Work\.rows is 0; expected at least 1"):
-        Work(rows=0)
+    with pytest.raises(LensError, match=r"Work\.batch_size is 0; expected at least 1"):
+        Work(batch_size=0)
     with pytest.raises(LensError, match=r"Work\.memory_gb is -1\.0; expected a number above 0"):
         Work(memory_gb=-1.0)

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 
-from piggyback_lens.errors import LensError
 from piggyback_lens import showing
+from piggyback_lens.errors import LensError
 from piggyback_lens.figures.plot_style import GREY, INK, apply_style
 
 PNG = b"\x89PNG\r\n\x1a\n"

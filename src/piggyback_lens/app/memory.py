@@ -68,7 +68,7 @@ class Sizes:
         with torch.device("meta"):
             adapted = add_lora(model, LoRASettings(rank=work.rank))
         trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-        return cls(parameters, matrices, trained, shape, _kept(adapted, work.rows, work.tokens))
+        return cls(parameters, matrices, trained, shape, _kept(adapted, work.batch_size, work.row_tokens))
 
     def weights(self, kind: str) -> float:
         """Bytes of the weights, by dtype or quantisation."""
@@ -128,7 +128,7 @@ def plan(sizes: Sizes, work: Work, free: float, copies: int) -> Iterator[tuple[s
         free: bytes of the device.
         copies: of the weights: 2 for a pair of whole models.
     """
-    shape, rows, tokens = sizes.shape, work.rows, work.tokens
+    shape, rows, tokens = sizes.shape, work.batch_size, work.row_tokens
     layers = f"2 x {shape.n_layers} layers x {shape.n_kv_heads} heads x {shape.d_head}"
     yield "parameters", f"{sizes.parameters:,}, of which {sizes.matrices:,} in matrices of blocks"
     yield "keys and values", f"{layers} = {sizes.per_token:,} numbers a token"
@@ -152,7 +152,7 @@ def plan(sizes: Sizes, work: Work, free: float, copies: int) -> Iterator[tuple[s
 
 def _training(sizes: Sizes, work: Work, weights: float, item: int, free: float) -> str:
     """Adam on an adapter above frozen weights."""
-    adapter, batch = TRAINED * sizes.adapter, work.rows * work.tokens
+    adapter, batch = TRAINED * sizes.adapter, work.batch_size * work.row_tokens
     told = f"+ rank {work.rank}: {sizes.adapter:,} x {TRAINED} B = {_gb(adapter)}"
     if sizes.kept is None:
         return f"{told} + activations (this layout cannot be counted)"

@@ -132,20 +132,20 @@ class Work:
 
     Attributes:
         memory_gb: plan for a device of this size, in GB (1e9 bytes), from the config alone: no weights are read.
-        rows: rows of a batch.
-        tokens: tokens of a row, its answer included.
+        batch_size: rows of a batch.
+        row_tokens: tokens of a row, its answer included.
         rank: of the LoRA adapter, on all linear layers.
     """
 
     memory_gb: float | None = None
-    rows: int = 16
-    tokens: int = 512
+    batch_size: int = 16
+    row_tokens: int = 512
     rank: int = 16
 
     def __post_init__(self) -> None:
         good = self.memory_gb is None or self.memory_gb > 0
         check_field(self, "memory_gb", good, "a number above 0")
-        for name in ("rows", "tokens", "rank"):
+        for name in ("batch_size", "row_tokens", "rank"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
 
 

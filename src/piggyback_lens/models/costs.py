@@ -102,7 +102,8 @@ def _attend(model: Any, tokens: int) -> None:
     if config._attn_implementation == "sdpa":
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     else:
-        out = (q @ k.mT).masked_fill(~seen, torch.finfo(dtype).min).softmax(-1) @ v
+        scores = q @ k.mT  # under autocast of another dtype than the weights
+        out = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) @ v
     torch.autograd.grad(out.float().sum(), [inputs])
 
 
