@@ -1,11 +1,12 @@
 """Sufficiency beside necessity: is the span that carries a behaviour needed to learn it?
 
-python examples/gated_adapters.py gated_out docs [--tasks terse] [--seeds 0,1,2] [--rates 3e-4] [--page]
+python examples/gated_adapters.py examples/gated_cells docs [--tasks terse] [--seeds 0,1,2] [--rates 3e-4] [--page]
 
 For every span: how much of the spread goes away when the base's keys and values of the span are patched into a
 finetune (at test time), and how much of it never comes when the finetune's adapter is off at the span from the start
 (in training and in use). Both are one number, recovery on the same off-topic questions: 0 is the plain finetune, 1 the
-base. Cells (rate, gate, seed) are written as they are finished and not run again; a killed one goes on.
+base. Cells (rate, gate, seed) are written as they are finished and not run again; a killed one goes on. Those of the
+page are in examples/gated_cells, so that a longer grid begins with them.
 
 What is decided, fixed before the first run: a span is *needed* if the interval of its necessity lies above MARGIN, *not
 needed* if it lies below 1 − MARGIN, with on-topic behaviour kept to at least KEPT; else it cannot be told here.
@@ -219,15 +220,16 @@ def plane(study: Study, lines: list[dict]):
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for line in lines:
-        if line["gate"] == "none":
-            continue
+    sides = ("bottom right", "bottom left", "top right", "top left", "bottom right")
+    for line, side in zip((line for line in lines if line["gate"] != "none"), sides, strict=True):
         x, y = line["sufficiency"], line["necessity"]
         figure.add_scatter(
             x=[x.value], y=[y.value], name=line["gate"], mode="markers+text", text=[line["gate"]],
-            textposition="top right", marker={"size": 11}, error_x=bar(x), error_y=bar(y),
+            textposition=side, marker={"size": 11}, error_x=bar(x), error_y=bar(y),
         )  # fmt: skip
-    figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line={"dash": "dot", "color": "#999999"})
+    figure.add_shape(
+        type="line", x0=0, y0=0, x1=1, y1=1, opacity=1, line={"dash": "dot", "color": "#999999", "width": 1.5}
+    )
     figure.update_layout(
         template="simple_white", showlegend=False,
         title=f"Where {study.task.name} is carried, and where it has to be (rate {study.rate})",
@@ -268,7 +270,7 @@ def main() -> None:
         print(f"{len(cells)} cells of about {studies[0].cost():.0f} s each", flush=True)
         for study, gate, seed in cells:
             study.cell(gate, seed)
-    folders = f"{options.out.name} {options.docs.name}"
+    folders = f"{options.out} {options.docs}"
     command = f"python examples/gated_adapters.py {folders} --tasks {options.tasks} --rates {options.rates}"
     parts = [INTRODUCTION.format(version=__version__, margin=MARGIN, kept=KEPT)]
     options.docs.mkdir(parents=True, exist_ok=True)
