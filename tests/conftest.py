@@ -33,16 +33,6 @@ def pytest_runtest_call() -> None:
     seed_everything()  # whether or not this test had to build a shared fixture
 
 
-@pytest.fixture(autouse=True)
-def assumed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured costs differ from time to time, and with the way that they choose the last bits of a training."""
-    from piggyback_lens.finetuning import training
-    from piggyback_lens.models.backends import device_of, width_of
-    from piggyback_lens.models.packing import assumed
-
-    monkeypatch.setattr(training, "known_costs", lambda model: assumed(device_of(model), width_of(model)))
-
-
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """As for a user, who does not run the library under a run-time type checker."""

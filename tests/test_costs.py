@@ -10,7 +10,6 @@ from test_training import EXAMPLES, SETTINGS, Killed, fresh, kill_at, without_se
 from tiny_chat import VOCAB
 from tiny_models import NAMES, build
 
-from piggyback_lens.finetuning import training
 from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.models import costs
 from piggyback_lens.models.packing import Costs, assumed, costing, costs_of
@@ -18,7 +17,6 @@ from piggyback_lens.models.packing import Costs, assumed, costing, costs_of
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(training, "known_costs", costs.known_costs)  # these tests measure
     monkeypatch.setenv("PIGGYBACK_LENS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "costs.json"
 

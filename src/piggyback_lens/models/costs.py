@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,15 +46,22 @@ def known_costs(model: Any) -> Costs:
     if not has_modules(model):
         return assumed(device_of(model), width_of(model))
     file, key = cache_folder() / "costs.json", _key(model)
-    kept: dict[str, Any] = {}
-    with suppress(Exception):  # a file that is not there, or damaged
-        kept = dict(read_json(file))
-        return Costs(**kept[key])
+    if key in (kept := _kept(file)):
+        return kept[key]
     costs = measured(model)
+    if key in (kept := _kept(file)):  # another process was first: all keep to one measurement
+        return kept[key]
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, kept | {key: asdict(costs)})
+        write_json(file, {name: asdict(one) for name, one in kept.items()} | {key: asdict(costs)})
     return costs
+
+
+def _kept(file: Path) -> dict[str, Costs]:
+    """What was measured before; nothing where the file is not there, or damaged."""
+    with suppress(Exception):
+        return {name: Costs(**one) for name, one in read_json(file).items()}
+    return {}
 
 
 def _key(model: Any) -> str:
