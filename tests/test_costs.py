@@ -72,3 +72,16 @@ def test_a_resumed_run_keeps_to_its_costs_and_the_result_states_them(
     assert whole.plan["costs"] == vars(packs)
     assert whole.plan["passes"]["packed"] > SETTINGS.steps / 2
     assert sum(whole.plan["passes"].values()) == SETTINGS.steps
+
+
+def test_the_first_measurement_is_everybodys(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes measure at once: the later one keeps to what the earlier one wrote meanwhile."""
+    model, other = build("llama-gqa", vocab=VOCAB), Costs(1.0, 2.0, 3.0)
+
+    def measured(model: torch.nn.Module) -> Costs:
+        own_cache.parent.mkdir(parents=True)
+        own_cache.write_text(json.dumps({costs._key(model): vars(other)}))
+        return Costs(4.0, 5.0, 6.0)
+
+    monkeypatch.setattr(costs, "measured", measured)
+    assert costs.known_costs(model) == other == costs.known_costs(model)
