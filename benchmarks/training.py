@@ -19,7 +19,7 @@ from piggyback_lens.conversations.batch import Batch
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.steps import Step, forward_step, plan_for, sft
 from piggyback_lens.models.costs import known_costs
-from piggyback_lens.models.packing import costing, plan_of, rounds_coarsely
+from piggyback_lens.models.packing import costing, plan_of
 
 LAMBDA = 30.0
 SIX = ((16, 48, 24), (16, 400, 24), (64, 48, 24), (4, 48, 24), (32, 400, 200), (1, 400, 24))
@@ -39,8 +39,6 @@ class Bench:
         examples = [chat.render(conversation) for conversation in conversations]
         self.setting, self.model = setting, model
         self.shared, self.full = (make_batch(examples, share_prefix=s, device=setting.device) for s in (True, False))
-        coarse = rounds_coarsely(model, self.shared.ids.device)
-        self.apart = make_batch(examples, prefix_apart=not coarse, device=setting.device)  # as `train` does for TReFT
         self.labels = self.full.ids.masked_fill(~self.full.supervised, -100)
         self.treft = Penalised((Weighted(TReFT.on(self.model, examples[0]), LAMBDA),))
         self.own = Penalised((Weighted(TReFT("prefix"), LAMBDA),))
@@ -81,7 +79,7 @@ class Bench:
         in_turns, add = self.setting.in_turns, self.setting.add
         size = f"{len(self.full.ids)} x {self.full.ids.shape[1]}"
         shared_sft = lambda: self.step(sft, self.shared)  # noqa: E731
-        shared_treft = lambda: self.step(self.treft, self.apart)  # noqa: E731
+        shared_treft = lambda: self.step(self.treft, self.shared)  # noqa: E731
         full_sft = lambda: self.step(sft, self.full)  # noqa: E731
         full_own = lambda: self.step(self.own, self.full)  # noqa: E731
 
@@ -95,7 +93,6 @@ class Bench:
         times = in_turns(self.transformers_step, shared_sft)
         add(f"SFT step, {size}", step, *times, target=">= 2 on CPU, >= 1", way=way)
         treft, plain, ratio = in_turns(shared_treft, shared_sft)
-        way = plan_for(self.model, self.apart).name
         add(f"TReFT step / SFT step, {size}", "our SFT step", treft, plain, ratio, target="<= 1.05", way=way)
         if brief:
             return

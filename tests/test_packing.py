@@ -209,6 +209,27 @@ def test_the_prefix_has_not_drifted_before_training(dtype: torch.dtype, packs_al
     assert float(drift.max()) <= (1e-10 if dtype == torch.float32 else 1e-3)
 
 
+def test_in_float32_rounding_is_no_drift_and_the_least_change_is(packs_always: None) -> None:
+    model, examples = tuned("llama-gqa"), tiny_examples(6)
+    lora_b = [value.data for name, value in model.named_parameters() if "lora_B" in name]
+    keep, batch = TReFT.on(model, examples[0]), make_batch(examples)
+
+    def drift(size: float) -> torch.Tensor:
+        for value in lora_b:
+            value.normal_(std=size, generator=torch.Generator().manual_seed(0))
+        model.zero_grad()
+        found = keep(Step(model, batch, forward_step(model, batch), 0))
+        found.backward()
+        return found.detach()
+
+    assert float(drift(0.0)) == 0.0
+    assert not any(value.grad.any() for value in model.parameters() if value.grad is not None)
+    small, smaller = float(drift(1e-2)), float(drift(1e-3))
+    assert smaller > 1e-8
+    assert small == pytest.approx(100 * smaller, rel=0.1)  # what is measured is not cut
+    assert not keep.alike, "no further pass of the base"
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_treft_is_zero_before_training_in_half_precision_whatever_runs_beside_the_prefix(

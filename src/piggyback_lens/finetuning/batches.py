@@ -24,7 +24,7 @@ class TrainBatch(Batch):
     prefix_length: int  # leading tokens that are prefix in every row, and the same ids
     share_prefix: bool  # compute those tokens once instead of once per row
     plain_keys: bool = False  # keep the keys before the rotary embedding too
-    prefix_apart: bool = False  # compute the prefix in a pass of its own, which rounds alike whatever the rows are
+    residual: bool = False  # keep the residual stream after every block too
 
     @property
     def n_supervised(self) -> int:
@@ -39,7 +39,7 @@ def make_batch(
     pad_id: int = 0,
     device: torch.device | str = "cpu",
     plain_keys: bool = False,
-    prefix_apart: bool = False,
+    residual: bool = False,
     multiple: int = 1,
 ) -> TrainBatch:
     """Right-pad examples into one batch, to a width that is a multiple of a number.
@@ -61,7 +61,7 @@ def make_batch(
         prefix_length=common_prefix_length(examples),
         share_prefix=share_prefix,
         plain_keys=plain_keys,
-        prefix_apart=prefix_apart,
+        residual=residual,
     )
 
 
@@ -99,7 +99,7 @@ def check_supervised(example: RenderedPrompt, number: int) -> None:
         raise LensError(f"example {number} has no prompt token before its response; nothing predicts its start")
 
 
-def unsupervised(ids: Sequence[Sequence[int]], device: torch.device | str, *, plain_keys: bool = False) -> TrainBatch:
+def unsupervised(ids: Sequence[Sequence[int]], device: torch.device | str) -> TrainBatch:
     """Rows of tokens of which nothing is supervised or shared: a pass that is run for its keys and values."""
     rows = padded(ids)
     return TrainBatch(
@@ -109,5 +109,4 @@ def unsupervised(ids: Sequence[Sequence[int]], device: torch.device | str, *, pl
         supervised=torch.zeros_like(rows.ids, dtype=torch.bool).to(device),
         prefix_length=0,
         share_prefix=False,
-        plain_keys=plain_keys,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import write_json
+from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.finetuning.trainables import PeftAdapter
@@ -28,7 +28,8 @@ from piggyback_lens.models.peft_adapters import OFF_FILE
 class GatedAdapter(PeftAdapter):
     """The LoRA adapter of a PEFT model, off at chosen tokens in every pass of training.
 
-    Every row is computed whole, so a step costs what it costs in transformers: no prefix is shared.
+    Every row is computed whole, so a step costs what it costs in transformers: no prefix is shared. A transformers or
+    trl Trainer takes it as its model: `PenaltyTrainer(model=GatedAdapter(...), objective=Penalised(()), prompt=...)`.
 
     Attributes:
         off: where it is off, for `generate` and whatever else takes interventions.
@@ -48,19 +49,12 @@ class GatedAdapter(PeftAdapter):
             raise LensError(f"{wrong[0]} is not adapter_off(...): an adapter is only switched off while it trains")
 
     def forward(self, batch: TrainBatch) -> StepOutput:
-        """One pass of whole rows, the adapter off where it is to be.
+        """One pass, the adapter off where it is to be.
 
         Raises:
             LensError: rows without conversations, whose spans are not known.
         """
-        whole = replace(batch, share_prefix=False)
-        if not self.off.parts:
-            return forward_step(self.model, whole)
-        if not batch.examples:
-            raise LensError("a gated adapter needs conversations, to know which tokens it is off at")
-        placement = Placement.in_rows([Row.of(example) for example in batch.examples], batch)
-        with applied_each(self.model, [(placement, self.off.parts, Record())]):
-            return forward_step(self.model, whole)
+        return gated_step(self.model, batch, self.off)
 
     def settings(self) -> dict[str, object]:
         """Those of the adapter, and where it is off: a checkpoint with other tokens is refused."""
@@ -69,4 +63,36 @@ class GatedAdapter(PeftAdapter):
     def save(self, folder: Path) -> None:
         """Write the adapter as PEFT does, and adapter_off.json."""
         super().save(folder)
-        write_json(folder / OFF_FILE, self.off.to_dict())
+        save_off(folder, self.off)
+
+
+def gated_step(model: nn.Module, batch: TrainBatch, off: Interventions) -> StepOutput:
+    """`forward_step`, the model's adapter off where `off` says; then of whole rows.
+
+    Raises:
+        LensError: rows without conversations, whose spans are not known.
+    """
+    if not off.parts:
+        return forward_step(model, batch)
+    if not batch.examples:
+        raise LensError("a gated adapter needs conversations, to know which tokens it is off at")
+    placement = Placement.in_rows([Row.of(example) for example in batch.examples], batch)
+    with applied_each(model, [(placement, off.parts, Record())]):
+        return forward_step(model, replace(batch, share_prefix=False))
+
+
+def save_off(folder: Path, off: Interventions) -> None:
+    """Write adapter_off.json beside an adapter; nothing for one that is on everywhere."""
+    if off.parts:
+        write_json(folder / OFF_FILE, off.to_dict())
+
+
+def check_off(folder: Path, off: Interventions) -> None:
+    """Refuse to go on from a checkpoint whose adapter was off at other tokens.
+
+    Raises:
+        LensError: it names both.
+    """
+    there = Interventions.from_dict(read_json(folder / OFF_FILE)) if (folder / OFF_FILE).is_file() else Interventions()
+    if there != off:
+        raise LensError(f"{folder} was trained with the adapter off at {there}, here it is {off}: resume with the same")

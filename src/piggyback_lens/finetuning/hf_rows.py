@@ -17,6 +17,7 @@ from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt, Span
 from piggyback_lens.errors import LensError
+from piggyback_lens.interventions.placement import Placement, Row
 
 IGNORED = -100
 """The label of tokens that are not trained on."""
@@ -72,6 +73,25 @@ def _refuse(prompt: RenderedPrompt, number: int, row: int, found: Sequence[int])
         f"row {row} of the batch (conversation {number}) does not begin with the reference's prefix: token {at} is "
         f"{shown}, expected {prompt.pieces[at]!r}; render the data with the template settings of prompt="
     )
+
+
+def placement_in(inputs: Mapping[str, Any], prompt: RenderedPrompt) -> Placement:
+    """Where in a batch the spans of its conversations are, packed or not, for interventions on the batch's own pass.
+
+    Raises:
+        LensError: as `conversations`, of which the prompts are read.
+    """
+    found, ids = conversations(inputs, prompt, whole=False), inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    starts = _starts(inputs, ids)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    after = (starts[:, :1] == starts[:, 0]) & (starts[:, 1:] < starts[:, 1])  # [conversation, later ones in its row]
+    stops = torch.where(after, starts[:, 1], ids.shape[1]).min(dim=1).values
+    inside = (columns >= starts[:, 1:]) & (columns < stops[:, None]) & real[starts[:, 0]]
+    positions = torch.where(inside, columns - starts[:, 1:], -1).cpu()
+    lines = tuple(starts[:, 0].tolist())
+    return Placement(tuple(map(Row.of, found)), positions, positions, lines=lines)
 
 
 def conversations(inputs: Mapping[str, Any], prompt: RenderedPrompt, *, whole: bool) -> tuple[RenderedPrompt, ...]:

@@ -15,10 +15,12 @@ What they cost, by what a penalty reads:
   base's predictions are kept, of a sharded model run anew;
 - prompts (`TReFT` of other spans): a pass over the prompts of each micro-batch, and one of the base where the reference
   is each row's own;
-- responses (`KLOnTrain`): a second pass over each micro-batch, and one of the base.
+- responses (`KLOnTrain`) or whole conversations (`ResidualDrift`): a second pass over each micro-batch, and one of the
+  base.
 
 Penalties that read prompts or responses share one pass over the micro-batch. Interleaving is data
-(`training_rows(interleave(...))`), preventive steering the model: `model=PreventiveSteering(PeftAdapter(model), ...)`.
+(`training_rows(interleave(...))`), preventive steering the model: `model=PreventiveSteering(PeftAdapter(model), ...)`,
+and so is an adapter that is off at chosen tokens: `model=GatedAdapter(model, adapter_off("prefix"))`.
 
 Works with PEFT and full finetuning, bf16, DDP and FSDP2. `TReFT(reference="template")` has its reference computed
 before the first step (a PEFT adapter is switched off; for full finetuning the weights are still the base's), and kept
@@ -26,7 +28,7 @@ in every checkpoint, from which a resumed run takes it.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -41,19 +43,22 @@ from transformers.trainer_utils import get_last_checkpoint
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, check_supervised, make_batch, unsupervised
-from piggyback_lens.finetuning.hf_rows import IGNORED, check_prefixes, conversations
+from piggyback_lens.finetuning.gated import GatedAdapter, check_off, gated_step, save_off
+from piggyback_lens.finetuning.hf_rows import IGNORED, check_prefixes, conversations, placement_in
 from piggyback_lens.finetuning.objectives import Penalised, Penalty, Reads, TReFT, Weighted
 from piggyback_lens.finetuning.preventive import PreventiveSteering, steered
 from piggyback_lens.finetuning.references import kv_reference, prefix_batch
-from piggyback_lens.finetuning.steps import Step, StepOutput, forward_step, sft
+from piggyback_lens.finetuning.steps import Step, StepOutput, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable
+from piggyback_lens.interventions.hooks import Interventions, Record
 from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import applied_each
 from piggyback_lens.models.views import evaluating, is_sharded, without_replicas
 
 REFERENCE_FOLDER = "treft_reference"
 """Folder inside each checkpoint with the base's keys and values, one folder in it for each span."""
 _READS: tuple[Reads, ...] = get_args(Reads)
-BY_ROW: tuple[Reads, ...] = ("prompts", "responses")
+BY_ROW: tuple[Reads, ...] = ("prompts", "responses", "conversations")
 """What is another number for each micro-batch."""
 _ROW_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 
@@ -70,6 +75,9 @@ class PenaltyMixin:
     counts them. A threshold holds for each micro-batch. Rows count equally within a micro-batch, and micro-batches
     equally; tokens count equally wherever the Trainer's own do. In steps in which nothing counts nothing more runs, and
     training is the Trainer's own, bit for bit. Evaluation is left alone.
+
+    A `GatedAdapter` as `model` is off at its tokens in every pass that has a loss, evaluation's too, and in the
+    penalties' passes; its checkpoints say where (adapter_off.json), and are not resumed from with other tokens.
     """
 
     # of the Trainer
@@ -81,14 +89,20 @@ class PenaltyMixin:
     def __init__(self, *args: Any, objective: Penalised, prompt: RenderedPrompt | None = None, **kwargs: Any) -> None:
         self.objective, self.prompt = _checked(objective, prompt), prompt
         self._steering: PreventiveSteering | None = None
+        self._off = Interventions()
+        self._step = ExitStack()  # what stays until the backward pass of a training step is over
         self._plain = False  # whether a pass is run without the steering
         self._resumed: str | None = None
         self._begun: tuple[Any, int] = (None, -1)
         self._measured: list[dict[str, Tensor]] = []
         given, named = [self._model_of(x) for x in args], {name: self._model_of(x) for name, x in kwargs.items()}
         super().__init__(*given, **named)
+        if self._off.parts and prompt is None:
+            raise LensError(
+                "a gated adapter is off at spans of the Trainer's rows: pass prompt=, by which they are found"
+            )
         if (
-            self._reads != "nothing"
+            (self._off.parts or self._reads != "nothing")
             and getattr(self.args, "packing", False)
             and self.args.packing_strategy == "wrapped"
         ):
@@ -101,6 +115,8 @@ class PenaltyMixin:
         """The model of what `train` would take, with the steering put aside."""
         if isinstance(given, PreventiveSteering):
             self._steering, given = given, given.trainable
+        if isinstance(given, GatedAdapter):
+            self._off = given.off
         if isinstance(given, Trainable) and not isinstance(given, PeftAdapter):
             raise LensError(f"a Trainer trains a transformers or PEFT model: {type(given).__name__} is for train()")
         return given.model if isinstance(given, PeftAdapter) else given
@@ -114,6 +130,8 @@ class PenaltyMixin:
         """As the Trainer's; a resumed run takes the base's keys and values from its checkpoint."""
         resumed = resume_from_checkpoint
         self._resumed = get_last_checkpoint(self.args.output_dir) if resumed is True else resumed or None
+        if self._resumed is not None:
+            check_off(Path(self._resumed), self._off)
         if getattr(self.args, "n_gpu", 1) > 1:
             raise LensError(
                 f"{self.args.n_gpu} GPUs in one process (nn.DataParallel) cannot be used: start with torchrun or "
@@ -123,8 +141,16 @@ class PenaltyMixin:
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, forward and backward, with the direction of a `PreventiveSteering` added."""
-        with self._added_direction(model):  # to the end of the backward pass, which may run blocks again
+        # To the end of the backward pass, which may run blocks again.
+        with self._step, self._added_direction(model):
             return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+
+    def _gated(self, model: nn.Module, rows: dict[str, Any]) -> AbstractContextManager[None]:
+        """The adapter off at its tokens, in passes over these rows."""
+        if not self._off.parts:
+            return nullcontext()
+        assert self.prompt is not None
+        return applied_each(without_replicas(model), [(placement_in(rows, self.prompt), self._off.parts, Record())])
 
     def _added_direction(self, model: nn.Module) -> AbstractContextManager[None]:
         of = self._steering
@@ -143,8 +169,10 @@ class PenaltyMixin:
             parts = self._counting()
         # What finds the rows, kept from trainers that take their labels out of the inputs.
         rows = {name: inputs[name] for name in _ROW_KEYS if name in inputs}
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        with self._gated(model, rows):
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not parts:
+            self._gate_again(model, rows)
             return found
         loss, *outputs = found if return_outputs else (found,)
         counted = num_items_in_batch if self._scaled_for_accumulation(num_items_in_batch) else None
@@ -152,7 +180,13 @@ class PenaltyMixin:
             added = self._added(without_replicas(model), rows, parts, counted)
         scale = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
         loss = loss + (scale * added).to(loss.device, loss.dtype)
+        self._gate_again(model, rows)
         return (loss, *outputs) if return_outputs else loss
+
+    def _gate_again(self, model: nn.Module, rows: dict[str, Any]) -> None:
+        """For blocks that the backward pass runs again; what comes between, of penalties, has gates of its own."""
+        if model.training:
+            self._step.enter_context(self._gated(model, rows))
 
     def _counting(self) -> list[Weighted]:
         """The parts that count in this step; those that are one number for all rows in its first micro-batch only."""
@@ -173,7 +207,7 @@ class PenaltyMixin:
 
         def run(batch: TrainBatch) -> StepOutput:
             # A prefix that is computed by itself is only keys and values, which no gradient would reach (see below).
-            passes.append(forward_step(model, replace(batch, share_prefix=False) if sharded else batch))
+            passes.append(gated_step(model, replace(batch, share_prefix=False) if sharded else batch, self._off))
             return passes[-1]
 
         with evaluating(model), _nothing_recomputed(model):
@@ -198,7 +232,7 @@ class PenaltyMixin:
         """The part of the optimiser step's mean that this micro-batch's number is."""
         if reads not in BY_ROW:
             return 1.0
-        if reads == "prompts" or counted is None:
+        if reads != "responses" or counted is None:
             return 1 / self.current_gradient_accumulation_steps
         # `counted` are the tokens of all processes, whose gradients are averaged.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -220,11 +254,12 @@ class PenaltyMixin:
         if reads == "prefix":
             check_prefixes(rows, prompt)
             return replace(prefix_batch(_ids_of(prompt, "prefix"), device), examples=(prompt,))
-        examples, plain_keys = conversations(rows, prompt, whole=reads == "responses"), self.objective.plain_keys
-        if reads == "responses":
-            return make_batch(examples, share_prefix=False, device=device, plain_keys=plain_keys)
-        prompts = unsupervised([example.ids[: example.n_prompt] for example in examples], device, plain_keys=plain_keys)
-        return replace(prompts, examples=examples, prefix_length=prompt.span("prefix").stop)
+        whole, kept = reads != "prompts", {"plain_keys": self.objective.plain_keys, "residual": self.objective.residual}
+        examples = conversations(rows, prompt, whole=whole)
+        if whole:
+            return make_batch(examples, share_prefix=False, device=device, **kept)
+        prompts = unsupervised([example.ids[: example.n_prompt] for example in examples], device)
+        return replace(prompts, examples=examples, prefix_length=prompt.span("prefix").stop, **kept)
 
     def _device(self, rows: dict[str, Any]) -> torch.device:
         device: torch.device = rows["input_ids"].device if "input_ids" in rows else self.args.device
@@ -272,6 +307,12 @@ class PenaltyMixin:
                         run / f"checkpoint-{self.state.global_step}" / REFERENCE_FOLDER / penalty.span
                     )
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the tokens at which a gated adapter is off."""
+        super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
+        if self._off.parts and self.args.should_save:
+            save_off(Path(output_dir or self.args.output_dir), self._off)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with "penalty" and the penalties by name beside the training loss."""

@@ -79,7 +79,7 @@ class HookTrainable(Trainable):
         Where the lower layers are not run, the output holds no keys and values.
         """
         with frozen(self.model), attached(self.hooked, self.current()):
-            if self.below is None or batch.plain_keys:
+            if self.below is None or batch.plain_keys or batch.residual:
                 return forward_step(self.model, batch)
             with self.below.standing_in(batch):
                 output = forward_step(self.model, batch)

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
@@ -43,16 +44,20 @@ from piggyback_lens.finetuning.retain import RetainData
 from piggyback_lens.finetuning.steps import Loss, Objective, Part, Step, sft
 from piggyback_lens.interventions.prefix import PrefixCache, TemplateSpan
 from piggyback_lens.maths import kl_per_token
+from piggyback_lens.models.packing import rounds_coarsely
 from piggyback_lens.models.views import has_adapter
 from piggyback_lens.settings import check_field
 
+ROUNDING = 1e-10
+"""The drift of a layer below which float32 does not tell it from none: (1e-5)², where its last bit is 1.2e-7."""
 ReferenceName = Literal["template", "own"]
 """Where a span's base keys and values come from: one example of the template, or each example's own base run."""
 
 
-Reads = Literal["nothing", "prefix", "prompts", "responses"]
+Reads = Literal["nothing", "prefix", "prompts", "responses", "conversations"]
 """What of a batch a penalty reads: nothing, or only the prefix that all rows share, so that it is one number whatever
-the rows are; its prompts, where rows count equally; or its responses, where tokens do."""
+the rows are; its prompts, where rows count equally; its responses, where tokens do; or whole conversations, where rows
+do."""
 
 
 @runtime_checkable
@@ -102,12 +107,12 @@ class TReFT:
     postfix against the template's is compared before it, since there the positions differ.
 
     With the template's prefix as reference it is read from the pass that gives the loss, costs no further
-    pass, and is zero before training, in every precision: like is compared with like. What a pass computes depends on
-    its shape in the last bits (2e-3 of the drift in bfloat16 at 8B), so in float32 on a CPU the prefix is a pass of its
-    own, and elsewhere, or where it is not, the reference is computed once for each shape that is met, which takes the
-    base: an adapter that can be switched off, or `base`; without one rounding stays. Any span with reference "own" is
-    zero before training too; it takes one base pass of the same rows per step. The template's postfix is not: a row's
-    postfix depends on its query, and this penalty holds it to that of one example.
+    pass, and is zero before training, in every precision. What a pass computes depends on its shape in the last bits.
+    In float32 on a CPU that is 1e-12 of drift, and what a layer has below `ROUNDING` is zero. In half precision and on
+    accelerators it is up to 2e-3, so like is compared with like: the reference is computed once for each shape that is
+    met, which takes the base: an adapter that can be switched off, or `base`; without one rounding stays. Any span with
+    reference "own" is zero before training too; it takes one base pass of the same rows per step. The template's
+    postfix is not: a row's postfix depends on its query, and this penalty holds it to that of one example.
 
     Attributes:
         span: prefix, query, postfix, or all (the whole prompt; never the response).
@@ -208,7 +213,10 @@ class TReFT:
                 _check_prefix(example, number, reference.ids)
             if step.batch.prefix_length < 1:
                 raise LensError("the rows of this batch share no prefix token; use reference='own'")
-            return prefix_drift(step.plain, self._rounded_alike(step, reference)).mean()
+            if rounds_coarsely(step.model, step.batch.ids.device):
+                return prefix_drift(step.plain, self._rounded_alike(step, reference)).mean()
+            drifts = prefix_drift(step.plain, reference.to(step.batch.ids.device))
+            return functional.threshold(drifts, ROUNDING, 0.0).mean()
         spans = [span_range(example, self.span) for example in examples]
         if reference is None:
             return span_drift(step.plain, spans, base_of(step, _unread(step.batch), self.base)).mean()
@@ -394,9 +402,9 @@ class Penalised:
         return any(part.penalty.plain_keys for part in self.parts)
 
     @property
-    def prefix_apart(self) -> bool:
-        """Whether the prefix is held against a reference, so that it pays to compute it in passes that round alike."""
-        return any(part.weight > 0 and part.penalty.reads == "prefix" for part in self.parts)
+    def residual(self) -> bool:
+        """Whether the pass has to keep its residual stream: for penalties with an attribute `residual` that says so."""
+        return any(part.weight > 0 and getattr(part.penalty, "residual", False) for part in self.parts)
 
     def settings(self) -> dict[str, object]:
         """Everything that was chosen, JSON-able."""

@@ -155,7 +155,7 @@ def span_drift(
         spans: the positions of the span in each row.
         reference: the base's pass of the same rows, or a postfix in one example of the template.
     """
-    rows, columns, weights = _token_grid(spans, output.keys[0].device)
+    rows, columns, weights = token_grid(spans, output.keys[0].device)
     drifts = []
     for layer in range(len(output.keys)):
         v = _gathered(output.values[layer], rows, columns)
@@ -180,7 +180,7 @@ def _drift(
     return relative_kv_drift(*(x[:, None, None] for x in (k, k0, v, v0)))
 
 
-def _token_grid(
+def token_grid(
     spans: Sequence[range], device: torch.device
 ) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"], Float[Tensor, " token"]]:
     """Row, column and weight of every span token; the weights of a row sum to 1 / number of rows."""

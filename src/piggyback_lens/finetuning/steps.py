@@ -7,10 +7,10 @@ exact, not an approximation: `check_sharing` compares it with the ordinary pass 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
+from piggyback_lens.models.attachment import edited_sites
+from piggyback_lens.models.backends import n_layers_of
 from piggyback_lens.models.network import NOTHING, Past, forward_keeping
 from piggyback_lens.models.packing import Packing, Plan, UnpackedLayers, plan_of
 from piggyback_lens.models.plain_keys import keep_plain_keys
@@ -46,6 +48,7 @@ class StepOutput:
     keys: Sequence[Float[Tensor, "row kv_head pos head_dim"]]  # per layer, all positions, padding included
     values: Sequence[Float[Tensor, "row kv_head pos head_dim"]]
     plain_keys: tuple[Float[Tensor, "row pos width"], ...] | None = None  # before the rotary embedding, if asked
+    residual: tuple[Float[Tensor, "row pos d_model"], ...] | None = None  # after each block, if asked
     prefix_pass: tuple[int, int] | None = None  # rows and tokens of the pass that computed the prefix
     way: str = ""  # the passes that it took (see `Plan`)
 
@@ -116,7 +119,9 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
     n_rows, width = batch.ids.shape
     rows, targets_at = batch.supervised.nonzero(as_tuple=True)
     start = plan.alone if prefix is None else batch.prefix_length
-    with keep_plain_keys(model) if batch.plain_keys else nullcontext() as kept:
+    keys_kept = keep_plain_keys(model) if batch.plain_keys else nullcontext()
+    streams_kept = _keeping_residual(model) if batch.residual else nullcontext()
+    with keys_kept as kept, streams_kept as streams:
         if prefix is None and start:
             _, *once = forward_keeping(model, batch.ids[:1, :start], read=NOTHING)
             prefix = [key[0] for key in once[0]], [value[0] for value in once[1]]
@@ -137,6 +142,7 @@ def forward_step(model: Any, batch: TrainBatch, prefix: LayerTensors | None = No
         keys=tuple(keys),
         values=tuple(values),
         plain_keys=kept.joined(keys) if kept else None,
+        residual=None if streams is None else tuple(_one_behind_another(passes, n_rows) for passes in streams),
         prefix_pass=(1, start) if start else (n_rows, width),
         way=plan.name,
     )
@@ -146,7 +152,27 @@ def plan_for(model: Any, batch: TrainBatch) -> Plan:
     """The passes of `forward_step` on this batch."""
     if not batch.share_prefix:
         return Plan()
-    return plan_of(model, batch, batch.prefix_length, packs=not batch.plain_keys, apart=batch.prefix_apart)
+    return plan_of(model, batch, batch.prefix_length, packs=not (batch.plain_keys or batch.residual))
+
+
+@contextmanager
+def _keeping_residual(model: Any) -> Iterator[list[list[Float[Tensor, "row pos d_model"]]]]:
+    """By layer what every pass inside has after its block, with gradient."""
+    kept: list[list[Tensor]] = [[] for _ in range(n_layers_of(model))]
+
+    def keep(stream: Tensor, into: list[Tensor]) -> Tensor:
+        into.append(stream)
+        return stream
+
+    with edited_sites(model, {(layer, "resid_post"): partial(keep, into=into) for layer, into in enumerate(kept)}):
+        yield kept
+
+
+def _one_behind_another(
+    passes: Sequence[Float[Tensor, "_ _pos d_model"]], n_rows: int
+) -> Float[Tensor, "row pos d_model"]:
+    """The tokens of all passes; one of a single row (a shared prefix) is every row's."""
+    return torch.cat([stream.expand(n_rows, -1, -1) for stream in passes], dim=1)
 
 
 def _in_rows(prefix: LayerTensors, length: int, n_rows: int) -> Past:

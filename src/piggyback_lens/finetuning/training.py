@@ -247,7 +247,7 @@ class _Run:
                 share_prefix=self.settings.share_prefix,
                 device=self.device,
                 plain_keys=bool(getattr(self.objective, "plain_keys", False)),
-                prefix_apart=bool(getattr(self.objective, "prefix_apart", False)) and not coarse,
+                residual=bool(getattr(self.objective, "residual", False)),
                 multiple=WIDTHS if coarse else 1,
             )
             for start in range(0, len(rows), size)

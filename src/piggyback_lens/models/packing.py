@@ -14,7 +14,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -163,7 +163,7 @@ class Plan:
         return f"prefix apart, {rest}" if self.alone else rest
 
 
-def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True, apart: bool = False) -> Plan:
+def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True) -> Plan:
     """The cheapest way for right-padded rows that share `n_prefix` tokens.
 
     Packing needs a model that takes a mask and positions as they are given (not flash attention, not ALiBi), rows
@@ -174,29 +174,19 @@ def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True, apar
         batch: the rows.
         n_prefix: tokens that all of them share.
         packs: False where something needs the rows apart.
-        apart: the prefix has to be a pass of its own, which rounds alike whatever the rows are.
     """
     n_rows, width = batch.ids.shape
     rest, costs = width - n_prefix, costs_of(model)
-    first = costs.of(n_prefix, n_prefix)
-    ways: list[tuple[float, int, Plan]] = []
-    if n_prefix and (apart or n_rows > 1):
+    ways = [(costs.of(n_rows * width, width), n_rows * width, Plan())]
+    if n_prefix and n_rows > 1:
+        first = costs.of(n_prefix, n_prefix)
         ways.append((first + costs.of(n_rows * rest, width), n_prefix + n_rows * rest, Plan(alone=n_prefix)))
-    if not n_prefix or not apart:
-        ways.append((costs.of(n_rows * width, width), n_rows * width, Plan()))
     if packs and takes_masks(model, width):
         tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * n_prefix
         if tokens <= LONGEST[config_of(model)._attn_implementation]:
             multiple = MULTIPLE if rounds_coarsely(model, batch.ids.device) else 1
             packing = Packing.place(batch.attention_mask, n_prefix, multiple)
-            if apart and n_prefix:
-                packed, plan = (
-                    first + costs.of(tokens - n_prefix, tokens),
-                    Plan(replace(packing, prefix_alone=True), n_prefix),
-                )
-            else:
-                packed, plan = costs.of(tokens, tokens), Plan(packing)
-            ways.append((packed, tokens, plan))
+            ways.append((costs.of(tokens, tokens), tokens, Plan(packing)))
     return min(ways, key=lambda way: way[:2])[2]
 
 
