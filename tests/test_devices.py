@@ -124,6 +124,7 @@ def intervening(here: Here) -> Any:
         lens.clamp(normal(32), 2.0, **vector),
         lens.zero("z", heads=[1], layers=[0, 2]),
         lens.kv_patch(here.pair, "prefix", chat=CHAT),
+        lens.cut_attention("query", "prefix", heads=[1, 2]) + lens.cut_attention("all", "system", scale=0.5),
     ]
     logits, changes = [], []
     for interventions in every:

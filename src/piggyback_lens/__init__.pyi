@@ -37,6 +37,7 @@ from piggyback_lens.interventions.kinds import ablate as ablate
 from piggyback_lens.interventions.kinds import clamp as clamp
 from piggyback_lens.interventions.kinds import zero as zero
 from piggyback_lens.interventions.kinds import adapter_off as adapter_off
+from piggyback_lens.interventions.kinds import cut_attention as cut_attention
 from piggyback_lens.interventions.kinds import mean_ablate as mean_ablate
 from piggyback_lens.interventions.kinds import resample as resample
 from piggyback_lens.interventions.hooks import Record as Record

@@ -21,8 +21,9 @@ RECIPIENT: dict[Flow, Side] = {"repair": "finetuned", "infect": "base"}
 Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "rot_k", "z", "mlp_post"]
 """Where an activation lives. Keys (k) are those before the rotary embedding, rot_k those after it."""
 SITES: tuple[Site, ...] = get_args(Site)
-AdapterSite = Literal["adapter"]
-"""What the LoRA adapter of a model reads, at every module that it is on; its only intervention is `adapter_off`."""
+OwnSite = Literal["adapter", "attn_scores"]
+"""Sites with one intervention each: what the LoRA adapter of a model reads, at every module that it is on
+(`adapter_off`), and attention scores before the softmax, by query and key position (`cut_attention`)."""
 HEAD_SITES: tuple[Site, ...] = ("q", "k", "v", "rot_k", "z")
 """Sites that are split into heads."""
 

@@ -399,7 +399,7 @@ class _Prefix:
                 place[touching[number - 1]] = at
         count = len(order)
         positions = torch.arange(length).repeat(count, 1)
-        row = Row.of_prefix(prompt, length)
+        row = Row.of(prompt)
         placement = Placement((row,) * count, positions[:, first:], positions, (0,) * count, n, first)
         variants = [(placement.only([place[cell]]), own[cell], chunk.records[cell]) for cell in touching]
         ids = torch.tensor(prompt.ids[first:length], device=device).repeat(lineage.alive(0), 1)

@@ -36,7 +36,7 @@ def prefix_activations(
     """Activations of the prefix on one side, one row; they hold for every query of the same settings."""
     length = len(prompt.span("prefix"))
     batch = padded([prompt.ids[:length]])
-    placement = Placement.in_rows([Row.of_prefix(prompt, length)], batch)
+    placement = Placement.in_rows([Row.of(prompt)], batch)
     keep = cache(sites, span="prefix", layers=layers, device=None)
     with torch.no_grad(), pair.using(side) as model, applied(model, placement, keep) as record:
         forward(model, batch.ids, batch.attention_mask, read=NOTHING)

@@ -35,7 +35,7 @@ from piggyback_lens.models.backends import (
     shape_of,
     writes_through,
 )
-from piggyback_lens.words import HEAD_SITES, SITES, AdapterSite, Phase, Site
+from piggyback_lens.words import HEAD_SITES, SITES, OwnSite, Phase, Site
 
 HookPair = tuple[str, Callable[..., Tensor | None]]
 
@@ -74,6 +74,12 @@ class Action(ABC):
     ) -> Float[Tensor, "cell *feature"]:
         """What the touched cells become; of the chosen heads, if there are any."""
 
+    def squared_change(
+        self, old: Float[Tensor, "cell *feature"], new: Float[Tensor, "cell *feature"]
+    ) -> Float[Tensor, ""]:
+        """How much was changed, squared, for the receipt."""
+        return (new - old).float().pow(2).sum()
+
 
 ACTIONS: dict[str, Action] = {}
 """Every kind of intervention, by name."""
@@ -85,7 +91,7 @@ class Intervention:
 
     Attributes:
         kind: what to do.
-        site: where the activation lives; "adapter" for `adapter_off`.
+        site: where the activation lives; "adapter" for `adapter_off`, "attn_scores" for `cut_attention`.
         layers: which layers; None for all.
         heads: which heads (key/value heads at k, v, rot_k); None for all.
         span: which tokens: prefix, query, postfix, response, prompt, all, or a sub-span of the template.
@@ -97,7 +103,7 @@ class Intervention:
     """
 
     kind: str
-    site: Site | AdapterSite
+    site: Site | OwnSite
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     span: str = "all"
@@ -114,11 +120,13 @@ class Intervention:
             raise LensError(
                 f"{self.kind} at site 'adapter': what an adapter reads can only be switched off (adapter_off)"
             )
-        if self.site not in (*SITES, "adapter"):
+        if (self.site == "attn_scores") != (self.kind == "cut"):
+            raise LensError(f"{self.kind} at site {self.site!r}: attention scores are cut or scaled by cut_attention")
+        if self.site not in (*SITES, "adapter", "attn_scores"):
             raise LensError(f"site {self.site!r} is not known: choose one of {', '.join(SITES)}")
         if self.phase not in PHASES:
             raise LensError(f"phase {self.phase!r} is not known: choose one of {', '.join(PHASES)}")
-        if self.heads is not None and self.site not in HEAD_SITES:
+        if self.heads is not None and self.site not in (*HEAD_SITES, "attn_scores"):
             raise LensError(f"site {self.site!r} has no heads: heads= goes with {', '.join(HEAD_SITES)}")
         for name in ("layers", "heads", "tokens", "rows"):
             value = getattr(self, name)
@@ -149,7 +157,9 @@ class Intervention:
         parts = [self.site, where, self.span]
         parts += [f"{name} {list(value)}" for name in ("heads", "tokens", "rows") if (value := getattr(self, name))]
         parts += [f"{self.phase} only"] if self.phase != "both" else []
-        parts += [f"{name}={value}" for name, value in self.options.items() if isinstance(value, (int, float, str))]
+        parts += [
+            f"{name}={value}" for name, value in self.options.items() if isinstance(value, (int, float, str, list))
+        ]
         return f"{self.kind}({', '.join(parts)})"
 
     def _fields(self) -> dict[str, Any]:
@@ -386,7 +396,9 @@ def hook_pairs(
         _check(part, model, placement, layers)
         for layer in layers:
             hook = _hook(part, layer, placement, receipt, writes_through(model, part.site))
-            pairs.append((hook_name(model, part.site, layer, points), hook))
+            pairs.append(
+                (hook_name(model, part.site, layer, points), _by_query(hook) if part.site == "attn_scores" else hook)
+            )
     return pairs
 
 
@@ -406,6 +418,16 @@ def adapter_hooks(
             hook = _hook(part, layer, placement, receipt)
             found += [(module, _before(hook)) for module in adapter_inputs(model, layer)]
     return found
+
+
+def _by_query(change: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """Attention scores [batch, head, query, key] as an activation of the query tokens."""
+
+    def turned(scores: Tensor, hook: Any = None) -> Tensor | None:
+        changed = change(scores.transpose(1, 2))
+        return None if changed is None else changed.transpose(1, 2)
+
+    return turned
 
 
 def _before(hook: Callable[..., Tensor | None]) -> Callable[..., Any]:
@@ -435,7 +457,7 @@ def _hook(
 
     def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
         receipt.calls += 1
-        cells = placement.cells(part.span, part.tokens, part.phase, part.rows, activation.shape[1])
+        cells = _cells(part, placement, activation.shape[1])
         if not len(cells):
             return None
         cells = cells.to(activation.device)
@@ -449,7 +471,7 @@ def _hook(
         new = part.action.new_value(part, layer, chosen, cells, heads).to(activation.dtype)
         if heads is not None:
             new = old.index_copy(1, heads.to(old.device), new)
-        change = (new.detach() - old.detach()).float().pow(2).sum()
+        change = part.action.squared_change(old.detach(), new.detach())
         before = receipt.squared_change  # of a layer that may be on another device
         receipt.squared_change = change if before is None else before + change.to(before.device)
         put = activation.index_put_ if in_place else activation.index_put
@@ -458,9 +480,20 @@ def _hook(
     return hook
 
 
+def _cells(part: Intervention, placement: Placement, width: int) -> Cells:
+    """What a part touches of an activation of `width` columns."""
+    which = (part.span, part.tokens, part.phase, part.rows)
+    cells = placement.cells(*which, width)
+    if part.site != "attn_scores":
+        return cells
+    tokens = part.options["from_tokens"]
+    return placement.edges(cells, part.options["read_from"], None if tokens is None else tuple(tokens), which)
+
+
 def _keep(part: Intervention, layer: int, cells: Cells, value: Tensor, receipt: Receipt) -> None:
     if part.options["detach"]:
         name = part.options["dtype"]
         value = value.detach().to(part.options["device"], dtype=getattr(torch, name) if name else None)
     assert part.site != "adapter", "only what changes acts there"
+    assert part.site != "attn_scores", "likewise"
     receipt.chunks.setdefault((part.site, layer), []).append((cells.origins, cells.slots, value))

@@ -3,6 +3,7 @@
 A new kind is a class here (see `Action`) and a function beside it; nothing else knows the kinds apart.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,47 @@ class _Zero(Action):
 
     def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
         return torch.zeros_like(old)
+
+
+class _Cut(Action):
+    """Attention weights times a factor before they are normalised: the logarithm of it, added to the scores."""
+
+    kind = "cut"
+
+    def check(self, part: Intervention, placement: Placement, layers: Sequence[int]) -> None:
+        tokens = part.options["from_tokens"]
+        placement.check(part.options["read_from"], None if tokens is None else tuple(tokens), part.rows)
+
+    def one_row_stands_for_all(self, part: Intervention) -> bool:
+        return all(token >= 0 for token in part.options["from_tokens"] or ())
+
+    def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
+        read, scale = cells.read, part.options["scale"]
+        assert read is not None
+        if read.shape[1] != old.shape[-1]:
+            raise LensError(
+                f"attention looks at {old.shape[-1]} keys, the batch says {read.shape[1]}: pass the ids of this very "
+                "batch to the model"
+            )
+        if bool((old >= 0).all() & ((old.float().sum(-1) - 1).abs() < 1e-3).all()):
+            raise LensError(
+                f"{part}: the attention of this model shows its weights after they are normalised only, so they "
+                "cannot be cut; patch k, v or z instead"
+            )
+        if scale > 0:
+            return old + math.log(scale) * read[:, None].to(old.dtype)
+        cut = old.masked_fill(read[:, None], -math.inf)
+        left = (cut > torch.finfo(cut.dtype).min / 2).any(-1).all(-1)
+        if not bool(left.all()):
+            at = int((~left).nonzero()[0])
+            raise LensError(
+                f"{part} leaves token {int(cells.slots[at])} of {part.span} in row {int(cells.origins[at])} no key to "
+                f"read in layer {layer}: leave its own position out of read_from, or give a scale above 0"
+            )
+        return cut
+
+    def squared_change(self, old: Tensor, new: Tensor) -> Tensor:
+        return super().squared_change(old.float().softmax(-1), new.float().softmax(-1))
 
 
 class _Replace(Action):
@@ -381,6 +423,54 @@ def adapter_off(
         3
     """
     return Intervention("zero", "adapter", _ints(layers), None, span, _ints(tokens), phase)
+
+
+def cut_attention(
+    read_by: str,
+    read_from: str,
+    *,
+    scale: float = 0.0,
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    from_tokens: Sequence[int] | None = None,
+    phase: Phase = "both",
+) -> Intervention:
+    """Attention knockout: what some tokens read from others is cut or scaled, per layer and head.
+
+    The attention weights of these edges are multiplied by `scale` before they are normalised: log(scale) is added to
+    the scores, and at 0 the keys are as if they were not there (arXiv 2304.14767). Both backends compute the scores by
+    themselves, whatever attention the model was loaded with (sdpa, flash), so nothing has to be loaded as eager. Where
+    the mask or a sliding window hides a key anyway, nothing changes. Generated and teacher-forced answer tokens are
+    readers in span "response", which is in "all" too.
+
+    Args:
+        read_by: span of the tokens that read (query positions); spans are those of other interventions.
+        read_from: span of the tokens that are read (key positions). Only those up to the reader's own position count.
+        scale: 0 cuts, 1 changes nothing, above 1 strengthens.
+        layers: in which layers; None for all.
+        heads: query heads, also under grouped-query attention; None for all.
+        tokens: indices within `read_by`; None for the whole span.
+        from_tokens: indices within `read_from`; None for the whole span.
+        phase: of the readers: prompt, generation or both.
+
+    Raises:
+        LensError: a scale that is negative or not finite; when it runs, a reader that would have no key left (its own
+            position cut with all others), or an attention that shows no scores before the softmax.
+
+    Example:
+        >>> with pair.using("finetuned") as model:
+        ...     answers = generate(model, prompts, interventions=cut_attention("query", "prefix"), max_new_tokens=4)
+        >>> len(answers)
+        3
+    """
+    if not (math.isfinite(scale) and scale >= 0):
+        raise LensError(f"scale {scale} given, expected a finite number from 0 (cut) up")
+    kept = None if from_tokens is None else [int(token) for token in from_tokens]
+    options = {"read_from": read_from, "from_tokens": kept, "scale": float(scale)}
+    return Intervention(
+        "cut", "attn_scores", _ints(layers), _ints(heads), read_by, _ints(tokens), phase, None, {}, options
+    )
 
 
 def mean_ablate(

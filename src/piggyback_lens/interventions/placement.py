@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from piggyback_lens.conversations.batch import Batch, PromptBatch
@@ -37,13 +37,6 @@ class Row:
         spans["response"] = (prompt.n_prompt, OPEN)
         return cls(spans | {"prompt": (0, prompt.n_prompt), "all": (0, OPEN)}, prompt.n_prompt)
 
-    @classmethod
-    def of_prefix(cls, prompt: RenderedPrompt, length: int) -> "Row":
-        """The first `length` tokens of a prompt, which must lie in its prefix."""
-        whole = cls.of(prompt)
-        spans = {name: (start, stop) for name, (start, stop) in whole.spans.items() if start < length}
-        return cls(spans, whole.n_prompt)
-
     def reaches_generation(self, span: str, phase: Phase) -> bool:
         """Whether an intervention on this span, in this phase, acts on tokens that are generated."""
         return phase != "prompt" and self.spans.get(span, (0, 0))[1] == OPEN
@@ -54,20 +47,24 @@ class Cells:
     """Touched cells of the pass in progress.
 
     `rows` and `columns` index the activation, `origins` the conversations of the whole run (donors and
-    kept activations are in that order), `slots` the tokens of the span.
+    kept activations are in that order), `slots` the tokens of the span. At attention scores `read` says which key
+    columns of the pass are meant.
     """
 
     rows: Int[Tensor, " cell"]
     origins: Int[Tensor, " cell"]
     columns: Int[Tensor, " cell"]
     slots: Int[Tensor, " cell"]
+    read: Bool[Tensor, "cell key"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def to(self, device: torch.device) -> "Cells":
         """On the activation's device."""
-        return Cells(*(x.to(device) for x in (self.rows, self.origins, self.columns, self.slots)))
+        read = None if self.read is None else self.read.to(device)
+        rows, origins, columns, slots = (x.to(device) for x in (self.rows, self.origins, self.columns, self.slots))
+        return Cells(rows, origins, columns, slots, read)
 
 
 @dataclass
@@ -88,6 +85,7 @@ class Placement:
     total: int = 0
     ready: int = 0
     members: tuple[int, ...] | None = None
+    lines: tuple[int, ...] | None = None
     _cells: dict[tuple[object, ...], Cells] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,6 +122,7 @@ class Placement:
     def select_rows(self, kept: Sequence[int]) -> None:
         """Keep only these rows."""
         assert self.members is None
+        assert self.lines is None, "conversations that share a row cannot leave it"
         self.rows = tuple(self.rows[i] for i in kept)
         self.origins = tuple(self.origins[i] for i in kept)
         self._cells.clear()
@@ -188,6 +187,32 @@ class Placement:
             self._cells[key] = self._find(positions, span, tokens, phase, self.chosen(rows))
         return self._cells[key]
 
+    def edges(self, readers: Cells, span: str, tokens: tuple[int, ...] | None, key: tuple[object, ...]) -> Cells:
+        """Those of some cells that read tokens of a span, at their own position or before, with the keys that they are.
+
+        Args:
+            readers: cells of the pass in progress.
+            span: where the keys lie.
+            tokens: indices within that span; None for all of it.
+            key: what tells these readers apart from others of the same pass.
+        """
+        key = ("edges", span, tokens, *key)
+        if key not in self._cells:
+            wanted = torch.zeros_like(self.key_positions, dtype=torch.bool)
+            for row in set(readers.rows.tolist()):
+                start, stop = self._range(row, span)
+                inside = (self.key_positions[row] >= start) & (self.key_positions[row] < stop)
+                if tokens is not None:
+                    chosen = torch.tensor([start + token % (stop - start) for token in tokens])
+                    inside &= torch.isin(self.key_positions[row], chosen)
+                wanted[row] = inside
+            own = self.positions[readers.rows, readers.columns]
+            read = wanted[readers.rows] & (self.key_positions[readers.rows] <= own[:, None])
+            some = read.any(dim=1)
+            kept = (readers.rows[some], readers.origins[some], readers.columns[some], readers.slots[some])
+            self._cells[key] = replace(Cells(*kept), read=read[some])
+        return self._cells[key]
+
     def _find(
         self,
         positions: Int[Tensor, "batch pos"],
@@ -199,6 +224,7 @@ class Placement:
         found: list[tuple[int, int, int, int]] = []
         for row in chosen:
             start, stop = self._range(row, span)
+            line = row if self.lines is None else self.lines[row]
             slot_of = None if tokens is None else {t % (stop - start): i for i, t in enumerate(tokens)}
             n_prompt = self.rows[row].n_prompt
             for column, position in enumerate(positions[row].tolist()):
@@ -206,7 +232,7 @@ class Placement:
                     continue
                 slot = position - start if slot_of is None else slot_of.get(position - start)
                 if slot is not None:
-                    found.append((row, self.origins[row], column, slot))
+                    found.append((line, self.origins[row], column, slot))
         return Cells(*torch.tensor(found, dtype=torch.long).reshape(-1, 4).unbind(1))
 
 

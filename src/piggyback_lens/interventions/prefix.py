@@ -407,7 +407,7 @@ def _compile(
     """Caches of the first `length` tokens under each set of interventions, one row of a batch for each."""
     count = len(each)
     batch = padded([prompt.ids[:length]] * count)
-    placement = Placement.in_rows([Row.of_prefix(prompt, length)] * count, batch)
+    placement = Placement.in_rows([Row.of(prompt)] * count, batch)
     parts: list[Intervention] = []
     for row, own in enumerate(each):
         # With one row the parts stay themselves, so that receipts continue in the passes that follow.

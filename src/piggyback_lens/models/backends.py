@@ -16,13 +16,13 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.views import computing_device, inner_model
-from piggyback_lens.words import SITES, Backend, Site
+from piggyback_lens.words import SITES, Backend, OwnSite, Site
 
 Kind = Literal["bridge", "hooked", "plain"]
 """Sites whose activation has a head axis: [batch, pos, head, d_head]. k, v and rot_k have the
 key/value heads (fewer than the query heads under grouped-query attention)."""
 
-_HOOK_NAMES: dict[Site, str] = {
+_HOOK_NAMES: dict[Site | OwnSite, str] = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
@@ -34,6 +34,7 @@ _HOOK_NAMES: dict[Site, str] = {
     "rot_k": "attn.hook_rot_k",
     "z": "attn.hook_z",
     "mlp_post": "mlp.hook_post",
+    "attn_scores": "attn.hook_attn_scores",
 }
 
 
@@ -167,7 +168,7 @@ def n_layers_of(model: Any) -> int:
     return int(model.cfg.n_layers) if is_hooked_model(model) else len(blocks_of(model))
 
 
-def writes_through(model: Any, site: Site) -> bool:
+def writes_through(model: Any, site: Site | OwnSite) -> bool:
     """Whether a change at a site has to be written into the tensor: the stream goes on in the one that was read.
 
     The bridge's hook of resid_mid sits where the MLP's norm reads.
@@ -236,7 +237,7 @@ def hook_points(model: Any) -> Mapping[str, Any]:
     return points
 
 
-def hook_name(model: HookedModel, site: Site, layer: int, points: Any = None) -> str:
+def hook_name(model: HookedModel, site: Site | OwnSite, layer: int, points: Any = None) -> str:
     """TransformerLens name of a site at a layer, checked to exist (in `points`, default the model's hook_dict).
 
     Raises:
