@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures import plots
 from piggyback_lens.figures.plot_style import whole_steps
+from piggyback_lens.figures.plots import Axis
 
 fixed = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 TOKENS = ["<|im_start|>", "\n", " ", "<b>", "<br>", "$x$", "&amp;", "%{x}", "<a href='x'>", " the", "\n", ""]
@@ -82,12 +83,10 @@ def figures() -> dict[str, go.Figure]:
         "curve": plots.layer_curve_figure(curve(), title="T", y_label="recovery (fraction)", noise_floor=0.05),
         "map": plots.heatmap_figure(
             np.eye(2),
-            [0, 1],
-            ["a", "b"],
-            title="T",
-            x_title="head",
-            y_title="layer",
-            colorbar_title="KL (nats)",
+            Axis("head", [0, 1]),
+            Axis("layer", ["a", "b"]),
+            heading=("T", ""),
+            quantity="KL (nats)",
         ),
         "history": plots.history_figure(history),
     }
@@ -127,12 +126,10 @@ def test_white_space_shows_and_long_text_is_cut_before_it_is_escaped():
 def test_map_labels_show_tokens_literally_and_may_repeat():
     figure = plots.heatmap_figure(
         np.arange(12.0).reshape(1, 12),
-        TOKENS,
-        ["<i>layer</i>"],
-        title="<b>bold</b>",
-        x_title="<br>",
-        y_title="$y$",
-        colorbar_title="%{z}",
+        Axis("<br>", TOKENS),
+        Axis("$y$", ["<i>layer</i>"]),
+        heading=("<b>bold</b>", ""),
+        quantity="%{z}",
     )
     labels = figure.layout.xaxis.ticktext
     assert len(labels) == 12
@@ -318,19 +315,15 @@ def test_thirty_layers_label_at_most_twenty_of_them():
 # --- maps and history --------------------------------------------------------------------------------
 
 
-def heatmap(z: np.ndarray, **settings: object) -> go.Figure:
+def heatmap(z: np.ndarray) -> go.Figure:
     rows, columns = z.shape
-    titles = {"title": "T", "x_title": "x", "y_title": "y", "colorbar_title": "c"}
-    return plots.heatmap_figure(z, range(columns), range(rows), **titles, **settings)
+    return plots.heatmap_figure(z, Axis("x", range(columns)), Axis("y", range(rows)), heading=("T", ""), quantity="c")
 
 
-def test_the_signed_scale_is_symmetric_white_at_zero_and_the_other_begins_at_zero():
-    z = np.array([[-0.2, 0.1], [0.0, 0.05]])
-    signed, unsigned = heatmap(z).data[0], heatmap(np.abs(z), signed=False).data[0]
+def test_the_scale_is_symmetric_and_white_at_zero():
+    signed = heatmap(np.array([[-0.2, 0.1], [0.0, 0.05]])).data[0]
     assert (signed.zmin, signed.zmax) == (pytest.approx(-0.2), pytest.approx(0.2))
     assert dict(signed.colorscale)[0.5] == "#FFFFFF"
-    assert unsigned.zmin == 0
-    assert dict(unsigned.colorscale)[0.0] == "#FFFFFF"
     assert heatmap(np.zeros((2, 2))).data[0].zmax == 1.0
 
 
@@ -346,12 +339,10 @@ def test_a_map_of_thirty_layers_by_twenty_four_tokens_is_small():
     z = np.random.default_rng(0).normal(size=(30, 24))
     figure = plots.heatmap_figure(
         z,
-        tokens,
-        range(30),
-        title="T",
-        x_title="token",
-        y_title="layer",
-        colorbar_title="KL (nats per token)",
+        Axis("token", tokens),
+        Axis("layer", range(30)),
+        heading=("T", ""),
+        quantity="KL (nats per token)",
     )
     assert len(figure.to_json()) < 300_000
 
@@ -361,7 +352,7 @@ def test_many_labels_are_thinned_and_labels_that_do_not_fit_the_map_refused():
     assert len(figure.layout.xaxis.ticktext) <= 44
     assert figure.layout.xaxis.ticktext[1] == str(figure.layout.xaxis.tickvals[1])
     with pytest.raises(LensError, match=r"shape \(2, 3\), its labels say \(2, 2\)"):
-        plots.heatmap_figure(np.zeros((2, 3)), [0, 1], [0, 1], title="T", x_title="x", y_title="y", colorbar_title="c")
+        plots.heatmap_figure(np.zeros((2, 3)), Axis("x", [0, 1]), Axis("y", [0, 1]), heading=("T", ""), quantity="c")
 
 
 def test_history_draws_losses_then_gradient_norm_and_rate_and_no_bookkeeping(figures):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.figures.plot_style import GREY, INK, check_frame, n_text, plot_text, wrapped
-from piggyback_lens.figures.plots import heatmap_figure
+from piggyback_lens.figures.plots import Axis, heatmap_figure
 from piggyback_lens.intervals import interval_text
 
 if TYPE_CHECKING:
@@ -226,16 +226,16 @@ def recovery_map_figure(  # noqa: PLR0913
         lines.append(f"squares: random control, same colours, at {count} cells (largest {largest:.2g})")
     figure = heatmap_figure(
         cells.values,
-        _labels(part, x, x_text, cells.xs),
-        _labels(part, y, y_text, cells.ys),
-        title=title,
-        x_title=(x_text or x) if x_title is None else x_title,
-        y_title=(y_text or y) if y_title is None else y_title,
-        colorbar_title=colorbar_title,
-        subtitle="; ".join(lines),
+        Axis((x_text or x) if x_title is None else x_title, _labels(part, x, x_text, cells.xs)),
+        Axis(
+            (y_text or y) if y_title is None else y_title,
+            _labels(part, y, y_text, cells.ys),
+            bottom_up=all(isinstance(key, Real) for key in cells.ys),
+        ),
+        heading=(title, "; ".join(lines)),
+        quantity=colorbar_title,
         details=details,
         cell_text=cells.cell_text(noise_floor) if text else None,
-        bottom_up=all(isinstance(key, Real) for key in cells.ys),
         # A map of noise stays pale instead of blowing it up to full colour.
         least_limit=max(2 * (noise_floor or 0.0), largest),
     )

@@ -7,6 +7,7 @@ from outside (tokens, labels, titles) is shown literally.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,32 +41,37 @@ LABEL_LENGTH = 24  # longer token labels are cut on the axis and whole under the
 
 DIVERGING = ((0.0, "#7F3B08"), (0.25, "#E08214"), (0.5, "#FFFFFF"), (0.75, "#4393C3"), (1.0, "#053061"))
 SUBTITLE_WIDTH = 132  # characters that fit at 900 px
-SEQUENTIAL = ((0.0, "#FFFFFF"), (0.5, "#4393C3"), (1.0, "#053061"))
 
 
-def heatmap_figure(  # noqa: PLR0913
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of a map: its name, and the labels of its rows or columns (tokens), which may repeat."""
+
+    name: str
+    labels: Sequence[object]
+    bottom_up: bool = False  # of y: the first row at the bottom
+
+    def places(self) -> list[str]:
+        """Every label with the axis' name, ready for plotly."""
+        return [f"{plot_text(self.name)} {plot_text(label)}" for label in self.labels]
+
+
+def heatmap_figure(
     z: npt.ArrayLike,
-    x_labels: Sequence[object],
-    y_labels: Sequence[object],
+    x: Axis,
+    y: Axis,
     *,
-    title: str,
-    x_title: str,
-    y_title: str,
-    colorbar_title: str,
-    signed: bool = True,
-    subtitle: str = "",
+    heading: tuple[str, str],
+    quantity: str,
     details: Sequence[Sequence[str]] | None = None,
     cell_text: Sequence[Sequence[str]] | None = None,
-    bottom_up: bool = False,
     least_limit: float = 0.0,
 ) -> "go.Figure":
-    """A map, ``z[y][x]``, first row on top. Labels (tokens) are shown literally and may repeat.
+    """A map, ``z[y][x]``: orange below zero, white at zero, blue above, symmetric. Cells which are NaN are grey.
 
-    ``signed``: orange below zero, white at zero, blue above, symmetric; otherwise white to blue from zero.
-    Cells which are NaN are grey. ``subtitle`` is literal text. ``details`` stand under the cursor instead of the
-    number, ``cell_text`` in the cells, both by row and column and ready for plotly (``plot_text``).
-    ``bottom_up`` puts the first row at the bottom; ``least_limit`` keeps small values pale: the scale reaches
-    at least that far.
+    ``heading`` is title and subtitle, and ``quantity`` names the colours: literal text, like the labels. ``details``
+    stand under the cursor instead of the number, ``cell_text`` in the cells, both by row and column and ready for
+    plotly (``plot_text``). ``least_limit`` keeps small values pale: the scale reaches at least that far.
 
     Raises:
         LensError: the labels do not fit the values.
@@ -73,42 +79,41 @@ def heatmap_figure(  # noqa: PLR0913
     import plotly.graph_objects as go
 
     values = np.asarray(z, dtype=np.float32)
-    if values.shape != (len(y_labels), len(x_labels)) or not values.size:
-        expected = (len(y_labels), len(x_labels))
+    expected = (len(y.labels), len(x.labels))
+    if values.shape != expected or not values.size:
         raise LensError(f"the map has shape {values.shape}, its labels say {expected} (rows, columns)")
     finite = values[np.isfinite(values)]
     limit = max(least_limit, float(np.abs(finite).max(initial=0.0))) or 1.0
-    low = -limit if signed else min(0.0, float(finite.min(initial=0.0)))
-    across = [f"{plot_text(x_title)} {plot_text(label)}" for label in x_labels]
-    down = [f"{plot_text(y_title)} {plot_text(label)}" for label in y_labels]
+    across, down = x.places(), y.places()
     names = [[f"{row}<br>{column}" for column in across] for row in down]
     # plotly writes `text` into the cells where a template asks for it; the names then need another place.
     shown = {"text": names} if cell_text is None else {"text": cell_text, "hovertext": names, "texttemplate": "%{text}"}
     place = "%{text}" if cell_text is None else "%{hovertext}"
-    quantity = plot_text(colorbar_title)
-    number = f"<b>%{{z:.3g}}</b> {quantity}" if details is None else f"{quantity}: <b>%{{customdata}}</b>"
+    unit = plot_text(quantity)
+    number = f"<b>%{{z:.3g}}</b> {unit}" if details is None else f"{unit}: <b>%{{customdata}}</b>"
     figure = go.Figure(
         go.Heatmap(
             z=values,
-            zmin=low,
+            zmin=-limit,
             zmax=limit,
-            colorscale=DIVERGING if signed else SEQUENTIAL,
+            colorscale=DIVERGING,
             xgap=1,
             ygap=1,
             hoverongaps=details is not None,
             customdata=details,
             hovertemplate=f"{place}<br>{number}<extra></extra>",
             textfont={"size": 13},
-            colorbar=colour_bar(colorbar_title),
+            colorbar=colour_bar(quantity),
             **shown,
         )
     )
+    title, subtitle = heading
     lines = [line for line in (subtitle, "grey: missing" if finite.size < values.size else "") if line]
-    apply_heading(figure, title, "; ".join(lines), height=190 + 23 * max(8, min(len(y_labels), 40)))
-    _label_axes(figure, x_labels, y_labels)
-    figure.update_xaxes(title_text=plot_text(x_title), range=[-0.5, len(x_labels) - 0.5])
-    edges = [-0.5, len(y_labels) - 0.5]
-    figure.update_yaxes(title_text=plot_text(y_title), range=edges if bottom_up else edges[::-1])
+    apply_heading(figure, title, "; ".join(lines), height=190 + 23 * max(8, min(len(y.labels), 40)))
+    _label_axes(figure, x.labels, y.labels)
+    figure.update_xaxes(title_text=plot_text(x.name), range=[-0.5, len(x.labels) - 0.5])
+    edges = [-0.5, len(y.labels) - 0.5]
+    figure.update_yaxes(title_text=plot_text(y.name), range=edges if y.bottom_up else edges[::-1])
     figure.update_layout(plot_bgcolor=MISSING)
     return figure
 
