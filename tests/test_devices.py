@@ -374,6 +374,7 @@ def objectives() -> dict[str, Any]:
         "postfix": lambda model: lens.TReFT("postfix"),
         "query": lambda model: lens.TReFT("query"),
         "all": lambda model: lens.TReFT("all"),
+        "residual": lambda model: lens.ResidualDrift(),
         "kl_train": lambda model: lens.KLOnTrain(),
         "kl_retain": lambda model: lens.KLOnRetain(retain),
     }

@@ -39,6 +39,7 @@ from piggyback_lens.finetuning.batches import batch_indices, make_batch
 from piggyback_lens.finetuning.hf_trainer import REFERENCE_FOLDER, PenaltyTrainer, training_rows
 from piggyback_lens.finetuning.objectives import KLOnRetain, KLOnTrain, Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.preventive import PreventiveSteering
+from piggyback_lens.finetuning.residuals import ResidualDrift
 from piggyback_lens.finetuning.retain import RetainData, interleave
 from piggyback_lens.finetuning.steps import Step, forward_step
 from piggyback_lens.finetuning.trainables import PeftAdapter, add_lora
@@ -59,6 +60,7 @@ OBJECTIVES: dict[str, Callable[[nn.Module], tuple[Weighted, ...]]] = {
     "kl on train": lambda _: (Weighted(KLOnTrain(), 2.0),),
     "kl on retain": lambda _: (retained(start=1, stop=5),),
     "treft of all": lambda _: (Weighted(TReFT("all"), 50.0),),
+    "residual drift": lambda _: (Weighted(ResidualDrift(), 20.0), Weighted(ResidualDrift("query", (1,)), 5.0)),
     "everything": lambda model: (
         Weighted(KLOnTrain(), 2.0, start=2),
         retained(threshold=1e-3),
@@ -109,7 +111,7 @@ def test_one_step_has_the_loss_and_the_gradients_of_our_loop(tmp_path: Path, nam
     """Oracle: `Penalised` on the whole batch at once, as `train` calls it."""
     model, here, kept = moved(), moved(), Kept()
     parts = tuple(replace(part, start=0) for part in OBJECTIVES[name](model))
-    batch = make_batch(EXAMPLES[:4], plain_keys=True)
+    batch = make_batch(EXAMPLES[:4], plain_keys=True, residual=True)
     expected = Penalised(parts)(Step(model, batch, forward_step(model, batch), 0))
     expected.total.backward()  # type: ignore[no-untyped-call]
     trainer = make(
@@ -277,10 +279,11 @@ def test_every_objective_resumes_to_identical_weights(tmp_path: Path, name: str)
 def test_half_precision_and_checkpointing_keep_every_penalty(tmp_path: Path, options: dict[str, Any]) -> None:
     model = fresh() if options else fresh().bfloat16()
     parts = (*treft().parts, *treft("query", own=True).parts, Weighted(KLOnTrain(), 1.0), retained(1.0))
+    parts = (Weighted(ResidualDrift(), 1.0), *parts)
     retain: Any = parts[-1].penalty
     trainer = make(tmp_path, model, Penalised(parts), **options)
     trainer.train()
-    for name in ("drift_prefix", "drift_query", "kl_train", "kl_retain"):
+    for name in ("drift_prefix", "drift_query", "kl_train", "kl_retain", "residual_conversation"):
         found = losses(trainer, name)
         assert abs(found[0]) < 1e-6, name
         assert found[-1] > 1e-5, name

@@ -132,6 +132,7 @@ from piggyback_lens.finetuning.objectives import Penalty as Penalty
 from piggyback_lens.finetuning.objectives import TReFT as TReFT
 from piggyback_lens.finetuning.objectives import KLOnTrain as KLOnTrain
 from piggyback_lens.finetuning.objectives import KLOnRetain as KLOnRetain
+from piggyback_lens.finetuning.residuals import ResidualDrift as ResidualDrift
 from piggyback_lens.finetuning.retain import RetainData as RetainData
 from piggyback_lens.finetuning.retain import interleave as interleave
 from piggyback_lens.finetuning.preventive import PreventiveSteering as PreventiveSteering

@@ -152,11 +152,12 @@ def relative_kv_drift(
     """
     if k.shape[-3] == 0:
         raise LensError("the drift of a span without tokens is not defined; choose a span which this template has")
-    return _relative_square(k, k0).mean(-1) + _relative_square(v, v0).mean(-1)
+    return relative_square(k, k0).mean(-1) + relative_square(v, v0).mean(-1)
 
 
-def _relative_square(
-    x: Float[Tensor, "*batch token kv_head d_head"], x0: Float[Tensor, "*batch token kv_head d_head"]
+def relative_square(
+    x: Float[Tensor, "*batch token heads d"], x0: Float[Tensor, "*batch token heads d"]
 ) -> Float[Tensor, "*batch token"]:
+    """‖x−x₀‖²/‖x₀‖² of every token, over all heads together, in at least float32."""
     x, x0 = _at_least_float32(x), _at_least_float32(x0)
     return (x - x0).square().sum((-2, -1)) / x0.square().sum((-2, -1))

@@ -254,7 +254,8 @@ class PenaltyMixin:
         if reads == "prefix":
             check_prefixes(rows, prompt)
             return replace(prefix_batch(_ids_of(prompt, "prefix"), device), examples=(prompt,))
-        whole, kept = reads != "prompts", {"plain_keys": self.objective.plain_keys, "residual": self.objective.residual}
+        whole = reads != "prompts"
+        kept: dict[str, Any] = {"plain_keys": self.objective.plain_keys, "residual": self.objective.residual}
         examples = conversations(rows, prompt, whole=whole)
         if whole:
             return make_batch(examples, share_prefix=False, device=device, **kept)
