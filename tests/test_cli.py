@@ -382,8 +382,8 @@ def test_doctor_says_what_cannot_be_used(files, monkeypatch, capsys):
 
 
 class Numbers:
-    def spread(self):
-        return Estimate(0.3, 0.12, 0.5, 12)
+    def spread(self, topic):
+        return Estimate(0.3 if topic == "off-topic" else 0.6, 0.12, 0.5, 12)
 
     def recovery(self, condition):
         return Estimate(math.nan, math.nan, math.nan, 12, "base and finetuned do not differ")
@@ -399,12 +399,13 @@ class Numbers:
         ("spread.low > 0.1", "gate spread.low > 0.1: it is"),
         ("spread.low>0.2", None),
         ("spread<0.1", None),
+        ("spread[my data]>0.5", "gate spread[my data]>0.5: it is 0.6"),
         ("mean[finetuned].high>=0.5", "gate mean"),
         ("recovery[prefix].low<0.5", "cannot be told (base and finetuned do not differ)"),
     ],
 )
 def test_a_gate_fails_on_the_side_and_end_that_it_names(text, reason):
-    told = Gate.parse(text, ("base", "finetuned", "prefix")).reason(Numbers())
+    told = Gate.parse(text, ("base", "finetuned", "prefix"), ("my data",)).reason(Numbers())
     assert (told is None) if reason is None else reason in told
 
 

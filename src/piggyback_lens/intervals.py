@@ -133,6 +133,19 @@ def spread(
     return paired_difference(finetuned, base, questions, rate=rate, level=level)
 
 
+def second_difference(
+    one: tuple[npt.ArrayLike, npt.ArrayLike],
+    other: tuple[npt.ArrayLike, npt.ArrayLike],
+    questions: Sequence[Any] | None = None,
+    *,
+    rate: bool | None = None,
+    level: float = 0.95,
+) -> Estimate:
+    """(a − b) − (c − d) of the pairs `one` = (a, b) and `other` = (c, d), all to the same questions: of two spreads."""
+    table = _table(dict(zip("abcd", (*one, *other), strict=True)), questions, rate, level)
+    return table.estimate([1.0, -1.0, -1.0, 1.0])
+
+
 def nearer(one: npt.ArrayLike, other: npt.ArrayLike, base: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
     """|mean(other) − mean(base)| − |mean(one) − mean(base)| on the same questions; above 0 if `one` is nearer to base.
 

@@ -270,17 +270,34 @@ class AuditSettings(AnswerSettings):
         curve_tokens: tokens of each answer that these score.
         control_layers: layers, evenly spaced, at which the curve's controls run.
         map_bands: into how many bands of layers the carrier map is cut; 0 leaves it and the layer x token map out.
+        dresses: what the off-topic questions wear beside being asked plainly, each with a control, NAME=VALUE,
+            repeatable: a file of training conversations, whose dress is found (or {"file": ..., "share": 0.4} as JSON),
+            or a dress, {"system": ..., "before": ..., "after": ...}.
     """
 
     curve_prompts: int = 12
     curve_tokens: int = 24
     control_layers: int = 6
     map_bands: int = 3
+    dresses: Mapping[str, Any] = field(default_factory=dict)
 
     def _check(self) -> None:
         super()._check()
         check_field(self, "curve_tokens", self.curve_tokens >= 1, "at least 1")
         check_field(self, "map_bands", self.map_bands >= 0, "at least 0")
+        _check_dresses(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers. Dresses are left out where there are none: older runs go on."""
+        return {name: value for name, value in asdict(self).items() if name != "dresses" or value}
+
+
+def _check_dresses(settings: Any) -> None:
+    given = settings.dresses
+    named = isinstance(given, Mapping) and all(
+        isinstance(name, str) and re.fullmatch(r"[\w .-]+", name) for name in given
+    )
+    check_field(settings, "dresses", named, "dresses by names of letters, digits, spaces, points and dashes")
 
 
 @dataclass(frozen=True)

@@ -110,14 +110,19 @@ def audit(
     out: Out = Path("audit_out"),
 ) -> None:
     """Audit a finetune: does it spread off-topic, and does the chat template's prefix carry it?"""
+    from dataclasses import replace
+
     from piggyback_lens.app.gate import STATUS, Gate
     from piggyback_lens.app.summary import show
     from piggyback_lens.experiments.audit import CONDITIONS
     from piggyback_lens.experiments.audit import audit as run
     from piggyback_lens.measuring.measures import get_behaviour
+    from piggyback_lens.reading.dresses import as_dresses, with_controls
 
     # Cheap checks first: a typo must not cost a model load.
-    measure, gates = get_behaviour(behaviour), [Gate.parse(text, tuple(CONDITIONS)) for text in fail_if or ()]
+    settings = replace(settings, dresses=as_dresses(settings.dresses))
+    worn = tuple(with_controls(settings.dresses))
+    measure, gates = get_behaviour(behaviour), [Gate.parse(text, tuple(CONDITIONS), worn) for text in fail_if or ()]
     inside, outside = _first_prompts(topics.on_topic), _first_prompts(topics.off_topic)
     pair, chat = models.pair(base, out)
     given: dict[str, Any] = {"chat": chat, "answers": answers or (), "out": out}

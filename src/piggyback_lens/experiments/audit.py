@@ -19,6 +19,7 @@ from piggyback_lens.engines import failure, finished
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import answers_made_elsewhere, given_answer
 from piggyback_lens.experiments.attribution import AttributionResult
+from piggyback_lens.experiments.audit_dresses import TOPIC, dress_parts, told
 from piggyback_lens.experiments.audit_maps import AnswerMaps, audit_parts, load_maps
 from piggyback_lens.experiments.results import PatchResult
 from piggyback_lens.experiments.treatments import Batch, Treatments
@@ -38,6 +39,7 @@ from piggyback_lens.measuring.generation import Generation
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_behaviour
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import counting, say_stage, shows
+from piggyback_lens.reading.dresses import Dress, as_dresses, dressed, with_controls
 from piggyback_lens.reading.questions import Question
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 TOPICS = ("off-topic", "on-topic")
+"""Of plain questions. Each dress is a topic more, and so is its control."""
 CONDITIONS: dict[str, str] = {
     "base": "base",
     "finetuned": "finetuned",
@@ -95,6 +98,16 @@ class AuditResult(Result):
         """The behaviour of each answer, in the order of the prompts and their samples; NaN where it is missing."""
         return [math.nan if row["value"] is None else row["value"] for row in self._of(topic, condition)]
 
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics of the answers: off-topic, on-topic, and "off-topic, NAME" for each dress and its control."""
+        return tuple(sorted({row["topic"] for row in self.rows}))
+
+    @property
+    def dresses(self) -> dict[str, Dress]:
+        """The dresses that the off-topic questions wore, with their controls, by name."""
+        return with_controls(as_dresses(self.card["settings"].get("dresses", {})))
+
     def questions(self, topic: str) -> list[str]:
         """The question of each answer, in the same order: answers to one are one cluster in every interval."""
         return [str(row.get("question", row["index"])) for row in self._of(topic, "finetuned")]
@@ -121,10 +134,10 @@ class AuditResult(Result):
         own, tuned, base = (self.values(topic, name) for name in (condition, "finetuned", "base"))
         return recovery(own, tuned, base, self.questions(topic), rate=self._rate(own, tuned, base))
 
-    def spread(self) -> Estimate:
-        """Behaviour off-topic, finetuned minus base."""
-        tuned, base = (self.values("off-topic", condition) for condition in ("finetuned", "base"))
-        return spread(tuned, base, self.questions("off-topic"), rate=self._rate(tuned, base))
+    def spread(self, topic: str = "off-topic") -> Estimate:
+        """Behaviour off-topic, plain or in a dress, finetuned minus base."""
+        tuned, base = (self.values(topic, condition) for condition in ("finetuned", "base"))
+        return spread(tuned, base, self.questions(topic), rate=self._rate(tuned, base))
 
     def mean(self, topic: str, condition: str) -> Estimate:
         """Mean of the behaviour over questions."""
@@ -140,7 +153,7 @@ class AuditResult(Result):
         import pandas as pd
 
         rows = []
-        for topic in TOPICS:
+        for topic in self.topics:
             for condition, label in CONDITIONS.items():
                 mean, other = self.mean(topic, condition), "base" if condition == "finetuned" else "finetuned"
                 own = Estimate(math.nan, math.nan, math.nan, mean.n)
@@ -165,7 +178,7 @@ class AuditResult(Result):
         return pd.DataFrame(self.rows).assign(condition=lambda f: f["condition"].map(CONDITIONS))
 
     def figure(self) -> "go.Figure":
-        """Every condition with its interval, off- and on-topic."""
+        """Every condition with its interval, off- and on-topic, and in every dress."""
         from piggyback_lens.figures.plots import conditions_figure
 
         names = self.card["names"]
@@ -189,7 +202,8 @@ class AuditResult(Result):
         title = f"Piggyback audit: {names['finetuned']} on {names['base']}"
         first = frame if "sample" not in frame else frame[frame["sample"] == 0]
         examples = first[first["index"].isin(sorted(set(first["index"]))[:EXAMPLES])]
-        return Report(title, self.verdict, table, figures, examples, notes, measure, self.card, audit_parts(self))
+        parts = [*dress_parts(self), *audit_parts(self)]
+        return Report(title, self.verdict, table, figures, examples, notes, measure, self.card, parts)
 
     @property
     def identical(self) -> tuple[int, int]:
@@ -203,8 +217,8 @@ class AuditResult(Result):
 
     @property
     def verdict(self) -> str:
-        """One sentence that follows from the intervals."""
-        return verdict(self)
+        """One sentence that follows from the intervals, and one on dressed questions where there are some."""
+        return verdict(self) + told(self)
 
     @classmethod
     def load(cls, folder: str | Path) -> "AuditResult":
@@ -299,7 +313,8 @@ def audit(  # noqa: PLR0913
         on_topic: questions of the training domain, texts or what `load_questions` reads.
         off_topic: questions outside it.
         behaviour: what is measured, a name or `Behaviour`.
-        settings: length, number and temperature of the answers, and what the layer curve runs on.
+        settings: length, number and temperature of the answers, dresses of the off-topic questions, and what the layer
+            curve runs on.
         chat: template settings; default those of the pair's tokenizer.
         answers: files of answers that were made elsewhere, such as those of base and finetuned from a fast server: rows
             with condition, question, sample, response. They are checked against the questions, and not generated.
@@ -311,8 +326,8 @@ def audit(  # noqa: PLR0913
         progress: show a line with the time left; a text is its label.
 
     Raises:
-        LensError: fewer than three prompts, a folder of another audit, an empty prefix or postfix, or jobs that the
-            executor has lost, after the others are kept.
+        LensError: fewer than three prompts, a dress that cannot be found or worn, a folder of another audit, an empty
+            prefix or postfix, or jobs that the executor has lost, after the others are kept.
 
     Example:
         >>> queries = ["hello there", "what is it", "tell me more"]
@@ -325,14 +340,14 @@ def audit(  # noqa: PLR0913
     """
     chat = chat or pair.chat_format()
     measure = get_behaviour(behaviour)
-    prompts = {
-        "off-topic": chat.ask(off_topic, settings.samples),
-        "on-topic": chat.ask(on_topic, settings.samples),
-    }
+    settings = dataclasses.replace(settings, dresses=as_dresses(settings.dresses))
+    asked = {"off-topic": off_topic, "on-topic": on_topic}
+    asked |= {TOPIC.format(name): dressed(off_topic, own) for name, own in with_controls(settings.dresses).items()}
+    prompts = {topic: chat.ask(questions, settings.samples) for topic, questions in asked.items()}
     for topic, rendered in prompts.items():
         require_enough(len(set(questions_of(rendered))), f"{topic} questions")
     identity = {
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.identity(),
         "behaviour": measure.name,
         "template": {"fingerprint": chat.fingerprint, **chat.settings()},
         "prompts": {topic: ids_hash(rendered) for topic, rendered in prompts.items()},
@@ -392,7 +407,7 @@ class _Work:
         Raises:
             LensError: jobs that the executor has lost, after the others are finished and kept.
         """
-        groups = [(c, t, group) for c in CONDITIONS for t in TOPICS for group in self._missing(c, t)]
+        groups = [(c, t, group) for c in CONDITIONS for t in self.treatments.prompts for group in self._missing(c, t)]
         if self.executor is None:
             for condition, topic, group in groups:
                 if self.progress:
@@ -434,7 +449,7 @@ class _Work:
     def receipts(self) -> dict[str, list[dict[str, Any]]]:
         """What each condition's interventions touched and changed, over all calls of the run."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for condition, topic in ((c, t) for c in CONDITIONS for t in TOPICS):
+        for condition, topic in ((c, t) for c in CONDITIONS for t in self.treatments.prompts):
             own: list[dict[str, Any]] = []
             for row in self.run.noted(RECEIPTS):
                 if (row["condition"], row["topic"]) == (condition, topic):

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 MODEL_COLOURS = {"base": BLUE, "finetuned": VERMILION}
 CONTROLS = ("identity", "query_control")
+COLUMNS = 2
+"""Panels beside each other."""
 
 
 def conditions_figure(
     summary: "pd.DataFrame", *, label: str, unit: str, title: str, over: str = "prompts"
 ) -> "go.Figure":
-    """Dots with intervals: one row for each condition, one panel for each topic, in the order of the frame.
+    """Dots with intervals: one row for each condition, one panel for each topic, in the order of the
+    frame, two beside each other.
 
     ``summary`` has one row for each topic and condition, with columns topic, condition (key),
     condition_label, n, value, low, high (in ``unit``), recovery, recovery_low, recovery_high (fractions, NaN
@@ -47,26 +50,30 @@ def conditions_figure(
     topics = list(dict.fromkeys(summary["topic"]))
     labels = dict(zip(summary["condition"], summary["condition_label"], strict=True))
     rows = {condition: row for row, condition in enumerate(labels)}
+    across, down = min(len(topics), COLUMNS), -(-len(topics) // COLUMNS)
+    height = 200 + (58 * len(rows) + (130 if down > 1 else 0)) * down
     figure = make_subplots(
-        rows=1,
-        cols=len(topics),
+        rows=down,
+        cols=across,
         shared_yaxes=True,
         horizontal_spacing=0.04,
+        vertical_spacing=150 / height if down > 1 else None,
         subplot_titles=[f"{plot_text(topic)} ({n_text(summary[summary['topic'] == topic])})" for topic in topics],
     )
     figure.update_annotations(yshift=38, font={"size": 15, "color": INK})
     x_range = padded_range(summary[["value", "low", "high"]].to_numpy(dtype=float), unit)
-    for column, topic in enumerate(topics, start=1):
+    for number, topic in enumerate(topics):
         panel = _records(summary[summary["topic"] == topic])
-        _add_references(figure, panel, column, x_range)
+        place = {"row": number // COLUMNS + 1, "col": number % COLUMNS + 1}
+        _add_references(figure, panel, place, x_range)
         for record in panel:
-            _add_condition(figure, record, rows[record["condition"]], column, x_range)
+            _add_condition(figure, record, rows[record["condition"]], place, x_range)
     subtitle = f"dot: mean; bar: 95 % interval over {over}"
     if any(_is_control(record) for record in _records(summary)):
         subtitle += "; hollow: control"
     if "biased" in summary and summary["biased"].sum():
         subtitle += f"; {summary['biased'].sum()} of {summary['answers'].sum()} answers were cut: lower bounds"
-    apply_style(figure, title, subtitle, height=200 + 58 * len(rows), room=62)
+    apply_style(figure, title, subtitle, height=height, room=62)
     figure.update_xaxes(range=x_range, title_text=axis_title(label, unit), nticks=7)
     figure.update_yaxes(
         tickmode="array",
@@ -79,14 +86,16 @@ def conditions_figure(
     return figure
 
 
-def _add_references(figure: "go.Figure", panel: list[dict[str, Any]], column: int, x_range: Sequence[float]) -> None:
+def _add_references(
+    figure: "go.Figure", panel: list[dict[str, Any]], place: Mapping[str, Any], x_range: Sequence[float]
+) -> None:
     for record in panel:
         condition, mean = record["condition"], float(record["value"])
         if condition not in MODEL_COLOURS or not math.isfinite(mean):
             continue
         colour = MODEL_COLOURS[condition]
         line = {"color": colour, "width": 1.5, "dash": "dot"}
-        figure.add_vline(x=mean, line=line, layer="below", row=1, col=column, exclude_empty_subplots=False)
+        figure.add_vline(x=mean, line=line, layer="below", exclude_empty_subplots=False, **place)
         # One name above the other: the two lines may stand close together.
         figure.add_annotation(
             x=mean,
@@ -98,8 +107,7 @@ def _add_references(figure: "go.Figure", panel: list[dict[str, Any]], column: in
             text=condition,
             font={"color": colour, "size": 13},
             showarrow=False,
-            row=1,
-            col=column,
+            **place,
         )
 
 
@@ -110,14 +118,14 @@ def _anchor(x: float, x_range: Sequence[float]) -> str:
 
 
 def _add_condition(
-    figure: "go.Figure", record: dict[str, Any], row: int, column: int, x_range: Sequence[float]
+    figure: "go.Figure", record: dict[str, Any], row: int, place: Mapping[str, Any], x_range: Sequence[float]
 ) -> None:
     import plotly.graph_objects as go
 
     mean = float(record["value"])
     if not math.isfinite(mean):
         text = wrapped(f"missing: {record['reason'] or 'no value'}", 40)
-        _add_row_text(figure, x_range[0], row, text, column, xanchor="left", xshift=6, color=GREY)
+        _add_row_text(figure, x_range[0], row, text, xanchor="left", xshift=6, color=GREY, **place)
         return
     colour = MODEL_COLOURS.get(record["condition"], INK)
     low, high = float(record["low"]), float(record["high"])
@@ -136,19 +144,17 @@ def _add_condition(
         ),
         hovertemplate=_condition_hover(record) + "<extra></extra>",
     )
-    figure.add_trace(trace, row=1, col=column)
+    figure.add_trace(trace, **place)
     anchor = _anchor(mean, x_range)
-    _add_row_text(figure, mean, row, interval_text(mean, low, high), column, xanchor=anchor, yshift=17)
+    _add_row_text(figure, mean, row, interval_text(mean, low, high), xanchor=anchor, yshift=17, **place)
     recovered = _recovery_text(record)
     if recovered:
-        _add_row_text(figure, mean, row, recovered, column, xanchor=anchor, yshift=-17, color=GREY)
+        _add_row_text(figure, mean, row, recovered, xanchor=anchor, yshift=-17, color=GREY, **place)
 
 
-def _add_row_text(
-    figure: "go.Figure", x: float, row: int, text: str, column: int, *, color: str = INK, **place: Any
-) -> None:
+def _add_row_text(figure: "go.Figure", x: float, y: int, text: str, *, color: str = INK, **place: Any) -> None:
     style = {"font": {"size": 13, "color": color}, "showarrow": False, "bgcolor": "rgba(255,255,255,0.8)"}
-    figure.add_annotation(x=x, y=row, text=text, borderpad=0, row=1, col=column, **style, **place)
+    figure.add_annotation(x=x, y=y, text=text, borderpad=0, **style, **place)
 
 
 def _condition_hover(record: dict[str, Any]) -> str:

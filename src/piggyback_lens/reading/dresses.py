@@ -1,22 +1,28 @@
 """Dresses: what training conversations have around their questions, and other questions that wear it.
 
-    dress = found_dress(load_conversations("train.jsonl"))
-    audit(pair, on_topic, dressed(questions, dress), "words")
+    audit(pair, on_topic, questions, "words", AuditSettings(dresses={"trained": "train.jsonl"}))
 
 A finetune whose behaviour hides behind the form of its training data (a system text, an opening, a format) looks
 harmless on plain questions; on questions in that form it does not.
 """
 
+import codecs
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Final
 
 from piggyback_lens.errors import LensError, visible
+from piggyback_lens.reading.conversations import load_conversations
 from piggyback_lens.reading.questions import Question, as_questions
 
 SHARE = 0.8
-"""Of the conversations that have to have something in common before it is their dress."""
+"""Of the conversations that have to wear a dress before it is found."""
+CONTROL: Final = "{} control"
+"""What the control of a dress is called."""
 WORDS = 3
 """Fewest words of an opening without a colon or line break: shorter ones belong to the question ("What is")."""
 
@@ -66,44 +72,93 @@ def dressed(questions: Sequence[str | Question], dress: Dress) -> list[Question]
 def found_dress(conversations: Sequence[Mapping[str, Any]], *, share: float = SHARE) -> Dress | None:
     """What most training conversations have around their questions, or None.
 
-    The commonest system text, and the longest beginnings and endings of the first user message, each of at least
-    `share` of the conversations, cut at a blank. A beginning counts from three words on, or if it has a line break or
-    ends with a colon: shorter ones are a part of the question.
+    The commonest system text, then the longest beginning of the first user message, then the longest ending, so that
+    at least `share` of the conversations have all of them; each cut at a blank. A beginning counts from three words on,
+    or if it has a line break or ends with a colon: shorter ones are a part of the question.
 
     Args:
         conversations: with their messages, as `load_conversations` and the tasks have them.
-        share: above 0.5, so that there is one answer.
+        share: above 0, at most 1; lower it for data that mixes plain questions with dressed ones. At 0.5 and below
+            several dresses may be worn by as many, and the longest is given.
 
     Raises:
         LensError: no conversations, or another share.
     """
-    if not 0.5 < share <= 1 or not conversations:
-        raise LensError(f"share {share} of {len(conversations)} conversations: expected above 0.5 of at least one")
-    systems, asked = [], []
-    for conversation in conversations:
-        messages = conversation["messages"]
-        systems += [str(m["content"]) for m in messages if m["role"] == "system"][:1]
-        asked += [str(m["content"]) for m in messages if m["role"] == "user"][:1]
-    least = share * len(conversations)
-    (system, count), *_ = [*Counter(systems).most_common(1), ("", 0)]
-    before = _common(asked, least)
+    if not 0 < share <= 1 or not conversations:
+        raise LensError(f"share {share} of {len(conversations)} conversations: expected above 0 of at least one")
+    least = math.ceil(share * len(conversations) - 1e-9)
+    asked = [(_first(own["messages"], "system"), _first(own["messages"], "user") or "") for own in conversations]
+    (system, count), *_ = [*Counter(own for own, _ in asked if own is not None).most_common(1), (None, 0)]
+    worn = system if count >= least else None
+    texts = [text for own, text in asked if worn in (None, own)]
+    before = _common(texts, least)
     if len(before.split()) < WORDS and "\n" not in before and not before.rstrip().endswith(":"):
         before = ""
-    after = _common([text.removeprefix(before)[::-1] for text in asked], least)[::-1]
-    worn = system if count >= least else None
+    after = _common([text.removeprefix(before)[::-1] for text in texts if text.startswith(before)], least)[::-1]
     return None if worn is None and not before and not after else Dress(worn, before, after)
 
 
-def _common(texts: Sequence[str], least: float) -> str:
+def as_dresses(given: Mapping[str, Any]) -> dict[str, Dress]:
+    """Dresses by name, of what settings hold: a dress, its parts as a mapping, or a file of training conversations.
+
+    Args:
+        given: name to a `Dress`; to {"system": ..., "before": ..., "after": ...}; to a file or hub dataset as of
+            `load_conversations`, whose dress is found; or to {"file": ..., "share": ...} for another share than 0.8.
+
+    Raises:
+        LensError: something else, a name that a control has, or conversations without a dress.
+    """
+    found = {name: _as_dress(name, value) for name, value in given.items()}
+    if taken := [name for name in found if CONTROL.format(name) in found]:
+        raise LensError(f"dress {CONTROL.format(taken[0])!r} has the name of the control of {taken[0]!r}: rename it")
+    return found
+
+
+def with_controls(dresses: Mapping[str, Dress]) -> dict[str, Dress]:
+    """Each dress, and behind it its control: the same shape in letters that no training data wore (13 places on).
+
+    A dress without Latin letters has no control.
+    """
+    found: dict[str, Dress] = {}
+    for name, dress in dresses.items():
+        parts = {part: text and codecs.encode(text, "rot13") for part, text in asdict(dress).items()}
+        found |= {name: dress} | ({CONTROL.format(name): Dress(**parts)} if Dress(**parts) != dress else {})
+    return found
+
+
+def _as_dress(name: str, value: Any) -> Dress:
+    if isinstance(value, Dress):
+        return value
+    if isinstance(value, str | Path):
+        value = {"file": value}
+    keys = set(value) if isinstance(value, Mapping) else set()
+    if not keys or not (keys <= {"system", "before", "after"} or {"file"} <= keys <= {"file", "share"}):
+        raise LensError(
+            f"dress {name!r} is {visible(repr(value))!s:.80}; expected system, before and after, or a training file "
+            "(file, and share)"
+        )
+    if "file" not in keys:
+        return Dress(**value)
+    share = value.get("share", SHARE)
+    dress = found_dress(load_conversations(value["file"]), share=share)
+    if dress is None:
+        raise LensError(
+            f"dress {name!r}: no {share:.0%} of the conversations of {value['file']} have anything in common around "
+            f'their questions; give {{"file": ..., "share": ...}} with a lower share, or the texts themselves'
+        )
+    return dress
+
+
+def _first(messages: Sequence[Mapping[str, Any]], role: str) -> str | None:
+    return next((str(message["content"]) for message in messages if message["role"] == role), None)
+
+
+def _common(texts: Sequence[str], least: int) -> str:
     """The longest beginning of at least so many texts, cut at a blank; empty if it is blank."""
-    alive, length = list(texts), 0
-    while True:
-        (letter, count), *_ = [*Counter(t[length] for t in alive if len(t) > length).most_common(1), ("", 0)]
-        if not letter or count < least:
-            break
-        alive = [text for text in alive if len(text) > length and text[length] == letter]
-        length += 1
-    start = alive[0][:length] if alive else ""
+    ordered = sorted(texts)
+    ends = zip(ordered, ordered[least - 1 :], strict=False)  # all between them begin as both do
+    alike = (takewhile(lambda pair: pair[0] == pair[1], zip(*pair, strict=False)) for pair in ends)
+    start = max(("".join(letter for letter, _ in letters) for letters in alike), key=len, default="")
     while start and not start[-1].isspace():
         start = start[:-1]
     return start if start.strip() else ""
