@@ -15,6 +15,8 @@ TO_TRY = (
     "another behaviour  piggyback-lens demo --task refusal --out refusal_out",
 )
 """What a demonstration's reader may do next."""
+TOPIC_WIDTH = 10
+"""Longer topics (those of dresses) are broken, so that the conditions keep their room on 80 characters."""
 
 
 def show(result: AuditResult, out: str | Path, *, to_try: Sequence[str] = ()) -> None:
@@ -49,7 +51,8 @@ def table(result: AuditResult) -> Any:
         ("value", "right"),
         ("recovery", "right"),
     ):
-        shown.add_column(name, justify=justify, no_wrap=name != "condition")  # type: ignore[arg-type]
+        width = None if name else TOPIC_WIDTH
+        shown.add_column(name, justify=justify, no_wrap=name not in ("", "condition"), max_width=width)  # type: ignore[arg-type]
     before = None
     for row in result.to_frame().to_dict("records"):
         if before not in (None, row["topic"]):
