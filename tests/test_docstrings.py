@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,10 @@ def test_the_examples_run(name, names, tmp_path, monkeypatch):
     said = []
     runner.run(parsed, out=said.append)
     assert runner.failures == 0, "".join(said)
+
+
+def test_few_functions_have_many_parameters():
+    """The lint refuses more than eight; those that are excused are counted."""
+    source = Path(lens.__file__).parent
+    excused = [line for path in source.rglob("*.py") for line in path.read_text().splitlines() if "PLR0913" in line]
+    assert 0 < len(excused) <= 12

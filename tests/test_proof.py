@@ -1,5 +1,7 @@
 """The proof at load: wrong models are found, by figures and by calls, and right ones are not refused for rounding."""
 
+import re
+
 import peft
 import pytest
 import tiny_adapters
@@ -8,12 +10,14 @@ import tiny_models
 import torch
 from tiny_hooked import BACKENDS, needs_hooked
 
+from piggyback_lens.app.doctor import _parity
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.prefix import PrefixCache
-from piggyback_lens.models import proof, states
+from piggyback_lens.models import network, proof, states
 from piggyback_lens.models.booting import boot_bridge, build_hooked
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens.models.plain_views import network_of, plain_view
 from piggyback_lens.models.proof import Expected, prove
 from piggyback_lens.models.views import structural_copy
 
@@ -236,3 +240,21 @@ def test_an_architecture_on_which_transformer_lens_fails_is_one_line():
 def test_an_adapter_kind_is_not_needed_for_the_proof():
     wrapped = tiny_adapters.put_on(deep(layers=4), peft.LoraConfig(**LORA))
     assert len(expected(wrapped).called) == 8
+
+
+def test_what_doctor_says_of_parity_is_said_of_the_hooked_model(monkeypatch):
+    """Without a hook a pass goes through transformers' own model, and agrees with it whatever the hooked one does."""
+    loaded, seen = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), []
+    hooked = hook_model(loaded, tiny_chat.tiny_tokenizer())
+    prompt = tiny_chat.tiny_format().render("How do birds fly?")
+
+    def spy(view):
+        seen.append(network_of(view))
+        return seen[-1]
+
+    monkeypatch.setattr(network, "network_of", spy)
+    forward(hooked, torch.arange(3, 9)[None], torch.ones((1, 6), dtype=torch.long))
+    assert seen.pop() is plain_view(hooked)
+    assert float(re.search(r"at most (\S+)", _parity(loaded, hooked, prompt))[1]) < 1e-4
+    assert seen
+    assert all(one is not plain_view(hooked) for one in seen)
