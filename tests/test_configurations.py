@@ -2,27 +2,54 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 from tiny_chat import tiny_tokenizer
+from transformers import LlamaConfig, Qwen2Config
+
+from piggyback_lens.app.memory import Sizes, plan
+from piggyback_lens.app.options import Work
 
 FOLDER = Path(__file__).parents[1] / "examples" / "treft_8b"
 
 
-@pytest.mark.parametrize(("config", "card"), [("config.toml", 80), ("config_14b_4bit.toml", 24)])
-def test_a_configuration_fits_its_card_and_the_readme_has_its_table(config: str, card: int) -> None:
-    ran = subprocess.run([sys.executable, "memory.py", config], cwd=FOLDER, capture_output=True, text=True, check=True)
-    rows = [line for line in ran.stdout.splitlines() if line.startswith("|")]
-    parts = [float(row.split("|")[2]) for row in rows[2:]]
-    assert parts[-1] == pytest.approx(sum(parts[:-1]), abs=0.5)
-    assert parts[-1] < 0.8 * card
+SHAPES = {
+    "config.toml": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, tie_word_embeddings=False,
+    ),
+    "config_14b_4bit.toml": Qwen2Config(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8,
+        vocab_size=152064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""Of the bases of the two configurations, as their config.json says."""
+
+
+@pytest.mark.parametrize(
+    ("config", "card", "weights"), [("config.toml", 80, "bfloat16"), ("config_14b_4bit.toml", 24, "4bit")]
+)
+def test_a_configuration_fits_its_card_and_the_readme_says_so(config: str, card: int, weights: str) -> None:
+    chosen = tomllib.loads((FOLDER / config).read_text(encoding="utf-8"))
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert all(row in readme for row in rows)
+    assert chosen["training"]["activation_checkpointing"]
+    sizes = {
+        "batch_size": chosen["training"]["per_device_train_batch_size"],
+        "row_tokens": chosen["data"]["max_tokens"],
+    }
+    work = Work(memory_gb=float(card), rank=chosen["lora"]["rank"], **sizes)
+    lines = list(plan(Sizes.of(SHAPES[config], work), work, 1e9 * card, 1))
+    at = next(i for i, (name, _) in enumerate(lines) if name == f"{weights} weights")
+    shown = (lines[at], next(line for line in lines[at:] if line[0].strip() == "training"))
+    assert all(line.endswith(", fits") for _, line in shown)
+    told = "\n".join(f"{name:18} {line}" for name, line in shown)
+    assert told in readme, told
+    command = f"{chosen['model']['base']} --memory-gb {card} --rank {work.rank} --batch-size {work.batch_size}"
+    assert f"piggyback-lens doctor {command} --row-tokens {work.row_tokens}" in readme
 
 
 def test_the_14b_configuration_starts_on_a_tiny_model(tmp_path: Path) -> None:
