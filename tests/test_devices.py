@@ -199,6 +199,7 @@ def attributing(here: Here) -> Any:
     found = [
         lens.attribution_map(here.pair, PROMPTS, **run),
         lens.attribution_map(here.pair, PROMPTS, by="head", sites="z", steps=2, **run),
+        lens.edge_map(here.pair, PROMPTS, edges=[("response", "prefix")], exact_cells=1, measure=run["measure"]),
     ]
     return np.concatenate([np.array(part.values) for result in found for part in (result.attributed, result.exact)])
 

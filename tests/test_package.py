@@ -60,7 +60,7 @@ def test_the_public_surface_is_this_list():
         "add_lora", "applied", "attach_adapter", "attached", "attribution_map", "audit", "batch_prompts", "cache",
         "carrier_map", "clamp", "compare_methods", "compare_templates", "contrast", "contrast_pairs", "cut_attention",
         "default_model",
-        "demo", "dressed", "efficiency", "found_dress", "generate", "get_behaviour", "hook_model", "interleave",
+        "demo", "dressed", "edge_map", "efficiency", "found_dress", "generate", "get_behaviour", "hook_model", "interleave",
         "join_scores", "judge_run", "kl_to_base", "kv_patch", "layer_curve", "layer_head_map", "layer_position_map",
         "load_causal_lm", "load_conversations", "load_questions", "load_result", "load_solution", "load_task",
         "load_tokenizer", "logistic_probe", "logit_lens", "mean_ablate", "mean_difference", "mean_norms",

@@ -73,8 +73,8 @@ class AttributionResult(Result):
         frame = self.attributed.to_frame()
         if self.exact is None:
             return frame.assign(exact=float("nan"), exact_raw=float("nan"))
-        keys = ["layer", "position" if "position" in frame else "head"]
         known = self.exact.to_frame()
+        keys = [name for name in ("layer", "position", "head", "span", "read_from") if name in frame]
         known = known[known["series"] == "patched"][[*keys, "value", "raw"]]
         known = known.rename(columns={"value": "exact", "raw": "exact_raw"})
         return frame.merge(known, on=keys, how="left")
@@ -85,7 +85,7 @@ class AttributionResult(Result):
         from scipy.stats import spearmanr
 
         frame = self.to_frame().iloc[list(self.sampled)]
-        if len(frame) < 3:
+        if len(frame) < 3 or min(frame["raw"].nunique(), frame["exact_raw"].nunique()) < 2:
             return float("nan")
         return float(spearmanr(frame["raw"], frame["exact_raw"]).statistic)
 
@@ -241,14 +241,14 @@ def _attributed(
     layers, flow, steps, sites = asked.layers, asked.flow, asked.steps, asked.sites
     donors = Donors(pair, list(prompts), settings.postfix_donor, settings.chat, settings.seed)
     with pair.using(DONOR[flow]) as model:
-        there = _unpatched(model, prompts, measure)
+        there = unpatched(model, prompts, measure)
     total = torch.zeros((len(layers), n_labels, len(prompts)))
     groups = [layers] if steps is None else [(layer,) for layer in layers]
     # Donors of both sides come first: the sides of an adapter pair share one model.
     ends = {site: [donors.of(s, flow, asked.span, site) for s in ("identity control", "patched")] for site in sites}
     passes = [(group, step) for group in groups for step in range(steps or 1)]
     with pair.using(RECIPIENT[flow]) as model, counting(len(passes) * len(measure.rows), "gradients") as advance:
-        here = _unpatched(model, prompts, measure)
+        here = unpatched(model, prompts, measure)
         for group, step in passes:
             moved = _moved(ends, group, None if steps is None else (step + 0.5) / steps)
             for rows in similar_batches(measure.rows, 8):
@@ -276,9 +276,10 @@ def _labels(
     ]
 
 
-def _unpatched(
+def unpatched(
     model: HookedModel, prompts: Sequence[RenderedPrompt], measure: AnswerContrast
 ) -> Float[Tensor, " prompt"]:
+    """The measure of a model as it is."""
     return next(iter(evaluate(model, prompts, measure, [()])))[0][1].values
 
 

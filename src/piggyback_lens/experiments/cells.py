@@ -83,7 +83,8 @@ def evaluate(
         model: the recipient; either backend.
         prompts: without responses; donors with several rows are in their order.
         measure: teacher-forced or generated.
-        cells: interventions on prompt tokens. No interventions: the model as it is.
+        cells: interventions on prompt tokens; attention edges may be those of the answer, too. No interventions: the
+            model as it is.
         budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free there.
         cells_per_pass: the most cells that go through together; None for as many as the memory allows.
 
@@ -202,7 +203,7 @@ def _first_token(parts: Sequence[Intervention], prompt: RenderedPrompt, length: 
 
 def _range(part: Intervention, prompt: RenderedPrompt) -> tuple[int, int]:
     spans = Row.of(prompt).spans
-    if part.span not in spans or spans[part.span][1] == OPEN:
+    if part.span not in spans or (spans[part.span][1] == OPEN and part.site != "attn_scores"):
         closed = [name for name, (_, stop) in spans.items() if stop < OPEN]
         raise LensError(f"span {part.span!r} is no span of the prompt: it has {', '.join(closed)}")
     return spans[part.span]
@@ -283,9 +284,10 @@ class _Chunk:
         branch = state.branched(alive, mask.to(device), rows.lineage.alive(0))
         origins = [group[longer[i]] for i in rows.members]
         placement = self._after(mask[source], (steps < counts).long(), origins)
-        # Where keys are cached before the rotary embedding, a patch after it has to act on every pass.
-        again = [tuple(part for part in parts if part.site == "rot_k") for parts in beyond]
-        repeated = [()] * len(beyond) if state.rotated else again
+        # Where keys are cached before the rotary embedding, a patch after it has to act on every pass; edges are also
+        # those of the answer's tokens.
+        acts = {"attn_scores"} if state.rotated else {"attn_scores", "rot_k"}
+        repeated = [tuple(part for part in parts if part.site in acts) for parts in beyond]
         read = steps.minimum(counts - 1)
         logits = self._forward(rows, ids, (steps < counts).long(), branch, read, placement, repeated)
         scored = _summed_log_probs(logits[rows.of_cells], [own[row][1:] for row in rows.of_cells])
@@ -313,7 +315,8 @@ class _Chunk:
     ) -> Float[Tensor, "row read vocab"]:
         """Logits of a pass in which every cell's rows are under that cell's interventions."""
         device, begin = device_of(self.model), rows.lineage.alive(0)
-        variants = [
+        variants = [(placement, (), Record())]
+        variants += [
             (placement.only([row for row in rows.of_cells if rows.cells[row] == cell]), parts, self.records[cell])
             for cell, parts in enumerate(each)
             if parts
@@ -401,7 +404,8 @@ class _Prefix:
         positions = torch.arange(length).repeat(count, 1)
         row = Row.of(prompt)
         placement = Placement((row,) * count, positions[:, first:], positions, (0,) * count, n, first)
-        variants = [(placement.only([place[cell]]), own[cell], chunk.records[cell]) for cell in touching]
+        variants = [(placement, (), Record())]
+        variants += [(placement.only([place[cell]]), own[cell], chunk.records[cell]) for cell in touching]
         ids = torch.tensor(prompt.ids[first:length], device=device).repeat(lineage.alive(0), 1)
         started = [
             [layer[:, :, :first].expand(lineage.alive(i), -1, -1, -1) for i, layer in enumerate(s)] for s in base

@@ -11,8 +11,8 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.cells import Parts, require_one_prefix
 from piggyback_lens.experiments.results import OTHERS
-from piggyback_lens.interventions.donors import Donors, Series, check_flow, of_tokens
-from piggyback_lens.interventions.kinds import patch
+from piggyback_lens.interventions.donors import IDENTITY, Donors, Series, check_flow, of_tokens
+from piggyback_lens.interventions.kinds import cut_attention, patch
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.models.backends import check_layers
 from piggyback_lens.models.pair import ModelPair
@@ -104,6 +104,10 @@ class Laboratory:
         if labels["series"] == UNPATCHED:
             return ()
         flow, sites, layers = labels["flow"], labels["sites"].split("+"), labels["layers"]
+        if sites == ["attn_scores"]:
+            scale = 1.0 if labels["series"] == IDENTITY else 0.0
+            edge = (labels["span"], labels["read_from"])
+            return (cut_attention(*edge, scale=scale, layers=layers, heads=labels["heads"]),)
         series: Series = "patched"
         if labels["series"] == OTHERS:
             where, heads = list(labels["other_tokens"].items()), None

@@ -11,6 +11,7 @@ from piggyback_lens.conversations.token_view import visible
 from piggyback_lens.intervals import Estimate, interval_text, is_rate, recovery
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.hooks import layer_ranges
+from piggyback_lens.models.gates import by_construction
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 from piggyback_lens.words import DONOR, RECIPIENT, Flow
@@ -27,6 +28,7 @@ CAPTIONS = {
     "layer_curve": "One layer at a time.",
     "layer_position": "Every layer x token, one cell at a time.",
     "layer_head": "Every layer x head, one cell at a time.",
+    "edges": "Attention edges, cut one head at a time.",
 }
 SHOWN = 8
 """Cells in the table of a report."""
@@ -37,7 +39,7 @@ class PatchResult(Result):
     """A measure under many patches, beside both models as they are.
 
     Attributes:
-        kind: span, layer_curve, layer_position, layer_head, carrier or attribution.
+        kind: span, layer_curve, layer_position, layer_head, carrier, edges or attribution.
         cells: labels of each cell: series, flow, span, sites, layers, and what the kind adds.
         values: the measure per (cell, prompt).
         base: the measure of the unpatched base per prompt.
@@ -130,7 +132,16 @@ class PatchResult(Result):
 
     @property
     def verdict(self) -> str:
-        """The strongest patched cell; of a carrier map what every whole span does."""
+        """The strongest patched cell; of a carrier map what every whole span does.
+
+        Where the finetune's adapter is off, so that a span is the base's on both sides, it says that, and no number.
+        """
+        built = by_construction(self.settings.get("base_spans", ()))
+        if built and {cell["span"] for cell in self.cells} <= set(self.settings["base_spans"]):
+            return built
+        return f"{self._strongest()} {built}".strip()
+
+    def _strongest(self) -> str:
         if self.kind == "carrier" and (said := self._whole_spans()):
             return said
         best = self.top(1)
@@ -143,12 +154,16 @@ class PatchResult(Result):
         shown = {name: written[name](row[name]) if name in written else row[name] for name in names}
         where = [f"{name} {text}" for name, text in shown.items() if not (name == "layers" and "layer" in row)]
         found = interval_text(row["value"], row["low"], row["high"])
-        place = ", ".join([f"{row['span']} {row['sites']}", *where])
+        span = (
+            f"{row['span']} {row['sites']}" if "read_from" not in row else f"{row['span']} reading {row['read_from']}"
+        )
+        place = ", ".join([span, *where])
         return f"Strongest cell of {len(self.cells)}: {row['flow']} at {place}, recovery {found} (n = {row['n']})."
 
     def _whole_spans(self) -> str:
         frame = self.to_frame()
         whole = frame[(frame["band"] == "all layers") & (frame["series"] == "patched")].dropna(subset=["value"])
+        whole = whole[~whole["span"].isin(self.settings.get("base_spans", ()))]
         parts = []
         for flow, verb in (("repair", "restores"), ("infect", "carries over")):
             own = whole[whole["flow"] == flow].sort_values("value", ascending=False)

@@ -353,7 +353,7 @@ def head_map_figure(
     if lacking:
         raise LensError(f"labels lacks head {', '.join(lacking)}; give every head of the column {x!r} a label")
     if shared:
-        lines = "lines: between key-value groups"
+        lines = "lines: between " + ("key-value groups" if groups[0].startswith("kv") else "the groups above")
         subtitle = f"{subtitle}; {lines}" if subtitle else lines
     shown = frame[frame["series"].isin([PATCHED, CONTROL]) & frame[x].notna()]
     figure = recovery_map_figure(

@@ -50,6 +50,7 @@ def draw(result: Drawn) -> "go.Figure":
         "layer_position": _layer_position,
         "layer_head": _layer_head,
         "carrier": _carrier,
+        "edges": _edges,
     }
     if result.kind not in drawings:
         raise LensError(f"a result of kind {result.kind!r} has no figure: there are {', '.join(drawings)}")
@@ -152,6 +153,27 @@ def _layer_head(result: Drawn) -> "go.Figure":
         labels=labels,
         title=_title(_what(result), result),
         subtitle="by gradient" if result.settings.get("method") == "attribution" else "",
+        noise_floor=_floor(result),
+    )
+
+
+def _edges(result: Drawn) -> "go.Figure":
+    """The heads of every edge side by side."""
+    from piggyback_lens.figures.map_plots import head_map_figure
+
+    frame = result.to_frame()
+    frame = frame[frame["mode"] == "edge"]
+    named = [f"{reader} ← {read}" for reader, read in zip(frame["span"], frame["read_from"], strict=True)]
+    heads = max(cell["head"] for cell in result.cells) + 1
+    order = {edge: i for i, edge in enumerate(dict.fromkeys(named))}
+    columns = [order[edge] * heads + head for edge, head in zip(named, frame["head"], strict=True)]
+    by = "by gradient" if result.settings.get("method") == "attribution" else ""
+    return head_map_figure(
+        frame.assign(column=columns, group=named),
+        x="column",
+        labels={column: str(head) for column, head in zip(columns, frame["head"], strict=True)},
+        title=_title("What cutting an attention edge restores", result),
+        subtitle=by,
         noise_floor=_floor(result),
     )
 

@@ -256,6 +256,11 @@ def hook_name(model: HookedModel, site: Site | OwnSite, layer: int, points: Any 
     return name
 
 
+def attention_weights_name(model: HookedModel, layer: int) -> str:
+    """TransformerLens name of the attention weights, after the softmax, at a layer; errors as `hook_name`."""
+    return hook_name(model, "attn_scores", layer).replace("attn_scores", "pattern")
+
+
 def check_layers(layers: Sequence[int] | int | None, n_layers: int) -> tuple[int, ...]:
     """Layers as a sorted tuple; negative numbers count from the last layer, None means all.
 

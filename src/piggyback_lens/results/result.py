@@ -30,6 +30,7 @@ KINDS: dict[str, str] = {
     "collection": "results.collection:Collection",
     "comparison": "comparisons.comparison:Comparison",
     "curve": "directions.curve_points:Curve",
+    "edges": "experiments.edges:EdgeResult",
     "direction": "app.direction_training:TrainedDirection",
     "em": "experiments.em_table:EMTable",
     "judges": "experiments.judge_sheet:JudgeSheet",
