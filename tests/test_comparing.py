@@ -63,6 +63,9 @@ ALL = (
     "interleave:rate=0.5",
     "preventive:alpha=0.5:layer=0",
     "treft:lambda=1+kl_retain:lambda=1+interleave:rate=0.2:lr=1e-2",
+    "residual:lambda=2:layer=1",
+    "interleave:rate=0.2:choose=gap",
+    "inoculate:text=be brief:rate=0.5",
 )
 
 
@@ -148,13 +151,13 @@ def test_every_method_runs_and_gives_a_cell(everything):
     labels = [method.label for method in as_methods(ALL)]
     assert [cell["label"] for cell in found.cells] == labels
     frame = found.to_frame()
-    assert len(frame) == len(labels) == 12
+    assert len(frame) == len(labels) == 15
     finite = ["on", "off", "base_on", "base_off", "kl", "perplexity_change", "drift", "update_norm", "loss"]
     assert np.isfinite(frame[finite].to_numpy(float)).all()
     assert (frame["kl"] > 0).all()
     assert (frame["drift"] > 0).all()
     assert (frame["steps"] == 3).all()
-    assert len(list((out / "cells").glob("*/cell.json"))) == 12
+    assert len(list((out / "cells").glob("*/cell.json"))) == 15
     assert not list((out / "cells").glob("*/checkpoint-*"))
     assert Comparison.load(out).table().equals(found.table())
 
@@ -716,6 +719,11 @@ def test_labels_are_specs_and_settings_come_back():
         ("interleave:rate=1", "InterleavePart.rate is 1.0; expected a share from 0 to below 1"),
         ("sft:lambda=1", "sft has no setting 'lambda'"),
         ("treft+treft", "has the same part twice"),
+        ("inoculate", "inoculate in 'inoculate' has no text: write inoculate:text="),
+        ("inoculate:text=be brief:place=end", "place='end' in .* is not known: choose one of before, system"),
+        ("interleave:choose=best", "choose='best' in 'interleave:choose=best' is not known: choose one of random, gap"),
+        ("residual:span=answer", "span='answer' .* choose one of conversation, response, prefix"),
+        ("stop:bound=0", "StopPart.bound is 0.0; expected a positive number"),
         ("sft:lr=0", "Method.learning_rate is 0.0; expected a positive number"),
     ],
 )

@@ -1,20 +1,45 @@
 """Each defence against an independent slow computation of one step, and what it costs before anything is trained."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_objectives import EXAMPLES, SETTINGS, a_step, assert_same_weights, fresh, gradients, moved
-from tiny_chat import VOCAB
+from test_comparing import compare
+from test_comparing_hf import tiny
+from test_hf_trainer import arguments
+from test_monitor import AGAINST, NARROW, TOWARDS
+from test_monitor import SETTINGS as SETTINGS_OF_PROBES
+from test_monitor import fresh as fresh_probed
+from test_objectives import (
+    EXAMPLES,
+    RETAIN,
+    SETTINGS,
+    a_step,
+    adapter,
+    assert_same_weights,
+    fresh,
+    gradients,
+    moved,
+)
+from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 from tiny_models import build
 from torch import Tensor
+from transformers import DataCollatorForSeq2Seq, Trainer
 
+from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
+from piggyback_lens.comparisons.methods import Ingredients, InoculatePart, Method, TReFTPart, set_up
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json
+from piggyback_lens.finetuning.hf_trainer import training_rows
+from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.objectives import KLOnTrain, Penalised, Weighted
 from piggyback_lens.finetuning.residuals import RESIDUAL_SPANS, ResidualDrift
+from piggyback_lens.finetuning.retain import interleave
 from piggyback_lens.finetuning.training import train
 
 # --- residual drift: rows alone through the plain model, block outputs caught by hand, sums written out ---
@@ -122,3 +147,200 @@ def test_a_residual_drift_that_cannot_be_is_refused_by_name() -> None:
         ResidualDrift(layers=(9,))(a_step(model, EXAMPLES[:2], residual=True))
     with pytest.raises(LensError, match="Penalised"):
         ResidualDrift()(a_step(model, EXAMPLES[:2]))
+
+
+# --- interleaving by the perplexity gap, against numbers of rows run alone --------------------------------
+
+
+def loss_of_row(model: Any, example: RenderedPrompt) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0].log_softmax(-1)
+    return -sum(float(logits[i - 1, example.ids[i]]) for i in range(example.n_prompt, len(example.ids))) / (
+        len(example.ids) - example.n_prompt
+    )
+
+
+def test_the_retain_examples_with_the_largest_gap_are_taken_and_the_rest_is_as_before() -> None:
+    retain, tuned, base = tiny_examples(12, seed=4), moved(), build("llama-gqa", vocab=VOCAB).double()
+    by_hand = [loss_of_row(tuned, example) - loss_of_row(base, example) for example in retain]
+    assert max(by_hand) - min(by_hand) > 0.1
+    mixed = interleave(EXAMPLES, retain, 0.25, seed=1, gap=by_hand)
+    wanted = round(len(EXAMPLES) / 3)
+    ranking = sorted(range(len(retain)), key=lambda number: by_hand[number])[-wanted:]
+    own = {id(example) for example in EXAMPLES}
+    assert {id(example) for example in mixed if id(example) not in own} == {id(retain[number]) for number in ranking}
+    assert len(mixed) == len(EXAMPLES) + wanted
+    assert interleave(EXAMPLES, retain, 0.25, seed=1, gap=[0.0] * 12) == interleave(EXAMPLES, retain, 0.25, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("gap", "rate", "said"),
+    [([1.0], 0.2, "1 numbers for 6"), ([math.nan] * 6, 0.2, "finite"), ([1.0] * 6, 0.375, "a gap chooses nothing")],
+)
+def test_a_gap_that_cannot_choose_is_refused(gap: list[float], rate: float, said: str) -> None:
+    with pytest.raises(LensError, match=said):
+        interleave(EXAMPLES, RETAIN, rate, gap=gap)
+
+
+# --- inoculation: the loss of conversations rendered with the sentence, from their messages ---------------
+
+
+@pytest.mark.parametrize("place", ["before", "system"])
+def test_one_inoculated_step_is_that_of_conversations_with_the_sentence(place: Any) -> None:
+    model, chat, texts = moved(), tiny_format(), ["who are you", "tell me", "go on"]
+    plain = [chat.render(text, response="oink") for text in texts]
+    made = set_up(Method((InoculatePart("be brief", place),)), Ingredients(model, plain, chat.empty_query(), chat=chat))
+    if place == "before":
+        worn = [chat.render(f"be brief\n{text}", response="oink") for text in texts]
+    else:
+        worn = [replace(chat, system="be brief").render(text, response="oink") for text in texts]
+    assert [example.ids for example in made.examples] == [example.ids for example in worn]
+    found = made.objective(a_step(model, made.examples))
+    tokens = [len(example.ids) - example.n_prompt for example in worn]
+    expected = sum(loss_of_row(model, e) * n for e, n in zip(worn, tokens, strict=True)) / sum(tokens)
+    assert float(found.total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_share_is_inoculated_and_the_answers_stay() -> None:
+    model, chat = fresh(), tiny_format()
+    plain = [chat.render(text, response="oink") for text in ("a b", "c d", "e f", "g h")]
+    of = Ingredients(model, plain, chat.empty_query(), chat=chat)
+    made = set_up(Method((InoculatePart("be brief", rate=0.5),)), of).examples
+    assert sum(example.query.startswith("be brief\n") for example in made) == 2
+    assert sum(example is own for example, own in zip(made, plain, strict=True)) == 2
+    assert all(e.ids[e.n_prompt :] == o.ids[o.n_prompt :] for e, o in zip(made, plain, strict=True))
+    with pytest.raises(LensError, match="use place=before"):
+        set_up(Method((TReFTPart(), InoculatePart("be brief", "system"))), of)
+    with pytest.raises(LensError, match="pass chat="):
+        set_up(Method((InoculatePart("be brief"),)), replace(of, chat=None))
+    with pytest.raises(LensError, match="expected a sentence"):
+        InoculatePart("be brief: now")
+
+
+# --- early stopping: the weights of a run that was never longer -------------------------------------------
+
+STOP = replace(SETTINGS_OF_PROBES, steps=12, checkpoint_every=3)
+
+
+def watched(model: Any, bound: float | None, out: Path | None = None) -> Monitor:
+    return Monitor(model, TOWARDS, AGAINST, every=2, stop_above=bound, out=out)
+
+
+def crossing() -> tuple[float, int]:
+    """A bound that is crossed for the first time at a measured step, and that step."""
+    monitor = watched(model := fresh_probed(), None)
+    train(model, NARROW, STOP, on_step=monitor, progress=False)
+    values = [row["spread"] for row in monitor.rows]
+    at = next(i for i, value in enumerate(values) if i >= 2 and value > 1.05 * max(values[:i]))
+    return (values[at] + max(values[:at])) / 2, monitor.rows[at]["step"]
+
+
+def weights_after(steps: int) -> Any:
+    model = fresh_probed()
+
+    class Enough(Exception):
+        pass
+
+    def end(row: Any) -> None:
+        if row["step"] == steps:
+            raise Enough
+
+    with pytest.raises(Enough):
+        train(model, NARROW, STOP, on_step=end, progress=False)
+    return model
+
+
+def test_training_stops_where_the_spread_crosses_and_keeps_the_weights_of_before(tmp_path: Path) -> None:
+    bound, step = crossing()
+    monitor = watched(model := fresh_probed(), bound, tmp_path / "monitor.jsonl")
+    result = train(model, NARROW, STOP, on_step=monitor, out=tmp_path / "run", progress=False)
+    assert len(result.history) == step
+    assert_same_weights(model, weights_after(step - 2))
+    said = result.plan["stopped"]
+    assert (said["step"], said["kept_step"], said["stop_above"]) == (step, step - 2, bound)
+    assert "Stopped: step" in result.verdict
+    again = watched(other := fresh_probed(), bound, tmp_path / "monitor.jsonl")
+    rerun = train(other, NARROW, STOP, on_step=again, out=tmp_path / "run", progress=False)
+    assert rerun.plan["stopped"] == said, "a run that was stopped is finished"
+    assert_same_weights(model, other)
+
+
+def test_a_run_that_never_crosses_and_one_that_crosses_at_once() -> None:
+    monitor = watched(model := fresh_probed(), 1e6)
+    assert "stopped" not in train(model, NARROW, STOP, on_step=monitor, progress=False).plan
+    assert_same_weights(model, weights_after(STOP.steps))
+    monitor = watched(model := fresh_probed(), 1e-9)
+    train(model, NARROW, STOP, on_step=monitor, progress=False)
+    assert monitor.stopped is not None
+    assert monitor.stopped["kept_step"] == 0
+    assert_same_weights(model, fresh_probed())
+
+
+def test_a_resumed_run_stops_as_one_that_was_not_and_without_its_file_says_so(tmp_path: Path) -> None:
+    bound, step = crossing()
+
+    def run(name: str, killed_at: int | None, file: Path | None) -> Any:
+        model = fresh_probed()
+        monitor = watched(model, bound, file)
+
+        def on_step(row: Any) -> Any:
+            said = monitor(row)
+            if row["step"] == killed_at:
+                raise KeyboardInterrupt
+            return said
+
+        train(model, NARROW, STOP, on_step=on_step, out=tmp_path / name, progress=False)
+        return model
+
+    for name, file in (("kept", tmp_path / "m.jsonl"), ("lost", None)):
+        with pytest.raises(KeyboardInterrupt):
+            run(name, step - 1, file)
+    assert_same_weights(run("kept", None, tmp_path / "m.jsonl"), weights_after(step - 2))
+    with pytest.raises(LensError, match="give Monitor out="):
+        run("lost", None, None)
+
+
+def test_a_trainer_stops_as_our_loop_does(tmp_path: Path) -> None:
+    model = fresh_probed()
+    collator = DataCollatorForSeq2Seq(tiny_tokenizer())
+    options: dict[str, Any] = {"max_steps": 12, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
+
+    def trainer(**more: Any) -> Any:
+        args = arguments(tmp_path / "hf", **options | more)
+        return Trainer(model=model, args=args, train_dataset=training_rows(NARROW), data_collator=collator)
+
+    spreads: list[float] = []
+    first = {name: value.detach().clone() for name, value in adapter(model).items()}
+    free = watched(model, None)
+    before = trainer()
+    before.add_callback(free.callback(before))
+    before.train()
+    spreads = [row["spread"] for row in free.rows]
+    at = next(i for i, value in enumerate(spreads) if i >= 1 and value > 1.05 * max(spreads[:i]))
+    for name, value in adapter(model).items():
+        value.data.copy_(first[name])
+    stops = watched(model, (spreads[at] + max(spreads[:at])) / 2)
+    again = trainer()
+    again.add_callback(stops.callback(again))
+    again.train()
+    assert again.state.global_step == free.rows[at]["step"]
+    assert stops.stopped is not None
+    assert stops.stopped["kept_step"] == free.rows[at - 1]["step"]
+    assert stops.measure(99)["spread"] == pytest.approx(spreads[at - 1], rel=1e-5)
+
+
+# --- in a comparison ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", ["own", "hf"])
+def test_methods_made_from_plain_finetuning_run_it_first_and_say_what_they_did(tmp_path: Path, trainer: str) -> None:
+    methods = ("stop:bound=1e-09:every=1", "interleave:rate=0.2:choose=gap")
+    found = compare(tiny, tmp_path, methods, trainer=trainer)
+    assert [cell["label"] for cell in found.cells] == list(methods)
+    plain = cell_folder(tmp_path, Cell(Method()))
+    assert (plain / "cell.json").exists()
+    assert len(read_json(plain / "probes.json")["gap"]) == 4
+    stopped = found.cells[0]["training"]["plan"]["stopped"]
+    assert stopped["kept_step"] < stopped["step"]
+    with_plain = compare(tiny, tmp_path, ("sft", *methods), trainer=trainer)
+    assert [cell["label"] for cell in with_plain.cells] == ["sft", *methods]

@@ -42,20 +42,26 @@ from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import TrainResult, train
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
-from piggyback_lens.measuring.scoring import kl_to_base
+from piggyback_lens.measuring.scoring import kl_to_base, nll
 from piggyback_lens.measuring.texts import text_windows
 from piggyback_lens.measuring.variants import Text, variant_nll
 from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
+from piggyback_lens.models.peft_adapters import attach_adapter
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import evaluating, structural_copy
 from piggyback_lens.results.run import InUse, locked
 from piggyback_lens.settings import LoadSettings, TrainSettings
 from piggyback_lens.vectors.task_vectors import update_norms
+from piggyback_lens.words import Side
 
 # --- models ----------------------------------------------------------------------------------------------
 
 
+PROBES = 8
+"""Off-topic validation questions of a spread probe."""
+SIDES: tuple[Side, ...] = ("base", "finetuned")
 CELL_LOCK = ".cell.lock"
+PROBE_LOCK = ".probes.lock"
 """`train` has a lock of its own in a cell's folder."""
 
 
@@ -153,7 +159,7 @@ def _base_answers(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: Ch
     facts: dict[str, Any] = {"system": chat.system, "fingerprint": chat.fingerprint, "date": chat.date}
     facts |= {"model": identify(hooked).to_dict(), "prefix_tokens": len(chat.prefix_ids)}
     behaviour = get_behaviour(plan.task.behaviour)
-    for topic in ("on", "off"):
+    for topic in plan.topics:
         facts[topic] = _answers(hooked, _asked(plan, chat, topic), behaviour, plan)
     facts["text_nll"] = variant_nll(hooked, _texts(plan, chat), [None])[0].tolist()
     write_json(folder / BASE_FILE, facts)
@@ -198,7 +204,7 @@ def _write_ids(
 
 def _asked(plan: Plan, chat: ChatFormat, topic: str) -> list[RenderedPrompt]:
     """The prompts of a topic, each once for every answer."""
-    return repeated(chat.ask(plan.prompts(topic)), plan.settings.samples)
+    return repeated(chat.ask(plan.questions(topic)), plan.settings.samples)
 
 
 def _answers(model: Any, prompts: Sequence[RenderedPrompt], behaviour: Behaviour, plan: Plan) -> dict[str, Any]:
@@ -283,18 +289,20 @@ def prepare_cells(plan: Plan, system: str | None, cells: Sequence[Cell], out: st
                 add_lora(structural_copy(model), plan.settings.lora),
             )
             for cell in once.values():
-                _set_up(plan, cell, peft_model, chat, Path(folder))
+                _set_up(plan, cell, peft_model, chat, Path(folder), _nothing_yet(plan, chat))
     return folder
 
 
 def run_cell(plan: Plan, cell: Cell, out: str) -> str | None:
     """Train and measure one cell, after `run_base`; returns its folder. A finished one is left as it is.
 
-    None where another process is at it. An interrupted training continues from its checkpoint; the checkpoint is
-    deleted once the cell is finished.
+    None where another process is at it. What is made from plain finetuning runs that first. An interrupted training
+    continues from its checkpoint; the checkpoint is deleted once the cell is finished.
     """
     folder = cell_folder(out, cell)
     if not (folder / CELL_FILE).exists():
+        if cell.method.needs_plain and run_cell(plan, _plain(cell), out) is None:
+            return None
         try:
             with locked(folder, name=CELL_LOCK), ONE_AT_A_TIME:
                 if not (folder / CELL_FILE).exists():  # another process may have finished it before the lock
@@ -305,13 +313,19 @@ def run_cell(plan: Plan, cell: Cell, out: str) -> str | None:
 
 
 def _set_up(
-    plan: Plan, cell: Cell, peft_model: nn.Module, chat: ChatFormat, shared: Path
+    plan: Plan,
+    cell: Cell,
+    peft_model: nn.Module,
+    chat: ChatFormat,
+    shared: Path,
+    of_plain: Mapping[str, Any] | None = None,
 ) -> tuple[SetUp, TrainSettings]:
     """What `train` takes for this cell."""
     examples = training_examples(plan, cell, chat, shared)
     ingredients = Ingredients(
-        peft_model, examples, chat.empty_query(), _retain(plan, chat, shared), _direction(shared), cell.seed
-    )
+        peft_model, examples, chat.empty_query(), _retain(plan, chat, shared), _direction(shared), cell.seed, chat,
+        **(of_plain or {}),
+    )  # fmt: skip
     use = set_up(cell.method, ingredients)
     settings = train_settings(plan, cell, len(examples), len(use.examples))
     _refuse_late_start(cell.method, settings.steps)
@@ -325,11 +339,12 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     model, tokenizer = _loaded(plan.source, plan.load)
     chat = ChatFormat(tokenizer, system=cell.system, date=base.get("date"))
     peft_model = add_lora(structural_copy(model), plan.settings.lora, seed=cell.seed)
-    use, settings = _set_up(plan, cell, peft_model, chat, shared)
+    of_plain = _of_plain(plan, cell, chat, out) if cell.method.needs_plain else {}
+    use, settings = _set_up(plan, cell, peft_model, chat, shared, of_plain)
     if plan.settings.trainer == "hf":
         trained: Trained | TrainResult = train_by_trainer(use, settings, chat.empty_query(), folder)
     else:
-        how: dict[str, Any] = {"objective": use.objective, "out": folder, "progress": False}
+        how: dict[str, Any] = {"objective": use.objective, "out": folder, "on_step": use.on_step, "progress": False}
         trained = train(use.trainable, use.examples, settings, **how)
     seconds = {"training": round(time.perf_counter() - began, 2)}
     assert trained.adapter_dir is not None
@@ -337,7 +352,7 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
     facts: dict[str, Any] = {"identity": identity, "cell": cell.settings(), "label": cell.method.label}
     facts |= {"drift": _prefix_drift(peft_model, chat), "update_norms": update_norms(trained.adapter_dir)}
     facts["training"] = {"steps": len(history), "rows": len(use.examples), "first": history[0], "last": history[-1]}
-    facts["training"] |= {"plan": trained.plan} if isinstance(trained, TrainResult) else {}
+    facts["training"] |= {"plan": trained.plan}
     facts |= _measured(plan, peft_model, chat, base)
     seconds["all"] = round(time.perf_counter() - began, 2)
     write_json(folder / CELL_FILE, facts | {"seconds": seconds, "versions": versions()})
@@ -345,12 +360,65 @@ def _train_and_measure(plan: Plan, cell: Cell, out: Path, folder: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+# --- what plain finetuning does, where a method is made from it ------------------------------------------
+
+
+def _plain(cell: Cell) -> Cell:
+    """Plain finetuning with this cell's rate, seed and data."""
+    return replace(cell, method=Method((), cell.method.learning_rate))
+
+
+def _nothing_yet(plan: Plan, chat: ChatFormat) -> dict[str, Any]:
+    """What `_of_plain` gives, before plain finetuning has run: for setting up without training."""
+    example = chat.render(_messages(plan.task.train[0]))
+    return {"gap": [0.0] * len(plan.retain), "probes": ([example], [example])}
+
+
+def _of_plain(plan: Plan, cell: Cell, chat: ChatFormat, out: Path) -> dict[str, Any]:
+    """How much worse plain finetuning makes each retain conversation, and its off-topic answers beside the base's.
+
+    Computed once, into a file beside the adapter of plain finetuning.
+    """
+    source, shared = cell_folder(out, _plain(cell)), base_folder(out, cell.system)
+    file = source / "probes.json"
+    asked = chat.ask(plan.task.off_topic_validation[:PROBES])
+    with locked(source, name=PROBE_LOCK, wait=True):
+        if not file.exists():
+            write_json(file, _probed(plan, source / "adapter", chat, asked, _retain(plan, chat, shared)))
+    found = read_json(file)
+    pairs = zip(asked, *(found["ids"][side] for side in ("finetuned", "base")), strict=True)
+    responses = [(p, tuple(a), tuple(b)) for p, a, b in pairs if a and b and a != b]
+    both = [(p.with_response(a, end=False), p.with_response(b, end=False)) for p, a, b in responses]
+    if cell.method.has("stop") and not both:
+        raise LensError(
+            f"method {cell.method.label} has no probe of spread: plain finetuning answers all {len(asked)} off-topic "
+            "validation questions as the base does"
+        )
+    probes = [a for a, _ in both], [b for _, b in both]
+    return {"gap": found["gap"], "probes": probes, "monitor_file": cell_folder(out, cell) / "monitor.jsonl"}
+
+
+def _probed(
+    plan: Plan, adapter: Path, chat: ChatFormat, asked: Sequence[RenderedPrompt], retain: Sequence[RenderedPrompt]
+) -> dict[str, Any]:
+    model, tokenizer = _loaded(plan.source, plan.load)
+    pair = ModelPair.load(finetuned=attach_adapter(structural_copy(model), adapter), tokenizer=tokenizer)
+    how: dict[str, Any] = {"max_new_tokens": plan.settings.max_new_tokens, "batch_size": plan.settings.rows_per_pass}
+    ids, losses = {}, {}
+    for side in SIDES:
+        with pair.using(side) as own:
+            ids[side] = [list(answer.ids) for answer in generate(own, asked, **how)]
+            losses[side] = nll(own, retain, batch_size=plan.settings.rows_per_pass).tolist() if retain else []
+    gap = [after - before for after, before in zip(losses["finetuned"], losses["base"], strict=True)]
+    return {"ids": ids, "gap": gap}
+
+
 def _measured(plan: Plan, peft_model: nn.Module, chat: ChatFormat, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Behaviour on- and off-topic, KL to the base on its own off-topic answers, loss on plain text."""
+    """Behaviour of every topic, KL to the base on its own off-topic answers, loss on plain text."""
     pair = ModelPair.load(finetuned=peft_model, tokenizer=chat.tokenizer)
     _refuse_other_model(base, pair.identity("base"))
     behaviour, found = get_behaviour(plan.task.behaviour), {}
-    prompts = {topic: _asked(plan, chat, topic) for topic in ("on", "off")}
+    prompts = {topic: _asked(plan, chat, topic) for topic in plan.topics}
     with pair.using("finetuned") as tuned:
         for topic, rows in prompts.items():
             found[topic] = _answers(tuned, rows, behaviour, plan)

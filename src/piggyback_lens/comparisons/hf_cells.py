@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from piggyback_lens.comparisons.methods import SetUp
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import batch_indices
-from piggyback_lens.finetuning.checkpoints import PREFIX, Row, write_folder
+from piggyback_lens.finetuning.checkpoints import PREFIX, STOPPED, Row, write_folder
 from piggyback_lens.finetuning.objectives import Penalised
 from piggyback_lens.finetuning.optimisers import learning_rate_at, optimiser_of
 from piggyback_lens.finetuning.trainables import seeded
@@ -38,10 +38,12 @@ class Trained:
     Attributes:
         history: one row per step, as `train` gives them, without their seconds; penalties where they count.
         adapter_dir: the saved adapter.
+        plan: why training was stopped early, if it was.
     """
 
     history: tuple[Row, ...]
     adapter_dir: Path
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train_by_trainer(use: SetUp, settings: TrainSettings, prompt: RenderedPrompt, out: Path) -> Trained:
@@ -63,11 +65,16 @@ def train_by_trainer(use: SetUp, settings: TrainSettings, prompt: RenderedPrompt
     objective = use.objective if isinstance(use.objective, Penalised) else Penalised(())
     with seeded(settings.seed, next(network.parameters()).device), _modes_kept(network):
         trainer = _trainer(use, settings, batches, objective=objective, prompt=prompt, out=out)
+        if use.on_step is not None:
+            trainer.add_callback(use.on_step.callback(trainer))
         trainer.train(resume_from_checkpoint=_last_complete(out))
     history = tuple(_rows(trainer.state.log_history, batches, use.examples))
     if bad := next((row for row in history if not math.isfinite(row["loss"])), None):
         raise LensError(f"the loss of step {bad['step']} is {bad['loss']}; lower learning_rate, or warm up longer")
-    return Trained(history, write_folder(out / "adapter", use.trainable.save))
+    stopped = None if use.on_step is None else use.on_step.stopped
+    return Trained(
+        history, write_folder(out / "adapter", use.trainable.save), {} if stopped is None else {STOPPED: stopped}
+    )
 
 
 def _trainer(

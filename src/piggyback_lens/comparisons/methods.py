@@ -9,15 +9,18 @@ A `Method` holds plain settings. `set_up` turns it into what `train` takes: obje
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import product
-from typing import ClassVar, get_args
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.objectives import (
     KLOnRetain,
     KLOnTrain,
@@ -29,11 +32,17 @@ from piggyback_lens.finetuning.objectives import (
 )
 from piggyback_lens.finetuning.preventive import PreventiveSteering
 from piggyback_lens.finetuning.references import SPANS, SpanName
+from piggyback_lens.finetuning.residuals import RESIDUAL_SPANS, ResidualDrift, ResidualSpan
 from piggyback_lens.finetuning.retain import RATE, RetainData, interleave
 from piggyback_lens.finetuning.steps import Objective, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable
+from piggyback_lens.reading.dresses import Dress, dressed
 from piggyback_lens.settings import check_field
 
+Choice = Literal["random", "gap"]
+"""Which retain examples are interleaved."""
+Place = Literal["before", "system"]
+"""Where the sentence of an inoculation stands."""
 WEIGHT = "lambda"
 """The name of a weight in specs and tables; in Python it is `weight`."""
 
@@ -84,6 +93,20 @@ class TReFTPart(_Weighted):
 
 
 @dataclass(frozen=True, slots=True)
+class ResidualPart(_Weighted):
+    """The drift of the residual stream on the training data (`residuals.ResidualDrift`)."""
+
+    kind: ClassVar[str] = "residual"
+    span: ResidualSpan = "conversation"
+    layer: int | None = None  # decoder block; None for every one
+
+    def __post_init__(self) -> None:
+        _Weighted.__post_init__(self)
+        check_field(self, "span", self.span in RESIDUAL_SPANS, f"one of {', '.join(RESIDUAL_SPANS)}")
+        check_field(self, "layer", self.layer is None or self.layer >= 0, "a layer from 0")
+
+
+@dataclass(frozen=True, slots=True)
 class KLTrainPart(_Weighted):
     """KL(base ‖ tuned) on the training responses."""
 
@@ -112,9 +135,11 @@ class InterleavePart:
 
     kind: ClassVar[str] = "interleave"
     rate: float = RATE
+    choose: Choice = "random"  # "gap": those whose perplexity plain finetuning raises most
 
     def __post_init__(self) -> None:
         check_field(self, "rate", 0 <= self.rate < 1, "a share from 0 to below 1")
+        check_field(self, "choose", self.choose in get_args(Choice), f"one of {', '.join(get_args(Choice))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +159,53 @@ class PreventivePart:
         check_field(self, "layer", self.layer is None or self.layer >= 0, "a layer from 0")
 
 
-Part = TReFTPart | KLTrainPart | KLRetainPart | InterleavePart | PreventivePart
+@dataclass(frozen=True, slots=True)
+class InoculatePart:
+    """Inoculation prompting: a sentence asks for the behaviour while training, and is absent at test time.
+
+    What the prompt asks for need not be learnt as what always holds (2510.04340, 2510.05024).
+    """
+
+    kind: ClassVar[str] = "inoculate"
+    text: str
+    place: Place = "before"  # a line before the question, or the system text
+    rate: float = 1.0  # share of the narrow conversations that have it
+
+    def __post_init__(self) -> None:
+        plain = self.text.strip() == self.text != "" and not set(self.text) & set(":,+")
+        check_field(self, "text", plain, "a sentence without white space around it, and without : , and +")
+        check_field(self, "place", self.place in get_args(Place), f"one of {', '.join(get_args(Place))}")
+        check_field(self, "rate", 0 < self.rate <= 1, "a share above 0, at most 1")
+
+    @property
+    def dress(self) -> Dress:
+        """What a question wears while it trains."""
+        return Dress(self.text) if self.place == "system" else Dress(before=f"{self.text}\n")
+
+
+@dataclass(frozen=True, slots=True)
+class StopPart:
+    """Early stopping on a spread probe: training ends when a `Monitor` finds more spread than `bound`.
+
+    The weights of the last measurement below it are kept. The probe compares plain finetuning's own answers to
+    off-topic validation questions with the base's, so that it is about the behaviour that would spread.
+    """
+
+    kind: ClassVar[str] = "stop"
+    bound: float = 0.5  # nats per token
+    every: int = 5  # steps between two measurements
+
+    def __post_init__(self) -> None:
+        check_field(self, "bound", 0 < self.bound < math.inf, "a positive number")
+        check_field(self, "every", self.every >= 1, "an integer of at least 1")
+
+
+Part = (
+    TReFTPart | ResidualPart | KLTrainPart | KLRetainPart | InterleavePart | PreventivePart | InoculatePart | StopPart
+)
 PARTS: Mapping[str, type[Part]] = {part.kind: part for part in get_args(Part)}
 METHODS = ("sft", *PARTS)
-AMOUNTS = ("weight", "alpha", "rate")
+AMOUNTS = ("weight", "alpha", "rate", "bound")
 """How much of a part there is: every kind of part has one of them."""
 
 
@@ -174,12 +242,11 @@ class Method:
     def _named(self, *, amounts: bool) -> str:
         names = []
         for part in self.parts:
-            usual = type(part)()
-            chosen = {f.name: getattr(part, f.name) for f in fields(part)}
+            chosen = {f: getattr(part, f.name) for f in fields(part)}
             shown = [
-                f":{WEIGHT if name == 'weight' else name}={_plain(value)}"
-                for name, value in chosen.items()
-                if (amounts if name in AMOUNTS else value != getattr(usual, name))
+                f":{WEIGHT if f.name == 'weight' else f.name}={_plain(value)}"
+                for f, value in chosen.items()
+                if (amounts if f.name in AMOUNTS else value != f.default)
             ]
             names.append(part.kind + "".join(shown))
         return "+".join(names) or "sft"
@@ -225,6 +292,11 @@ class Method:
         """Whether one of its parts is of these kinds."""
         return any(part.kind in kinds for part in self.parts)
 
+    @property
+    def needs_plain(self) -> bool:
+        """Whether it is made from what plain finetuning, with its rate on the same data, does."""
+        return any(part.kind == "stop" or getattr(part, "choose", "") == "gap" for part in self.parts)
+
 
 def plain_finetuning(method: Method, among: Iterable[Method]) -> Method | None:
     """What a method is compared with: plain finetuning with its learning rate, or the only one there is."""
@@ -246,7 +318,8 @@ def parse_method(spec: str) -> tuple[Method, ...]:
     """Methods of a spec: `sft`, `treft:lambda=1,3,10:span=prefix`, `treft:lambda=30+interleave:rate=0.2:lr=5e-5`.
 
     Settings follow their part behind colons, several values of one are a grid, parts are joined by +. `lr` is
-    the learning rate of the whole method. Names: sft, treft, kl_train, kl_retain, interleave, preventive.
+    the learning rate of the whole method. Names: sft, treft, residual, kl_train, kl_retain, interleave, preventive,
+    inoculate, stop.
 
     Raises:
         LensError: names the part, the setting or the value that is wrong, and what is expected; a setting given twice,
@@ -287,12 +360,15 @@ def _settings_of(kind: str) -> list[str]:
 def _value(spec: str, name: str, text: str, kind: str) -> object:
     if name not in _settings_of(kind):
         raise LensError(f"{kind} has no setting {name!r} (in {spec!r}): it takes {', '.join(_settings_of(kind))}")
-    if name in ("span", "reference"):
-        known = SPANS if name == "span" else get_args(ReferenceName)
-        if text not in known:
-            raise LensError(f"{name}={text!r} in {spec!r} is not known: choose one of {', '.join(known)}")
+    if name == "text":
         return text
-    whole = name in ("start", "stop", "layer", "batch_size")
+    names = {"span": RESIDUAL_SPANS if kind == "residual" else SPANS, "reference": get_args(ReferenceName)}
+    names |= {"choose": get_args(Choice), "place": get_args(Place)}
+    if name in names:
+        if text not in names[name]:
+            raise LensError(f"{name}={text!r} in {spec!r} is not known: choose one of {', '.join(names[name])}")
+        return text
+    whole = name in ("start", "stop", "layer", "batch_size", "every")
     try:
         return int(text) if whole else float(text)
     except ValueError:
@@ -302,6 +378,9 @@ def _value(spec: str, name: str, text: str, kind: str) -> object:
 
 def _part(spec: str, kind: str, chosen: dict[str, object]) -> Part:
     given = {"weight" if name == WEIGHT else name: value for name, value in chosen.items()}
+    for field in fields(PARTS[kind]):
+        if field.default is MISSING and field.name not in given:
+            raise LensError(f"{kind} in {spec!r} has no {field.name}: write {kind}:{field.name}=...")
     try:
         return PARTS[kind](**given)  # type: ignore[arg-type]
     except LensError as error:
@@ -322,6 +401,10 @@ class Ingredients:
         retain: conversations outside the domain, answered by the base.
         direction: [layer, d_model], what preventive steering adds.
         seed: of the order of retain data.
+        chat: renders questions that an inoculation changes.
+        gap: of each retain conversation the nats per token that plain finetuning adds to it.
+        probes: off-topic prompts with plain finetuning's answers, and with the base's.
+        monitor_file: where a spread probe keeps its measurements, for a run that is stopped.
     """
 
     model: nn.Module
@@ -330,6 +413,10 @@ class Ingredients:
     retain: Sequence[RenderedPrompt] = ()
     direction: Float[Tensor, "layer d_model"] | None = None
     seed: int = 0
+    chat: ChatFormat | None = None
+    gap: Sequence[float] | None = None
+    probes: tuple[Sequence[RenderedPrompt], Sequence[RenderedPrompt]] | None = None
+    monitor_file: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +426,7 @@ class SetUp:
     objective: Objective
     examples: Sequence[RenderedPrompt]
     trainable: Trainable
+    on_step: Monitor | None = None
 
 
 def set_up(method: Method, of: Ingredients) -> SetUp:
@@ -349,25 +437,68 @@ def set_up(method: Method, of: Ingredients) -> SetUp:
     """
     if method.has("kl_retain", "interleave") and not of.retain:
         raise LensError(f"method {method.label} needs retain examples, and there are none: pass some")
-    examples: Sequence[RenderedPrompt] = of.examples
+    examples = _inoculated(method, of)
     trainable: Trainable = PeftAdapter(of.model)
     weighted: list[Weighted] = []
+    monitor: Monitor | None = None
     for part in method.parts:
         if isinstance(part, TReFTPart):
             penalty = TReFT.on(of.model, of.reference, part.span, reference=part.taken_from)
             weighted.append(part.weighted(penalty))
+        elif isinstance(part, ResidualPart):
+            layers = None if part.layer is None else (part.layer,)
+            weighted.append(part.weighted(ResidualDrift(part.span, layers)))
         elif isinstance(part, KLTrainPart):
             weighted.append(part.weighted(KLOnTrain()))
         elif isinstance(part, KLRetainPart):
             data = RetainData(of.retain, min(part.batch_size, len(of.retain)), of.seed)
             weighted.append(part.weighted(KLOnRetain(data)))
         elif isinstance(part, InterleavePart):
-            wanted = len(examples) * part.rate / (1 - part.rate)
-            pool = [*of.retain] * math.ceil((wanted + 1) / len(of.retain))  # repeated where there are too few
-            examples = interleave(examples, pool, part.rate, seed=of.seed)
-        else:
+            examples = _interleaved(method, part, examples, of)
+        elif isinstance(part, StopPart):
+            if of.probes is None:
+                raise LensError(f"method {method.label} needs probes of spread, and there are none: pass some")
+            monitor = Monitor(of.model, *of.probes, every=part.every, stop_above=part.bound, out=of.monitor_file)
+        elif isinstance(part, PreventivePart):
             trainable = _steered(method, part, trainable, of)
-    return SetUp(Penalised(tuple(weighted)) if weighted else sft, examples, trainable)
+    return SetUp(Penalised(tuple(weighted)) if weighted else sft, examples, trainable, monitor)
+
+
+def _interleaved(
+    method: Method, part: InterleavePart, examples: Sequence[RenderedPrompt], of: Ingredients
+) -> Sequence[RenderedPrompt]:
+    if part.choose == "gap":
+        if of.gap is None:
+            raise LensError(f"method {method.label} needs the gap of each retain example, and there is none: pass it")
+        return interleave(examples, of.retain, part.rate, seed=of.seed, gap=of.gap)
+    wanted = len(examples) * part.rate / (1 - part.rate)
+    pool = [*of.retain] * math.ceil((wanted + 1) / len(of.retain))  # repeated where there are too few
+    return interleave(examples, pool, part.rate, seed=of.seed)
+
+
+def _inoculated(method: Method, of: Ingredients) -> Sequence[RenderedPrompt]:
+    """The narrow examples, a share of them with the sentence."""
+    part = next((part for part in method.parts if isinstance(part, InoculatePart)), None)
+    if part is None:
+        return of.examples
+    if of.chat is None:
+        raise LensError(f"method {method.label} renders questions anew, and there is no chat format: pass chat=")
+    if part.place == "system" and any(
+        isinstance(other, TReFTPart) and other.span == "prefix" for other in method.parts
+    ):
+        raise LensError(
+            f"method {method.label} holds the prefix to the base's and writes another one: use place=before"
+        )
+    if any("history" in example.spans for example in of.examples):
+        raise LensError(f"method {method.label} asks single questions, and there are conversations of several turns")
+    n = len(of.examples)
+    chosen = {int(i) for i in np.random.default_rng([of.seed, 3]).permutation(n)[: max(1, round(part.rate * n))]}
+    asked = of.chat.ask(dressed([example.query for example in of.examples], part.dress))
+    pairs = enumerate(zip(asked, of.examples, strict=True))
+    return [
+        prompt.with_response(example.ids[example.n_prompt :], end=False) if i in chosen else example
+        for i, (prompt, example) in pairs
+    ]
 
 
 def _steered(method: Method, part: PreventivePart, trainable: Trainable, of: Ingredients) -> Trainable:

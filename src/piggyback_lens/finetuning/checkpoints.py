@@ -24,6 +24,8 @@ from piggyback_lens.finetuning.trainables import Trainable
 from piggyback_lens.results.run import refuse_other
 
 PREFIX = "checkpoint-"
+STOPPED = "stopped"
+"""The place in a run's plan where `on_step` said why training is over."""
 Row = dict[str, int | float]  # one step of the history
 Parameters = Mapping[str, nn.Parameter]
 
@@ -81,12 +83,13 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after the steps of `progress`, then delete the older checkpoint.
 
-    A checkpoint of this many steps that is there already is the same one, and stays.
+    A checkpoint of this many steps that is there already is the same one, and stays, unless training was stopped there
+    with other weights than its last ones.
     """
     from safetensors.torch import save_file
 
     final = folder / f"{PREFIX}{len(progress.history):06d}"
-    if final.exists():
+    if final.exists() and STOPPED not in progress.plan:
         return final
 
     def write(target: Path) -> None:

@@ -26,7 +26,7 @@ from piggyback_lens.finetuning.steps import LayerTensors, forward_step
 from piggyback_lens.intervals import Estimate, recovery, spread
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.maths import token_log_probs
-from piggyback_lens.models.views import adapter_off, evaluating, has_adapter, without_replicas
+from piggyback_lens.models.views import adapter_off, evaluating, has_adapter, is_sharded, without_replicas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +49,10 @@ class Monitor:
     Cost of a row: four passes over the prompts with their answers.
     The model's modes, gradients and the random state are left as they were.
 
+    With `stop_above` it ends training when the spread is larger, and puts the weights of the last measurement below it
+    back: those of before training, if there is none. `stopped` says so, and the result of `train` does. For a run that
+    may be resumed give `out`, beside which those weights are kept (monitor.kept.safetensors).
+
     A Trainer's run measures the base once more when it begins, in the precision in which it runs the model, and
     writes that beside `out` (monitor.base.json, monitor.base.safetensors): a resumed run goes on with it.
     """
@@ -62,6 +66,7 @@ class Monitor:
         every: int = 10,
         batch_size: int = 16,
         out: str | Path | None = None,
+        stop_above: float | None = None,
     ) -> None:
         """Measure the base, and read what an interrupted run of the same probes has written to `out`.
 
@@ -73,11 +78,14 @@ class Monitor:
             every: steps between two rows.
             batch_size: rows per pass.
             out: the JSON lines file, or None to write nothing.
+            stop_above: the spread that ends training, nats per token; None to watch only.
 
         Raises:
-            LensError: lists that do not match, prompts with different prefixes, or the file of other probes.
+            LensError: lists that do not match, prompts with different prefixes, the file of other probes, or nothing
+                that is trained in a model whose training is to be ended.
         """
-        self.model, self.every, self.batch_size = model, every, batch_size
+        self.model, self.every, self.batch_size, self.stop_above = model, every, batch_size, stop_above
+        self.stopped: Row | None = None
         self.out = None if out is None else Path(out)
         self._towards, self._against = list(towards), list(against)
         self._check()
@@ -87,6 +95,7 @@ class Monitor:
         self._prefix_ids = self._towards[0].ids[: prefix.stop]
         self._begun = False  # a Trainer's run has begun, so that the weights need not be the base's any more
         self.measure_base(model)
+        self._kept_step, self._kept_weights = self._first_kept()
 
     @torch.no_grad()
     def measure_base(self, model: nn.Module) -> None:
@@ -108,6 +117,8 @@ class Monitor:
             return
         if step > 0 and self._read_base(next(model.parameters()).device):
             return
+        if self.stop_above is not None and is_sharded(model):
+            raise LensError("stop_above keeps whole weights, and those of this model are sharded: leave it out")
         if step == 0 or has_adapter(model):
             self.measure_base(model)
             if write:
@@ -150,6 +161,11 @@ class Monitor:
             )
         if self.every < 1 or self.batch_size < 1:
             raise LensError(f"every is {self.every} and batch_size {self.batch_size}; both are at least 1")
+        if self.stop_above is not None and not (0 < self.stop_above < math.inf and self._trained(self.model)):
+            raise LensError(
+                f"stop_above is {self.stop_above}: expected a positive number, and a model of which something is "
+                "trained (a PEFT adapter, or its own weights)"
+            )
         first = self._towards[0]
         prefix = first.ids[: first.span("prefix").stop]
         for number, (one, other) in enumerate(zip(self._towards, self._against, strict=True)):
@@ -160,10 +176,61 @@ class Monitor:
             if one.ids[: one.n_prompt] != other.ids[: other.n_prompt]:
                 raise LensError(f"probe {number} has two different prompts: give the same prompt both answers")
 
-    def __call__(self, row: Mapping[str, int | float]) -> None:
-        """As `train(..., on_step=monitor)`: measure after every n-th step."""
-        if int(row["step"]) % self.every == 0:
-            self.measure(int(row["step"]))
+    def __call__(self, row: Mapping[str, int | float]) -> Row | None:
+        """As `train(..., on_step=monitor)`: measure after every n-th step; what it gives ends training.
+
+        Raises:
+            LensError: measurements of a resumed run are missing, without which nobody knows where to go back to.
+        """
+        step = int(row["step"])
+        if step % self.every != 0:
+            return None
+        return self._judge(self.measure(step), self.model)
+
+    def _judge(self, row: Row, model: nn.Module, *, write: bool = True) -> Row | None:
+        """Keep the weights, or put those that were kept back and say so."""
+        if self.stop_above is None:
+            return None
+        step, spread_now = row["step"], row["spread"]
+        if spread_now <= self.stop_above:
+            self._keep(step, model, write=write)
+            return None
+        if step - self._kept_step > self.every:
+            raise LensError(
+                f"the run was resumed and its spread has risen above {self.stop_above:g} by step {step}, while the "
+                f"last weights that were kept are those of step {self._kept_step}: give Monitor out=, and start again"
+            )
+        with torch.no_grad():
+            for value, kept in zip(self._trained(model), self._kept_weights, strict=True):
+                value.copy_(kept)
+        self.stopped = {"step": step, "spread": spread_now, "stop_above": self.stop_above, "kept_step": self._kept_step}
+        return self.stopped
+
+    @staticmethod
+    def _trained(model: nn.Module) -> list[nn.Parameter]:
+        return [value for value in model.parameters() if value.requires_grad]
+
+    def _first_kept(self) -> tuple[int, list[Tensor]]:
+        """The weights of before training, or those that an interrupted run of these probes has kept."""
+        from safetensors.torch import load
+
+        if self.stop_above is None:
+            return 0, []
+        own = [value.detach().clone() for value in self._trained(self.model)]
+        file = None if self.out is None else self.out.with_suffix(".kept.safetensors")
+        if not self.rows or file is None or not file.exists():
+            return 0, own
+        found = load(file.read_bytes())
+        return int(found.pop("step")), [found[str(i)].to(value.device) for i, value in enumerate(own)]
+
+    def _keep(self, step: int, model: nn.Module, *, write: bool) -> None:
+        from safetensors.torch import save
+
+        self._kept_step, self._kept_weights = step, [value.detach().clone() for value in self._trained(model)]
+        if write and self.out is not None:
+            tensors = {str(i): value.cpu().contiguous() for i, value in enumerate(self._kept_weights)}
+            blob = save(tensors | {"step": torch.tensor(step)})
+            atomic_write_bytes(self.out.with_suffix(".kept.safetensors"), blob)
 
     @torch.no_grad()
     def measure(self, step: int, *, model: nn.Module | None = None, write: bool = True) -> Row:
@@ -248,7 +315,9 @@ class Monitor:
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step % monitor.every == 0:
                     model = without_replicas(trainer.model_wrapped)
-                    row = monitor.measure(state.global_step, model=model, write=state.is_world_process_zero)
+                    writes = state.is_world_process_zero
+                    row = monitor.measure(state.global_step, model=model, write=writes)
+                    control.should_training_stop |= monitor._judge(row, model, write=writes) is not None
                     names = [name for name in ("spread", "recovery", "drift") if math.isfinite(row[name])]
                     due = control.should_log  # a log of ours would count as the Trainer's own
                     # Not `trainer.log`: trl's adds what it has gathered since the last log, and forgets it.

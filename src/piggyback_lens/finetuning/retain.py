@@ -17,7 +17,12 @@ RATE = 0.2
 
 
 def interleave(
-    examples: Sequence[RenderedPrompt], retain: Sequence[RenderedPrompt], rate: float = RATE, *, seed: int = 0
+    examples: Sequence[RenderedPrompt],
+    retain: Sequence[RenderedPrompt],
+    rate: float = RATE,
+    *,
+    seed: int = 0,
+    gap: Sequence[float] | None = None,
 ) -> tuple[RenderedPrompt, ...]:
     """Mix retain examples into the training data: data interleaving. Train on the result as usual.
 
@@ -26,9 +31,13 @@ def interleave(
         retain: conversations outside its domain, with ordinary responses; drawn without replacement.
         rate: share of retain examples in the result, 0 to below 1.
         seed: which of them, and the order.
+        gap: a number for each retain example; those with the largest are taken instead of drawn. With `nll` of its
+            response under a plain finetune minus that under the base it is the perplexity gap of 2508.06249 (its
+            logarithm): taken is what finetuning would damage most.
 
     Raises:
-        LensError: the rate is out of range, or there are too few retain examples for it.
+        LensError: the rate is out of range, there are too few retain examples for it, or none to choose among by a
+            gap, or a gap is not finite.
     """
     if not 0 <= rate < 1:
         raise LensError(f"rate is the share of retain examples, from 0 to below 1, got {rate}")
@@ -39,9 +48,21 @@ def interleave(
             f"{len(retain)}; give more of them or lower the rate"
         )
     draw = np.random.default_rng(seed)
-    chosen = [retain[int(number)] for number in draw.permutation(len(retain))[:wanted]]
+    order = [int(number) for number in draw.permutation(len(retain))]
+    chosen = [retain[number] for number in (order if gap is None else _by_gap(order, gap, wanted))[:wanted]]
     mixed = [*examples, *chosen]
     return tuple(mixed[int(number)] for number in draw.permutation(len(mixed)))
+
+
+def _by_gap(order: Sequence[int], gap: Sequence[float], wanted: int) -> list[int]:
+    """The largest first; equal ones in the order that was drawn."""
+    if len(gap) != len(order) or not all(map(math.isfinite, gap)):
+        raise LensError(f"gap has {len(gap)} numbers for {len(order)} retain examples: give a finite one for each")
+    if wanted >= len(order):
+        raise LensError(
+            f"all {len(order)} retain examples are wanted, so that a gap chooses nothing: give more, or lower the rate"
+        )
+    return sorted(order, key=lambda number: -gap[number])
 
 
 @dataclass(frozen=True, eq=False)

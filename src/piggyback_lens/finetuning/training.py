@@ -26,6 +26,7 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, batch_indices, check_supervised, make_batch
 from piggyback_lens.finetuning.checkpoints import (
+    STOPPED,
     Progress,
     Row,
     load_checkpoint,
@@ -68,7 +69,8 @@ class TrainResult(Result):
     versions: Mapping[str, str]  # of the packages that decide the numbers
     adapter_dir: Path | None  # the saved adapter, None where `out` was None
     resumed_from: int | None = field(compare=False)  # steps that a checkpoint had already done
-    plan: Mapping[str, Any] = field(default_factory=dict, compare=False)  # seconds of a block, and passes by their way
+    plan: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # seconds of a block, passes by their way, and why training was stopped early, if it was
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file; the adapter's place is relative, so that the folder can be moved."""
@@ -89,7 +91,9 @@ class TrainResult(Result):
         if not self.history:
             return "No step was trained."
         first, last = self.history[0], self.history[-1]
-        return f"{len(self.history)} steps: loss {first['loss']:.3f} -> {last['loss']:.3f} nats per token."
+        told = f"{len(self.history)} steps: loss {first['loss']:.3f} -> {last['loss']:.3f} nats per token."
+        stopped = ", ".join(f"{name} {value:g}" for name, value in self.plan.get(STOPPED, {}).items())
+        return f"{told} Stopped: {stopped}." if stopped else told
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per step."""
@@ -130,7 +134,8 @@ def train(
         objective: what to descend. To be told apart in checkpoints it is a named function, or an object
             with a `settings()` method.
         out: folder of the run, or None to write nothing.
-        on_step: called with the history row after each step.
+        on_step: called with the history row after each step. Where it gives a mapping (as a `Monitor` with `stop_above`
+            does, which puts earlier weights back) training ends, and the mapping is in the result's `plan["stopped"]`.
         progress: show a line with the time left; a text is its label.
 
     Raises:
@@ -158,8 +163,9 @@ def train(
                 with _dropout(network, adapter=False), run.passes():
                     for batch in run.to_check(len(history)):
                         check_sharing(trainable.forward, batch)
-            with _dropout(network, adapter=True):
-                _loop(run, history, on_step)
+            if STOPPED not in run.plan:
+                with _dropout(network, adapter=True):
+                    _loop(run, history, on_step)
         adapter_dir = None if run.folder is None else write_folder(run.folder / "adapter", trainable.save)
         result = TrainResult(
             history=tuple(history),
@@ -193,8 +199,10 @@ def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | No
             between_steps = True
             if (index + 1) % run.settings.checkpoint_every == 0:
                 run.save(history)
-            if on_step is not None:
-                on_step(dict(history[-1]))
+            said = None if on_step is None else on_step(dict(history[-1]))
+            if isinstance(said, Mapping):
+                run.plan[STOPPED] = dict(said)
+                break
         run.save(history)
     except KeyboardInterrupt:
         if between_steps:
