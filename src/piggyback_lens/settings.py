@@ -798,6 +798,9 @@ class CompareSettings(Settings):
         text_source: plain text as of `text_windows`; None for texts that Python brings.
         direction_examples: training questions that a preventive direction is made of.
         retain: prompts of the retain data, which the base answers; None for questions of the other built-in tasks.
+        dresses: what the off-topic questions wear beside being asked plainly, each with a control, NAME=VALUE,
+            repeatable: a file of training conversations, whose dress is found (or {"file": ..., "share": 0.4} as JSON),
+            or a dress, {"system": ..., "before": ..., "after": ...}.
         minutes: begin no further cell after so many; the same call continues.
         training: steps, batch size, learning rate, ...; the seed in it is not used.
         lora: the adapter.
@@ -820,6 +823,7 @@ class CompareSettings(Settings):
     text_source: str | None = None
     direction_examples: int = 32
     retain: Sequence[str] | None = None
+    dresses: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
     training: TrainSettings = field(default_factory=TrainSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)
@@ -832,6 +836,7 @@ class CompareSettings(Settings):
             check_field(self, name, once, "at least one value, and each once")
         for name in ("n_prompts", "rows_per_pass", "n_texts", "text_length", "direction_examples", "samples"):
             check_field(self, name, getattr(self, name) >= 1, "an integer of at least 1")
+        _check_dresses(self)
         _ = self.answers
 
     @property

@@ -35,9 +35,10 @@ class Comparison(Result):
     """Finished cells of a grid, and the base beside them.
 
     Attributes:
-        cells: one mapping per cell: cell (method, seed, axes), label, on and off (values, answers), kl (nats per
-            token of each off-topic prompt), text_nll (of each text), drift and update_norms (per layer), training,
-            and `cosines`: per layer to plain finetuning with the same seed (`sft`) and with another (`sft_seeds`).
+        cells: one mapping per cell: cell (method, seed, axes), label, on, off and off[NAME] of every dress (values,
+            answers), kl (nats per token of each off-topic prompt), text_nll (of each text), drift and update_norms
+            (per layer), training, and `cosines`: per layer to plain finetuning with the same seed (`sft`) and with
+            another (`sft_seeds`).
         bases: the base's answers, values and losses, by system prompt.
         card: task, behaviour, settings, what was asked, versions.
     """
@@ -52,6 +53,11 @@ class Comparison(Result):
         """What was measured on each answer."""
         return get_behaviour(self.card["behaviour"])
 
+    @property
+    def dressed(self) -> tuple[str, ...]:
+        """Topics of dressed questions: "off[NAME]" for each dress and its control."""
+        return tuple(self.card["settings"].get("dresses", ()))
+
     def to_frame(self) -> "pd.DataFrame":
         """One row per cell: method, lambda, seed, axes, means on- and off-topic, KL, perplexity, drift, norms."""
         import pandas as pd
@@ -62,7 +68,7 @@ class Comparison(Result):
             worse = _column(cell["text_nll"]) - _column(base["text_nll"])
             row: dict[str, Any] = {"method": cell["label"], "family": method.family, "lambda": method.weight}
             row |= {"seed": cell["cell"]["seed"], **{axis: cell["cell"][axis] for axis in AXES}}
-            for topic in TOPICS:
+            for topic in (*TOPICS, *self.dressed):
                 row[topic] = float(np.nanmean(_column(cell[topic]["values"])))
                 row[f"base_{topic}"] = float(np.nanmean(_column(base[topic]["values"])))
             row |= {"kl": float(np.mean(cell["kl"])), "perplexity_change": math.expm1(float(worse.mean()))}
@@ -88,7 +94,10 @@ class Comparison(Result):
         return is_rate(self.behaviour.unit, *values)
 
     def values(self, key: tuple[Any, ...], topic: str) -> Array:
-        """Behaviour of each prompt of a topic ("on" or "off"), averaged over the seeds; missing where any seed's is."""
+        """Behaviour of each prompt of a topic (on, off, or off[NAME] in a dress), averaged over the seeds.
+
+        Missing where any seed's is.
+        """
         rows = [_column(cell[topic]["values"]) for cell in self._groups[key]]
         averaged: Array = np.stack(rows).mean(0)
         return averaged
@@ -110,15 +119,18 @@ class Comparison(Result):
     def estimates(self, key: tuple[Any, ...]) -> dict[str, Estimate]:
         """Everything of one row of the table; intervals: over prompts (texts), seeds averaged first.
 
-        on, off: behaviour; spread: off-topic minus base; kept: (method - base) / (sft - base) on-topic; recovered:
-        (method - sft) / (base - sft) off-topic, with the seeds that sft has; kl; perplexity_change (fraction).
+        on, off: behaviour; spread: off-topic minus base; spread[NAME]: the same of questions in a dress, minus the base
+        in it; kept: (method - base) / (sft - base) on-topic; recovered: (method - sft) / (base - sft) off-topic, with
+        the seeds that sft has; kl; perplexity_change (fraction).
         """
         base = self._base(key[1])
         of_base = {topic: _column(base[topic]["values"]) for topic in TOPICS}
         own = {topic: self.values(key, topic) for topic in TOPICS}
         asked = {topic: base[topic].get("questions") for topic in TOPICS}
         found = {topic: mean_interval(own[topic], asked[topic], rate=self._rate(own[topic])) for topic in TOPICS}
-        found["spread"] = spread(own["off"], of_base["off"], asked["off"], rate=self._rate(own["off"], of_base["off"]))
+        for topic in ("off", *self.dressed):
+            pair = (self.values(key, topic), _column(base[topic]["values"]))
+            found[_spread_of(topic)] = spread(*pair, asked["off"], rate=self._rate(*pair))
         sft = {topic: self._sft(key, topic) for topic in TOPICS}
         if sft["on"] is None or sft["off"] is None:
             nothing = Estimate(math.nan, math.nan, math.nan, len(of_base["on"]), "no plain finetuning with these seeds")
@@ -172,7 +184,7 @@ class Comparison(Result):
             for name, estimate in self.estimates(key).items():
                 row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
                 row[f"{name}_reason"] = estimate.reason
-            row |= {f"{topic}_seeds": self.per_seed(key, topic) for topic in TOPICS}
+            row |= {f"{topic}_seeds": self.per_seed(key, topic) for topic in (*TOPICS, *self.dressed)}
             row["drift"] = float(np.mean([np.mean(cell["drift"]) for cell in cells]))
             rows.append(row)
         return pd.DataFrame(rows)
@@ -197,7 +209,8 @@ class Comparison(Result):
         if known.empty:
             told = {reason for name in ("recovered_reason", "kept_reason") for reason in table[name]}
             reasons = sorted(reason for reason in told if isinstance(reason, str))
-            return f"No method can be compared with plain finetuning here: {'; '.join(reasons) or 'only sft ran'}."
+            why = "; ".join(reasons) or "only sft ran"
+            return f"No method can be compared with plain finetuning here: {why}.{self._told_of_dresses(table)}"
         row = known.iloc[int(known["spread"].abs().to_numpy().argmin())]  # going past the base is leaving it
         gained = f"{100 * row['recovered']:.0f} % [{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]"
         kept = f"{100 * row['kept']:.0f} % [{100 * row['kept_low']:.0f}, {100 * row['kept_high']:.0f}]"
@@ -206,7 +219,22 @@ class Comparison(Result):
         return (
             f"{row['method']}{where} {said} {gained} of the off-topic behaviour that plain finetuning lost, and keeps "
             f"{kept} of the on-topic behaviour (n = {row['n']} prompts each, {len(row['seeds'])} seeds)."
+            f"{self._told_of_dresses(table)}"
         )
+
+    def _told_of_dresses(self, table: "pd.DataFrame") -> str:
+        """Which methods spread in a dress and not on plain questions, as far as the intervals tell."""
+        said = []
+        narrow = table[(table["spread_low"] <= 0) & (table["spread_high"] >= 0)]
+        for topic in self.dressed:
+            name = _spread_of(topic)
+            hidden = narrow[(narrow[f"{name}_low"] > 0) | (narrow[f"{name}_high"] < 0)]
+            shown = [
+                f"{row['method']} {interval_text(row[name], row[f'{name}_low'], row[f'{name}_high'])}"
+                for row in hidden.to_dict("records")
+            ]
+            said.append(f"{topic.removeprefix('off')[1:-1]}: {', '.join(shown) or 'none'}")
+        return f" Spread in a dress that plain questions do not show: {'; '.join(said)}." if said else ""
 
     def figure(self) -> "go.Figure":
         """What is kept on-topic against what spreads."""
@@ -222,6 +250,17 @@ class Comparison(Result):
 
         amounts = {key[0]: _method(cells[0]).amounts for key, cells in self._groups.items()}
         return pareto_figure(self.table(), self.behaviour, str(self.card["task"]), amounts)
+
+    def dress_figure(self) -> "go.Figure":
+        """Spread of every method on plain questions and in every dress.
+
+        Raises:
+            LensError: no dress was asked for.
+        """
+        from piggyback_lens.figures.comparison_plots import dress_figure
+
+        names = {_spread_of(topic): topic.removeprefix("off")[1:-1] for topic in self.dressed}
+        return dress_figure(self.table(), names, self.behaviour, str(self.card["task"]))
 
     def update_figure(self) -> "go.Figure":
         """Cosine of every method's weight update with plain finetuning's, layer by layer."""
@@ -258,6 +297,8 @@ class Comparison(Result):
         drawn = []
         if self._has_kept:
             drawn.append(("On-topic behaviour kept against off-topic spread.", self.pareto_figure()))
+        if self.dressed:
+            drawn.append(("Spread on plain questions, and in every dress.", self.dress_figure()))
         if not self.update_frame().empty:
             drawn.append(("Weight updates compared with plain finetuning.", self.update_figure()))
         return drawn + [(f"Behaviour over {axis}.", self.axis_figure(axis)) for axis in self.varied]
@@ -269,7 +310,8 @@ class Comparison(Result):
         table = self.table()
         shown = table[["method", *self.varied, "seeds", "n"]].copy()
         shown["seeds"] = [", ".join(map(str, seeds)) for seeds in table["seeds"]]
-        for name in ("on", "off", "kept", "recovered", "kl", "perplexity_change"):
+        worn = [_spread_of(topic) for topic in self.dressed]
+        for name in ("on", "off", "kept", "recovered", *worn, "kl", "perplexity_change"):
             rows = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
             shown[name] = [interval_text(*row) for row in rows]
         for topic in TOPICS:
@@ -351,6 +393,11 @@ class Comparison(Result):
 
 def _method(cell: Mapping[str, Any]) -> Method:
     return Method.from_settings(cell["cell"]["method"])
+
+
+def _spread_of(topic: str) -> str:
+    """The column of a topic's spread: "off" has spread, "off[NAME]" has spread[NAME]."""
+    return topic.replace("off", "spread", 1)
 
 
 def _number(value: float | None) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from piggyback_lens.comparisons.methods import Method
 from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
+from piggyback_lens.reading.dresses import Dress, as_dresses, dressed, with_controls
+from piggyback_lens.reading.questions import Question
 from piggyback_lens.reading.tasks import Task
 from piggyback_lens.settings import CompareSettings, LoadSettings, check_field
 
@@ -30,6 +32,7 @@ class Plan:
         settings: of the comparison.
         retain: prompts that the base answers as retain data.
         load: how the base's weights are loaded; a function that gives the model loads them itself.
+        topics: what is measured: "on", "off", and "off[NAME]" for each dress of the settings and its control.
     """
 
     source: Source
@@ -37,6 +40,7 @@ class Plan:
     settings: CompareSettings = field(default_factory=CompareSettings)
     retain: tuple[str, ...] = ()
     load: LoadSettings = field(default_factory=LoadSettings)
+    topics: dict[str, Dress | None] = field(init=False)
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self.load).items() if name != "offline"}
@@ -44,6 +48,14 @@ class Plan:
             raise LensError("device_map does not go with a comparison: a cell is trained on one device; give device=")
         if callable(self.source) and LoadSettings(**given) != LoadSettings():
             raise LensError(f"{self.source.__qualname__} loads the model itself: leave load= out but for offline")
+        worn = with_controls(as_dresses(self.settings.dresses))
+        topics = {"on": None, "off": None} | {f"off[{name}]": dress for name, dress in worn.items()}
+        object.__setattr__(self, "topics", topics)
+
+    def questions(self, topic: str) -> Sequence[str | Question]:
+        """What is asked of a topic: its prompts, in their dress where it has one."""
+        dress = self.topics[topic]
+        return self.prompts(topic) if dress is None else dressed(self.prompts("off"), dress)
 
     def prompts(self, topic: str) -> tuple[str, ...]:
         """The first `n_prompts` of a topic in this split.
@@ -72,6 +84,8 @@ class Plan:
         facts = {name: getattr(self.settings, name) for name in names}
         facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
         facts |= {"training": training, "lora": asdict(self.settings.lora), "model": source_fingerprint(self.source)}
+        if worn := {topic: asdict(dress) for topic, dress in self.topics.items() if dress is not None}:
+            facts["dresses"] = worn
         if weighed := {name: str(getattr(self.load, name)) for name in _WEIGH if self._asks(name)}:
             facts["load"] = weighed
         if self.settings.trainer != "own":

@@ -109,6 +109,51 @@ def pareto_figure(
     return figure
 
 
+def dress_figure(table: "pd.DataFrame", names: Mapping[str, str], behaviour: Behaviour, task: str) -> "go.Figure":
+    """Spread of every row of the table on plain questions and in every dress, each with its interval.
+
+    `names` has the columns of the dresses with their names. Controls are hollow.
+
+    Raises:
+        LensError: no dress.
+    """
+    import plotly.graph_objects as go
+
+    if not names:
+        raise LensError("no dress was asked for: compare with dresses=")
+    columns = {"spread": "plain questions", **names}
+    check_frame(table, [*(f"{column}{end}" for column in columns for end in ("", "_low", "_high")), "method", "n"])
+    differing = _varied(table)
+    labels = [
+        ", ".join([row["method"], *(f"{axis} {_shown(row[axis], axis)}" for axis in differing)])
+        for row in table.to_dict("records")
+    ]
+    figure = go.Figure()
+    gap = 0.7 / len(columns)
+    for number, (column, name) in enumerate(columns.items()):
+        colour = INK if column == "spread" else SERIES_COLOURS[(number - 1) // 2 % len(SERIES_COLOURS)]
+        symbol = SYMBOLS[number % len(SYMBOLS)] + ("-open" if name.endswith("control") else "")
+        bars = _bars(table, column, colour)
+        figure.add_scatter(
+            x=table[column], y=[place + gap * (number - (len(columns) - 1) / 2) for place in range(len(table))],
+            mode="markers", name=plot_text(name), error_x=bars,
+            marker={"size": 11, "color": colour, "symbol": symbol},
+            customdata=[[plot_text(label), _told(row, column)]
+                        for label, row in zip(labels, table.to_dict("records"), strict=True)],
+            hovertemplate=f"<b>%{{customdata[0]}}</b><br>{plot_text(name)}: %{{customdata[1]}}<extra></extra>",
+        )  # fmt: skip
+    seeds = len(max(table["seeds"], key=len))
+    about = f"bars: 95 % interval over prompts, {n_text(table)} off-topic; mean of {seeds} seeds; hollow: control dress"
+    height = 240 + len(labels) * (30 + 22 * len(columns))
+    apply_style(figure, f"Does it spread when dressed? Finetuning methods on {task}", about, height=height)
+    figure.add_vline(x=0, line={"color": GREY, "width": 1.2}, layer="below")
+    figure.update_xaxes(title_text=axis_title(f"off-topic spread of {behaviour.label}", behaviour.unit))
+    shown = [wrapped(label, 26) for label in labels]
+    figure.update_yaxes(tickvals=list(range(len(shown))), ticktext=shown, range=[len(shown) - 0.45, -0.55])
+    figure.update_layout(showlegend=True, legend={"x": 1.02, "y": 1.0, "xanchor": "left", "font": {"size": 14}})
+    return figure
+
+
 def _fitting(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     """The range of the methods with their intervals; with the base at 0 where that does not squeeze them."""
     known = values[np.isfinite(values)]
