@@ -107,6 +107,9 @@ def test_a_map_writes_its_experiments_and_a_report_and_continues(files, tmp_path
     assert results["verdict"] in printed
     assert results["parts"] == ["carrier", "layers", "positions", "attribution", "span"]
     assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert {row["condition"] for row in results["examples"]} == {"base", "finetuned"}
+    assert all("<|im_end|>" not in row["response"] for row in results["examples"])
+    assert any(row["ended"] == "length" for row in results["examples"]), "after 3 tokens an answer is cut"
     before = {file: file.read_bytes() for file in tmp_path.glob("**/rows.jsonl")}
     assert len(before) == 5  # those of the cells that attribution was checked on too
     call(monkeypatch, words)

@@ -78,7 +78,7 @@ def run_maps(
             own = options | {"out": Path(out) / kind, "progress": kind}
             found[kind] = _experiment(kind, pair, prompts, settings, own)
         examples = tuple(
-            {"prompt": prompt.query, "condition": side, "response": row.span_text("response")}
+            {"prompt": prompt.query, "condition": side, **_answer(row)}
             for i, prompt in enumerate(prompts[:EXAMPLES])
             for side, row in (("base", measure.against[i]), ("finetuned", measure.towards[i]))
         )
@@ -86,6 +86,13 @@ def run_maps(
         result = run.finish(Collection(found, title, examples))
     report_run(out)
     return result
+
+
+def _answer(row: RenderedPrompt) -> dict[str, str]:
+    """The answer as people read it, and whether it is whole."""
+    ids = row.ids[row.n_prompt :]
+    ended = "stop" if ids[-1] in row.answer.stop_ids else "length"
+    return {"response": row.tokenizer.decode(ids, skip_special_tokens=True), "ended": ended}
 
 
 def _check_kinds(settings: MapSettings, prompts: Sequence[RenderedPrompt]) -> None:
