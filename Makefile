@@ -17,6 +17,8 @@ QUICK ?=
 RUN ?=
 PYTEST ?=
 LEGS ?=
+BENCH ?= --threads 1 --clock cpu
+BENCHED = $(shell echo '$(BENCH)' | tr -cs 'a-z0-9\n' -)
 # Test processes, of one thread each; a file stays in one process.
 WORKERS ?= 2
 
@@ -24,7 +26,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint docs legs notebooks figures install clean
+.PHONY: help demo test check lint docs legs notebooks figures benchmarks install clean
 
 help:
 	@echo "make demo       train a narrow organism on a small real chat model, audit it, write a report into $(OUT)/"
@@ -38,6 +40,8 @@ help:
 	@echo "make notebooks  make each .ipynb and its .py twin equal (the newer one wins)"
 	@echo "                RUN=1 runs them, and stores what they show"
 	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
+	@echo "make benchmarks ours beside transformers, PEFT and TransformerLens, into docs/performance.md"
+	@echo "                BENCH=\"--shape 8b --device cuda --dtype bfloat16\""
 	@echo "make install    only make $(VENV)"
 	@echo "make clean      remove $(VENV) and caches; results stay"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH_SPEC=$(TORCH_SPEC)  TORCH_INDEX=$(TORCH_INDEX)  EXTRAS=$(EXTRAS)  WORKERS=$(WORKERS)"
@@ -69,6 +73,12 @@ notebooks: install
 
 figures: install
 	@$(BIN)/python examples/write_figures.py $(OUT) docs
+
+# Tables stay in out/benchmarks, where those of other shapes and devices may lie too: the page has them all.
+benchmarks: install
+	@set -e; for name in training directions patching foundation; do \
+	  $(BIN)/python benchmarks/$$name.py $(BENCH) --out out/benchmarks/$(BENCHED); done
+	@$(BIN)/python benchmarks/performance.py docs/performance.md out/benchmarks/*/*.json
 
 install: $(VENV)/.project
 

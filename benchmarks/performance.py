@@ -1,6 +1,7 @@
 """Write docs/performance.md from the tables that the other benchmarks left.
 
-    python benchmarks/foundation.py --out out/cpu      # likewise the others, with any --shape and --device
+    make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"      # or one by one:
+    python benchmarks/foundation.py --out out/cpu
     python benchmarks/performance.py docs/performance.md out/*/*.json
 
 Tables of one machine, shape and precision stand together.
@@ -22,6 +23,7 @@ Written by `python benchmarks/performance.py docs/performance.md TABLES`, from t
 Each row does the same work twice in one run, in turns: as users of the peer write it, and as this library does it. The
 numbers of both are compared first (to 1e-4 in float32 on the CPU, to 6 % in bfloat16). The ratio is the peer's seconds
 over ours, median of the turns; only ratios are meant to travel. "target" is the ratio that is wanted.
+`make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"` adds the tables of another device.
 """
 
 
