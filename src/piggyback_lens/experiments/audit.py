@@ -37,6 +37,7 @@ from piggyback_lens.intervals import (
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.generation import Generation
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_behaviour
+from piggyback_lens.models.gates import by_construction
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import counting, say_stage, shows
 from piggyback_lens.reading.dresses import Dress, as_dresses, dressed, with_controls
@@ -270,11 +271,14 @@ def verdict(result: AuditResult) -> str:
         return f"No spread found: off-topic, {unit} go from {change}, an interval that includes no change."
     parts = {name: result.recovery(name) for name in ("prefix", "postfix", "both", "query_control")}
     prefix, control = parts["prefix"], parts["query_control"]
-    if math.isnan(prefix.value):
+    built = "prefix" in result.card.get("base_spans", ())
+    if math.isnan(prefix.value) and not built:
         return f"Spread found, carrier not determined ({prefix.reason}): off-topic, {unit} go from {change}."
     carried = f"the prefix carries {_percent(prefix)} of the change"
     if prefix.low <= 0 <= prefix.high:
         carried = f"the prefix carries none of it that can be told from noise ({_percent(prefix)})"
+    if built:
+        carried = "the prefix is the base's by construction (the adapter is off there), so it does not carry the change"
     others = f"postfix {_percent(parts['postfix'])}, both together {_percent(parts['both'])}"
     others += f", query control {_percent(control)}"
     return f"Spread found: off-topic, {unit} go from {change}; {carried} ({others})."
@@ -368,6 +372,7 @@ def audit(  # noqa: PLR0913
         counts = {topic: len(set(questions_of(rendered))) for topic, rendered in prompts.items()}
         facts = {"names": dict(pair.names), "n": counts, "notes": work.notes() + (forced.left_out if forced else [])}
         facts["measure"] = {"name": measure.name, "label": measure.label, "unit": measure.unit}
+        facts |= {"base_spans": list(pair.base_spans)} if pair.base_spans else {}
         card = run.card() | facts
         rows = in_order(run.rows.values())
         result = AuditResult(rows, measure, curve, card, run.folder, work.receipts(), **maps)
@@ -399,6 +404,7 @@ class _Work:
             *notes,
             f"The query control patches {sum(sizes) / len(sizes):.1f} tokens per off-topic prompt (all of the query); "
             f"the prefix has {len(own.spans['prefix'])}, the postfix {len(own.spans['postfix'])}.",
+            *([by_construction(self.treatments.pair.base_spans)] if self.treatments.pair.base_spans else []),
         ]
 
     def generate(self) -> None:

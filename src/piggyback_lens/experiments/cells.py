@@ -315,7 +315,7 @@ class _Chunk:
     ) -> Float[Tensor, "row read vocab"]:
         """Logits of a pass in which every cell's rows are under that cell's interventions."""
         device, begin = device_of(self.model), rows.lineage.alive(0)
-        variants = [(placement, (), Record())]
+        variants: list[tuple[Placement, Parts, Record]] = [(placement, (), Record())]
         variants += [
             (placement.only([row for row in rows.of_cells if rows.cells[row] == cell]), parts, self.records[cell])
             for cell, parts in enumerate(each)
@@ -404,7 +404,7 @@ class _Prefix:
         positions = torch.arange(length).repeat(count, 1)
         row = Row.of(prompt)
         placement = Placement((row,) * count, positions[:, first:], positions, (0,) * count, n, first)
-        variants = [(placement, (), Record())]
+        variants: list[tuple[Placement, Parts, Record]] = [(placement, (), Record())]
         variants += [(placement.only([place[cell]]), own[cell], chunk.records[cell]) for cell in touching]
         ids = torch.tensor(prompt.ids[first:length], device=device).repeat(lineage.alive(0), 1)
         started = [

@@ -120,7 +120,9 @@ def _elsewhere(
 
 def prompt_facts(pair: ModelPair, prompts: Sequence[RenderedPrompt]) -> dict[str, Any]:
     """What every patching result says of its models and prompts."""
+    built = {"base_spans": list(pair.base_spans)} if pair.base_spans else {}
     return {
+        **built,
         "names": dict(pair.names),
         "n": len(prompts),
         "prompts": [prompt.query for prompt in prompts],

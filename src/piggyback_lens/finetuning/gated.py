@@ -22,7 +22,7 @@ from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.hooks import AnyIntervention, Interventions, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import applied_each
-from piggyback_lens.models.peft_adapters import OFF_FILE
+from piggyback_lens.models.gates import OFF_FILE
 
 
 class GatedAdapter(PeftAdapter):

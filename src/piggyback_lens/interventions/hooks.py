@@ -458,6 +458,8 @@ def _hook(
     def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
         receipt.calls += 1
         cells = _cells(part, placement, activation.shape[1])
+        if part.site == "adapter":  # rows of a forking pass that are born later follow one that is off as well
+            cells = cells.of_rows(activation.shape[0])
         if not len(cells):
             return None
         cells = cells.to(activation.device)

@@ -60,6 +60,11 @@ class Cells:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def of_rows(self, count: int) -> "Cells":
+        """Those of the first rows; not of attention scores."""
+        kept = self.rows < count
+        return Cells(self.rows[kept], self.origins[kept], self.columns[kept], self.slots[kept])
+
     def to(self, device: torch.device) -> "Cells":
         """On the activation's device."""
         read = None if self.read is None else self.read.to(device)
@@ -75,7 +80,9 @@ class Placement:
     (keys after the rotary embedding in HookedTransformer) see all of them. The first `ready` tokens of
     each row came as keys and values that hold their interventions already. `origins` are the places of the
     rows among all `total` conversations of a run that is cut into batches. With `members`, only these rows
-    of the batch are there to be touched.
+    of the batch are there to be touched. With `lines`, several conversations stand in one row of the pass: `rows` and
+    `positions` have a line for each conversation, and `lines` says which row of the pass it is in. `decoding` says that
+    only generated tokens are still to come.
     """
 
     rows: tuple[Row, ...]
@@ -86,6 +93,7 @@ class Placement:
     ready: int = 0
     members: tuple[int, ...] | None = None
     lines: tuple[int, ...] | None = None
+    decoding: bool = False
     _cells: dict[tuple[object, ...], Cells] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,9 @@
 """Running a model under interventions: hooks that are always removed, and a record that proves what happened."""
 
+import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from piggyback_lens.conversations.chat import PromptBatch
 from piggyback_lens.interventions.hooks import (
     AnyIntervention,
     Intervention,
+    Interventions,
     Record,
     adapter_hooks,
     as_parts,
@@ -18,6 +21,7 @@ from piggyback_lens.interventions.hooks import (
 from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.models.backends import HookedModel, hook_points
+from piggyback_lens.models.gates import gate_of, tokens_told
 from piggyback_lens.models.network import NOTHING, forward
 from piggyback_lens.words import Site
 
@@ -67,13 +71,14 @@ def applied_each(
     """As `applied`, for rows of one pass under different interventions, each with its own record.
 
     `Placement.only` says which rows a variant has. A plain transformers model has no hook points: only its adapter can
-    be acted on.
+    be acted on. The adapter of a gated model (see `models.gates`) is off at its tokens in all rows, which the first
+    variant's placement says.
     """
     handles: list[tuple[Any, Any]] = []
     inputs: list[Any] = []
     points: Any = None
     try:
-        for batch, parts, record in variants:
+        for batch, parts, record in [*_gates(model, variants), *variants]:
             beside = [part for part in parts if part.site == "adapter"]
             for module, before in adapter_hooks(beside, model, batch, record):
                 inputs.append(module.register_forward_pre_hook(before))
@@ -83,7 +88,8 @@ def applied_each(
                 point = points[name]
                 point.add_hook(function)
                 handles.append((point, point.fwd_hooks[-1]))
-        yield
+        with tokens_told(model) if variants else nullcontext():
+            yield
     finally:
         for handle in inputs:
             handle.remove()
@@ -91,6 +97,30 @@ def applied_each(
             handle.hook.remove()
             if handle in point.fwd_hooks:
                 point.fwd_hooks.remove(handle)
+
+
+def _gates(model: Any, variants: Sequence[tuple[PromptBatch | Placement, Any, Any]]) -> list[tuple[Any, ...]]:
+    """The variant in which the adapter of a gated model is off in all rows; none for other models."""
+    if not variants or not gate_of(model):
+        return []
+    placement = Placement.of(variants[0][0])
+    whole = placement if placement.members is None else placement.only(range(len(placement.rows)))
+    return [(whole, gate_parts(model, whole), Record())]
+
+
+def gate_parts(model: Any, placement: Placement) -> list[Intervention]:
+    """What switches the adapter of a gated model off in the passes of this placement; of rows that have such tokens."""
+    found = []
+    for part in Interventions.from_dict({"parts": list(gate_of(model))}).parts:
+        having = [
+            origin
+            for origin, row in zip(placement.origins, placement.rows, strict=True)
+            if operator.lt(*row.spans.get(part.span, (0, 0)))
+            and (not placement.decoding or row.reaches_generation(part.span, part.phase))
+        ]
+        if having:
+            found.append(replace(part, rows=tuple(sorted(set(having)))))
+    return found
 
 
 def mean_norms(

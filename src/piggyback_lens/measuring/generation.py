@@ -24,7 +24,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
-from piggyback_lens.interventions.running import applied
+from piggyback_lens.interventions.running import applied, gate_parts
 from piggyback_lens.measuring.sampling import Chooser, Sampling
 from piggyback_lens.models.backends import HookedModel, device_of, end_ids_of, facts_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
@@ -286,12 +286,14 @@ class _Run:
         if state.rotated:  # else keys before the rotary embedding are in the cache, and some hooks act after it
             rows = [Row.of(prompt) for prompt in prompts]
             parts = [part for part in parts if any(row.reaches_generation(part.span, part.phase) for row in rows)]
-        if self.static_cache and parts:
+            placement.decoding = True
+        acting = [*parts, *gate_parts(self.model, placement)]
+        if self.static_cache and acting:
             raise LensError(
-                f"{parts[0]} acts on the answer, and a static cache is decoded without hooks: leave one out"
+                f"{acting[0]} acts on the answer, and a static cache is decoded without hooks: leave one out"
             )
         with applied(self.model, placement, parts, record=self.record, must_touch=False), settled(self.model):
-            yield bool(parts)
+            yield bool(acting)
 
     def _static(self, state: KVState, hooks_act: bool) -> StaticDecoding | None:
         """Tensors of fixed size with the state in them, where decoding goes through such."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel, config_of, core_of, device_of, floating_dtype, kind_of, shape_of
+from piggyback_lens.models.gates import require_tokens_told
 from piggyback_lens.models.plain_views import network_of
 from piggyback_lens.models.states import KVState, cache_argument, new_state, state_from_keys_values
 
@@ -52,8 +53,10 @@ def forward(
         seen: which tokens each new one looks at, likewise.
 
     Raises:
-        LensError: a model that does not compute its logits with its output embeddings, once.
+        LensError: a model that does not compute its logits with its output embeddings, once; one whose adapter is off
+            at some tokens (see `gates`), in a pass that does not know its tokens.
     """
+    require_tokens_told(model)
     device = device_of(model)
     ids, attention_mask = ids.to(device), attention_mask.to(device)
     past = attention_mask[:, :0] if state is None else state.mask

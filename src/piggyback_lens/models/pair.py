@@ -27,20 +27,21 @@ from piggyback_lens.models.backends import (
     shape_of,
 )
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
+from piggyback_lens.models.gates import Gate, as_texts, base_spans, gate_of, read_gate, set_gate, tokens_told
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.peft_adapters import (
     adapter_config,
     adapter_folder,
     adapter_shapes,
-    attach_adapter,
     made_for_another_base,
+    put_adapter,
     refuse_adapters_beyond_weights,
     refuse_lost_base,
     written_when_attached,
 )
 from piggyback_lens.models.places import is_adapter_folder
 from piggyback_lens.models.plain_views import remember_plain
-from piggyback_lens.models.proof import Expected, prove
+from piggyback_lens.models.proof import Expected, prove, prove_gate
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer, source_name
 from piggyback_lens.models.views import (
     gradients_kept,
@@ -106,7 +107,7 @@ def _hooked(owner: Any, tokenizer: Any, backend: Backend, expected: Expected) ->
 
 @dataclass(frozen=True)
 class Identity:
-    """Says which function a model is: its sizes, and its logits on fixed tokens.
+    """Says which function a model is: its sizes, its logits on fixed tokens, and where its adapter is off.
 
     Logits rather than a hash of weights, because the same model has differently named and folded
     weights as transformers model, bridge, merged adapter and HookedTransformer.
@@ -115,22 +116,24 @@ class Identity:
     name: str
     shape: Shape
     probe: tuple[float, ...]
+    off: tuple[str, ...] = ()
 
     def matches(self, other: "Identity", tolerance: float = 2e-3) -> bool:
-        """Same sizes, and probe logits equal to `tolerance` of the largest."""
-        if self.shape != other.shape or len(self.probe) != len(other.probe):
+        """Same sizes, and probe logits equal to `tolerance` of the largest; the adapter off at the same tokens."""
+        if self.shape != other.shape or self.off != other.off or len(self.probe) != len(other.probe):
             return False
         scale = max(map(abs, self.probe + other.probe))
         return all(abs(a - b) <= tolerance * scale for a, b in zip(self.probe, other.probe, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"name": self.name, "shape": asdict(self.shape), "probe": list(self.probe)}
+        found = {"name": self.name, "shape": asdict(self.shape), "probe": list(self.probe)}
+        return found | ({"off": list(self.off)} if self.off else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Identity":
         """Inverse of `to_dict`."""
-        return cls(data["name"], Shape(**data["shape"]), tuple(data["probe"]))
+        return cls(data["name"], Shape(**data["shape"]), tuple(data["probe"]), tuple(data.get("off", ())))
 
 
 def identify(model: HookedModel, name: str = "") -> Identity:
@@ -138,10 +141,11 @@ def identify(model: HookedModel, name: str = "") -> Identity:
     shape, name = shape_of(model), name or PurePath(str(model.cfg.model_name)).name
     ids = ((torch.arange(12) * 9973 + 11) % shape.d_vocab).to(device_of(model))[None]
     wanted = torch.linspace(0, shape.d_vocab - 1, 48).long()
-    with torch.no_grad():
+    with torch.no_grad(), tokens_told(model):  # of no conversation: the adapter is on
         last = torch.tensor([[ids.shape[1] - 1]], device=ids.device)
         logits = forward(model, ids, torch.ones_like(ids), read=last)[0, 0]
-    return Identity(name, shape, tuple(round(x, 5) for x in logits[wanted.to(logits.device)].float().tolist()))
+    probe = tuple(round(x, 5) for x in logits[wanted.to(logits.device)].float().tolist())
+    return Identity(name, shape, probe, as_texts(gate_of(model)))
 
 
 class ModelPair:
@@ -244,6 +248,8 @@ class ModelPair:
 
         The base is compared with the plain model (before an adapter is attached, or with it switched off), the
         finetuned side with transformers' or PEFT's own pass. Models that are given as objects are left as they are.
+        An adapter that `GatedAdapter` saved is off where it was off while it was trained, in every pass; that is
+        compared with PEFT's own layers, switched by hand token by token.
 
         Args:
             base: hub id ("owner/name", or "owner/name@revision:folder"), local folder, GGUF file, transformers model or
@@ -270,6 +276,7 @@ class ModelPair:
         Raises:
             LensError: anything that is not loadable or does not fit, in one line.
         """
+        gate: Gate = ()
         if finetuned is None and adapter is None and is_peft_model(base):
             raise LensError("a PEFT model holds both sides: ModelPair.load(finetuned=peft_model, tokenizer=tokenizer)")
         if (finetuned is None) == (adapter is None):
@@ -300,11 +307,16 @@ class ModelPair:
         if adapter is not None:
             folder = adapter_folder(adapter, offline=offline)
             # Attaching may write into the base (trained biases, PiSSA): the copy has what is written for itself.
-            config = adapter_config(folder)
+            config, gate = adapter_config(folder), read_gate(folder)
+            if gate and backend != "bridge":
+                raise LensError(
+                    f"adapter {folder} was trained with itself off at some tokens, and backend {backend!r} merges it "
+                    "into the weights: use backend='bridge'"
+                )
             apart = structural_copy(hf_base, own=written_when_attached(config))
             whole = any("language_model" in name for name in adapter_shapes(folder, config))  # of a multimodal model
             with gradients_kept(hf_base):  # PEFT freezes what it is put on
-                tuned = attach_adapter(apart if whole else text_part(apart), folder)
+                tuned = put_adapter(apart if whole else text_part(apart), folder)
             notes = made_for_another_base(tuned, hf_base)
         else:
             tuned, tuned_tokenizer = _side(finetuned, tokenizer, options)
@@ -313,7 +325,7 @@ class ModelPair:
         hooked_base = _hooked(hf_base, base_tokenizer, backend, expected)
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        pair = cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names, notes)
+        pair = cls._with_finetuned(hooked_base, tuned, base_tokenizer, backend, names, notes, gate)
         if all(source is None or isinstance(source, str) for source in recipe.values()):
             pair._recipe = {**recipe, **vars(options), "backend": backend, "tokenizer": tokenizer, "names": names}
         return pair
@@ -337,10 +349,14 @@ class ModelPair:
         backend: Backend,
         names: tuple[str, str],
         notes: tuple[str, ...] = (),
+        gate: Gate = (),
     ) -> "ModelPair":
         """The pair of a hooked base and a transformers or PEFT model."""
         expected = Expected.of(structural_copy(tuned).eval(), names[1])
         hooked = _hooked(tuned, tokenizer, backend, expected)
+        if gate:
+            prove_gate(hooked, expected, gate)
+            set_gate(hooked, gate)
         if backend == "hooked":
             share_equal_parameters(hooked, base)
         return cls(base, hooked, tokenizer=tokenizer, names=names, notes=notes)
@@ -373,6 +389,11 @@ class ModelPair:
     def identities(self) -> dict[str, Identity]:
         """The identities of both sides, by the name of the side."""
         return {side: self.identity(side) for side in SIDES}
+
+    @property
+    def base_spans(self) -> tuple[str, ...]:
+        """Spans whose keys and values are the base's on both sides, since the adapter is off there and before."""
+        return base_spans(gate_of(self._models["finetuned"]))
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from piggyback_lens.errors import LensError, visible
+from piggyback_lens.models.gates import OFF_FILE
 from piggyback_lens.models.places import (
     is_adapter_folder,
     is_number,
@@ -40,7 +41,7 @@ def adapter_folder(source: str | Path, *, offline: bool = False) -> Path:
     if place.local or not looks_like_hub_id(place.name):
         return Path(place.name)
     options = LoadSettings(offline=offline)
-    folder = snapshot(place, ["adapter_config.json", "adapter_model.safetensors"], "adapter", source, options)
+    folder = snapshot(place, ["adapter_config.json", "adapter_model.safetensors", OFF_FILE], "adapter", source, options)
     if not is_adapter_folder(folder):
         where = f"in {place.subfolder}" if place.subfolder else "at its top"
         raise LensError(
@@ -86,9 +87,23 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
     """Put a PEFT adapter on a transformers model, in place; its weights stay apart and can be switched.
 
+    One that was trained by `GatedAdapter` is on everywhere here, with a warning: `ModelPair.load` switches it off where
+    it was.
+
     Raises:
         LensError: not an adapter folder, or an adapter that does not fit this model exactly.
     """
+    if (Path(folder) / OFF_FILE).is_file():
+        warnings.warn(
+            f"adapter {folder} was trained with itself off at some tokens ({OFF_FILE}), and is on everywhere unless "
+            "generate and the like are given adapter_off(...) for the same; ModelPair.load(adapter=...) does that",
+            stacklevel=2,
+        )
+    return put_adapter(hf_model, folder)
+
+
+def put_adapter(hf_model: Any, folder: str | Path) -> Any:
+    """As `attach_adapter`, for callers that see to where it is off."""
     from peft import PeftModel, get_peft_model_state_dict
 
     config = adapter_config(folder)
@@ -118,17 +133,9 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
         raise LensError(
             f"adapter {folder} says bias={config['bias']!r} and holds no bias: save it again with a newer peft"
         )
-    if (Path(folder) / OFF_FILE).is_file():
-        warnings.warn(
-            f"adapter {folder} was trained with itself off at some tokens ({OFF_FILE}), and is on everywhere unless "
-            "generate and the like are given adapter_off(...) for the same",
-            stacklevel=2,
-        )
     return peft_model.eval()
 
 
-OFF_FILE = "adapter_off.json"
-"""Beside an adapter that was trained by `GatedAdapter`: where it was off."""
 _FETCHING_KINDS = ("XLORA", "SHADOW")
 _ACTING_FIELDS = {
     "megatron_config": "import a module that the file names",

@@ -13,12 +13,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from piggyback_lens.conversations.batch import PaddingSide, padded
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import HookedModel, backend_of, device_of
+from piggyback_lens.models.attachment import adapter_inputs
+from piggyback_lens.models.backends import HookedModel, backend_of, blocks_of, check_layers, device_of, n_layers_of
+from piggyback_lens.models.gates import Gate
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.states import new_state, recurrent_layers
 from piggyback_lens.models.views import (
@@ -26,6 +28,7 @@ from piggyback_lens.models.views import (
     adapter_layers,
     adapter_off,
     computing_device,
+    gradients_kept,
     inner_model,
     structural_copy,
 )
@@ -157,6 +160,82 @@ def prove(model: HookedModel, expected: Expected) -> None:
             f"bridge model of {expected.name} never calls {len(ignored)} of its {len(expected.called)} adapter layers, "
             f"e.g. {ignored[0]}: this adapter cannot be hooked there; merge it and give the result as finetuned="
         )
+
+
+def prove_gate(model: HookedModel, expected: Expected, gate: Gate) -> None:
+    """Compare a hooked model whose adapter is off at some tokens with its owner's, switched by hand token by token.
+
+    The probe rows are taken as conversations: a third prefix, a third query, then postfix and response.
+
+    Raises:
+        LensError: the logits differ, or the adapter is of a kind that cannot be off by token; with the figures.
+    """
+    if recurrent_layers(model):
+        raise LensError(
+            f"{expected.name} has an adapter that is off at some tokens and layers without keys and values, where that "
+            "cannot be proven"
+        )
+    off = [_off_at(gate, len(row), n_layers_of(model)) for row in expected.rows]
+    by_hand = [_switched_by_hand(expected.plain, row, own) for row, own in zip(expected.rows, off, strict=True)]
+    ids, mask = expected.padded("right")
+    handles = []
+    for layer in range(n_layers_of(model)):
+        at = torch.zeros_like(mask, dtype=torch.bool)
+        for row, own in enumerate(off):
+            at[row, : own.shape[1]] = own[layer].to(at.device)
+
+        def before(_: nn.Module, args: tuple[Any, ...], at: Tensor = at) -> Any:
+            return (args[0].masked_fill(at.to(args[0].device)[..., None], 0), *args[1:])
+
+        handles += [module.register_forward_pre_hook(before) for module in adapter_inputs(model, layer)]
+    try:
+        with torch.no_grad():
+            found = _difference(forward(model, ids, mask), mask, by_hand)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _judge(model, expected, f"the adapter off at {', '.join(part['span'] for part in gate)}", found)
+
+
+def _off_at(gate: Gate, length: int, n_layers: int) -> Bool[Tensor, "layer pos"]:
+    """Where the adapter is off in a probe row of this length."""
+    third, answer = length // 3, length - 3
+    spans = {"prefix": (0, third), "query": (third, 2 * third), "postfix": (2 * third, answer)}
+    spans |= {"response": (answer, length), "prompt": (0, answer), "all": (0, length)}
+    off = torch.zeros(n_layers, length, dtype=torch.bool)
+    for part in gate:
+        start, stop = spans.get(part["span"], (1, 3))  # a sub-span of the template is some place in the prefix
+        places = [start + token % (stop - start) for token in part.get("tokens") or range(stop - start)]
+        places = [
+            at for at in places if part.get("phase", "both") in ("both", "prompt" if at < answer else "generation")
+        ]
+        for layer in part.get("layers") or range(n_layers):
+            off[check_layers([layer], n_layers)[0], places] = True
+    return off
+
+
+@torch.no_grad()
+def _switched_by_hand(
+    plain: Any, row: Int[Tensor, " pos"], off: Bool[Tensor, "layer pos"]
+) -> Float[Tensor, "pos vocab"]:
+    """The owner's logits, one token after the other, its adapter layers switched between them."""
+    from transformers import DynamicCache
+
+    blocks, state, found = blocks_of(plain), DynamicCache(), []
+    with gradients_kept(plain):  # PEFT gives an adapter gradients when it switches it on
+        for place, token in enumerate(row.tolist()):
+            silent: list[Any] = [
+                own for layer, block in enumerate(blocks) if off[layer, place] for own in adapter_layers(block).values()
+            ]
+            for own in silent:
+                own.enable_adapters(False)
+            try:
+                one = torch.tensor([[token]], device=_device(plain))
+                found.append(plain(input_ids=one, past_key_values=state, use_cache=True).logits[0, 0])
+            finally:
+                for own in silent:
+                    own.enable_adapters(True)
+    return torch.stack(found)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.models.gates import require_tokens_told
 
 
 def structural_copy(module: Any, *, own: Callable[[str], bool] = lambda _: False) -> Any:
@@ -298,6 +299,7 @@ def watch(view: Any, owner: Any, *, shares: bool) -> None:
         decoding = isinstance(ids, Tensor) and ids.shape[-1] == 1  # follows a pass that was checked
         if not decoding and (own := known()) is not None:
             require_current(own)
+            require_tokens_told(own)
 
     if view not in _WATCHES:
         getattr(view, "original_model", view).register_forward_pre_hook(check, with_kwargs=True)
