@@ -204,6 +204,12 @@ def attributing(here: Here) -> Any:
     return np.concatenate([np.array(part.values) for result in found for part in (result.attributed, result.exact)])
 
 
+def patching_softly(here: Here) -> Any:
+    settings = lens.SoftPatchSettings(bands=1, steps=2, held_out=len(PROMPTS))
+    found = lens.soft_patch(here.pair, PROMPTS, settings, measure=tiny_pairs.contrast(PROMPTS))
+    return np.concatenate([np.ravel(found.coefficients), *found.kl.values()])
+
+
 def perturbing(here: Here) -> Any:
     settings = lens.PerturbSettings(n_tokens=2, top=2, trials=1, max_new_tokens=3)
     return [row["text"] for row in lens.perturb(here.pair, PROMPTS, "words", settings).rows]
@@ -327,6 +333,7 @@ def sparse_autoencoders(here: Here) -> Any:
 
 HOOKED = (
     generating, intervening, prefix_cache, scoring, adapters, patching, patching_generated_behaviour, attributing,
+    patching_softly,
     perturbing, stressing, auditing, extracting, writing, steering_, curves, transferring, training_hooks,
     direction_jobs, sparse_autoencoders,
 )  # fmt: skip

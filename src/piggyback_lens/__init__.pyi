@@ -88,6 +88,8 @@ from piggyback_lens.settings import PatchSettings as PatchSettings
 from piggyback_lens.settings import MapSettings as MapSettings
 from piggyback_lens.experiments.attribution import attribution_map as attribution_map
 from piggyback_lens.experiments.edges import edge_map as edge_map
+from piggyback_lens.experiments.soft_patch import soft_patch as soft_patch
+from piggyback_lens.settings import SoftPatchSettings as SoftPatchSettings
 from piggyback_lens.experiments.perturbation import perturb as perturb
 from piggyback_lens.settings import PerturbSettings as PerturbSettings
 from piggyback_lens.experiments.stress_suite import stress as stress

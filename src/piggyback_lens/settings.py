@@ -331,6 +331,41 @@ class PatchSettings(Settings):
 
 
 @dataclass(frozen=True)
+class SoftPatchSettings(Settings):
+    """How the coefficients of a soft patch are learnt.
+
+    Attributes:
+        bands: into how many equal bands the layers are cut; each prefix token has one coefficient in each.
+        sparsity: weight of the mean coefficient in the loss, in nats per token: what patching everything may cost.
+        steps: optimiser steps.
+        learning_rate: of Adam, in units of the coefficients.
+        batch_size: prompts per step.
+        start: every coefficient's first value.
+        held_out: of so many prompts in a row, the last is left out of learning and measured.
+        answer_tokens: tokens of the base's answers.
+        seed: of the order of prompts, and of the control.
+    """
+
+    bands: int = 6
+    sparsity: float = 0.1
+    steps: int = 60
+    learning_rate: float = 0.05
+    batch_size: int = 8
+    start: float = 0.5
+    held_out: int = 3
+    answer_tokens: int = 24
+    seed: int = 0
+
+    def _check(self) -> None:
+        for name in ("bands", "steps", "batch_size", "answer_tokens"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        check_field(self, "held_out", self.held_out >= 2, "at least 2")
+        check_field(self, "start", 0 <= self.start <= 1, "a coefficient from 0 to 1")
+        check_field(self, "sparsity", self.sparsity >= 0, "at least 0")
+        check_field(self, "learning_rate", self.learning_rate > 0, "above 0")
+
+
+@dataclass(frozen=True)
 class MapSettings(Settings):
     """Which patching experiments a map runs, and on what.
 
