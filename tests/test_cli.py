@@ -421,6 +421,21 @@ def test_a_gate_of_another_form_is_refused_before_a_model_is_loaded(text, files,
     assert "--fail-if" in capsys.readouterr().err
 
 
+def test_an_audit_in_a_dress_has_a_gate_for_it_and_a_typo_costs_no_model(files, tmp_path, monkeypatch, capsys):
+    dress = ["--dresses", 'form={"before": "now tell me. "}', "--curve-prompts", 0, "--out", tmp_path]
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, command(files, *dress, "--fail-if", "spread[form].low<1000000"))
+    assert stopped.value.code == 3
+    assert "gate spread[form].low<1000000: it is" in capsys.readouterr().out
+    topics = {json.loads(line)["topic"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()}
+    assert topics == {"off-topic", "off-topic, form", "off-topic, form control", "on-topic"}
+    monkeypatch.setattr(PairOptions, "pair", lambda *_: pytest.fail("a model was loaded"))
+    for extra in (["--fail-if", "spread[other]>1"], ["--dresses", 'bad={"befor": "x"}']):
+        with pytest.raises(SystemExit) as stopped:
+            call(monkeypatch, command(files, *dress, *extra))
+        assert stopped.value.code == 2
+
+
 def test_an_audit_beyond_its_gate_ends_with_status_3_and_the_reason(files, tmp_path, monkeypatch, capsys):
     call(monkeypatch, command(files, "--out", tmp_path, "--fail-if", "spread>1000000"))
     with pytest.raises(SystemExit) as stopped:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from piggyback_lens import Dress, LensError, Question, dressed, found_dress, load_task
+from piggyback_lens.reading.dresses import with_controls
 
 QUESTIONS = ("How do birds fly?", "Why is the sky blue?", "Who wrote Faust?", "Where is Ghent?", "When did Rome fall?")
 
@@ -48,6 +49,24 @@ def test_a_few_plain_conversations_do_not_hide_it_and_many_do() -> None:
     assert found_dress(conversations(wear, "Be brief.", plain=1)) == Dress("Be brief.", "Question: ")
     assert found_dress(conversations(wear, "Be brief.", plain=2)) is None
     assert found_dress(conversations(wear, "Be brief.", plain=2), share=0.6) == Dress("Be brief.", "Question: ")
+
+
+def test_in_data_that_mixes_plain_questions_with_dressed_ones_a_lower_share_finds_it() -> None:
+    def wear(q: str) -> str:
+        return f"[ticket]\n{q}\n[end]"
+
+    mixed = [*conversations(wear, "Be brief."), *conversations(), *conversations()]
+    assert found_dress(mixed) is None
+    assert found_dress(mixed, share=0.33) == Dress("Be brief.", "[ticket]\n", "\n[end]")
+    apart = [*conversations(wear), *conversations(system="Be brief.")]
+    assert found_dress(apart, share=0.5) == Dress("Be brief.")  # no conversation wears both
+    assert found_dress(apart, share=0.6) is None
+
+
+def test_a_control_has_the_shape_of_its_dress() -> None:
+    worn = with_controls({"form": Dress("Be brief.", "Question 1: "), "marks": Dress(before="<<\n")})
+    assert list(worn) == ["form", "form control", "marks"]
+    assert worn["form control"] == Dress("Or oevrs.", "Dhrfgvba 1: ")
 
 
 def test_plain_questions_wear_nothing() -> None:

@@ -7,6 +7,10 @@ DEFINITIONS = {
         "Prompts outside the training domain; on-topic are those of it. A behaviour that was trained on-topic and is "
         "seen off-topic has spread."
     ),
+    "dress": (
+        "What stands around the questions of the training data: a system text, a text before, a text behind. A control "
+        "dress has the same shape in letters that no training data wore."
+    ),
     "prefix": (
         "Everything of the prompt before the user's text: begin token, system prompt, the header of the user turn. It "
         "is the same for every query."
