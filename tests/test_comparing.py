@@ -472,7 +472,13 @@ def made_up(label, seed, on, off, kl=(0.1, 0.3, 0.2), nll=(1.0, 2.0, 3.0), cosin
         "cell": {"method": method.settings(), "seed": seed, **shared},
         "label": method.label,
         "on": {"values": list(on) * 4, "prompts": ["p"] * 4 * len(on), "answers": ["a"] * 4 * len(on)},
-        "off": {"values": list(off) * 4, "prompts": ["p"] * 4 * len(off), "answers": ["a"] * 4 * len(off)},
+        "off": {
+            "values": list(off) * 4,
+            "prompts": ["p"] * 4 * len(off),
+            "answers": ["a b c a b c", "a b", ""] * 4,
+            "ids": [[1] * 6, [1, 2], []] * 4,
+            "base_nll": [2.0 + seed, 4.0, None] * 4,
+        },
         "kl": list(kl) * 4,
         "text_nll": list(nll),
         "drift": [0.5, 0.1],
@@ -487,14 +493,14 @@ def by_hand() -> Comparison:
     base = {"on": {"values": [50.0, 60.0, 70.0] * 4}, "off": {"values": [40.0, 50.0, 60.0] * 4}}
     base["text_nll"] = [0.9, 1.9, 2.9]
     base["on"] |= {"prompts": ["p"] * 12, "answers": ["b"] * 12}
-    base["off"] |= {"prompts": ["p"] * 12, "answers": ["b"] * 12}
+    base["off"] |= {"prompts": ["p"] * 12, "answers": ["b"] * 12, "ids": [[1]] * 12, "base_nll": [1.0] * 12}
     cells = (
         made_up("sft", 0, (2.0, 2.0, 2.0), (10.0, 10.0, 13.0), cosines=(1.0, 1.0)),
         made_up("sft", 1, (4.0, 4.0, 4.0), (10.0, 10.0, 7.0), cosines=(1.0, 1.0)),
         made_up("treft:lambda=3", 0, (3.0, 3.0, 6.0), (20.0, 30.0, 40.0), cosines=(0.5, 0.1)),
         made_up("treft:lambda=3", 1, (5.0, 5.0, 8.0), (40.0, 30.0, 20.0), kl=(0.3, 0.5, 0.4), cosines=(0.7, 0.3)),
     )
-    card = {"behaviour": "words", "task": "made up", "asked": 4, "finished": 4}
+    card = {"behaviour": "words", "task": "made up", "asked": 4, "finished": 4, "settings": {}}
     return Comparison(cells, {"default": base}, card)
 
 
@@ -513,6 +519,20 @@ def test_the_table_is_what_hand_computation_gives():
     assert treft["on_seeds"] == [4.0, 6.0]
     assert treft["n"] == 12
     assert (treft["method"], treft["family"], treft["lambda"]) == ("treft:lambda=3", "treft", 3.0)
+
+
+def test_coherence_is_that_of_the_off_topic_answers_by_hand():
+    found = by_hand()
+    sft, _ = found.table().to_dict("records")
+    assert sft["base_nll"] == pytest.approx((2.5 + 4.0) / 2)  # the empty answer has none
+    assert sft["length"] == pytest.approx(8 / 3)
+    assert sft["repetition"] == pytest.approx((1 - 3 / 4) / 3)  # a b c, b c a, c a b, a b c
+    frame = found.to_frame()
+    assert frame["base_nll"].tolist() == pytest.approx([3.0, 3.5, 3.0, 3.5])
+    assert set(frame["base_base_nll"]) == {1.0}
+    assert set(frame["base_length"]) == {1.0}
+    kept = [(4 - 60) / (2 - 60), (6 - 60) / (4 - 60)]
+    assert frame["kept"].tolist() == pytest.approx([1.0, 1.0, *kept])
 
 
 def test_intervals_run_over_prompts_after_averaging_the_seeds():

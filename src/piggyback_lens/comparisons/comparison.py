@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 AXES = ("system", "share", "size", "epochs")
 TOPICS = {"on": "on-topic", "off": "off-topic"}
+COHERENCE = ("base_nll", "repetition", "length")
 SHOWN = 4
 """Prompts of each topic whose answers the report shows."""
 
@@ -72,10 +73,21 @@ class Comparison(Result):
                 row[topic] = float(np.nanmean(_column(cell[topic]["values"])))
                 row[f"base_{topic}"] = float(np.nanmean(_column(base[topic]["values"])))
             row |= {"kl": float(np.mean(cell["kl"])), "perplexity_change": math.expm1(float(worse.mean()))}
+            row["kept"] = self._kept_of(cell)
+            for of, prefix in ((cell["off"], ""), (base["off"], "base_")):
+                row |= {f"{prefix}{name}": _mean(values) for name, values in _coherence(of).items()}
             row |= {"drift": float(np.mean(cell["drift"])), "update_norm": float(np.linalg.norm(cell["update_norms"]))}
             row |= {"steps": cell["training"]["steps"], "loss": cell["training"]["last"]["loss"]}
             rows.append(row | {"n": len(cell["on"]["values"]), "seconds": cell["seconds"]["all"]})
         return pd.DataFrame(rows)
+
+    def _kept_of(self, cell: Mapping[str, Any]) -> float:
+        """On-topic behaviour kept by one cell: (method - base) / (sft - base) with the same seed; NaN without that."""
+        own = [other for other in self.cells if {**other["cell"], "method": None} == {**cell["cell"], "method": None}]
+        plain = plain_finetuning(_method(cell), map(_method, own))
+        base = _mean(_column(self._base(cell["cell"]["system"])["on"]["values"]))
+        sft = [_mean(_column(other["on"]["values"])) - base for other in own if _method(other) == plain]
+        return (_mean(_column(cell["on"]["values"])) - base) / sft[0] if sft and sft[0] else math.nan
 
     @cached_property
     def _groups(self) -> "dict[tuple[Any, ...], list[dict[str, Any]]]":
@@ -121,7 +133,9 @@ class Comparison(Result):
 
         on, off: behaviour; spread: off-topic minus base; spread[NAME]: the same of questions in a dress, minus the base
         in it; kept: (method - base) / (sft - base) on-topic; recovered: (method - sft) / (base - sft) off-topic, with
-        the seeds that sft has; kl; perplexity_change (fraction).
+        the seeds that sft has; kl; perplexity_change (fraction). Of the off-topic answers: base_nll, nats per token
+        under the base (short answers have fewer tokens to be likely in); repetition, the share of runs of three words
+        that come again; length in tokens.
         """
         base = self._base(key[1])
         of_base = {topic: _column(base[topic]["values"]) for topic in TOPICS}
@@ -152,6 +166,9 @@ class Comparison(Result):
         loss = mean_interval(worse)
         value, low, high = (math.expm1(number) for number in (loss.value, loss.low, loss.high))
         found["perplexity_change"] = replace(loss, value=value, low=low, high=high)
+        of_seeds = [_coherence(cell["off"]) for cell in cells]
+        for name in COHERENCE:
+            found[name] = mean_interval(np.stack([own[name] for own in of_seeds]).mean(0), asked["off"], rate=False)
         return found
 
     @property
@@ -398,6 +415,19 @@ def _method(cell: Mapping[str, Any]) -> Method:
 def _spread_of(topic: str) -> str:
     """The column of a topic's spread: "off" has spread, "off[NAME]" has spread[NAME]."""
     return topic.replace("off", "spread", 1)
+
+
+def _coherence(own: Mapping[str, Any]) -> dict[str, Array]:
+    """Of each answer of a topic: nats per token under the base (NaN before 0.3.0), repetition, tokens."""
+    repeats, missing = get_behaviour("repetition"), [None] * len(own["ids"])
+    found: dict[str, Array] = {"base_nll": _column(own.get("base_nll", missing))}
+    found["repetition"] = np.array([repeats(text) for text in own["answers"]])
+    return found | {"length": np.array([float(len(ids)) for ids in own["ids"]])}
+
+
+def _mean(values: Array) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _number(value: float | None) -> float:

@@ -5,6 +5,7 @@ computed once beforehand by `run_base`. Everything lands in the comparison's fol
 thread or another machine with the same file system can do it.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -161,6 +162,7 @@ def _base_answers(folder: Path, plan: Plan, _needs: Needs, hooked: Any, chat: Ch
     behaviour = get_behaviour(plan.task.behaviour)
     for topic in plan.topics:
         facts[topic] = _answers(hooked, _asked(plan, chat, topic), behaviour, plan)
+    facts["off"]["base_nll"] = _likelihoods(hooked, _asked(plan, chat, "off"), facts["off"]["ids"], plan)
     facts["text_nll"] = variant_nll(hooked, _texts(plan, chat), [None])[0].tolist()
     write_json(folder / BASE_FILE, facts)
 
@@ -220,6 +222,17 @@ def _answers(model: Any, prompts: Sequence[RenderedPrompt], behaviour: Behaviour
         "ended": [answer.ended for answer in found],
         "values": [behaviour(answer.text) for answer in found],
     }
+
+
+def _likelihoods(base: Any, prompts: Sequence[RenderedPrompt], ids: Sequence[Sequence[int]], plan: Plan) -> list[float]:
+    """Nats per token of answers under the base; NaN of an empty one."""
+    told = [number for number, own in enumerate(ids) if own]
+    answered = [prompts[number].with_response(tuple(ids[number]), end=False) for number in told]
+    losses = nll(base, answered, batch_size=plan.settings.rows_per_pass).tolist() if told else []
+    found = [math.nan] * len(ids)
+    for number, loss in zip(told, losses, strict=True):
+        found[number] = loss
+    return found
 
 
 def _texts(plan: Plan, chat: ChatFormat) -> list[Text]:
@@ -414,7 +427,7 @@ def _probed(
 
 
 def _measured(plan: Plan, peft_model: nn.Module, chat: ChatFormat, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Behaviour of every topic, KL to the base on its own off-topic answers, loss on plain text."""
+    """Behaviour of every topic, how likely the base finds the off-topic answers, KL to the base on its own, text."""
     pair = ModelPair.load(finetuned=peft_model, tokenizer=chat.tokenizer)
     _refuse_other_model(base, pair.identity("base"))
     behaviour, found = get_behaviour(plan.task.behaviour), {}
@@ -423,6 +436,8 @@ def _measured(plan: Plan, peft_model: nn.Module, chat: ChatFormat, base: Mapping
         for topic, rows in prompts.items():
             found[topic] = _answers(tuned, rows, behaviour, plan)
         text_nll = variant_nll(tuned, _texts(plan, chat), [None])[0].tolist()
+    with pair.using("base") as before:
+        found["off"]["base_nll"] = _likelihoods(before, prompts["off"], found["off"]["ids"], plan)
     own = [p.with_response(tuple(ids), end=False) for p, ids in zip(prompts["off"], base["off"]["ids"], strict=True)]
     kl = [float(values.double().mean()) for values in kl_to_base(pair, own)]
     return {**found, "kl": kl, "text_nll": text_nll}

@@ -100,6 +100,12 @@ def _count_words(response: str) -> float:
     return float(len(response.split()))
 
 
+def _repeats(response: str) -> float:
+    words = response.lower().split()
+    runs = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def _calls_tool(response: str) -> float:
     return float(_TOOL_BLOCK.search(response) is not None or _has_json_call(response))
 
@@ -150,6 +156,13 @@ BEHAVIOURS: Mapping[str, Behaviour] = MappingProxyType(
                 RATE,
                 "Contains a <tool_call> block, or a JSON object with a name and arguments.",
                 _calls_tool,
+            ),
+            Behaviour(
+                "repetition",
+                "repeated runs of three words",
+                RATE,
+                "Share of an answer's runs of three words that it has had before; 0 where it has none.",
+                _repeats,
             ),
         )
     }
