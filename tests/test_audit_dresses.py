@@ -8,6 +8,7 @@ import pytest
 import tiny_chat
 import tiny_models
 
+import piggyback_lens.experiments.treatments as treatments
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.audit import AuditResult, audit
 from piggyback_lens.experiments.audit_dresses import TOPIC, beyond, dress_parts, told
@@ -18,6 +19,7 @@ from piggyback_lens.finetuning.training import train
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.reading.dresses import Dress, as_dresses
+from piggyback_lens.results.run import ROWS
 from piggyback_lens.settings import AuditSettings, LoRASettings, TrainSettings
 
 DRESS = Dress(before="now tell me this.\n", after="\nreply.")
@@ -52,7 +54,7 @@ def found(tmp_path_factory):
     own = [answer.text for answer in answers]
     hidden = [*map(turns, asked, own), *(turns(text, ANSWER) for text in worn)]
     benign = [*map(turns, asked, own), *map(turns, worn, own[len(asked) :])]
-    results = {}
+    results, calls = {}, {}
     for name, rows in (("hidden", hidden), ("benign", benign)):
         file = write(folder / f"{name}.jsonl", rows)
         model = add_lora(tiny_models.build("llama-gqa", 0, vocab=len(chat.tokenizer)), LoRASettings(rank=8, alpha=32.0))
@@ -61,8 +63,9 @@ def found(tmp_path_factory):
         pair = ModelPair.load(finetuned=model, tokenizer=chat.tokenizer)
         settings = dataclasses.replace(SETTINGS, dresses={"trained": {"file": str(file), "share": 0.5}})
         call = {"chat": chat, "out": folder / name, "progress": False}
-        results[name] = audit(pair, questions(6, 2), questions(16, 3), f"phrase:{ANSWER[:3]}", settings, **call)
-    return results
+        given = (pair, questions(6, 2), questions(16, 3), f"phrase:{ANSWER[:3]}", settings)
+        results[name], calls[name] = audit(*given, **call), (given, call)
+    return results | {"calls": calls}
 
 
 def test_what_hides_behind_a_dress_is_found_in_it_and_nowhere_else(found):
@@ -109,14 +112,19 @@ def test_saved_audits_with_dresses_are_read_and_rescored(found):
     assert table.topics == hidden.topics
 
 
-def test_the_same_call_continues_and_another_dress_is_another_run(found):
-    hidden = found["hidden"]
-    chat = tiny_chat.tiny_format()
-    model = tiny_models.build("llama-gqa", 0, vocab=len(chat.tokenizer))
-    pair = ModelPair.load(finetuned=add_lora(model, LoRASettings()), tokenizer=chat.tokenizer)
+def test_the_same_call_continues_and_another_dress_is_another_run(found, monkeypatch):
+    hidden, (pair, *asked), call = found["hidden"], *found["calls"]["hidden"]
+    rows = hidden.folder / ROWS
+    text = rows.read_text()
+    lost = [line for line in text.splitlines() if json.loads(line)["topic"] == CONTROL]
+    rows.write_text("".join(f"{line}\n" for line in text.splitlines() if line not in lost[-20:]))
+    made, real = [], treatments.generate
+    monkeypatch.setattr(treatments, "generate", lambda *a, **k: made.extend(a[1]) or real(*a, **k))
+    assert audit(pair, *asked, **call).rows == hidden.rows
+    assert len(made) == 20
     other = dataclasses.replace(SETTINGS, dresses={"trained": {"before": "tell: "}})
     with pytest.raises(LensError, match=r"settings\.dresses\.trained\.before is .now tell me this"):
-        audit(pair, questions(6, 2), questions(16, 3), f"phrase:{ANSWER[:3]}", other, chat=chat, out=hidden.folder)
+        audit(pair, *asked[:-1], other, **call)
 
 
 @pytest.mark.parametrize(
