@@ -214,14 +214,17 @@ def gather(plan: Plan, cells: Sequence[Cell], out: str | Path) -> Comparison:
 
 
 def _cosines(cell: Cell, done: Sequence[Cell], out: str | Path) -> dict[str, list[float]]:
-    """Cosines of a cell's weight update, by layer, to plain finetuning with its seed, and with the others' seeds."""
+    """Cosines of a cell's weight update, by layer, to plain finetuning with its seed, and with the others' seeds.
+
+    Of adapters that are there: a folder that was handed on may have the rows alone.
+    """
     beside = [other for other in done if other.axes == cell.axes]
     plain = plain_finetuning(cell.method, (other.method for other in beside))
     same = [other for other in beside if other.method == plain]
 
     def by_layer(others: Sequence[Cell]) -> list[float]:
-        own = cell_folder(out, cell) / "adapter"
-        tables = [update_cosines(own, cell_folder(out, other) / "adapter") for other in others]
+        own, *folders = (cell_folder(out, other) / "adapter" for other in (cell, *others))
+        tables = [update_cosines(own, folder) for folder in folders if own.exists() and folder.exists()]
         return list(mean_by_layer(tables).values())
 
     return {

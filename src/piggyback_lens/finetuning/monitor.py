@@ -50,7 +50,7 @@ class Monitor:
     The model's modes, gradients and the random state are left as they were.
 
     With `stop_above` it ends training when the spread is larger, and puts the weights of the last measurement below it
-    back: those of before training, if there is none. `stopped` says so, and the result of `train` does. For a run that
+    back: those of before training, if there is none. The result of `train` says so. For a run that
     may be resumed give `out`, beside which those weights are kept (monitor.kept.safetensors).
 
     A Trainer's run measures the base once more when it begins, in the precision in which it runs the model, and

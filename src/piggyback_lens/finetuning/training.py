@@ -134,8 +134,8 @@ def train(
         objective: what to descend. To be told apart in checkpoints it is a named function, or an object
             with a `settings()` method.
         out: folder of the run, or None to write nothing.
-        on_step: called with the history row after each step. Where it gives a mapping (as a `Monitor` with `stop_above`
-            does, which puts earlier weights back) training ends, and the mapping is in the result's `plan["stopped"]`.
+        on_step: called with the history row after each step. Where it gives a mapping, as a `Monitor` that is to stop
+            at a bound does once it has put earlier weights back, training ends, and the result's plan has the mapping.
         progress: show a line with the time left; a text is its label.
 
     Raises:
