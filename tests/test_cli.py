@@ -99,19 +99,19 @@ def laboratory(files, *words):
 
 
 def test_a_map_writes_its_experiments_and_a_report_and_continues(files, tmp_path, monkeypatch, capsys):
-    kinds = ["--kinds", "carrier,layers,positions,attribution,span"]
+    kinds = ["--kinds", "carrier,layers,positions,attribution,span,edges"]
     words = laboratory(files, "map", "--prompts", files / "off.txt", "--out", tmp_path, "--answer-tokens", 3, *kinds)
     call(monkeypatch, words)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "result.json").read_text())
     assert results["verdict"] in printed
-    assert results["parts"] == ["carrier", "layers", "positions", "attribution", "span"]
+    assert results["parts"] == ["carrier", "layers", "positions", "attribution", "span", "edges"]
     assert (tmp_path / "report.html").stat().st_size > 100_000
     assert {row["condition"] for row in results["examples"]} == {"base", "finetuned"}
     assert all("<|im_end|>" not in row["response"] for row in results["examples"])
     assert any(row["ended"] == "length" for row in results["examples"]), "after 3 tokens an answer is cut"
     before = {file: file.read_bytes() for file in tmp_path.glob("**/rows.jsonl")}
-    assert len(before) == 5  # those of the cells that attribution was checked on too
+    assert len(before) == 6  # those of the cells that attribution was checked on too, and of edges
     call(monkeypatch, words)
     assert {file: file.read_bytes() for file in tmp_path.glob("**/rows.jsonl")} == before
 

@@ -370,10 +370,10 @@ class MapSettings(Settings):
     """Which patching experiments a map runs, and on what.
 
     Attributes:
-        kinds: experiments, in order: carrier, layers, attribution, span, positions, heads.
-        span: span that all but the carrier map patch.
-        sites: sites that all but the carrier map patch together, such as k,v.
-        flow: which way all but the carrier map patch: repair (base to finetuned) or infect.
+        kinds: experiments, in order: carrier, layers, attribution, span, positions, heads, edges.
+        span: span that all but the carrier and edge maps patch.
+        sites: sites that all but the carrier and edge maps patch together, such as k,v.
+        flow: which way all but the carrier and edge maps patch: repair (base to finetuned) or infect.
         answer_tokens: tokens of the models' own answers that the contrast scores.
         seed: of the random controls.
         budget_gb: memory for one pass beside the weights, in GB; None for 1, on a GPU for half of what is free.
@@ -450,6 +450,27 @@ class StressSettings(AnswerSettings):
         good = len(set(self.sides)) == len(self.sides)
         check_field(self, "sides", good, "each side once")
         super()._check()
+
+
+@dataclass(frozen=True)
+class OnsetSettings(Settings):
+    """Where a spread begins, and which checkpoints are looked at for it.
+
+    Attributes:
+        bound: the spread counts once its whole 95 % interval lies beyond this, in the measure's unit and the direction
+            of the last checkpoint's; 0 for any that is told from noise.
+        search: "bisect" measures the last, the first and those in between that tell (what spreads once is taken to go
+            on), "first" all in order up to the first that spreads, "all" every one.
+        answer_tokens: of the models' own answers, where no measure is given.
+    """
+
+    bound: float = 0.0
+    search: Literal["bisect", "first", "all"] = "bisect"
+    answer_tokens: int = 24
+
+    def _check(self) -> None:
+        check_field(self, "bound", 0 <= self.bound < math.inf, "a number from 0 up")
+        check_field(self, "answer_tokens", self.answer_tokens >= 1, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ NoiseOn = Literal["both", "A", "B"]
 Weighting = Literal["token", "response"]
 """Mean over all tokens of all rows (long responses count more), or over the rows' own means."""
 
-MapKind = Literal["span", "carrier", "layers", "positions", "heads", "attribution"]
+MapKind = Literal["span", "carrier", "layers", "positions", "heads", "attribution", "edges"]
 """Patching experiments, as `piggyback-lens map` names them."""
 CurveKind = Literal["efficiency", "stability", "significance", "ablation"]
 """Curves of solutions."""

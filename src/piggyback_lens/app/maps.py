@@ -10,6 +10,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import own_contrast
 from piggyback_lens.experiments.attribution import attribution_map
 from piggyback_lens.experiments.cells import require_one_prefix
+from piggyback_lens.experiments.edges import edge_map
 from piggyback_lens.experiments.experiment import prompt_facts
 from piggyback_lens.experiments.patching import (
     carrier_map,
@@ -122,5 +123,6 @@ def _experiment(
         "positions": lambda: layer_position_map(pair, prompts, span=span, sites=sites, flow=flow, **options),
         "heads": lambda: layer_head_map(pair, prompts, span=span, sites=sites, flow=flow, **options),
         "attribution": lambda: attribution_map(pair, prompts, span=span, sites=sites, flow=flow, **options),
+        "edges": lambda: edge_map(pair, prompts, **options),
     }
     return experiments[kind]()
