@@ -243,3 +243,13 @@ def test_links_and_pictures_lead_somewhere(page):
 def test_every_picture_is_on_a_page():
     text = "".join(path.read_text(encoding="utf-8") for path in [*DOCS.rglob("*.md"), ROOT / "README.md"])
     assert not [path.name for path in DOCS.rglob("*.png") if path.name not in text]
+
+
+def test_the_table_of_claims_is_that_of_the_pages():
+    """A page of results that is written anew changes verdicts: `python examples/claims.py docs` brings them over."""
+    script = runpy.run_path(str(ROOT / "examples" / "claims.py"))
+    written = (DOCS / "claims.md").read_text(encoding="utf-8")
+    assert written == script["page"](DOCS).rstrip() + "\n"
+    assert len(written.splitlines()) > 30
+    told = dict.fromkeys(row["claim"] for _, rows in script["tables"](written) for row in rows)
+    assert any(claim.startswith("general is more efficient") for claim in told)
