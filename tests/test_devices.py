@@ -499,6 +499,7 @@ LEFT_OUT = {
         "TokenScores", "compare_templates", "default_model",
         "load_conversations", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
+    "loads pairs from the disk, and is patch_span, which is above": ("onset", "OnsetSettings"),
     "calls a server, or scores texts: no tensors": ("Endpoint", "Judge", "judge_run", "rescore", "sample_endpoint"),
     "one forward pass as of nll and generate, which are above": ("LocalJudge",),
     "runs the patching experiments that are above": ("MapSettings",),

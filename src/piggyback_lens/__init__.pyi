@@ -94,6 +94,8 @@ from piggyback_lens.experiments.perturbation import perturb as perturb
 from piggyback_lens.settings import PerturbSettings as PerturbSettings
 from piggyback_lens.experiments.stress_suite import stress as stress
 from piggyback_lens.settings import StressSettings as StressSettings
+from piggyback_lens.experiments.onset import onset as onset
+from piggyback_lens.settings import OnsetSettings as OnsetSettings
 from piggyback_lens.app.demonstration import demo as demo
 from piggyback_lens.settings import DemoSettings as DemoSettings
 from piggyback_lens.results.result import Result as Result

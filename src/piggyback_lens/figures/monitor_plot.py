@@ -1,5 +1,6 @@
 """The figure of a training monitor: spread, what the prefix carries of it, and the drift of every layer."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +57,36 @@ def monitor_figure(frame: "pd.DataFrame", *, title: str = "training, watched off
     figure.update_yaxes(title_text="layer", row=3, col=1)
     figure.update_xaxes(**whole_steps([*edges, steps[-1]]))
     figure.update_xaxes(title_text="optimiser step", row=3, col=1)
+    return figure
+
+
+def onset_figure(
+    frame: "pd.DataFrame", *, title: str, unit: str, bound: float, available: Sequence[int]
+) -> "go.Figure":
+    """Two panels over the steps: spread with its bound, prefix recovery; each with its 95 % interval.
+
+    `frame` is that of `OnsetResult.to_frame()`; `available` are the steps of all checkpoints, measured or not.
+    """
+    from plotly.subplots import make_subplots
+
+    own = frame.rename(columns={"value": "spread", "low": "spread_low", "high": "spread_high"})
+    check_frame(own, ["step", "n", "spread", "recovery"])
+    names = [f"spread off-topic ({unit}), and the bound", _panel_title(own, "recovery")]
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.14, subplot_titles=names)
+    figure.update_annotations(x=0, xanchor="left", font={"size": 14})
+    for row, (name, (_, colour)) in enumerate(_PANELS.items(), start=1):
+        _add_curve(figure, own, name, colour=colour, row=row)
+    figure.add_hline(y=bound, line={"color": BLUE, "width": 1.5, "dash": "dash"}, row=1, col=1)
+    first = own[own["exceeds"]]["step"]
+    if len(first):
+        figure.add_vline(x=float(first.iloc[0]), line={"color": GREY, "width": 1.5})
+    n, seen = int(own["n"].iloc[0]), f"{len(own)} of {len(available)} checkpoints measured"
+    apply_style(
+        figure, title, f"n = {n} off-topic prompts, 95 % intervals; {seen}; grey: the onset", height=560, room=18
+    )
+    figure.update_layout(showlegend=False)
+    figure.update_xaxes(tickmode="array", tickvals=list(available), showticklabels=True)
+    figure.update_xaxes(title_text="optimiser step (a tick for each checkpoint)", row=2, col=1)
     return figure
 
 

@@ -35,6 +35,7 @@ KINDS: dict[str, str] = {
     "em": "experiments.em_table:EMTable",
     "judges": "experiments.judge_sheet:JudgeSheet",
     "latent_attribution": "saes.latent_attribution:LatentAttribution",
+    "onset": "experiments.onset:OnsetResult",
     "patch": "experiments.results:PatchResult",
     "perturb": "experiments.perturbation:PerturbResult",
     "soft_patch": "experiments.soft_patch:SoftPatchResult",
