@@ -258,8 +258,8 @@ def onset(
             "n": len(prompts),
             "versions": versions(),
         }
-        result = OnsetResult(tuple(steps), finetuned, patched, rows[-1]["base"], available, about, facts | asdict(settings) | named)
-        return run.finish(result)
+        facts |= asdict(settings) | named
+        return run.finish(OnsetResult(tuple(steps), finetuned, patched, rows[-1]["base"], available, about, facts))
 
 
 def _searched(available: Sequence[int], measured: Callable[[int], Estimate], settings: OnsetSettings) -> Iterator[int]:
