@@ -97,6 +97,8 @@ class EdgeResult(AttributionResult):
         """What the whole edges restore, the strongest single one, and how well the gradient ranks."""
         if self.exact is None:
             return super().verdict
+        if self.whole["value"].isna().all():
+            return self.exact.verdict
         parts = [
             f"{row['span']} reading {row['read_from']} {interval_text(row['value'], row['low'], row['high'])}"
             f" (in the base {row['in_base']:.2f})"

@@ -174,7 +174,7 @@ def soft_patch(
         pair: base and finetuned.
         prompts: rendered, without a response, all with the same prefix; every `held_out`-th is only measured.
         settings: bands, sparsity, and how it is learnt.
-        measure: whose `against` are the base's answers; None lets both models answer (greedy, `answer_tokens`).
+        measure: an `AnswerContrast`, of which the base's answers are used; None lets both models answer, greedily.
         out: folder of the run, which keeps the answers and the result. The coefficients of a run that was stopped are
             learnt anew, to the same numbers.
         progress: show a line with the time left; a text is its label.
