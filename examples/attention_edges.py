@@ -7,10 +7,11 @@ made, answers are generated with each whole edge cut, and a soft patch is learnt
 and not run again; a killed one goes on. With --most N, so many stages are run and the page is left.
 
 Fixed before the first run. Measured is the contrast of the models' own answers (teacher-forced, 24 tokens) on
-off-topic questions. What a cut restores in the finetuned model, minus what the same cut does to the base, is
-*specific*; all are fractions of the contrast. An edge *carries* if the interval of what is specific lies above 0, it
-*does not* if that interval lies below MARGIN, else it *cannot be told here*. The soft patch has *found* its tokens if
-it restores more than the same coefficients at other tokens, by an interval above 0.
+off-topic questions. What a cut restores in the finetuned model, minus how far the same cut moves the base, either
+way, is *specific*; all are fractions of the contrast (mere damage pulls both models to the middle). An edge *carries*
+if the interval of what is specific lies above 0, it *does not* if that interval lies below MARGIN, else it *cannot be
+told here*. The soft patch has *found* its tokens if it restores more than the same coefficients at other tokens, by an
+interval above 0.
 """
 
 import argparse
@@ -42,14 +43,15 @@ from piggyback_lens import (
     train,
 )
 from piggyback_lens.conversations.token_view import visible
+from piggyback_lens.experiments.edges import specific
 from piggyback_lens.files import atomic_write_text, read_json, write_json
 from piggyback_lens.intervals import interval_text, mean_interval, recovery
 
 EDGES = (("query", "prefix"), ("postfix", "prefix"), ("response", "prefix"))
 MARGIN, TOP = 0.2, 10
 RATE, STEPS, BATCH = 3e-4, 30, 8
-MAPPED, LEARNT, ANSWERED, NEW_TOKENS, EXACT = 16, 24, 16, 24, 8
-SOFT = SoftPatchSettings(bands=6, steps=50, batch_size=4, held_out=3)
+MAPPED, LEARNT, ANSWERED, NEW_TOKENS, EXACT = 12, 18, 12, 24, 6
+SOFT = SoftPatchSettings(bands=6, steps=40, batch_size=4, held_out=3)
 BEHAVIOUR = "words:20"  # a cut behind 20 words changes nothing
 SCALE = {"width": 1000, "height": 760}
 CONDITIONS = ("finetuned", "soft patch", "other tokens control", "whole prefix patched")
@@ -145,8 +147,9 @@ def whole_edges(maps: list) -> list[str]:
         damaged = [
             [c - b + f for c, b, f in zip(*rows, strict=True)] for rows in zip(in_base, base, finetuned, strict=True)
         ]
-        only = [[m - (c - b) for m, c, b in zip(*rows, strict=True)] for rows in zip(moved, in_base, base, strict=True)]
-        found = [restored(x, finetuned, base) for x in (moved, damaged, only)]
+        found = [restored(x, finetuned, base) for x in (moved, damaged)]
+        columns = [over_seeds(x)[0] for x in (moved, in_base, finetuned, base)]
+        found.append(specific(*columns, over_seeds(moved)[1]))
         seeds = ", ".join(
             f"{restored([m], [f], [b]).value:.2f}" for m, f, b in zip(moved, finetuned, base, strict=True)
         )
@@ -209,7 +212,8 @@ def soft_table(found: list) -> tuple[list[str], str]:
         own = [result.kl[name] for result in found]
         gone = restored(own, plain, none)
         kl = mean_interval(*over_seeds(own), rate=False)
-        lines.append(f"| {name} | {kl.value:.3f} | {interval_text(gone.value, gone.low, gone.high)} |")
+        text = "" if name == "finetuned" else interval_text(gone.value, gone.low, gone.high)
+        lines.append(f"| {name} | {kl.value:.3f} | {text} |")
     three = [[own.kl[name] for name in ("soft patch", "other tokens control", "finetuned")] for own in found]
     more = [[s - c + p for s, c, p in zip(*own, strict=True)] for own in three]
     above = restored(more, plain, none)
@@ -256,16 +260,17 @@ least = soft_patch(pair, prompts, SoftPatchSettings(bands=1, steps=10))
 least.figure()
 ```
 
-A cut also takes from the base what it reads there (the first token of a prompt above all, on which attention rests), so
-a large number alone says nothing: the same cut is made in the base, and what it does there is subtracted. What can be
+A cut also takes away what the base reads there (the first token of a prompt above all, on which attention rests). Mere
+damage makes both models' answers equally improbable and pulls both contrasts to the middle, so a large number alone
+says nothing: the same cut is made in the base, and how far it moves that, either way, is subtracted. What can be
 cut: any readers and keys of the prompt, and of the answer (span `response`, generated or teacher-forced), on both
 backends, on models loaded with any attention, since hooked models compute the scores by themselves. What cannot is
 refused by name: a reader that would be left without a key, and layouts whose attention shows no scores before the
 softmax.
 
-Fixed in the script before the first run: *specific* is what a cut restores in the finetuned model minus what the same
-cut does to the base. An edge *carries* if the interval of that lies above 0, it *does not* if the interval lies below
-{margin:.0%}, else it *cannot be told here*.
+Fixed in the script before the first run: *specific* is what a cut restores in the finetuned model minus how far the
+same cut moves the base. An edge *carries* if the interval of that lies above 0, it *does not* if the interval lies
+below {margin:.0%}, else it *cannot be told here*.
 
 ## Whole edges
 

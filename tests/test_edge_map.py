@@ -11,7 +11,7 @@ from tiny_pairs import THREE, contrast, pair, weights
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.cells import evaluate
-from piggyback_lens.experiments.edges import EdgeResult, edge_map
+from piggyback_lens.experiments.edges import EdgeResult, edge_map, specific
 from piggyback_lens.interventions.kinds import cut_attention
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.results.result import load_result
@@ -116,7 +116,18 @@ def test_the_frame_says_what_was_cut_in_both_models(found):
     moved = slow_contrast(weights("llama-gqa", "base"), answers(), EDGES[0]).mean() - np.mean(found.attributed.base)
     assert row["in_base"] == pytest.approx(moved / gap, abs=1e-3)
     assert "query reading prefix" in found.verdict
+    columns = found.whole[["value", "in_base", "specific"]].to_numpy()
+    np.testing.assert_allclose(columns[:, 2], columns[:, 0] - np.abs(columns[:, 1]), atol=1e-4)
     assert "Rank correlation of the gradient with exact cuts" in found.verdict
+
+
+def test_mere_damage_is_not_specific():
+    """Both contrasts go to the middle: half of the way is restored, and nothing of it is the finetune's."""
+    finetuned, base = [3.0, 2.0, 4.0, 3.5], [-3.0, -2.0, -4.0, -3.5]
+    half = [1.5, 1.0, 2.0, 1.75]
+    assert specific(half, [-x for x in half], finetuned, base).value == pytest.approx(0.25 - 0.25)
+    assert specific(half, base, finetuned, base).value == pytest.approx(0.25)
+    assert specific(half, [x - 1.5 for x in base], finetuned, base).value == pytest.approx(0.25 - 1.5 / 6.25)
 
 
 def test_a_run_is_kept_continued_and_loaded(tmp_path):

@@ -4,8 +4,8 @@ An edge is what the tokens of one span read from those of another in one head. A
 contrast is restored where that edge is cut. All cells come from the gradient first: with the attention weights A of a
 reader, its mass m on the keys that are cut, and the gradient G of the measure, a cut makes the weights A/(1 - m) on the
 other keys and 0 on these, and moves the measure by the sum of G times that change, to first order in what follows. The
-largest cells are then cut exactly, in the base too: a cut that moves the base as far damages, and tells nothing of the
-finetune.
+largest cells are then cut exactly, in the base too: a cut that moves the base as far, either way, damages (both
+contrasts go to the middle, where no answer is preferred), and tells nothing of the finetune.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from piggyback_lens.experiments.experiment import prompt_facts, run_plan
 from piggyback_lens.experiments.laboratory import Laboratory, Planned
 from piggyback_lens.experiments.patching import head_labels
 from piggyback_lens.experiments.results import PatchResult
-from piggyback_lens.intervals import interval_text
+from piggyback_lens.intervals import Estimate, interval_text, recovery
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import similar_batches
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 Edge = tuple[str, str]
 IN_BASE: Final = "same cut in the base"
+SERIES = ("patched", IN_BASE)
 WHOLE: Final = "all layers"
 READERS: tuple[Edge, ...] = (("query", "prefix"), ("postfix", "prefix"), ("response", "prefix"))
 ROWS = 8
@@ -68,8 +69,9 @@ class EdgeResult(AttributionResult):
     def to_frame(self) -> "pd.DataFrame":
         """One row per layer, head and edge: value (recovery by gradient), low, high, n, reason, raw, exact, exact_raw.
 
-        `in_base` is what the same cut does to the base, in the same unit and direction: positive where the cut moves
-        the base, too, away from the finetuned model's answers.
+        `in_base` is what the same cut does to the base, in the same unit and direction: positive where it moves the
+        base away from the finetuned model's answers, negative where it moves it towards them. Where it is as far from 0
+        as `exact`, the cut is mere damage.
         """
         frame = super().to_frame()
         keys = ["layer", "head", "span", "read_from"]
@@ -81,7 +83,7 @@ class EdgeResult(AttributionResult):
 
     @property
     def whole(self) -> "pd.DataFrame":
-        """Every edge cut at all layers and heads: span, read_from, value with its interval, and in_base."""
+        """Every edge cut at all layers and heads: span, read_from, value with its interval, in_base, and `specific`."""
         if self.exact is None:
             raise LensError("no cell was cut exactly: give exact_cells above 0")
         known = self.exact.to_frame()
@@ -90,7 +92,16 @@ class EdgeResult(AttributionResult):
         own = known[known["series"] == "patched"]
         both = [-base[edge] for edge in zip(own["span"], own["read_from"], strict=True)]
         columns = ["span", "read_from", "value", "low", "high", "n", "reason"]
-        return own[columns].assign(in_base=both).reset_index(drop=True)
+        values = {series: [self.exact.values[i] for i in known.index[known["series"] == series]] for series in SERIES}
+        sides = (self.exact.finetuned, self.exact.base, self.exact.settings.get("questions"))
+        only = [specific(*cut, *sides) for cut in zip(*values.values(), strict=True)]
+        found = own[columns].assign(
+            in_base=both,
+            specific=[x.value for x in only],
+            specific_low=[x.low for x in only],
+            specific_high=[x.high for x in only],
+        )
+        return found.reset_index(drop=True)
 
     @property
     def verdict(self) -> str:
@@ -101,7 +112,8 @@ class EdgeResult(AttributionResult):
             return self.exact.verdict
         parts = [
             f"{row['span']} reading {row['read_from']} {interval_text(row['value'], row['low'], row['high'])}"
-            f" (in the base {row['in_base']:.2f})"
+            f" (in the base {row['in_base']:.2f}, specific "
+            f"{interval_text(row['specific'], row['specific_low'], row['specific_high'])})"
             for row in self.whole.to_dict("records")
         ]
         rho = self.rank_correlation
@@ -121,6 +133,27 @@ class EdgeResult(AttributionResult):
             title="Piggyback map: attention edges",
             summary=frame.loc[order, columns].rename(columns={"value": "by gradient"}).head(12),
         )
+
+
+def specific(
+    cut: Sequence[float],
+    in_base: Sequence[float],
+    finetuned: Sequence[float],
+    base: Sequence[float],
+    questions: Sequence[Any] | None = None,
+) -> Estimate:
+    """What a cut restores in the finetuned model minus how far it moves the base, as a fraction of the contrast.
+
+    Args:
+        cut: the measure of the finetuned model under the cut, per prompt.
+        in_base: that of the base under the same cut.
+        finetuned: the measure of the finetuned model as it is.
+        base: that of the base.
+        questions: which question each value belongs to.
+    """
+    shift = np.array(in_base) - np.array(base)
+    away = np.sign(shift.mean() * (np.mean(base) - np.mean(finetuned)))
+    return recovery(np.array(cut) - away * shift, finetuned, base, questions, rate=False)
 
 
 @shows("edge map")
