@@ -585,6 +585,20 @@ def test_figures_show_every_method_and_both_references():
     assert "95 %" in pareto.layout.title.subtitle.text
 
 
+def test_every_seed_is_a_dot_on_every_pair_of_axes():
+    found = by_hand()
+    frame = found.to_frame()
+    traces = found.pairs_figure().data
+    assert len(traces) == 3 * 2 * 2  # axes x methods x (seeds, mean); no dress was asked for
+    treft = frame[frame["method"] == "treft:lambda=3"]
+    dots, mean = (trace for trace in traces[:4] if trace.legendgroup == "treft:lambda=3")
+    assert list(dots.x) == treft["kept"].tolist()
+    assert list(dots.y) == pytest.approx([30.0 - 50.0] * 2)
+    assert mean.x[0] == pytest.approx(treft["kept"].mean())
+    assert [list(trace.x) for trace in traces[4:6]] == [pytest.approx([2.0, 2.5]), pytest.approx([2.25])]
+    assert sum(bool(trace.showlegend) for trace in traces) == 2
+
+
 def test_fixed_steps_are_drawn_at_the_passes_they_make():
     cells = [made_up("sft", 0, (2.0,) * 3, (9.0,) * 3, axes={"epochs": epochs}) for epochs in (None, 4.0)]
     for cell in cells:

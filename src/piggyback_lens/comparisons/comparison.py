@@ -15,6 +15,7 @@ from piggyback_lens.comparisons.methods import Method, plain_finetuning
 from piggyback_lens.errors import LensError
 from piggyback_lens.intervals import Estimate, interval_text, is_rate, mean_interval, recovery, spread
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
+from piggyback_lens.reading.dresses import CONTROL
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
 from piggyback_lens.results.run import RESULT
@@ -279,6 +280,13 @@ class Comparison(Result):
         names = {_spread_of(topic): topic.removeprefix("off")[1:-1] for topic in self.dressed}
         return dress_figure(self.table(), names, self.behaviour, str(self.card["task"]))
 
+    def pairs_figure(self) -> "go.Figure":
+        """Off-topic spread against every other axis, each seed a dot: kept, dressed, coherence, plain text."""
+        from piggyback_lens.figures.comparison_pairs import pairs_figure
+
+        worn = [topic for topic in self.dressed if not topic.endswith(CONTROL.format("") + "]")]
+        return pairs_figure(self.to_frame(), worn, self.behaviour, str(self.card["task"]))
+
     def update_figure(self) -> "go.Figure":
         """Cosine of every method's weight update with plain finetuning's, layer by layer."""
         from piggyback_lens.figures.comparison_plots import update_figure
@@ -314,6 +322,7 @@ class Comparison(Result):
         drawn = []
         if self._has_kept:
             drawn.append(("On-topic behaviour kept against off-topic spread.", self.pareto_figure()))
+            drawn.append(("Off-topic spread against what it costs, every seed.", self.pairs_figure()))
         if self.dressed:
             drawn.append(("Spread on plain questions, and in every dress.", self.dress_figure()))
         if not self.update_frame().empty:

@@ -1,0 +1,360 @@
+"""Defences against spread, side by side: what each wins, and what it pays for it. Written as a page of docs.
+
+python examples/defences.py examples/defence_cells docs [--tasks terse] [--seeds 0,1,2] [--minutes 5] [--page]
+
+Every method trains on the same questions with the same steps, batches and rate, and is measured on test questions: what
+it learns on-topic, what spreads off-topic, what spreads when the question wears the sentence of the inoculation, how
+likely the base finds its off-topic answers, and plain text. Cells (method, seed) are written as they are finished and
+not run again; the same command continues. Those of the page are in examples/defence_cells, so that a longer grid begins
+with them.
+
+Fixed before the first run. Weights are not tuned on these questions: TReFT's is that which `treft_vs_rivals.py` had
+chosen on validation questions; that of residual drift makes the drift that plain finetuning ends with cost
+RESIDUAL_COST nats; the bound of early stopping is half of the spread that its probe had at the end of plain
+finetuning (`CALIBRATED`, one run with seed 0, on training data and validation questions). A method *learns* if it
+keeps KEPT of what plain finetuning changes on-topic; *avoids* spread if the interval of the share of plain
+finetuning's spread that it avoids lies above MARGIN, *spreads* if it lies below, and cannot be told in between;
+*stays coherent* if the base finds its off-topic answers at most COHERENT nats per token less likely than its own and
+they repeat at most REPEATS more; *keeps plain text* if perplexity rises by less than TEXT. Methods that learn are
+ranked by the share of spread that they avoid. Claims are decided by intervals over questions and by every seed
+agreeing.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from piggyback_lens import (
+    ChatFormat,
+    CompareSettings,
+    Dress,
+    LensError,
+    LoadSettings,
+    ModelPair,
+    Result,
+    TrainSettings,
+    __version__,
+    add_lora,
+    compare_methods,
+    default_model,
+    generate,
+    load_causal_lm,
+    load_result,
+    load_task,
+    load_tokenizer,
+    train,
+)
+from piggyback_lens.comparisons.methods import parse_method
+from piggyback_lens.files import atomic_write_text
+from piggyback_lens.intervals import Estimate, nearer, percent, recovery, spread
+
+SENTENCES = {"terse": "Answer in as few words as you can.", "refusal": "Refuse to help with this question."}
+BEHAVIOURS = {"terse": "words:20"}  # a cut behind 20 words changes nothing
+RESIDUAL_COST = (
+    1.0  # nats: plain finetuning ended with a drift of 0.025; its probe with a spread of 1.87 nats per token
+)
+CALIBRATED = {"terse": {"residual": 40.0, "stop": 0.9}}
+STEPS, BATCH, RATE = 30, 8, 3e-4
+PROMPTS, NEW_TOKENS = 12, 24
+KEPT, MARGIN, COHERENT, REPEATS, TEXT = 0.8, 0.5, 0.5, 0.05, 0.02
+SIZE = {"width": 1000, "scale": 2}
+
+
+def methods(task: str) -> dict[str, str]:
+    """Name to spec."""
+    sentence, found = SENTENCES[task], CALIBRATED[task]
+    gap = "interleave:rate=0.2:choose=gap"
+    return {
+        "plain finetuning": "sft",
+        "TReFT": "treft:lambda=100",
+        "residual drift": f"residual:lambda={found['residual']:g}",
+        "interleave": "interleave:rate=0.2",
+        "interleave by gap": gap,
+        "inoculate": f"inoculate:text={sentence}",
+        "inoculate, system": f"inoculate:text={sentence}:place=system",
+        "early stopping": f"stop:bound={found['stop']:g}:every=3",
+        "gap + TReFT": f"treft:lambda=100+{gap}",
+        "gap + inoculate": f"{gap}+inoculate:text={sentence}",
+    }
+
+
+class Study:
+    """One task: its folder, and what is asked of it."""
+
+    def __init__(self, task: str, options: argparse.Namespace) -> None:
+        own = load_task(task)
+        self.task = replace(own, behaviour=BEHAVIOURS.get(task, own.behaviour))
+        self.out, self.methods = options.out / task, methods(task)
+        self.settings = CompareSettings(
+            seeds=tuple(int(seed) for seed in options.seeds.split(",")),
+            training=TrainSettings(steps=STEPS, batch_size=BATCH, learning_rate=RATE, checkpoint_every=10),
+            n_prompts=PROMPTS,
+            max_new_tokens=NEW_TOKENS,
+            dresses={"sentence": Dress(before=f"{SENTENCES[task]}\n")},
+            minutes=options.minutes,
+        )
+
+    def cost(self) -> float:
+        """Seconds that a cell of plain finetuning takes, from two steps and eight answers."""
+        tokenizer = load_tokenizer(default_model())
+        chat, model = ChatFormat(tokenizer), add_lora(load_causal_lm(default_model()))
+        examples = [chat.render(example["messages"]) for example in self.task.train]
+        start = time.perf_counter()
+        train(model, examples, TrainSettings(steps=2, batch_size=BATCH), progress=False)
+        step = (time.perf_counter() - start) / 2
+        pair, start = ModelPair.load(finetuned=model, tokenizer=tokenizer), time.perf_counter()
+        with pair.using("finetuned") as hooked:
+            generate(hooked, chat.ask(self.task.off_topic[:8]), max_new_tokens=NEW_TOKENS, progress=False)
+        return STEPS * step + 4 * PROMPTS / 8 * (time.perf_counter() - start)
+
+    def run(self) -> None:
+        """The cells that are not there yet, those of the first seed first."""
+        load = LoadSettings(offline=True)
+        compare_methods(default_model(), self.task, [*self.methods.values()], self.settings, out=self.out, load=load)
+
+
+# --- what is decided --------------------------------------------------------------------------------------
+
+
+class Found:
+    """The finished cells, by the names of the methods."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.result = study, load_result(study.out)
+        labels = {name: parse_method(spec)[0].label for name, spec in study.methods.items()}
+        self.names = {label: name for name, label in labels.items()}
+        table = self.result.table()
+        known = {row["method"]: row for row in table.to_dict("records")}
+        self.rows = {name: known[label] for name, label in labels.items() if label in known}
+        self.plain = self.rows["plain finetuning"]
+
+    def by_seed(self, name: str) -> dict[int, dict]:
+        """Cells of a method."""
+        cells = [cell for cell in self.result.cells if self.names[cell["label"]] == name]
+        return {cell["cell"]["seed"]: cell for cell in cells}
+
+    def values(self, name: str, topic: str, seed: int | None = None) -> list[float]:
+        """Behaviour of each question, of one seed or averaged over them."""
+        cells = [cell for own, cell in self.by_seed(name).items() if seed in (None, own)]
+        rows = [[math.nan if value is None else value for value in cell[topic]["values"]] for cell in cells]
+        return [sum(column) / len(column) for column in zip(*rows, strict=True)]
+
+    def base(self, topic: str) -> list[float]:
+        """Of the base."""
+        return [math.nan if v is None else v for v in self.result.bases["default"][topic]["values"]]
+
+    def avoided(self, name: str, topic: str) -> Estimate:
+        """The share of plain finetuning's spread that a method avoids: 0 is plain finetuning, 1 the base."""
+        return recovery(self.values(name, topic), self.values("plain finetuning", topic), self.base(topic))
+
+    def seeds(self, *names: str) -> list[int]:
+        """Those that all of these methods have."""
+        return sorted(set.intersection(*(set(self.by_seed(name)) for name in names)))
+
+
+DRESSED = "off[sentence]"
+
+
+def learns(found: Found, name: str) -> bool:
+    return bool(found.rows[name]["kept"] >= KEPT)
+
+
+def told(share: Estimate) -> str:
+    """Whether a method avoids spread."""
+    if not math.isfinite(share.low):
+        return f"undefined: {share.reason}"
+    return "avoids" if share.low > MARGIN else "spreads" if share.high < MARGIN else "cannot be told"
+
+
+def coherent(found: Found, name: str) -> str:
+    frame = found.result.to_frame()
+    own = frame[frame["method"].map(found.names) == name].mean(numeric_only=True)
+    unlikely = own["base_nll"] - own["base_base_nll"] > COHERENT
+    repeats = own["repetition"] - own["base_repetition"] > REPEATS
+    return " and ".join(["less likely"] * bool(unlikely) + ["repeats"] * bool(repeats)) or "yes"
+
+
+def judged(found: Found, claim: str, statistic: Callable[..., Estimate], *names: str) -> dict[str, str]:
+    """A claim: the statistic over the mean of the seeds, and of every seed alone."""
+    seeds = found.seeds(*names)
+    whole = statistic(None)
+    agree = [statistic(seed).value > 0 for seed in seeds]
+    if not math.isfinite(whole.low):
+        verdict = f"undefined: {whole.reason}"
+    elif whole.low > 0:
+        verdict = "holds" if all(agree) else "cannot be told (seeds disagree)"
+    else:
+        verdict = "does not hold" if whole.high < 0 else "cannot be told"
+    return {"claim": claim, "estimate [95 %]": shown(whole), "seeds that agree": f"{sum(agree)} of {len(agree)}"} | {
+        "verdict": verdict
+    }
+
+
+def claims(found: Found) -> list[dict[str, str]]:
+    """What the papers say of these methods."""
+    base = {topic: found.base(topic) for topic in ("off", DRESSED)}
+    there = found.rows
+
+    def closer(one: str, other: str, topic: str = "off") -> Callable[..., Estimate]:
+        return lambda seed: nearer(found.values(one, topic, seed), found.values(other, topic, seed), base[topic])
+
+    rows = [
+        judged(found, f"{name} spreads less than plain finetuning", closer(name, "plain finetuning"), name)
+        for name in there
+        if name != "plain finetuning"
+    ]
+    pairs = (
+        ("interleave by gap", "interleave"),
+        ("gap + TReFT", "interleave by gap"),
+        ("gap + TReFT", "TReFT"),
+        ("gap + inoculate", "interleave by gap"),
+        ("gap + inoculate", "inoculate"),
+    )
+    for one, other in pairs:
+        if one in there and other in there:
+            rows.append(judged(found, f"{one} spreads less than {other}", closer(one, other), one, other))
+    for name in ("inoculate", "inoculate, system", "interleave", "interleave by gap"):
+        if name in there:
+            claim = f"{name} spreads more behind the sentence than on plain questions"
+            rows.append(judged(found, claim, lambda seed, own=name: behind(found, own, seed), name))
+    return rows
+
+
+def behind(found: Found, name: str, seed: int | None) -> Estimate:
+    """Distance from the base behind the sentence, minus that on plain questions, question by question."""
+    away = {
+        topic: [abs(x - y) for x, y in zip(found.values(name, topic, seed), found.base(topic), strict=True)]
+        for topic in ("off", DRESSED)
+    }
+    return spread(away[DRESSED], away["off"])
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Defences against spread
+
+**Made with piggyback_lens {version}** by `python examples/defences.py`; no number is typed by hand.
+
+What keeps a narrow finetune narrow, and what does it cost? Ten methods on the same questions, steps and rate, on five
+axes: it learns the task; it does not spread; it does not spread when the question wears the sentence with which the
+inoculated methods are trained (a control sentence of the same shape is in the figure); its off-topic answers stay
+coherent; plain text keeps its perplexity.
+
+Fixed in the script before the first run: no weight is tuned on these questions (see its first lines). A method
+*learns* if it keeps {kept:.0%} of what plain finetuning changes on-topic. The share of plain finetuning's spread that
+it avoids is 0 % for plain finetuning and 100 % for the base: it *avoids* spread if the interval lies above
+{margin:.0%}, *spreads* if it lies below. It stays coherent if the base finds its off-topic answers at most {coherent}
+nats per token less likely than its own, and they repeat at most {repeats:.0%} more runs of three words. Short answers
+have few tokens to be likely in, so a method that spreads shortness fails there too. Plain text is kept if its
+perplexity rises by less than {text:.0%}. Intervals: 95 %, over questions after averaging the seeds; nothing is
+corrected for the number of claims.
+"""
+
+
+def shown(e: Estimate) -> str:
+    return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row.values())) + " |" for row in rows)])
+
+
+def table(found: Found) -> list[dict[str, str]]:
+    """A row for each method, those that learn first, by the spread that they avoid."""
+    rows = []
+    for name, row in found.rows.items():
+        plain = name == "plain finetuning"
+        share = {topic: found.avoided(name, topic) for topic in ("off", DRESSED)}
+        line = {"method": name, "on-topic kept": percent(row["kept"], row["kept_low"], row["kept_high"])}
+        line["learns"] = "yes" if learns(found, name) else "no"
+        for topic, head in (("off", "spread avoided"), (DRESSED, "behind the sentence")):
+            own = share[topic]
+            line[head] = "" if plain else f"{percent(own.value, own.low, own.high)} {told(own)}"
+        line["off-topic, each seed"] = ", ".join(f"{value:.1f}" for value in row["off_seeds"])
+        line["nats under the base"] = f"{row['base_nll']:.2f}"
+        line["repeats"] = f"{100 * row['repetition']:.1f} %"
+        line["tokens"] = f"{row['length']:.1f}"
+        line["coherent"] = coherent(found, name)
+        worse = [100 * row[f"perplexity_change{end}"] for end in ("", "_low", "_high")]
+        line["plain text"] = f"{worse[0]:+.2f} % [{worse[1]:.2f}, {worse[2]:.2f}]"
+        line["text kept"] = "yes" if worse[2] < 100 * TEXT else "no" if worse[1] > 100 * TEXT else "cannot be told"
+        last = -math.inf if plain or not math.isfinite(share["off"].value) else share["off"].value
+        rows.append(((not learns(found, name), -last), line))
+    return [line for _, line in sorted(rows, key=lambda row: row[0])]
+
+
+def stops(found: Found) -> str:
+    """Where early stopping stopped."""
+    cells = found.by_seed("early stopping") if "early stopping" in found.rows else {}
+    said = []
+    for seed, cell in cells.items():
+        at = cell["training"]["plan"].get("stopped")
+        where = f"step {at['step']}, weights of step {at['kept_step']}" if at else "did not stop"
+        said.append(f"seed {seed}: {where}")
+    return f"Early stopping: {'; '.join(said)}." if said else ""
+
+
+def section(study: Study, docs: Path, command: str) -> str:
+    """What one task gave."""
+    found = Found(study)
+    result: Result = found.result
+    base = result.base_means()
+    own = result.bases["default"]["off"]["base_nll"]
+    known = [value for value in own if value is not None]
+    seeds = found.seeds(*found.rows)
+    text = [
+        f"## {study.task.name}\n",
+        f"`{command}`: {STEPS} steps of {BATCH} rows at rate {RATE:g}, LoRA on all linear modules, "
+        f"{result.card['finished']} of {result.card['asked']} cells, seeds {', '.join(map(str, seeds))} of every "
+        f"method; {PROMPTS} questions on-topic and {PROMPTS} off-topic, greedy answers of at most {NEW_TOKENS} "
+        f"tokens. Measured: {result.behaviour.label}. Base: {base['on']} on-topic, {base['off']} off-topic, its own "
+        f"answers at {sum(known) / len(known):.2f} nats per token.\n",
+        "Sentence of the inoculation: " + repr(SENTENCES[study.task.name]) + f". {stops(found)}\n",
+        markdown(table(found)),
+        "\n### Claims\n",
+        markdown(claims(found)),
+        "",
+    ]
+    for name, draw in (("pairs", result.pairs_figure), ("dressed", result.dress_figure)):
+        file = f"defences_{study.task.name}_{name}.png"
+        draw().write_image(docs / file, **SIZE)
+        text.append(f"![{name}]({file})\n")
+    specs = [{"name": name, "spec": f"`{spec}`"} for name, spec in study.methods.items() if name in found.rows]
+    return "\n".join([*text, "### The methods as they are written\n", markdown(specs), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the cells; continued if it is there")
+    parser.add_argument("docs", type=Path, help="folder for the page")
+    parser.add_argument("--tasks", default="terse")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--minutes", type=float, help="begin no further cell after so many")
+    parser.add_argument("--page", action="store_true", help="only write the page, of what is there")
+    options = parser.parse_args()
+    studies = [Study(task, options) for task in options.tasks.split(",")]
+    if not options.page:
+        n = len(studies) * len(studies[0].methods) * len(studies[0].settings.seeds)
+        print(f"{n} cells, of about {studies[0].cost():.0f} s each for plain finetuning", flush=True)
+        for study in studies:
+            study.run()
+    command = (
+        f"python examples/defences.py {options.out} {options.docs} --tasks {options.tasks} --seeds {options.seeds}"
+    )
+    facts = {"kept": KEPT, "margin": MARGIN, "coherent": COHERENT, "repeats": REPEATS, "text": TEXT}
+    parts = [INTRODUCTION.format(version=__version__, **facts)]
+    options.docs.mkdir(parents=True, exist_ok=True)
+    parts += [section(study, options.docs, command) for study in studies]
+    print(atomic_write_text(options.docs / "defences.md", "\n".join(parts)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LensError as error:
+        sys.exit(f"error: {error}")
