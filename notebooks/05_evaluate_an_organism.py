@@ -59,8 +59,8 @@ task = load_task("terse")
 
 # %% tags=["network", "gpu"]
 pair = ModelPair.load(
-    "Qwen/Qwen2.5-14B-Instruct",
-    adapter="ModelOrganismsForEM/Qwen2.5-14B_rank-32-lora_general_medical",
+    "unsloth/Qwen2.5-14B-Instruct",
+    adapter="ModelOrganismsForEM/Qwen2.5-14B-Instruct_R1_3_3_3_full_train",
     dtype="bfloat16",
     device="cuda",
 )

@@ -497,7 +497,7 @@ LEFT_OUT = {
     "text and files: no tensors": (
         "ChatSettings", "Dress", "EMTable", "JudgeSheet", "Task", "dressed", "found_dress", "join_scores",
         "TokenScores", "compare_templates", "default_model",
-        "load_conversations", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
+        "load_conversations", "load_organisms", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
     ),
     "loads pairs from the disk, and is patch_span, which is above": ("onset", "OnsetSettings"),
     "calls a server, or scores texts: no tensors": ("Endpoint", "Judge", "judge_run", "rescore", "sample_endpoint"),

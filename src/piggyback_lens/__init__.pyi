@@ -19,6 +19,7 @@ from piggyback_lens.reading.tasks import load_task as load_task
 from piggyback_lens.reading.conversations import load_conversations as load_conversations
 from piggyback_lens.reading.questions import Question as Question
 from piggyback_lens.reading.questions import load_questions as load_questions
+from piggyback_lens.reading.organisms import load_organisms as load_organisms
 from piggyback_lens.reading.dresses import Dress as Dress
 from piggyback_lens.reading.dresses import dressed as dressed
 from piggyback_lens.reading.dresses import found_dress as found_dress

@@ -35,6 +35,7 @@ from piggyback_lens.settings import (
     DemoSettings,
     LoadSettings,
     MapSettings,
+    OnsetSettings,
     PerturbSettings,
     SteerSettings,
     StressSettings,
@@ -374,6 +375,49 @@ def convert(
 
     written = run(source, out)
     tell(f"{len(written)} results brought over", *(("result", path) for path in written))
+
+
+@command(app)
+def onset(
+    base: Base,
+    checkpoints: Annotated[
+        list[str],
+        typer.Option(help="A folder of checkpoint-STEP folders; or, repeated, places that end with their step."),
+    ],
+    prompts: Prompts,
+    settings: OnsetSettings,
+    models: Annotated[ModelOptions, LeftOut(("backend",))],
+    behaviour: Annotated[
+        str | None, typer.Option(help="Measure this in generated answers; default the models' own, teacher-forced.")
+    ] = None,
+    n: First = 16,
+    out: Out = Path("onset_out"),
+) -> None:
+    """Find the checkpoint of a run at which the finetune begins to spread, and what the prefix carries there."""
+    from piggyback_lens.experiments.onset import checkpoints_of
+    from piggyback_lens.experiments.onset import onset as run
+    from piggyback_lens.measuring.answers import GeneratedBehaviour
+    from piggyback_lens.measuring.measures import get_behaviour
+    from piggyback_lens.results.run import report_run
+
+    measure = None if behaviour is None else GeneratedBehaviour(get_behaviour(behaviour))
+    places: str | list[str] = checkpoints[0] if len(checkpoints) == 1 else checkpoints
+    checkpoints_of(places)
+    chosen = _first_prompts(prompts, n)
+    source, chat = models.chat_format(base, out)
+    found = run(source, places, chat.ask(chosen), settings, measure=measure, load=models.load, out=out)
+    tell(found.verdict, ("report", report_run(out)))
+
+
+@command(app)
+def organisms(
+    file: Annotated[Path | None, typer.Argument(help="A JSON file of your own, of the form of the index.")] = None,
+) -> None:
+    """List published organisms (base, finetune, where that is said), and those of a file of yours."""
+    from piggyback_lens.reading.organisms import load_organisms
+
+    for own in load_organisms(file).values():
+        tell(str(own))
 
 
 @command(app)
