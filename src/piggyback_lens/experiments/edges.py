@@ -92,9 +92,11 @@ class EdgeResult(AttributionResult):
         own = known[known["series"] == "patched"]
         both = [-base[edge] for edge in zip(own["span"], own["read_from"], strict=True)]
         columns = ["span", "read_from", "value", "low", "high", "n", "reason"]
-        values = {series: [self.exact.values[i] for i in known.index[known["series"] == series]] for series in SERIES}
-        sides = (self.exact.finetuned, self.exact.base, self.exact.settings.get("questions"))
-        only = [specific(*cut, *sides) for cut in zip(*values.values(), strict=True)]
+        moved, in_base = ([self.exact.values[i] for i in known.index[known["series"] == name]] for name in SERIES)
+        questions = self.exact.settings.get("questions")
+        only = [
+            specific(*cut, self.exact.finetuned, self.exact.base, questions) for cut in zip(moved, in_base, strict=True)
+        ]
         found = own[columns].assign(
             in_base=both,
             specific=[x.value for x in only],

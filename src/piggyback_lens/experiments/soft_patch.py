@@ -120,7 +120,7 @@ class SoftPatchResult(Result):
 
     def figure(self) -> "go.Figure":
         """The coefficients, token by band of layers."""
-        from piggyback_lens.figures.plots import Axis, heatmap_figure
+        from piggyback_lens.figures.plots import DIVERGING, Axis, heatmap_figure
 
         names = self.settings["names"]
         values = np.array(self.coefficients)
@@ -130,7 +130,7 @@ class SoftPatchResult(Result):
             f"on {len(self.questions)} held-out prompts: {restored['soft patch']:.2f}, with the whole prefix "
             f"{restored['whole prefix patched']:.2f}"
         )
-        return heatmap_figure(
+        figure = heatmap_figure(
             values.T,
             Axis("token of the prefix", [text.replace(" ", "·", 1) for text in self.tokens]),
             Axis("layers", [f"{low}-{high}" for low, high in self.bands], bottom_up=True),
@@ -138,6 +138,7 @@ class SoftPatchResult(Result):
             quantity="coefficient",
             least_limit=1.0,
         )
+        return figure.update_traces(zmin=0, colorscale=[(2 * at - 1, colour) for at, colour in DIVERGING if at >= 0.5])
 
     def report(self) -> Report:
         """The coefficients, and what they restore."""
