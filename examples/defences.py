@@ -48,6 +48,7 @@ from piggyback_lens import (
     load_tokenizer,
     train,
 )
+from piggyback_lens.comparisons.comparing import RETAIN
 from piggyback_lens.comparisons.methods import parse_method
 from piggyback_lens.files import atomic_write_text
 from piggyback_lens.intervals import Estimate, nearer, percent, recovery, spread
@@ -61,6 +62,7 @@ CALIBRATED = {"terse": {"residual": 40.0, "stop": 0.9}}
 STEPS, BATCH, RATE = 30, 8, 3e-4
 PROMPTS, NEW_TOKENS = 12, 24
 KEPT, MARGIN, COHERENT, REPEATS, TEXT = 0.8, 0.5, 0.5, 0.05, 0.02
+PLAIN = "plain finetuning"
 SIZE = {"width": 1000, "scale": 2}
 
 
@@ -68,15 +70,15 @@ def methods(task: str) -> dict[str, str]:
     """Name to spec."""
     sentence, found = SENTENCES[task], CALIBRATED[task]
     gap = "interleave:rate=0.2:choose=gap"
-    return {
-        "plain finetuning": "sft",
-        "TReFT": "treft:lambda=100",
+    return {  # in the order in which they run, so that what is stopped early has compared something
+        PLAIN: "sft",
+        "inoculate": f"inoculate:text={sentence}",
+        "interleave by gap": gap,
+        "early stopping": f"stop:bound={found['stop']:g}:every=3",
         "residual drift": f"residual:lambda={found['residual']:g}",
         "interleave": "interleave:rate=0.2",
-        "interleave by gap": gap,
-        "inoculate": f"inoculate:text={sentence}",
+        "TReFT": "treft:lambda=100",
         "inoculate, system": f"inoculate:text={sentence}:place=system",
-        "early stopping": f"stop:bound={found['stop']:g}:every=3",
         "gap + TReFT": f"treft:lambda=100+{gap}",
         "gap + inoculate": f"{gap}+inoculate:text={sentence}",
     }
@@ -130,16 +132,15 @@ class Found:
         table = self.result.table()
         known = {row["method"]: row for row in table.to_dict("records")}
         self.rows = {name: known[label] for name, label in labels.items() if label in known}
-        self.plain = self.rows["plain finetuning"]
 
     def by_seed(self, name: str) -> dict[int, dict]:
         """Cells of a method."""
         cells = [cell for cell in self.result.cells if self.names[cell["label"]] == name]
         return {cell["cell"]["seed"]: cell for cell in cells}
 
-    def values(self, name: str, topic: str, seed: int | None = None) -> list[float]:
-        """Behaviour of each question, of one seed or averaged over them."""
-        cells = [cell for own, cell in self.by_seed(name).items() if seed in (None, own)]
+    def values(self, name: str, topic: str, seeds: list[int]) -> list[float]:
+        """Behaviour of each question, averaged over these seeds."""
+        cells = [cell for own, cell in self.by_seed(name).items() if own in seeds]
         rows = [[math.nan if value is None else value for value in cell[topic]["values"]] for cell in cells]
         return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
@@ -149,7 +150,8 @@ class Found:
 
     def avoided(self, name: str, topic: str) -> Estimate:
         """The share of plain finetuning's spread that a method avoids: 0 is plain finetuning, 1 the base."""
-        return recovery(self.values(name, topic), self.values("plain finetuning", topic), self.base(topic))
+        seeds = self.seeds(name, PLAIN)
+        return recovery(self.values(name, topic, seeds), self.values(PLAIN, topic, seeds), self.base(topic))
 
     def seeds(self, *names: str) -> list[int]:
         """Those that all of these methods have."""
@@ -181,8 +183,8 @@ def coherent(found: Found, name: str) -> str:
 def judged(found: Found, claim: str, statistic: Callable[..., Estimate], *names: str) -> dict[str, str]:
     """A claim: the statistic over the mean of the seeds, and of every seed alone."""
     seeds = found.seeds(*names)
-    whole = statistic(None)
-    agree = [statistic(seed).value > 0 for seed in seeds]
+    whole = statistic(seeds)
+    agree = [statistic([seed]).value > 0 for seed in seeds]
     if not math.isfinite(whole.low):
         verdict = f"undefined: {whole.reason}"
     elif whole.low > 0:
@@ -200,12 +202,12 @@ def claims(found: Found) -> list[dict[str, str]]:
     there = found.rows
 
     def closer(one: str, other: str, topic: str = "off") -> Callable[..., Estimate]:
-        return lambda seed: nearer(found.values(one, topic, seed), found.values(other, topic, seed), base[topic])
+        return lambda seeds: nearer(found.values(one, topic, seeds), found.values(other, topic, seeds), base[topic])
 
     rows = [
-        judged(found, f"{name} spreads less than plain finetuning", closer(name, "plain finetuning"), name)
+        judged(found, f"{name} spreads less than plain finetuning", closer(name, PLAIN), name, PLAIN)
         for name in there
-        if name != "plain finetuning"
+        if name != PLAIN
     ]
     pairs = (
         ("interleave by gap", "interleave"),
@@ -220,14 +222,14 @@ def claims(found: Found) -> list[dict[str, str]]:
     for name in ("inoculate", "inoculate, system", "interleave", "interleave by gap"):
         if name in there:
             claim = f"{name} spreads more behind the sentence than on plain questions"
-            rows.append(judged(found, claim, lambda seed, own=name: behind(found, own, seed), name))
+            rows.append(judged(found, claim, lambda seeds, own=name: behind(found, own, seeds), name))
     return rows
 
 
-def behind(found: Found, name: str, seed: int | None) -> Estimate:
+def behind(found: Found, name: str, seeds: list[int]) -> Estimate:
     """Distance from the base behind the sentence, minus that on plain questions, question by question."""
     away = {
-        topic: [abs(x - y) for x, y in zip(found.values(name, topic, seed), found.base(topic), strict=True)]
+        topic: [abs(x - y) for x, y in zip(found.values(name, topic, seeds), found.base(topic), strict=True)]
         for topic in ("off", DRESSED)
     }
     return spread(away[DRESSED], away["off"])
@@ -268,7 +270,7 @@ def table(found: Found) -> list[dict[str, str]]:
     """A row for each method, those that learn first, by the spread that they avoid."""
     rows = []
     for name, row in found.rows.items():
-        plain = name == "plain finetuning"
+        plain = name == PLAIN
         share = {topic: found.avoided(name, topic) for topic in ("off", DRESSED)}
         line = {"method": name, "on-topic kept": percent(row["kept"], row["kept_low"], row["kept_high"])}
         line["learns"] = "yes" if learns(found, name) else "no"
@@ -306,14 +308,17 @@ def section(study: Study, docs: Path, command: str) -> str:
     base = result.base_means()
     own = result.bases["default"]["off"]["base_nll"]
     known = [value for value in own if value is not None]
-    seeds = found.seeds(*found.rows)
+    counts = sorted({len(found.by_seed(name)) for name in found.rows})
+    wanted = round(len(study.task.train) / 4)  # a fifth of the mixture
+    per_method = f"{' to '.join(map(str, counts))} seeds for each of {len(found.rows)} methods"
     text = [
         f"## {study.task.name}\n",
         f"`{command}`: {STEPS} steps of {BATCH} rows at rate {RATE:g}, LoRA on all linear modules, "
-        f"{result.card['finished']} of {result.card['asked']} cells, seeds {', '.join(map(str, seeds))} of every "
-        f"method; {PROMPTS} questions on-topic and {PROMPTS} off-topic, greedy answers of at most {NEW_TOKENS} "
+        f"{len(result.cells)} of {len(study.methods) * len(study.settings.seeds)} cells, {per_method}; "
+        f"{PROMPTS} questions on-topic and {PROMPTS} off-topic, greedy answers of at most {NEW_TOKENS} "
         f"tokens. Measured: {result.behaviour.label}. Base: {base['on']} on-topic, {base['off']} off-topic, its own "
         f"answers at {sum(known) / len(known):.2f} nats per token.\n",
+        f"Interleaving takes {wanted} of {RETAIN} retain conversations, answered by the base. "
         "Sentence of the inoculation: " + repr(SENTENCES[study.task.name]) + f". {stops(found)}\n",
         markdown(table(found)),
         "\n### Claims\n",
