@@ -60,7 +60,7 @@ RESIDUAL_COST = (
 )
 CALIBRATED = {"terse": {"residual": 40.0, "stop": 0.9}}
 STEPS, BATCH, RATE = 30, 8, 3e-4
-PROMPTS, NEW_TOKENS = 12, 24
+QUESTIONS, PROMPTS, NEW_TOKENS = 96, 12, 24
 KEPT, MARGIN, COHERENT, REPEATS, TEXT = 0.8, 0.5, 0.5, 0.05, 0.02
 PLAIN = "plain finetuning"
 SIZE = {"width": 1000, "scale": 2}
@@ -94,6 +94,7 @@ class Study:
         self.settings = CompareSettings(
             seeds=tuple(int(seed) for seed in options.seeds.split(",")),
             training=TrainSettings(steps=STEPS, batch_size=BATCH, learning_rate=RATE, checkpoint_every=10),
+            sizes=(QUESTIONS,),
             n_prompts=PROMPTS,
             max_new_tokens=NEW_TOKENS,
             dresses={"sentence": Dress(before=f"{SENTENCES[task]}\n")},
@@ -309,12 +310,12 @@ def section(study: Study, docs: Path, command: str) -> str:
     own = result.bases["default"]["off"]["base_nll"]
     known = [value for value in own if value is not None]
     counts = sorted({len(found.by_seed(name)) for name in found.rows})
-    wanted = round(len(study.task.train) / 4)  # a fifth of the mixture
+    wanted = round(QUESTIONS / 4)  # a fifth of the mixture
     per_method = f"{' to '.join(map(str, counts))} seeds for each of {len(found.rows)} methods"
     text = [
         f"## {study.task.name}\n",
-        f"`{command}`: {STEPS} steps of {BATCH} rows at rate {RATE:g}, LoRA on all linear modules, "
-        f"{len(result.cells)} of {len(study.methods) * len(study.settings.seeds)} cells, {per_method}; "
+        f"`{command}`: {STEPS} steps of {BATCH} rows of {QUESTIONS} questions at rate {RATE:g}, LoRA on all linear "
+        f"modules, {len(result.cells)} of {len(study.methods) * len(study.settings.seeds)} cells, {per_method}; "
         f"{PROMPTS} questions on-topic and {PROMPTS} off-topic, greedy answers of at most {NEW_TOKENS} "
         f"tokens. Measured: {result.behaviour.label}. Base: {base['on']} on-topic, {base['off']} off-topic, its own "
         f"answers at {sum(known) / len(known):.2f} nats per token.\n",
