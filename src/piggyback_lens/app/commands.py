@@ -347,7 +347,8 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="sft, treft, kl_train, kl_retain, interleave or preventive, with settings: treft:lambda=1,10,30, "
+            help="sft, treft, residual, kl_train, kl_retain, interleave, preventive, inoculate or stop, with "
+            "settings: treft:lambda=1,10,30, "
             "treft:lambda=30:span=postfix, kl_retain:lambda=1+interleave:rate=0.2, sft:lr=5e-5; repeatable."
         ),
     ] = None,
