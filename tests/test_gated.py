@@ -7,7 +7,7 @@ import pytest
 import tiny_adapters
 import tiny_models
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 
 from piggyback_lens import (
@@ -121,6 +121,33 @@ def test_peft_agrees_where_it_can_say_the_same() -> None:
         theirs = activated(input_ids=batch.ids, attention_mask=batch.attention_mask).logits[0]
         ours = GatedAdapter(adapted(), [adapter_off("prefix"), adapter_off("query")]).forward(batch).logits
     torch.testing.assert_close(ours, theirs[example.n_prompt - 1 : len(example.ids) - 1], atol=1e-4, rtol=1e-4)
+
+
+def test_off_at_prefix_and_query_is_saved_as_the_activated_lora_that_it_is(tmp_path: Path) -> None:
+    """Oracle: PEFT's own reading of the folder."""
+    examples = tiny_examples(4)
+    trainable = GatedAdapter(adapted(), [adapter_off("prefix"), adapter_off("query")])
+    batch = make_batch(examples, share_prefix=False)
+    with torch.no_grad():
+        ours = trainable.forward(batch).logits
+    trainable.save(tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_models.build("llama-gqa", vocab=VOCAB), tmp_path).eval()
+    assert theirs.peft_config["default"].alora_invocation_tokens
+    with torch.no_grad():
+        logits = theirs(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
+    rows, columns = batch.supervised.nonzero(as_tuple=True)
+    torch.testing.assert_close(ours, logits[rows, columns - 1], atol=1e-4, rtol=1e-4)
+    base = tiny_models.build("llama-gqa", vocab=VOCAB)
+    pair = ModelPair.load(base, adapter=tmp_path, tokenizer=tiny_tokenizer(), progress=False)
+    with pair.using("finetuned") as hooked:
+        scored = torch.cat([torch.as_tensor(x) for x in response_log_probs(hooked, examples)])
+    expected = ours.log_softmax(-1).gather(-1, batch.ids[batch.supervised][:, None])[:, 0]
+    torch.testing.assert_close(scored, expected, atol=1e-4, rtol=1e-4)
+    for off in (adapter_off("prefix"), [adapter_off("prefix"), adapter_off("query", layers=[0])]):
+        other = GatedAdapter(adapted(), off)
+        other.forward(batch)
+        other.save(tmp_path)
+        assert read_json(tmp_path / "adapter_config.json")["alora_invocation_tokens"] is None
 
 
 SHORT = TrainSettings(steps=3, batch_size=4, learning_rate=0.01, checkpoint_every=1)

@@ -5,10 +5,12 @@
     generate(model, prompts, interventions=trainable.off)         # it is used as it was trained
 
 Patching shows whether a span's keys and values suffice to carry a behaviour; training without them shows whether they
-are needed. The adapter is saved as PEFT saves any LoRA, and `adapter_off.json` beside it says where it was off, which
-PEFT's format cannot (activated LoRA is off before a place, not at chosen tokens).
+are needed. The adapter is saved as PEFT saves any LoRA, and `adapter_off.json` beside it says where it was off. PEFT's
+own format can say that of prefix and query in all layers alone: an activated LoRA, on from the postfix on, as which it
+is saved too.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.hooks import AnyIntervention, Interventions, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import applied_each
-from piggyback_lens.models.gates import OFF_FILE
+from piggyback_lens.models.gates import OFF_FILE, base_spans
 
 
 class GatedAdapter(PeftAdapter):
@@ -45,6 +47,7 @@ class GatedAdapter(PeftAdapter):
         """
         super().__init__(model)
         self.off = Interventions(as_parts(off))
+        self._postfixes: set[tuple[int, ...]] = set()  # those of the rows so far: what an activated LoRA is on from
         if wrong := [part for part in self.off.parts if part.site != "adapter"]:
             raise LensError(f"{wrong[0]} is not adapter_off(...): an adapter is only switched off while it trains")
 
@@ -54,6 +57,7 @@ class GatedAdapter(PeftAdapter):
         Raises:
             LensError: rows without conversations, whose spans are not known.
         """
+        self._postfixes |= {x.ids[x.spans["postfix"].start : x.n_prompt] for x in batch.examples}
         return gated_step(self.model, batch, self.off)
 
     def settings(self) -> dict[str, object]:
@@ -61,9 +65,9 @@ class GatedAdapter(PeftAdapter):
         return {**super().settings(), "off": [repr(part) for part in self.off.parts]}
 
     def save(self, folder: Path) -> None:
-        """Write the adapter as PEFT does, and adapter_off.json."""
+        """Write the adapter as PEFT does, as an activated LoRA where it is one, and adapter_off.json."""
         super().save(folder)
-        save_off(folder, self.off)
+        save_off(folder, self.off, self._postfixes)
 
 
 def gated_step(model: nn.Module, batch: TrainBatch, off: Interventions) -> StepOutput:
@@ -81,10 +85,21 @@ def gated_step(model: nn.Module, batch: TrainBatch, off: Interventions) -> StepO
         return forward_step(model, replace(batch, share_prefix=False))
 
 
-def save_off(folder: Path, off: Interventions) -> None:
-    """Write adapter_off.json beside an adapter; nothing for one that is on everywhere."""
-    if off.parts:
-        write_json(folder / OFF_FILE, off.to_dict())
+def save_off(folder: Path, off: Interventions, postfixes: Collection[tuple[int, ...]]) -> None:
+    """Write adapter_off.json beside a saved adapter, and into PEFT's config what that can say; nothing if always on.
+
+    Args:
+        folder: with adapter_config.json.
+        off: where the adapter is off.
+        postfixes: token ids of the postfix in the rows it was trained on.
+    """
+    if not off.parts:
+        return
+    write_json(folder / OFF_FILE, off.to_dict())
+    closed = base_spans(off.to_dict()["parts"])
+    if closed == ("prefix", "query") and (len(off.parts), len(postfixes)) == (2, 1):
+        config = read_json(folder / "adapter_config.json")
+        write_json(folder / "adapter_config.json", config | {"alora_invocation_tokens": list(*postfixes)})
 
 
 def check_off(folder: Path, off: Interventions) -> None:

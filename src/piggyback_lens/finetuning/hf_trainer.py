@@ -313,7 +313,8 @@ class PenaltyMixin:
         """As the Trainer's, with the tokens at which a gated adapter is off."""
         super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
         if self._off.parts and self.args.should_save:
-            save_off(Path(output_dir or self.args.output_dir), self._off)
+            assert self.prompt is not None
+            save_off(Path(output_dir or self.args.output_dir), self._off, [_ids_of(self.prompt, "postfix")])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with "penalty" and the penalties by name beside the training loss."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from piggyback_lens.errors import LensError, visible
-from piggyback_lens.models.gates import OFF_FILE
+from piggyback_lens.models.gates import OFF_FILE, read_gate
 from piggyback_lens.models.places import (
     is_adapter_folder,
     is_number,
@@ -104,7 +104,7 @@ def attach_adapter(hf_model: Any, folder: str | Path) -> Any:
 
 def put_adapter(hf_model: Any, folder: str | Path) -> Any:
     """As `attach_adapter`, for callers that see to where it is off."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     config = adapter_config(folder)
     shapes = adapter_shapes(folder, config)
@@ -115,7 +115,11 @@ def put_adapter(hf_model: Any, folder: str | Path) -> Any:
             "give the path of the base, or attach the adapter before the first pass"
         )
     with told(misfit), offloaded_left_alone(hf_model):
-        peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True)
+        given: dict[str, Any] = {}
+        if read_gate(folder) and config.get("alora_invocation_tokens"):  # what these say, the gate says
+            given["config"] = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+            given["config"].alora_invocation_tokens = None
+        peft_model = PeftModel.from_pretrained(hf_model, str(folder), local_files_only=True, **given)
         # Said, because "auto" asks the hub about the base that the adapter names.
         needed, allowed = (set(get_peft_model_state_dict(peft_model, save_embedding_layers=s)) for s in (False, True))
     stored = {plain_key(key) for key in shapes}
