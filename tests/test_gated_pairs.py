@@ -30,6 +30,7 @@ from piggyback_lens import (
     patch_span,
     response_log_probs,
 )
+from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, verdict
 from piggyback_lens.models.gates import base_spans
 from piggyback_lens.models.pair import Identity
 
@@ -121,8 +122,18 @@ def test_an_audit_says_that_the_prefix_is_the_base_by_construction(tmp_path: Pat
         pair, QUERIES[:4], QUERIES, "words", settings, chat=tiny_format(), out=tmp_path / "out", progress=False
     )
     assert found.values("off-topic", "prefix") == found.values("off-topic", "finetuned")
-    if not found.verdict.startswith("No"):
-        assert "prefix is the base's by construction" in found.verdict
+    assert found.card["base_spans"] == ["prefix"]
+    made = {"base": 20.0, "query_control": 6.0}
+    values = {name: made.get(name, 5.0) for name in CONDITIONS}
+    rows = [
+        {"topic": "off-topic", "condition": name, "index": i, "value": value + i % 3, "ended": "stop"}
+        for name, value in values.items()
+        for i in range(8)
+    ]
+    for card, says in ((found.card, "the prefix is the base's by construction"), ({}, "the prefix carries none of it")):
+        said = verdict(AuditResult(rows, found.behaviour, None, card))
+        assert said.startswith("Spread found")
+        assert says in said
     assert any("The adapter is off at the prefix" in note for note in found.card["notes"])
     plain = ModelPair.load(finetuned=adapted(), tokenizer=tiny_tokenizer(), progress=False)
     with pytest.raises(LensError, match="another finetuned model"):
