@@ -57,8 +57,8 @@ def trained(out: Path, chat: ChatFormat, seed: int) -> Path:
             model.save_pretrained(run / f"checkpoint-{row['step']}", save_embedding_layers=False)
 
     examples = [chat.render(example["messages"]) for example in task.train]
-    settings = TrainSettings(steps=STEPS, batch_size=BATCH, learning_rate=RATE, seed=seed)
-    train(model, examples, settings, on_step=keep, progress=False)
+    settings = TrainSettings(steps=STEPS, batch_size=BATCH, learning_rate=RATE, seed=seed, checkpoint_every=EVERY)
+    train(model, examples, settings, out=run / "state", on_step=keep, progress=False)
     return run
 
 
