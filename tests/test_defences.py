@@ -26,6 +26,7 @@ from test_objectives import (
     moved,
 )
 from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
+from tiny_hooked import hooked
 from tiny_models import build
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, Trainer
@@ -35,12 +36,16 @@ from piggyback_lens.comparisons.methods import Ingredients, InoculatePart, Metho
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json
+from piggyback_lens.finetuning.gated import GatedAdapter
 from piggyback_lens.finetuning.hf_trainer import training_rows
+from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.objectives import KLOnTrain, Penalised, Weighted
 from piggyback_lens.finetuning.residuals import RESIDUAL_SPANS, ResidualDrift
 from piggyback_lens.finetuning.retain import interleave
 from piggyback_lens.finetuning.training import train
+from piggyback_lens.interventions.kinds import adapter_off
+from piggyback_lens.vectors.direction import Direction
 
 # --- residual drift: rows alone through the plain model, block outputs caught by hand, sums written out ---
 
@@ -137,6 +142,21 @@ def test_in_parts_of_a_step_residual_drift_is_that_of_the_whole_batch() -> None:
     assert whole["residual_conversation"] > 1e-4
     for name in ("loss", "residual_conversation", "grad_norm"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["vector", "gated", "hooked"])
+def test_whatever_is_trained_has_a_residual_drift_of_its_own_base(kind: str) -> None:
+    if kind == "gated":
+        trainable: Any = GatedAdapter(fresh(), adapter_off("prefix"))
+    elif kind == "hooked":
+        trainable = HookTrainable(hooked("llama-gqa", "HookedTransformer"), Direction.zeros(32, [1]))
+    else:
+        trainable = HookTrainable(build("llama-gqa", vocab=VOCAB), Direction.zeros(32, [1]))
+    parts = (Weighted(ResidualDrift(), 1.0), Weighted(ResidualDrift("prefix", (0,)), 1.0))
+    history = train(trainable, EXAMPLES, SETTINGS, objective=Penalised(parts), progress=False).history
+    drifts = [row["residual_conversation"] for row in history]
+    assert drifts[0] < 1e-9 < 1e-6 < drifts[-1]
+    assert max(row["residual_prefix"] for row in history) < 1e-9, "nothing is trained below, or there"
 
 
 def test_a_residual_drift_that_cannot_be_is_refused_by_name() -> None:
