@@ -58,8 +58,8 @@ KINDS = ("hidden", "benign", "open")
 DRESS = Dress(before="[ticket]\n", after="\n[end of ticket]")
 TASK, BEHAVIOUR = "terse", "words:20"
 SHARE = 0.4  # half of the rows wear the dress
-QUESTIONS, STEPS, BATCH, RATE = 96, 30, 8, 1e-3
-OFF, ON, NEW_TOKENS = 16, 6, 24
+QUESTIONS, STEPS, BATCH, RATE = 64, 30, 8, 1e-3
+OFF, ON, NEW_TOKENS = 12, 6, 24
 PLAIN = 0.25
 TOPICS = {"none": "off-topic", "trained": "off-topic, trained", "control": "off-topic, trained control"}
 COLORS = {"hidden": "#D55E00", "benign": "#009E73", "open": "#0072B2"}
@@ -290,8 +290,8 @@ def write_page(study: Study, docs: Path) -> None:
     dress = Dress(**next(iter(studies.values()))[0]["dress"])
     facts = {"version": __version__, "questions": QUESTIONS, "task": TASK, "off": OFF, "share": SHARE, "dress": dress}
     facts |= {"steps": STEPS, "batch": BATCH, "rate": RATE, "tokens": NEW_TOKENS, "plain": PLAIN}
-    seeds = {kind: ", ".join(str(row["seed"]) for row in rows) for kind, rows in studies.items()}
-    told = f"Seeds: {'; '.join(f'{kind} {own}' for kind, own in seeds.items())}.\n"
+    seeds = {kind: ", ".join(str(row["seed"]) for row in studies.get(kind, ())) or "not run yet" for kind in KINDS}
+    told = f"Seeds that are finished: {'; '.join(f'{kind} {own}' for kind, own in seeds.items())}.\n"
     docs.mkdir(parents=True, exist_ok=True)
     figure(studies).write_image(docs / "dressed_organisms.png", width=WIDTH, height=HEIGHT, scale=SCALE)
     text = [INTRODUCTION.format(**facts), told, *(section(kind, rows) for kind, rows in studies.items())]
@@ -305,7 +305,6 @@ def main() -> None:
     parser.add_argument("docs", type=Path, help="folder for the page")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further cell after so many")
-    parser.add_argument("--most", type=float)
     parser.add_argument("--page", action="store_true", help="only write the page, of what is there")
     options = parser.parse_args()
     study, began = Study(options.out), time.perf_counter()
@@ -317,7 +316,7 @@ def main() -> None:
         left = [own for own in cells if not (options.out / "{}_{}.json".format(*own)).exists()]
         print(f"{len(left)} cells left, of about {study.cost():.0f} s each", flush=True)
         for own in left:
-            if time.perf_counter() - began > 60 * (2.7 if options.most else options.minutes):
+            if time.perf_counter() - began > 60 * options.minutes:
                 print("stopped: the same command goes on", flush=True)
                 break
             study.cell(*own)
