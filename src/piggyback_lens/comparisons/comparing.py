@@ -62,8 +62,8 @@ def compare_methods(
     """Train and measure every cell of methods × seeds × systems × shares × sizes × epochs.
 
     Measured are the behaviour of greedy answers on- and off-topic, plain and in the dresses of the settings,
-    KL(base ‖ tuned) on the base's own off-topic answers, the loss on plain text, the drift of the prefix's keys and
-    values, and the weight update.
+    how likely the base finds the off-topic ones, KL(base ‖ tuned) on the base's own off-topic answers, the loss on
+    plain text, the drift of the prefix's keys and values, and the weight update.
 
     Args:
         base: folder, hub id or GGUF file of the base, "demo" for the demo model; or a function at the top level of a

@@ -188,7 +188,8 @@ class StopPart:
     """Early stopping on a spread probe: training ends when a `Monitor` finds more spread than `bound`.
 
     The weights of the last measurement below it are kept. The probe compares plain finetuning's own answers to
-    off-topic validation questions with the base's, so that it is about the behaviour that would spread.
+    off-topic validation questions with the base's, so that it is about the behaviour that would spread; a comparison
+    on the validation split measures these questions too.
     """
 
     kind: ClassVar[str] = "stop"
