@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+MOST_TICKS = 20
 _PANELS = {
     "spread": ("spread off-topic (nats per token)", BLUE),
     "recovery": ("prefix recovery (1 = the prefix carries all of it)", VERMILION),
@@ -85,8 +86,10 @@ def onset_figure(
         figure, title, f"n = {n} off-topic prompts, 95 % intervals; {seen}; grey: the onset", height=560, room=18
     )
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(tickmode="array", tickvals=list(available), showticklabels=True)
-    figure.update_xaxes(title_text="optimiser step (a tick for each checkpoint)", row=2, col=1)
+    few = len(available) <= MOST_TICKS
+    figure.update_xaxes(tickmode="array", tickvals=list(available if few else own["step"]), showticklabels=True)
+    every = "checkpoint" if few else "checkpoint that was measured"
+    figure.update_xaxes(title_text=f"optimiser step (a tick for each {every})", row=2, col=1)
     return figure
 
 
