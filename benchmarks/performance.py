@@ -23,7 +23,9 @@ Written by `python benchmarks/performance.py docs/performance.md TABLES`, from t
 Each row does the same work twice in one run, in turns: as users of the peer write it, and as this library does it. The
 numbers of both are compared first (to 1e-4 in float32 on the CPU, to 6 % in bfloat16). The ratio is the peer's seconds
 over ours, median of the turns; only ratios are meant to travel. "target" is the ratio that is wanted.
-`make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"` adds the tables of another device.
+"tokens x layers" is the ratio of what both sides compute, the most that saving work alone can give.
+`make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"` adds the tables of another device; what has none here
+was not measured there with this version.
 """
 
 
