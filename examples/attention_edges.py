@@ -159,6 +159,21 @@ def whole_edges(maps: list) -> list[str]:
     return lines
 
 
+def short(maps: list, patches: list) -> str:
+    """What was found, in two sentences."""
+    rows = [line.split(" | ") for line in whole_edges(maps)[2:]]
+    said = "; ".join(f"{row[0].removeprefix('| ')}: {row[4]}" for row in rows)
+    plain = [own.kl["finetuned"] for own in patches]
+    none = [[0.0] * len(own) for own in plain]
+    gone = [restored([own.kl[name] for own in patches], plain, none).value for name in CONDITIONS[1:]]
+    size = np.mean([np.mean(own.coefficients) for own in patches])
+    return (
+        f"{said}.\nA learnt soft patch takes {size:.0%} of the base's prefix and removes {gone[0]:.0%} of the KL to "
+        f"the base\non questions that it was not learnt on; the whole prefix removes {gone[2]:.0%}, the same "
+        f"coefficients\nat other tokens {gone[1]:.0%}."
+    )
+
+
 def single_heads(maps: list) -> list[str]:
     """The cells that were cut exactly in the first seed's map, the largest first."""
     frame = maps[0].to_frame().dropna(subset=["exact"])
@@ -272,6 +287,8 @@ Fixed in the script before the first run: *specific* is what a cut restores in t
 same cut moves the base. An edge *carries* if the interval of that lies above 0, it *does not* if the interval lies
 below {margin:.0%}, else it *cannot be told here*.
 
+In short: {short}
+
 ## Whole edges
 
 SmolLM2-135M, {n_seeds} terse organisms ({steps} steps of {batch} rows, rate {rate}), {mapped} off-topic questions,
@@ -323,7 +340,7 @@ def page(studies: list, docs: Path, command: str) -> None:
     lines, text = soft_table(patches)
     first = studies[0].load("answers")
     examples = [
-        f"*{name}*: {visible(own['first'][0])}  "
+        f"*{name}*: {own['first'][0].replace(chr(10), '⏎')}  "
         for name, own in first.items()
         if name.startswith(("base", "finetuned"))
     ]
@@ -331,7 +348,8 @@ def page(studies: list, docs: Path, command: str) -> None:
     rho = ", ".join(f"{own.rank_correlation:.2f}" for own in maps)
     written = PAGE.format(
         version=__version__, command=command, margin=MARGIN, n_seeds=len(studies), steps=STEPS, batch=BATCH, rate=RATE,
-        mapped=MAPPED, tokens=NEW_TOKENS, whole="\n".join(whole_edges(maps)), cells=len(maps[0].attributed.cells),
+        mapped=MAPPED, tokens=NEW_TOKENS, short=short(maps, patches),
+        whole="\n".join(whole_edges(maps)), cells=len(maps[0].attributed.cells),
         exact=EXACT, rho=rho, agreement=agreement(maps), first=studies[0].seed, heads="\n".join(single_heads(maps)),
         answered=ANSWERED, answers="\n".join(cut_answers(studies)), examples=asked + "\n".join(examples),
         n_tokens=len(patches[0].tokens), bands=SOFT.bands, trained=patches[0].settings["trained_on"],
@@ -363,9 +381,8 @@ def main() -> None:
     whole = [study for study in studies if all(map(study.done, study.stages))]
     if not whole:
         raise LensError(f"{options.out} has no seed with all stages yet: run the same command without --page")
-    page(
-        whole, options.docs, f"python examples/attention_edges.py {options.out} {options.docs} --seeds {options.seeds}"
-    )
+    seeds = ",".join(str(study.seed) for study in whole)
+    page(whole, options.docs, f"python examples/attention_edges.py edges_out docs --seeds {seeds}")
 
 
 if __name__ == "__main__":
