@@ -483,7 +483,20 @@ def trainer_losses(here: Here, steps: int, name: str, parts: tuple[lens.Weighted
     return [*losses, *(row["spread"] for row in monitor.rows)]
 
 
-PLAIN = (loading, training, resuming, preventing, gating, comparing, trainers)
+def onsets(here: Here) -> Any:
+    for step in (1, 2):
+        model = lens.add_lora(here.plain(), lens.LoRASettings(rank=2))
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "lora_B" in name:
+                    value.fill_(0.02 * (step - 1))
+        model.save_pretrained(here.folder / f"checkpoint-{step}", save_embedding_layers=False)
+    settings = lens.OnsetSettings(search="all", answer_tokens=3)
+    found = lens.onset(here.plain(), here.folder, PROMPTS, settings)
+    return np.concatenate([np.ravel(found.finetuned), np.ravel(found.patched), found.base])
+
+
+PLAIN = (loading, training, resuming, preventing, gating, comparing, trainers, onsets)
 
 
 # ---------------------------------------------------------------- the tests
@@ -497,9 +510,9 @@ LEFT_OUT = {
     "text and files: no tensors": (
         "ChatSettings", "Dress", "EMTable", "JudgeSheet", "Task", "dressed", "found_dress", "join_scores",
         "TokenScores", "compare_templates", "default_model",
-        "load_conversations", "load_organisms", "load_questions", "Question", "load_result", "load_task", "load_tokenizer", "report_run",
+        "load_conversations", "load_organisms", "load_questions", "Question", "load_result", "load_task",
+        "load_tokenizer", "report_run",
     ),
-    "loads pairs from the disk, and is patch_span, which is above": ("onset", "OnsetSettings"),
     "calls a server, or scores texts: no tensors": ("Endpoint", "Judge", "judge_run", "rescore", "sample_endpoint"),
     "one forward pass as of nll and generate, which are above": ("LocalJudge",),
     "runs the patching experiments that are above": ("MapSettings",),

@@ -153,7 +153,8 @@ RUN = {
     "strength_for_kl": devices.steering_, "efficiency": devices.curves, "stability": devices.curves,
     "significance": devices.curves, "ablation_cost": devices.curves, "transfer_matrix": devices.transferring,
     "train": devices.training_hooks, "train_direction": devices.direction_jobs, "load_causal_lm": devices.loading,
-    "hook_model": devices.loading, "compare_methods": devices.comparing, "saes.train_sae": devices.sparse_autoencoders,
+    "hook_model": devices.loading, "onset": devices.onsets,
+    "compare_methods": devices.comparing, "saes.train_sae": devices.sparse_autoencoders,
     "saes.fit_latents": devices.sparse_autoencoders, "saes.attribute_latents": devices.sparse_autoencoders,
 }  # fmt: skip
 BELOW = {

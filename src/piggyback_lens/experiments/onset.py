@@ -25,7 +25,7 @@ from piggyback_lens.measuring.answers import Measure
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.places import is_adapter_folder
 from piggyback_lens.models.sources import load_causal_lm, source_name
-from piggyback_lens.progress import say_stage, shows
+from piggyback_lens.progress import counting, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
 from piggyback_lens.results.run import Run
@@ -239,10 +239,9 @@ def onset(
 
         def measured(step: int) -> Estimate:
             if (step,) not in run.rows:
-                if progress:
-                    say_stage(f"step {step}")
-                pair = last if step == available[-1] else pair_at(step)
-                found = patch_span(pair, prompts, "prefix", controls=False, measure=asked, progress=False)
+                with counting(None, f"step {step}"):
+                    pair = last if step == available[-1] else pair_at(step)
+                    found = patch_span(pair, prompts, "prefix", controls=False, measure=asked, progress=False)
                 cell = next(i for i, labels in enumerate(found.cells) if labels["series"] == "patched")
                 run.add(
                     [{"step": step, "finetuned": found.finetuned, "patched": found.values[cell], "base": found.base}]

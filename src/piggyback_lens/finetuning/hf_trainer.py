@@ -76,8 +76,8 @@ class PenaltyMixin:
     equally; tokens count equally wherever the Trainer's own do. In steps in which nothing counts nothing more runs, and
     training is the Trainer's own, bit for bit. Evaluation is left alone.
 
-    A `GatedAdapter` as `model` is off at its tokens in every pass that has a loss, evaluation's too, and in the
-    penalties' passes; its checkpoints say where (adapter_off.json), and are not resumed from with other tokens.
+    A `GatedAdapter` in place of the model is off at its tokens in every pass that has a loss, evaluation's too, and in
+    the penalties' passes; its checkpoints say where (adapter_off.json), and are not resumed from with other tokens.
     """
 
     # of the Trainer
