@@ -31,8 +31,8 @@ from piggyback_lens import (
 from piggyback_lens.files import atomic_write_text
 from piggyback_lens.intervals import interval_text, percent
 
-TASK, RATE, STEPS, EVERY, BATCH = "terse", 1e-4, 24, 2, 8
-PROMPTS, BOUND = 16, 0.1
+TASK, RATE, STEPS, EVERY, BATCH = "terse", 2e-4, 16, 2, 8
+PROMPTS, BOUND = 12, 0.1
 COLUMNS = (
     "seed",
     "bisection",
@@ -91,7 +91,7 @@ def line(seed: int, halved, every) -> str:
 
 INTRODUCTION = """# Where does it begin to spread?
 
-**Made with piggyback_lens {version}** by `python examples/onset_smollm2.py onset_out docs`; no number is typed by hand.
+**Made with piggyback_lens {version}** by `python examples/onset_smollm2.py onset_out docs --seeds {seeds}`; no number is typed by hand.
 
 `onset` measures the checkpoints of a run and finds the first one whose spread lies beyond a bound with its whole 95 %
 interval. By default it bisects: the last checkpoint, the first, and then those in between that tell. That takes for
@@ -111,7 +111,15 @@ def main() -> None:
     chat = ChatFormat(load_tokenizer(default_model()))
     seeds = [int(seed) for seed in options.seeds.split(",")]
     both = {seed: measured(options.out, chat, seed) for seed in seeds}
-    facts = {"task": TASK, "rate": RATE, "steps": STEPS, "batch": BATCH, "every": EVERY, "prompts": PROMPTS}
+    facts = {
+        "seeds": options.seeds,
+        "task": TASK,
+        "rate": RATE,
+        "steps": STEPS,
+        "batch": BATCH,
+        "every": EVERY,
+        "prompts": PROMPTS,
+    }
     text = [INTRODUCTION.format(version=__version__, bound=BOUND, **facts)]
     text += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     text += [line(seed, *found) for seed, found in both.items()]
