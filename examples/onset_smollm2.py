@@ -91,8 +91,8 @@ def line(seed: int, halved, every) -> str:
 
 INTRODUCTION = """# Where does it begin to spread?
 
-**Made with piggyback_lens {version}** by `python examples/onset_smollm2.py onset_out docs --seeds {seeds}`; no number is
-typed by hand.
+**Made with piggyback_lens {version}** by `python examples/onset_smollm2.py onset_out docs --seeds {seeds}`; no number
+is typed by hand.
 
 `onset` measures the checkpoints of a run and finds the first one whose spread lies beyond a bound with its whole 95 %
 interval. By default it bisects: the last checkpoint, the first, and then those in between that tell. That takes for
