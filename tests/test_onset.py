@@ -9,6 +9,7 @@ import tiny_models
 import torch
 from test_gated import adapted
 from tiny_chat import VOCAB, tiny_format
+from typer.testing import CliRunner
 
 from piggyback_lens import (
     AnswerContrast,
@@ -23,6 +24,7 @@ from piggyback_lens import (
     report_run,
     response_log_probs,
 )
+from piggyback_lens.app.commands import app
 from piggyback_lens.experiments import onset as module
 from piggyback_lens.experiments.onset import OnsetResult, checkpoints_of
 from piggyback_lens.models.pair import ModelPair
@@ -165,6 +167,27 @@ def test_generated_behaviours_and_whole_models_have_onsets_too(tmp_path: Path) -
         tiny_format().tokenizer.save_pretrained(tmp_path / "whole" / f"checkpoint-{step}")
     merged = run(tmp_path / "whole", "all", measure=letters, bound=0.0)
     assert merged.finetuned == found.finetuned
+
+
+def test_the_command_finds_it_from_folders_alone(folder: Path, every: OnsetResult, tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    tiny_format().tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "questions.txt").write_text("\n".join(QUERIES))
+    words = [
+        "onset",
+        str(tmp_path / "base"),
+        "--checkpoints",
+        str(folder),
+        "--prompts",
+        str(tmp_path / "questions.txt"),
+    ]
+    words += ["--bound", "0.1", "--answer-tokens", "6", "--device", "cpu", "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.startswith("The spread begins after step 6, by step 8")
+    assert (tmp_path / "out" / "report.html").is_file()
+    wrong = CliRunner().invoke(app, [*words[:3], str(tmp_path), *words[4:]])
+    assert "has 0 checkpoints" in str(wrong.exception)
 
 
 def test_places_that_are_no_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
