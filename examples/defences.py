@@ -43,12 +43,12 @@ from piggyback_lens import (
     default_model,
     generate,
     load_causal_lm,
-    load_result,
     load_task,
     load_tokenizer,
     train,
 )
-from piggyback_lens.comparisons.comparing import RETAIN
+from piggyback_lens.comparisons.comparing import RETAIN, as_methods, default_retain, gather, grid
+from piggyback_lens.comparisons.comparison_plan import Plan
 from piggyback_lens.comparisons.methods import parse_method
 from piggyback_lens.files import atomic_write_text
 from piggyback_lens.intervals import Estimate, nearer, percent, recovery, spread
@@ -127,7 +127,9 @@ class Found:
     """The finished cells, by the names of the methods."""
 
     def __init__(self, study: Study) -> None:
-        self.study, self.result = study, load_result(study.out)
+        plan = Plan(default_model(), study.task, study.settings, default_retain(study.task), LoadSettings(offline=True))
+        cells = grid(as_methods(study.methods.values()), study.settings)
+        self.study, self.result = study, gather(plan, cells, study.out)
         labels = {name: parse_method(spec)[0].label for name, spec in study.methods.items()}
         self.names = {label: name for name, label in labels.items()}
         table = self.result.table()
@@ -311,7 +313,8 @@ def section(study: Study, docs: Path, command: str) -> str:
     known = [value for value in own if value is not None]
     counts = sorted({len(found.by_seed(name)) for name in found.rows})
     wanted = round(QUESTIONS / 4)  # a fifth of the mixture
-    per_method = f"{' to '.join(map(str, counts))} seeds for each of {len(found.rows)} methods"
+    seeds = f"{' to '.join(map(str, counts))} seed{'s' * (counts[-1] > 1)}"
+    per_method = f"{seeds} for each of {len(found.rows)} methods"
     text = [
         f"## {study.task.name}\n",
         f"`{command}`: {STEPS} steps of {BATCH} rows of {QUESTIONS} questions at rate {RATE:g}, LoRA on all linear "
