@@ -24,7 +24,7 @@ Each row does the same work twice in one run, in turns: as users of the peer wri
 numbers of both are compared first (to 1e-4 in float32 on the CPU, to 6 % in bfloat16). The ratio is the peer's seconds
 over ours, median of the turns; only ratios are meant to travel. "target" is the ratio that is wanted.
 "tokens x layers" is the ratio of what both sides compute, the most that saving work alone can give.
-`make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"` adds the tables of another device; what has none here
+`make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"` adds the tables of another device; what has none
 was not measured there with this version.
 """
 
