@@ -69,8 +69,8 @@ def as_texts(gate: Gate) -> tuple[str, ...]:
 
 def base_spans(gate: Gate) -> tuple[str, ...]:
     """Spans whose keys and values are the base's by construction: off as a whole, like all that stands before."""
-    whole = [p for p in gate if not (p.get("layers") or p.get("tokens")) and p.get("phase", "both") != "generation"]
-    named = {part["span"] for part in whole}
+    whole = [part for part in gate if part.get("layers") is None and part.get("tokens") is None]
+    named = {part["span"] for part in whole if part.get("phase", "both") != "generation"}
     if named & {"prompt", "all"}:
         return _IN_ORDER
     closed = [name in named for name in _IN_ORDER]

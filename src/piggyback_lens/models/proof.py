@@ -205,13 +205,17 @@ def _off_at(gate: Gate, length: int, n_layers: int) -> Bool[Tensor, "layer pos"]
     off = torch.zeros(n_layers, length, dtype=torch.bool)
     for part in gate:
         start, stop = spans.get(part["span"], (1, 3))  # a sub-span of the template is some place in the prefix
-        places = [start + token % (stop - start) for token in part.get("tokens") or range(stop - start)]
+        places = [start + token % (stop - start) for token in _all_or(part.get("tokens"), stop - start)]
         places = [
             at for at in places if part.get("phase", "both") in ("both", "prompt" if at < answer else "generation")
         ]
-        for layer in part.get("layers") or range(n_layers):
+        for layer in _all_or(part.get("layers"), n_layers):
             off[check_layers([layer], n_layers)[0], places] = True
     return off
+
+
+def _all_or(chosen: Sequence[int] | None, count: int) -> Sequence[int]:
+    return range(count) if chosen is None else chosen
 
 
 @torch.no_grad()
