@@ -287,7 +287,10 @@ def test_no_kind_of_result_is_forgotten() -> None:
     for module in pkgutil.walk_packages(piggyback_lens.__path__, "piggyback_lens."):
         if importlib.util.find_spec("sae_lens") or ".saes" not in module.name:
             import_module(module.name)
-    own = {kind.name for kind in Result.__subclasses__() if kind.__module__.startswith("piggyback_lens.")}
+    kinds = list(Result.__subclasses__())
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    own = {kind.name for kind in kinds if "name" in vars(kind) and kind.__module__.startswith("piggyback_lens.")}
     places = [place.partition(":") for place in KINDS.values()]
     assert own == {getattr(import_module(f"piggyback_lens.{module}"), kind).name for module, _, kind in places}
 
