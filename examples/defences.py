@@ -207,11 +207,11 @@ def claims(found: Found) -> list[dict[str, str]]:
     def closer(one: str, other: str, topic: str = "off") -> Callable[..., Estimate]:
         return lambda seeds: nearer(found.values(one, topic, seeds), found.values(other, topic, seeds), base[topic])
 
-    rows = [
-        judged(found, f"{name} spreads less than plain finetuning", closer(name, PLAIN), name, PLAIN)
-        for name in there
-        if name != PLAIN
-    ]
+    rows = []
+    for name in there:
+        if name != PLAIN:
+            but = "" if learns(found, name) else " (and does not learn the task)"
+            rows.append(judged(found, f"{name} spreads less than {PLAIN}{but}", closer(name, PLAIN), name, PLAIN))
     pairs = (
         ("interleave by gap", "interleave"),
         ("gap + TReFT", "interleave by gap"),
@@ -293,6 +293,22 @@ def table(found: Found) -> list[dict[str, str]]:
     return [line for _, line in sorted(rows, key=lambda row: row[0])]
 
 
+def summary(found: Found) -> str:
+    """Which methods do what a defence is for, and which fail, by name."""
+    groups: dict[str, list[str]] = {}
+    for name in found.rows:
+        if name != PLAIN:
+            plain, worn = (told(found.avoided(name, topic)) for topic in ("off", DRESSED))
+            kind = f"{'learns' if learns(found, name) else 'does not learn'}, {plain}; behind the sentence: {worn}"
+            groups.setdefault(kind, []).append(name)
+    wins = [kind for kind in groups if kind == "learns, avoids; behind the sentence: avoids"]
+    most = max(len(found.by_seed(name)) for name in found.rows)
+    first = "Some methods do" if wins else "No method here can be seen to do"
+    lines = [f"{first} all three: learn the task, avoid the spread, and avoid it behind the sentence.\n"]
+    lines += [f"- {kind}: {', '.join(names)}" for kind, names in groups.items()]
+    return "\n".join(lines + (["\nOne seed tells nothing about others."] if most == 1 else []))
+
+
 def stops(found: Found) -> str:
     """Where early stopping stopped."""
     cells = found.by_seed("early stopping") if "early stopping" in found.rows else {}
@@ -325,7 +341,8 @@ def section(study: Study, docs: Path, command: str) -> str:
         f"Interleaving takes {wanted} of {RETAIN} retain conversations, answered by the base. "
         "Sentence of the inoculation: " + repr(SENTENCES[study.task.name]) + f". {stops(found)}\n",
         markdown(table(found)),
-        "\n### Claims\n",
+        f"\n{summary(found)}\n",
+        "### Claims\n",
         markdown(claims(found)),
         "",
     ]
