@@ -37,6 +37,7 @@ from piggyback_lens import (
     MapSettings,
     PatchSettings,
     PerturbSettings,
+    SoftPatchSettings,
     SteerSettings,
     StressSettings,
     Task,
@@ -47,11 +48,13 @@ from piggyback_lens import (
     audit,
     carrier_map,
     compare_methods,
+    edge_map,
     hook_model,
     layer_curve,
     layer_position_map,
     patch_span,
     perturb,
+    soft_patch,
     steer,
     stress,
     train,
@@ -150,6 +153,12 @@ EXPERIMENTS = {
     "carrier_map": lambda out: carrier_map(pair(), prompts(QUERIES), out=out, settings=PatchSettings(budget_gb=1e-4)),
     "attribution_map": lambda out: attribution_map(
         pair(), prompts(QUERIES), out=out, settings=PatchSettings(budget_gb=1e-9)
+    ),
+    "edge_map": lambda out: edge_map(
+        pair(), prompts(QUERIES), exact_cells=4, out=out, settings=PatchSettings(budget_gb=1e-9)
+    ),
+    "soft_patch": lambda out: soft_patch(
+        pair(), prompts(QUERIES), SoftPatchSettings(bands=1, steps=3, held_out=2), out=out
     ),
     "map (job)": mapped,
     "perturb": perturbed,
