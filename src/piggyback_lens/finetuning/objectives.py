@@ -108,7 +108,7 @@ class TReFT:
 
     With the template's prefix as reference it is read from the pass that gives the loss, costs no further
     pass, and is zero before training, in every precision. What a pass computes depends on its shape in the last bits.
-    In float32 on a CPU that is 1e-12 of drift, and what a layer has below `ROUNDING` is zero. In half precision and on
+    In float32 on a CPU that is 1e-12 of drift, and what a layer has below 1e-10 is zero. In half precision and on
     accelerators it is up to 2e-3, so like is compared with like: the reference is computed once for each shape that is
     met, which takes the base: an adapter that can be switched off, or `base`; without one rounding stays. Any span with
     reference "own" is zero before training too; it takes one base pass of the same rows per step. The template's
