@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_comparing import RETAIN as PROMPTS
 from test_comparing import compare
 from test_comparing_hf import tiny
 from test_hf_trainer import arguments
@@ -33,7 +34,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer
 
 from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
 from piggyback_lens.comparisons.methods import Ingredients, InoculatePart, Method, TReFTPart, set_up
-from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.gated import GatedAdapter
@@ -45,6 +46,7 @@ from piggyback_lens.finetuning.residuals import RESIDUAL_SPANS, ResidualDrift
 from piggyback_lens.finetuning.retain import interleave
 from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.kinds import adapter_off
+from piggyback_lens.models.peft_adapters import attach_adapter
 from piggyback_lens.vectors.direction import Direction
 
 # --- residual drift: rows alone through the plain model, block outputs caught by hand, sums written out ---
@@ -359,7 +361,12 @@ def test_methods_made_from_plain_finetuning_run_it_first_and_say_what_they_did(t
     assert [cell["label"] for cell in found.cells] == list(methods)
     plain = cell_folder(tmp_path, Cell(Method()))
     assert (plain / "cell.json").exists()
-    assert len(read_json(plain / "probes.json")["gap"]) == 4
+    tuned, (base, tokenizer) = attach_adapter(tiny()[0], plain / "adapter").eval(), tiny()
+    chat, ids = ChatFormat(tokenizer), read_json(tmp_path / "base" / "default" / "retain.json")["ids"]
+    retain = [chat.render(q).with_response(tuple(own), end=False) for q, own in zip(PROMPTS, ids, strict=True)]
+    by_hand = [loss_of_row(tuned, example) - loss_of_row(base.eval(), example) for example in retain]
+    assert max(map(abs, by_hand)) > 1e-3
+    assert read_json(plain / "probes.json")["gap"] == pytest.approx(by_hand, abs=1e-5)
     stopped = found.cells[0]["training"]["plan"]["stopped"]
     assert stopped["kept_step"] < stopped["step"]
     with_plain = compare(tiny, tmp_path, ("sft", *methods), trainer=trainer)
