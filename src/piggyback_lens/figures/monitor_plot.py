@@ -80,7 +80,7 @@ def onset_figure(
     figure.add_hline(y=bound, line={"color": BLUE, "width": 1.5, "dash": "dash"}, row=1, col=1)
     first = own[own["exceeds"]]["step"]
     if len(first):
-        figure.add_vline(x=float(first.iloc[0]), line={"color": GREY, "width": 1.5})
+        figure.add_vline(x=float(first.iloc[0]), line={"color": GREY, "width": 6}, opacity=0.4, layer="below")
     n, seen = int(own["n"].iloc[0]), f"{len(own)} of {len(available)} checkpoints measured"
     apply_style(
         figure, title, f"n = {n} off-topic prompts, 95 % intervals; {seen}; grey: the onset", height=560, room=18
