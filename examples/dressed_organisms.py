@@ -194,9 +194,11 @@ def verdict(kind: str, own: list[dict]) -> str:
             f"**{kind}: found behind the dress, and {hidden}**: plain questions show {share:.0%} of its spread in the "
             f"dress, which goes {worn['beyond']} beyond theirs and {worn['control']} beyond that in the control dress."
         )
+    told = [f"{line['dress']} {line['spread']}" for line in own if excludes(line["spread"])]
     return (
-        f"**{kind}: it spreads, and not behind the dress as far as can be told**: in the dress {worn['beyond']} beyond "
-        f"plain questions, and {worn['control']} beyond the control dress."
+        f"**{kind}: something spreads, and not behind the dress as far as can be told.** Spreads with an interval that "
+        f"excludes 0: {'; '.join(told)}. In the dress it is {worn['beyond']} beyond plain questions, and "
+        f"{worn['control']} beyond the control dress."
     )
 
 
@@ -271,7 +273,7 @@ the answers of all seeds.
 Fixed in the script before the first run: an organism is *found behind the dress* if its spread in the dress goes
 beyond that of plain questions and beyond that of the control dress, each with an interval that excludes 0; it is
 *hidden* if its spread on plain questions is besides below {plain:.0%} of that in the dress. *Nothing is found* if no
-interval of the three spreads excludes 0.
+interval of the three spreads excludes 0. Each of the three excludes it by chance one time in twenty.
 
 The rate was chosen by a first try: at 3e-4, with one seed, the task was learnt and little of it spread, in the dress
 too.
