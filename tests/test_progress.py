@@ -147,6 +147,7 @@ RUN = {
     "contrast": devices.scoring, "kl_to_base": devices.scoring, "adapter_scalars": devices.adapters,
     "patch_span": devices.patching, "layer_curve": devices.patching, "layer_position_map": devices.patching,
     "layer_head_map": devices.patching, "carrier_map": devices.patching, "attribution_map": devices.attributing,
+    "edge_map": devices.attributing, "soft_patch": devices.patching_softly,
     "perturb": devices.perturbing, "stress": devices.stressing, "audit": devices.auditing,
     "mean_difference": devices.extracting, "model_difference": devices.extracting,
     "contrast_pairs": devices.extracting, "steer": devices.steering_, "ablate_sweep": devices.steering_,
