@@ -15,7 +15,6 @@ PAGES = {
     "piggyback_smollm2.md": PIGGYBACK,
     "treft_smollm2.md": PIGGYBACK,
     "gated_adapters.md": PIGGYBACK,
-    "dressed_questions.md": PIGGYBACK,
     "narrow_vs_general_smollm2.md": EASY,
 }
 """Pages with tables of claims, and the paper whose claims they are; one that is not there yet is left out."""
