@@ -130,7 +130,9 @@ def stopping_rows(setting):
     lengths = sorted(map(len, answers))
     work = f"generation, {len(prompts)} prompts, real stops ({lengths[0]} to {lengths[-1]} tokens, mean "
     work += f"{statistics.mean(lengths):.0f})"
-    setting.add(work, "transformers generate", *setting.in_turns(peer, ours))
+    wasted = 1 - sum(lengths) / (len(lengths) * lengths[-1])  # steps of rows that are finished, where none leaves
+    turns = setting.in_turns(peer, ours)
+    setting.add(work, "transformers generate", *turns, **{"row-steps after an answer's end, if rows stay": wasted})
 
 
 def sample_rows(setting, new_tokens, model=None):
