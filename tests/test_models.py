@@ -106,7 +106,7 @@ def test_an_adapter_of_the_hub_is_fetched_without_its_optimiser(folders, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     pair = ModelPair.load(folders / "base", adapter=Path("owner/name"), device="cpu")  # a command line gives a Path
     assert_close(logits(pair, "finetuned"), expected(folders, adapter=True), **TOLERANCE)
-    assert calls == [("owner/name", ["adapter_config.json", "adapter_model.safetensors"], False)]
+    assert calls == [("owner/name", ["adapter_config.json", "adapter_model.safetensors", "adapter_off.json"], False)]
     assert pair.names["finetuned"] == "owner/name"
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folders / "base"))
     with pytest.raises(LensError, match="owner/other on the hub has no adapter_config"):

@@ -107,7 +107,7 @@ class AuditResult(Result):
     @property
     def dresses(self) -> dict[str, Dress]:
         """The dresses that the off-topic questions wore, with their controls, by name."""
-        return with_controls(as_dresses(self.card["settings"].get("dresses", {})))
+        return with_controls(as_dresses(self.card.get("settings", {}).get("dresses", {})))
 
     def questions(self, topic: str) -> list[str]:
         """The question of each answer, in the same order: answers to one are one cluster in every interval."""

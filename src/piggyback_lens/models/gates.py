@@ -9,17 +9,14 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.places import json_object
 
 OFF_FILE = "adapter_off.json"
 """Beside an adapter that was trained by `GatedAdapter`: where it was off."""
 Gate = Sequence[Mapping[str, Any]]
 """What `adapter_off` gives, as JSON: span, layers, tokens, phase of each part."""
-_FIELDS = {"kind", "site", "layers", "heads", "span", "tokens", "phase", "rows", "options"}
 _IN_ORDER = ("prefix", "query", "postfix")
 
 
@@ -30,24 +27,6 @@ class _Gated:
 
 
 _GATED: "weakref.WeakKeyDictionary[Any, _Gated]" = weakref.WeakKeyDictionary()
-
-
-def read_gate(folder: str | Path) -> Gate:
-    """What adapter_off.json beside an adapter says; nothing where there is none.
-
-    Raises:
-        LensError: a file of something else.
-    """
-    file = Path(folder) / OFF_FILE
-    if not file.is_file():
-        return ()
-    parts = json_object(file).get("parts")
-    for part in parts if isinstance(parts, list) and parts else [None]:
-        known: Mapping[str, Any] = part if isinstance(part, dict) and set(part) <= _FIELDS else {}
-        told = (known.get("kind"), known.get("site"), known.get("rows"))
-        if told != ("zero", "adapter", None) or not isinstance(known.get("span"), str):
-            raise LensError(f"{file} holds {part!r:.80}, expected parts that adapter_off(...) gives: save it again")
-    return tuple(parts or ())
 
 
 def set_gate(view: Any, gate: Gate) -> None:

@@ -27,7 +27,7 @@ from piggyback_lens.models.backends import (
     shape_of,
 )
 from piggyback_lens.models.booting import boot_bridge, build_hooked, share_equal_parameters
-from piggyback_lens.models.gates import Gate, as_texts, base_spans, gate_of, read_gate, set_gate, tokens_told
+from piggyback_lens.models.gates import Gate, as_texts, base_spans, gate_of, set_gate, tokens_told
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.peft_adapters import (
     adapter_config,
@@ -35,6 +35,7 @@ from piggyback_lens.models.peft_adapters import (
     adapter_shapes,
     made_for_another_base,
     put_adapter,
+    read_gate,
     refuse_adapters_beyond_weights,
     refuse_lost_base,
     written_when_attached,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from piggyback_lens.errors import LensError, visible
-from piggyback_lens.models.gates import OFF_FILE, read_gate
+from piggyback_lens.models.gates import OFF_FILE, Gate
 from piggyback_lens.models.places import (
     is_adapter_folder,
     is_number,
@@ -22,6 +22,8 @@ from piggyback_lens.models.places import (
 from piggyback_lens.models.sources import portable_name
 from piggyback_lens.models.views import adapter_layers, is_peft_model, offloaded_left_alone
 from piggyback_lens.settings import LoadSettings
+
+_GATE_FIELDS = {"kind", "site", "layers", "heads", "span", "tokens", "phase", "rows", "options"}
 
 
 def adapter_folder(source: str | Path, *, offline: bool = False) -> Path:
@@ -49,6 +51,24 @@ def adapter_folder(source: str | Path, *, offline: bool = False) -> Path:
             f"{place.name}:checkpoint-120"
         )
     return folder
+
+
+def read_gate(folder: str | Path) -> Gate:
+    """What adapter_off.json beside an adapter says; nothing where there is none.
+
+    Raises:
+        LensError: a file of something else.
+    """
+    file = Path(folder) / OFF_FILE
+    if not file.is_file():
+        return ()
+    parts = json_object(file).get("parts")
+    for part in parts if isinstance(parts, list) and parts else [None]:
+        known: Mapping[str, Any] = part if isinstance(part, dict) and set(part) <= _GATE_FIELDS else {}
+        told = (known.get("kind"), known.get("site"), known.get("rows"))
+        if told != ("zero", "adapter", None) or not isinstance(known.get("span"), str):
+            raise LensError(f"{file} holds {part!r:.80}, expected parts that adapter_off(...) gives: save it again")
+    return tuple(parts or ())
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
