@@ -65,7 +65,7 @@ def claims(text):
                 claim = re.split(r":\s| at norm ", row["claim"])[0]
                 claim = re.sub(r" (minus general's)? ?\([\d.]+\).*", "", claim)
                 if claim.startswith("..."):
-                    claim = re.sub(r" \(\w+\)$| restore .*", "", before) + claim[3:]
+                    claim = re.sub(r" restore .*", " restore", before) + claim[3:]
                 else:
                     before = claim
                 yield claim, where, row["verdict"]
