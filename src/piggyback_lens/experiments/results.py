@@ -152,7 +152,12 @@ class PatchResult(Result):
         names = [name for name in ("layer", "layers", "token", "label", "band") if name in row]
         written: dict[str, Callable[[Any], str]] = {"layers": layer_ranges, "token": visible}
         shown = {name: written[name](row[name]) if name in written else row[name] for name in names}
-        where = [f"{name} {text}" for name, text in shown.items() if not (name == "layers" and "layer" in row)]
+        called = {"label": "head"}  # which says its key/value head too
+        where = [
+            f"{called.get(name, name)} {text}"
+            for name, text in shown.items()
+            if (name, "layer" in row) != ("layers", True)
+        ]
         found = interval_text(row["value"], row["low"], row["high"])
         span = (
             f"{row['span']} {row['sites']}" if "read_from" not in row else f"{row['span']} reading {row['read_from']}"

@@ -328,10 +328,10 @@ class Record:
         """
         for receipt in self.receipts:
             if receipt.cells == 0:
-                raise LensError(
-                    f"{receipt.part} touched nothing ({receipt.calls} hook calls): no token of its span and phase "
-                    "was in the passes that were run"
-                )
+                missing = "no token of its span and phase was in the passes that were run"
+                if receipt.part.site == "attn_scores":
+                    missing += ", or none that stands behind what it is to read"
+                raise LensError(f"{receipt.part} touched nothing ({receipt.calls} hook calls): {missing}")
 
     @property
     def activations(self) -> Activations:
