@@ -27,7 +27,7 @@ from test_objectives import (
     moved,
 )
 from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
-from tiny_hooked import hooked
+from tiny_hooked import hooked, needs_hooked
 from tiny_models import build
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, Trainer
@@ -146,7 +146,7 @@ def test_in_parts_of_a_step_residual_drift_is_that_of_the_whole_batch() -> None:
         assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("kind", ["vector", "gated", "hooked"])
+@pytest.mark.parametrize("kind", ["vector", "gated", pytest.param("hooked", marks=needs_hooked)])
 def test_whatever_is_trained_has_a_residual_drift_of_its_own_base(kind: str) -> None:
     if kind == "gated":
         trainable: Any = GatedAdapter(fresh(), adapter_off("prefix"))
