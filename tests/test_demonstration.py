@@ -72,7 +72,7 @@ def test_a_demonstration_trains_watches_audits_and_reports(folder):
         assert f"<h2>{heading}</h2>" in page
     assert read_json(out / "demo.json")["training"]["steps"] == len(trained.history)
     spent = sum(row["seconds"] for row in trained.history)  # of all its steps, those before a kill too
-    assert read_json(out / "demo.json")["training_seconds"] == pytest.approx(spent, abs=0.06)
+    assert read_json(out / "demo.json")["training_seconds"] == pytest.approx(spent)
 
 
 def test_watching_changes_nothing_in_what_is_trained(folder):

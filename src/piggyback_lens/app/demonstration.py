@@ -68,7 +68,7 @@ def demo(
         )
     tokenizer, loaded = load_tokenizer(source, load), load_causal_lm(source, load)
     organism, trained = train_organism(loaded, tokenizer, task, settings, out=out / "organism", progress=progress)
-    seconds = round(sum(float(row["seconds"]) for row in trained.history), 1)  # a run that went on has those before too
+    seconds = sum(float(row["seconds"]) for row in trained.history)  # a run that went on has those before too
     names = (source_name(source), f"{task.name} organism")
     pair = ModelPair.load(finetuned=organism, tokenizer=tokenizer, backend=backend, names=names)
     prompts = task.on_topic[: settings.n_on_topic], task.off_topic[: settings.n_off_topic]
