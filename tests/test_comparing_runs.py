@@ -1,5 +1,6 @@
 """How the cells of a comparison run: deadlines, failures, several processes, what identifies a folder, and figures."""
 
+import json
 import math
 import subprocess
 import sys
@@ -329,9 +330,48 @@ def test_weights_are_told_apart_beyond_their_first_bytes_and_older_folders_stay_
     compare(model, tmp_path / "old")
     for old in [tmp_path / "old" / "grid.json", *(tmp_path / "old").glob("cells/*/cell.json")]:
         saved = read_json(old)
-        del saved.get("identity", saved)["weights"]
+        facts = saved.get("identity", saved)
+        del facts["weights"], facts["reading"]
         write_json(old, saved)
     assert len(compare(model, tmp_path / "old").cells) == 1
+    for old in [tmp_path / "old" / "grid.json", *(tmp_path / "old").glob("cells/*/cell.json")]:
+        saved = read_json(old)
+        saved.get("identity", saved)["model"] = "folder:with the version of transformers in its hash"
+        write_json(old, saved)
+    assert len(compare(model, tmp_path / "old").cells) == 1
+
+
+def test_what_a_library_says_of_itself_and_where_a_folder_lies_make_no_other_comparison(tmp_path):
+    def made(name, **config):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "config.json").write_text(
+            json.dumps({"rms_norm_eps": 1e-5, "transformers_version": "5.23.0"} | config)
+        )
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"is_local": True}))
+        return folder
+
+    def identity(folder):
+        return Plan(str(folder), tiny_task()).identity()
+
+    first = identity(made("one"))
+    other = made("two", transformers_version="5.24.1", _name_or_path="elsewhere")
+    (other / "tokenizer_config.json").write_text(json.dumps({"is_local": False}))
+    assert identity(other) == first
+    for number, change in enumerate(
+        [("config.json", '{"rms_norm_eps": 1e-6}'), ("chat_template.jinja", "{{ other }}")]
+    ):
+        changed = made(f"changed {number}")
+        (changed / change[0]).write_text(change[1])
+        assert {name for name, value in identity(changed).items() if first[name] != value} == {"reading"}
+    named = made("named")
+    (named / "chat_template.jinja").unlink()
+    (named / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    before = identity(named)
+    (named / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ other }}"}))
+    assert identity(named)["reading"] != before["reading"]
 
 
 def test_answers_of_another_base_are_refused_before_a_cell_is_trained(model, tmp_path, monkeypatch):

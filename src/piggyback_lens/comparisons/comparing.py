@@ -134,13 +134,24 @@ def _open(folder: Path, plan: Plan, cells: Sequence[Cell]) -> None:
     file, asked = folder / GRID_FILE, plan.identity()
     if not file.exists():
         write_json(file, asked)
-    saved = read_json(file)
-    asked = {name: value for name, value in asked.items() if name != "weights" or name in saved}  # older folders
-    refuse_other(file, saved, asked)
+    refuse_other(file, *_comparable(read_json(file), asked))
     for cell in cells:
         done = cell_folder(folder, cell) / CELL_FILE
         if done.exists():
-            refuse_other(done, read_json(done)["identity"], {**asked, "cell": cell.settings()})
+            refuse_other(done, *_comparable(read_json(done)["identity"], {**asked, "cell": cell.settings()}))
+
+
+def _comparable(saved: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without what older folders do not say, or say together with the versions that wrote a model's files.
+
+    There too models are told apart: by their logits, before a cell is run.
+    """
+    if "reading" in asked and "reading" not in saved:
+        saved = {name: value for name, value in saved.items() if name != "model"}
+        asked = {
+            name: value for name, value in asked.items() if name != "reading" and (name != "weights" or name in saved)
+        }
+    return saved, asked
 
 
 def _run(

@@ -10,6 +10,7 @@ from typing import Any
 from piggyback_lens.comparisons.methods import Method
 from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
+from piggyback_lens.files import read_json
 from piggyback_lens.reading.dresses import Dress, as_dresses, dressed, with_controls
 from piggyback_lens.reading.questions import Question
 from piggyback_lens.reading.tasks import Task
@@ -83,15 +84,14 @@ class Plan:
         names = (*measured, "text_source", "direction_examples")
         facts = {name: getattr(self.settings, name) for name in names}
         facts |= {"task": self.task.name, "data": hash_of(asdict(self.task)), "retain": hash_of(self.retain)}
-        facts |= {"training": training, "lora": asdict(self.settings.lora), "model": source_fingerprint(self.source)}
+        facts |= {"training": training, "lora": asdict(self.settings.lora)}
         if worn := {topic: asdict(dress) for topic, dress in self.topics.items() if dress is not None}:
             facts["dresses"] = worn
         if weighed := {name: str(getattr(self.load, name)) for name in _WEIGH if self._asks(name)}:
             facts["load"] = weighed
         if self.settings.trainer != "own":
             facts["trainer"] = self.settings.trainer
-        if (weights := weights_fingerprint(self.source)) is not None:
-            facts["weights"] = weights
+        facts |= _of_source(self.source)
         if self.settings.text_source is not None and Path(self.settings.text_source).is_file():
             facts["texts"] = hashlib.sha256(Path(self.settings.text_source).read_bytes()).hexdigest()[:16]
         plain: dict[str, Any] = json.loads(json.dumps(facts))
@@ -165,11 +165,18 @@ def hash_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def weights_fingerprint(source: Source) -> str | None:
-    """Of the weights' files from end to end, in pieces, without reading gigabytes; None where there are none here."""
-    if callable(source) or not (path := Path(source)).exists():
-        return None
-    names = ("*.safetensors", "*.bin")
+def _of_source(source: Source) -> dict[str, Any]:
+    """Which model it is, without loading it. Files are told apart by what they hold, wherever they lie."""
+    if callable(source):
+        return {"model": f"{source.__module__}.{source.__qualname__}"}
+    if not Path(source).exists():
+        return {"model": source}  # a hub id
+    return {"weights": weights_fingerprint(source), "reading": reading_fingerprint(source)}
+
+
+def weights_fingerprint(path: str | Path) -> str:
+    """Of the weights' files from end to end, in pieces, without reading gigabytes."""
+    path, names = Path(path), ("*.safetensors", "*.bin")
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(file for name in names for file in path.glob(name)):
         size = file.stat().st_size
@@ -180,17 +187,14 @@ def weights_fingerprint(source: Source) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def source_fingerprint(source: Source) -> str:
-    """Which model a source is, without loading it: of a folder its config and the head of its weights."""
-    if callable(source):
-        return f"{source.__module__}.{source.__qualname__}"
-    path = Path(source)
-    digest = hashlib.sha256()
-    if not path.exists():
-        return str(source)  # a hub id
-    names = ("*.safetensors", "*.bin", "config.json", "chat_template*", "tokenizer_config.json")
-    files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name))
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 16))
-    return f"{path.name}:{digest.hexdigest()[:16]}"
+def reading_fingerprint(path: str | Path) -> str:
+    """Of how weights and conversations are read: config and chat template, without what a library says of itself."""
+    folder = Path(path)
+    config, tokenizer = (_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    facts = {name: value for name, value in config.items() if name != "transformers_version" and name[0] != "_"}
+    templates = {file.name: file.read_text("utf-8") for file in sorted(folder.glob("*.jinja"))}
+    return hash_of([facts, templates, tokenizer.get("chat_template")])
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
