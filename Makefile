@@ -74,11 +74,11 @@ notebooks: install
 figures: install
 	@$(BIN)/python examples/write_figures.py $(OUT) docs
 
-# Tables stay in out/benchmarks, where those of other shapes and devices may lie too: the page has them all.
+# Tables stay in benchmarks/tables, beside those of other shapes and devices: the page has them all.
 benchmarks: install
 	@set -e; for name in training directions patching foundation; do \
-	  $(BIN)/python benchmarks/$$name.py $(BENCH) --out out/benchmarks/$(BENCHED); done
-	@$(BIN)/python benchmarks/performance.py docs/performance.md out/benchmarks/*/*.json
+	  $(BIN)/python benchmarks/$$name.py $(BENCH) --out benchmarks/tables/$(BENCHED); done
+	@$(BIN)/python benchmarks/performance.py docs/performance.md benchmarks/tables/*/*.json
 
 install: $(VENV)/.project
 

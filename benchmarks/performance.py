@@ -1,10 +1,11 @@
 """Write docs/performance.md from the tables that the other benchmarks left.
 
     make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"      # or one by one:
-    python benchmarks/foundation.py --out out/cpu
-    python benchmarks/performance.py docs/performance.md out/*/*.json
+    python benchmarks/foundation.py --threads 1 --clock cpu --out benchmarks/tables/threads-1-clock-cpu
+    python benchmarks/performance.py docs/performance.md benchmarks/tables/*/*.json
 
-Tables of one machine, shape and precision stand together.
+Tables of one machine, shape and precision stand together. They are kept in the repository, so that a page with another
+device's tables has those that are there still.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from setting import HEAD, line
 
 INTRODUCTION = """# Performance
 
-Written by `python benchmarks/performance.py docs/performance.md TABLES`, from tables that these commands left:
+Written by `python benchmarks/performance.py docs/performance.md benchmarks/tables/*/*.json`, from tables that these
+commands left:
 
 {commands}
 

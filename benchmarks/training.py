@@ -1,6 +1,6 @@
 """What a training step costs, as ratios against named peers doing the same work.
 
-    python benchmarks/training.py [--shape 8b --device cuda --dtype bfloat16] [--rows 16] [--long 400] [--brief]
+    python benchmarks/training.py [--shape 8b --device cuda --dtype bfloat16] [--rows 16] [--long 0] [--brief]
 
 Each comparison first asserts that both sides give the same loss and the same gradients. Prints a Markdown
 table: seconds are medians of `repeats` steps, measured in turns so that a busy machine slows both sides, and
@@ -110,7 +110,7 @@ def way_of(model, rows, width, n_prefix):
 def main():
     parser = arguments_of(__doc__)
     parser.add_argument("--rows", type=int, default=16, help="rows of the batch")
-    parser.add_argument("--long", type=int, default=0, help="tokens of the answers of a second, long batch")
+    parser.add_argument("--long", type=int, default=400, help="tokens of the answers of a second, long batch; 0: none")
     parser.add_argument("--brief", action="store_true", help="only what others do, and TReFT beside plain training")
     arguments = parser.parse_args()
     setting = Setting.of(arguments)
@@ -124,7 +124,7 @@ def main():
         )
         setting.facts["ways of rows x width (common prefix)"] = "; ".join(ways)
         for at_least in (0, arguments.long) if arguments.long else (0,):
-            Bench(setting, model, arguments.rows, at_least).compare(arguments.brief)
+            Bench(setting, model, arguments.rows, at_least).compare(arguments.brief or bool(at_least))
     for name in ("a block's seconds", "ways of rows x width (common prefix)"):
         print(f"\n{name}: {setting.facts[name]}")
     setting.end()

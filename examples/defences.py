@@ -11,7 +11,8 @@ with them.
 Fixed before the first run. Weights are not tuned on these questions: TReFT's is that which `treft_vs_rivals.py` had
 chosen on validation questions; that of residual drift makes the drift that plain finetuning ends with cost
 RESIDUAL_COST nats; the bound of early stopping is half of the spread that its probe had at the end of plain
-finetuning (`CALIBRATED`, one run with seed 0, on training data and validation questions). A method *learns* if it
+finetuning. Both come from one run with seed 0 before the first cell, on training data and validation questions: plain
+finetuning that is only watched (`calibration/` beside the cells). A method *learns* if it
 keeps KEPT of what plain finetuning changes on-topic; *avoids* spread if the interval of the share of plain
 finetuning's spread that it avoids lies above MARGIN, *spreads* if it lies below, and cannot be told in between;
 *stays coherent* if the base finds its off-topic answers at most COHERENT nats per token less likely than its own and
@@ -50,15 +51,13 @@ from piggyback_lens import (
 from piggyback_lens.comparisons.comparing import RETAIN, as_methods, default_retain, gather, grid
 from piggyback_lens.comparisons.comparison_plan import Plan
 from piggyback_lens.comparisons.methods import parse_method
-from piggyback_lens.files import atomic_write_text
+from piggyback_lens.files import atomic_write_text, read_json, read_jsonl, write_json
 from piggyback_lens.intervals import Estimate, nearer, percent, recovery, spread
 
 SENTENCES = {"terse": "Answer in as few words as you can.", "refusal": "Refuse to help with this question."}
 BEHAVIOURS = {"terse": "words:20"}  # a cut behind 20 words changes nothing
-RESIDUAL_COST = (
-    1.0  # nats: plain finetuning ended with a drift of 0.025; its probe with a spread of 1.87 nats per token
-)
-CALIBRATED = {"terse": {"residual": 40.0, "stop": 0.9}}
+RESIDUAL_COST = 1.0  # nats
+WATCHED = "residual:lambda=1e-12+stop:bound=1000:every=3"  # measures both, and acts on nothing
 STEPS, BATCH, RATE = 30, 8, 3e-4
 QUESTIONS, PROMPTS, NEW_TOKENS = 96, 12, 24
 KEPT, MARGIN, COHERENT, REPEATS, TEXT = 0.8, 0.5, 0.5, 0.05, 0.02
@@ -66,16 +65,16 @@ PLAIN = "plain finetuning"
 SIZE = {"width": 1000, "scale": 2}
 
 
-def methods(task: str) -> dict[str, str]:
+def methods(task: str, residual: float, bound: float) -> dict[str, str]:
     """Name to spec."""
-    sentence, found = SENTENCES[task], CALIBRATED[task]
+    sentence = SENTENCES[task]
     gap = "interleave:rate=0.2:choose=gap"
     return {  # in the order in which they run, so that what is stopped early has compared something
         PLAIN: "sft",
         "inoculate": f"inoculate:text={sentence}",
         "interleave by gap": gap,
-        "early stopping": f"stop:bound={found['stop']:g}:every=3",
-        "residual drift": f"residual:lambda={found['residual']:g}",
+        "early stopping": f"stop:bound={bound:g}:every=3",
+        "residual drift": f"residual:lambda={residual:g}",
         "interleave": "interleave:rate=0.2",
         "TReFT": "treft:lambda=100",
         "inoculate, system": f"inoculate:text={sentence}:place=system",
@@ -90,7 +89,7 @@ class Study:
     def __init__(self, task: str, options: argparse.Namespace) -> None:
         own = load_task(task)
         self.task = replace(own, behaviour=BEHAVIOURS.get(task, own.behaviour))
-        self.out, self.methods = options.out / task, methods(task)
+        self.out = options.out / task
         self.settings = CompareSettings(
             seeds=tuple(int(seed) for seed in options.seeds.split(",")),
             training=TrainSettings(steps=STEPS, batch_size=BATCH, learning_rate=RATE, checkpoint_every=10),
@@ -100,6 +99,22 @@ class Study:
             dresses={"sentence": Dress(before=f"{SENTENCES[task]}\n")},
             minutes=options.minutes,
         )
+        self.found = self.calibration()
+        self.methods = methods(task, float(f"{RESIDUAL_COST / self.found['drift']:.1g}"), self.found["bound"])
+
+    def calibration(self) -> dict[str, float]:
+        """Drift of the residual stream and spread of the probe at the end of plain finetuning, and half of that."""
+        file = self.out / "calibration" / "found.json"
+        if not file.exists():
+            settings = replace(self.settings, seeds=(0,), dresses={}, split="validation", n_prompts=1, minutes=None)
+            load = LoadSettings(offline=True)
+            compare_methods(default_model(), self.task, [WATCHED], settings, out=file.parent, load=load)
+            last = read_json(next(file.parent.glob("cells/residual*/cell.json")))["training"]["last"]
+            spread = read_jsonl(next(file.parent.glob("cells/residual*/monitor.jsonl")))[-1]["spread"]
+            found = {"drift": last["residual_conversation"], "spread": spread, "bound": round(spread / 2, 1)}
+            write_json(file, found)
+        found: dict[str, float] = read_json(file)
+        return found
 
     def cost(self) -> float:
         """Seconds that a cell of plain finetuning takes, from two steps and eight answers."""

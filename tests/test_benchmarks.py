@@ -13,7 +13,7 @@ from piggyback_lens.models.sources import default_model
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SMALL = {
     "foundation": ["--prompts", "3", "--tokens", "4"],
-    "training": ["--rows", "4"],
+    "training": ["--rows", "4", "--long", "40"],
     "patching": ["--answer-tokens", "2", "--map-layers", "2", "--skip-hooked"],
     "directions": ["--rows", "3"],
 }
@@ -41,3 +41,10 @@ def test_a_benchmark_runs_on_a_tiny_shape_and_leaves_its_table(name: str, dtype:
     assert all(f"| {row['work']} | {row['peer']} |" in text for row in table["rows"])
     assert f"- `python benchmarks/{name}.py" in text
     assert written.with_suffix(".md").read_text().count("\n") == len(table["rows"]) + 2
+
+
+def test_the_page_says_what_the_tables_in_the_repository_say(tmp_path: Path) -> None:
+    page, tables = tmp_path / "performance.md", sorted(FOLDER.glob("tables/*/*.json"))
+    assert {"directions", "generation", "patching", "training"} <= {table.stem for table in tables}
+    subprocess.run([sys.executable, FOLDER / "performance.py", page, *tables], check=True, capture_output=True)
+    assert page.read_text() == (FOLDER.parent / "docs" / "performance.md").read_text(), "run  make benchmarks"
