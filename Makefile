@@ -17,7 +17,7 @@ QUICK ?=
 RUN ?=
 PYTEST ?=
 LEGS ?=
-BENCH ?= --threads 1 --clock cpu
+BENCH ?= --threads 1 --clock cpu --profile
 BENCHED = $(shell echo '$(BENCH)' | tr -cs 'a-z0-9\n' -)
 # Test processes, of one thread each; a file stays in one process.
 WORKERS ?= 2
@@ -41,7 +41,7 @@ help:
 	@echo "                RUN=1 runs them, and stores what they show"
 	@echo "make figures    write docs/ and the README's numbers from the demo in $(OUT)/"
 	@echo "make benchmarks ours beside transformers, PEFT and TransformerLens, into docs/performance.md"
-	@echo "                BENCH=\"--shape 8b --device cuda --dtype bfloat16\""
+	@echo "                BENCH=\"--shape 8b --device cuda --dtype bfloat16 --profile\""
 	@echo "make install    only make $(VENV)"
 	@echo "make clean      remove $(VENV) and caches; results stay"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH_SPEC=$(TORCH_SPEC)  TORCH_INDEX=$(TORCH_INDEX)  EXTRAS=$(EXTRAS)  WORKERS=$(WORKERS)"

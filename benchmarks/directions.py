@@ -151,6 +151,7 @@ class Bench:
                 lambda adapters=adapters: self.our_losses(adapters),
             )
             add(what, "one hooked forward per point", *in_turns(*pair), target=">= 2")
+            self.setting.explain(what, pair[1])
 
     def assert_same(self, theirs, ours):
         """Equal loss, and gradients whose difference is a small part of their length."""

@@ -74,6 +74,7 @@ def generation_rows(setting, n_prompts, new_tokens):
     def compared(work, name, theirs, fast, target):
         a, b, ratio = setting.in_turns(theirs, fast)
         setting.add(work, name, a, b, ratio, ours_ms_per_token=1e3 * b / new_tokens, target=target)
+        setting.explain(work, fast)
 
     compared(f"unpatched {work}", "transformers generate", peer, ours, ">= 1 on CPU, 8B on GPU <= 10 ms per token")
     compared(

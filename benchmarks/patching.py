@@ -92,14 +92,16 @@ def laboratory_rows(setting, arguments):
     donor = prefix_activations(pair, "base", prompts[0], "resid_pre")
     n_layers, prefix = pair.shape.n_layers, len(prompts[0].span("prefix"))
     layers = None if arguments.map_layers is None else list(range(0, n_layers, -(-n_layers // arguments.map_layers)))
-    curve_s, curve = timed(
-        setting,
-        lambda: layer_curve(pair, prompts, sites="resid_pre", control_layers=0, measure=measure),
-        setting.repeats,
-    )
-    exact_s, exact = timed(
-        setting, lambda: layer_position_map(pair, prompts, layers=layers, control_cells=0, measure=measure), 1
-    )
+
+    def sweep():
+        return layer_curve(pair, prompts, sites="resid_pre", control_layers=0, measure=measure)
+
+    def whole_map():
+        return layer_position_map(pair, prompts, layers=layers, control_cells=0, measure=measure)
+
+    (curve_s, curve), (exact_s, exact) = timed(setting, sweep, setting.repeats), timed(setting, whole_map, 1)
+    setting.explain("layer sweep", sweep)
+    setting.explain("layer x position map", whole_map)
     fast_s, fast = timed(
         setting,
         lambda: attribution_map(pair, prompts, layers=layers, measure=measure, check_cells=0, top_cells=0),
@@ -125,8 +127,6 @@ def laboratory_rows(setting, arguments):
     both = torch.tensor([[a[0], b[0]] for a, b in zip(means(exact), means(fast.attributed), strict=True)])
     rho = float(torch.corrcoef(both.argsort(0).argsort(0).float().T)[0, 1])
     setting.add("attribution map", "our exact map", exact_s, fast_s, **{"rank correlation": rho})
-    if setting.profile:
-        setting.in_turns(lambda: None, lambda: layer_curve(pair, prompts, control_layers=0, measure=measure), 1)
 
 
 def timed(setting, function, repeats):

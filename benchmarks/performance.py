@@ -1,6 +1,6 @@
 """Write docs/performance.md from the tables that the other benchmarks left.
 
-    make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"      # or one by one:
+    make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16 --profile"      # or one by one:
     python benchmarks/foundation.py --threads 1 --clock cpu --out benchmarks/tables/threads-1-clock-cpu
     python benchmarks/performance.py docs/performance.md benchmarks/tables/*/*.json
 
@@ -13,7 +13,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from setting import HEAD, line
+from setting import HEAD, line, told
 
 INTRODUCTION = """# Performance
 
@@ -26,8 +26,8 @@ Each row does the same work twice in one run, in turns: as users of the peer wri
 numbers of both are compared first (to 1e-4 in float32 on the CPU, to 6 % in bfloat16). The ratio is the peer's seconds
 over ours, median of the turns; only ratios are meant to travel. "target" is the ratio that is wanted.
 "tokens x layers" is the ratio of what both sides compute, the most that saving work alone can give.
-`make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16"` adds the tables of another device; what has none
-was not measured there with this version.
+`make benchmarks BENCH="--shape 8b --device cuda --dtype bfloat16 --profile"` adds the tables of another device; what
+has none was not measured there with this version.
 """
 
 
@@ -46,6 +46,8 @@ def page(tables):
             versions = ", ".join(f"{name} {value}" for name, value in table["facts"].items() if name not in known)
             rows = [line(row) for row in table["rows"]]
             lines += [f"### {table['facts']['benchmark']}\n", f"{versions}.\n", HEAD, *rows, ""]
+            spent = [f"- {work}: {told(parts)}." for work, parts in table.get("spent", {}).items()]
+            lines += ["Where our time goes, the largest parts until they are 80 % of it:\n", *spent, ""] * bool(spent)
     return "\n".join(lines)
 
 

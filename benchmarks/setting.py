@@ -31,6 +31,7 @@ SHAPES = {
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 """None is the demo model; the others are those of Llama 3.x, and one for the tests."""
+EXPLAINED = 0.8
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -44,7 +45,7 @@ def arguments_of(description):
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--profile", action="store_true", help="print where the time of our side goes")
+    parser.add_argument("--profile", action="store_true", help="note where the time of our side goes")
     parser.add_argument("--out", type=Path, help="folder for the table as JSON and Markdown")
     return parser
 
@@ -56,6 +57,7 @@ class Setting:
     Attributes:
         tolerance: how far numbers that should be equal may differ, as a part of their size.
         rows: the table so far.
+        spent: work to where its time goes.
     """
 
     shape: str
@@ -68,6 +70,7 @@ class Setting:
     profile: bool
     out: Path | None
     rows: list = field(default_factory=list)
+    spent: dict = field(default_factory=dict)
 
     @classmethod
     def of(cls, arguments):
@@ -135,8 +138,6 @@ class Setting:
         theirs(), ours()  # warm-up
         times = [(self.seconds(theirs), self.seconds(ours)) for _ in range(repeats or self.repeats)]
         a, b = (statistics.median(side) for side in zip(*times, strict=True))
-        if self.profile:
-            self._profiled(ours)
         return a, b, statistics.median(x / y for x, y in times)
 
     def add(self, work, peer, theirs, ours, ratio=None, **more):
@@ -165,8 +166,8 @@ class Setting:
         """Write the table, if there is a folder for it."""
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-            rows = {"facts": self.facts, "rows": self.rows}
-            (self.out / f"{self.name}.json").write_text(json.dumps(rows, indent=1))
+            rows = {"facts": self.facts, "rows": self.rows, "spent": self.spent}
+            (self.out / f"{self.name}.json").write_text(json.dumps(rows, indent=1) + "\n")
             (self.out / f"{self.name}.md").write_text("\n".join([HEAD, *map(line, self.rows), ""]))
 
     def assert_close(self, found, expected, what):
@@ -190,15 +191,39 @@ class Setting:
         if self.device != "cpu":
             torch.cuda.synchronize()
 
-    def _profiled(self, function):
+    def explain(self, work, function):
+        """With --profile: where the time of a piece of work goes, its largest parts until they are EXPLAINED of it.
+
+        On a GPU the parts are its kernels, and the time in which it waits for the next; on a CPU operations without
+        those inside them, and the time between operations.
+        """
+        if not self.profile:
+            return
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
-        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device != "cpu" else [])
-        with profile(activities=kinds) as found:
+        cuda, clock = self.device != "cpu", CLOCKS[self.clock]
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as found:
+            self._wait()
+            start = clock()
             function()
             self._wait()
-        order = "self_cuda_time_total" if self.device != "cpu" else "self_cpu_time_total"
-        print(found.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
+            whole = 1e6 * (clock() - start)
+        events = [event for event in found.key_averages() if (event.device_type == DeviceType.CPU) != cuda]
+        parts = {e.key[:60]: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+        rest = whole - sum(parts.values())
+        parts["waiting for the next kernel" if cuda else "between operations"] = max(rest, 0.0)
+        whole, said = sum(parts.values()), {}
+        for name, micros in sorted(parts.items(), key=lambda part: -part[1]):
+            if sum(said.values()) < EXPLAINED:
+                said[name] = round(micros / whole, 3)
+        self.spent[work] = said
+        print(f"{work}: {told(said)}", flush=True)
+
+
+def told(said):
+    """Parts of a time, in words."""
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in said.items())
 
 
 HEAD = "| work | peer | peer, s | ours, s | ratio | more |\n|---|---|---|---|---|---|"

@@ -94,6 +94,8 @@ class Bench:
         add(f"SFT step, {size}", step, *times, target=">= 2 on CPU, >= 1", way=way)
         treft, plain, ratio = in_turns(shared_treft, shared_sft)
         add(f"TReFT step / SFT step, {size}", "our SFT step", treft, plain, ratio, target="<= 1.05", way=way)
+        self.setting.explain(f"SFT step, {size}", shared_sft)
+        self.setting.explain(f"TReFT step, {size}", shared_treft)
         if brief:
             return
         self.assert_same(shared_sft, full_sft)

@@ -10,15 +10,14 @@ with them.
 
 Fixed before the first run. Weights are not tuned on these questions: TReFT's is that which `treft_vs_rivals.py` had
 chosen on validation questions; that of residual drift makes the drift that plain finetuning ends with cost
-RESIDUAL_COST nats; the bound of early stopping is half of the spread that its probe had at the end of plain
-finetuning. Both come from one run with seed 0 before the first cell, on training data and validation questions: plain
-finetuning that is only watched (`calibration/` beside the cells). A method *learns* if it
-keeps KEPT of what plain finetuning changes on-topic; *avoids* spread if the interval of the share of plain
-finetuning's spread that it avoids lies above MARGIN, *spreads* if it lies below, and cannot be told in between;
-*stays coherent* if the base finds its off-topic answers at most COHERENT nats per token less likely than its own and
-they repeat at most REPEATS more; *keeps plain text* if perplexity rises by less than TEXT. Methods that learn are
-ranked by the share of spread that they avoid. Claims are decided by intervals over questions and by every seed
-agreeing.
+RESIDUAL_COST nats; the bound of early stopping is half of the spread that its probe had at the end of plain finetuning,
+and a quarter. Both come from one run with seed 0 before the first cell, on training data and validation questions:
+plain finetuning that is only watched (`calibration/` beside the cells). A method *learns* if it keeps KEPT of what
+plain finetuning changes on-topic; *avoids* spread if the interval of the share of plain finetuning's spread that it
+avoids lies above MARGIN, *spreads* if it lies below, and cannot be told in between; *stays coherent* if the base finds
+its off-topic answers at most COHERENT nats per token less likely than its own and they repeat at most REPEATS more;
+*keeps plain text* if perplexity rises by less than TEXT. Methods that learn are ranked by the share of spread that they
+avoid. Claims are decided by intervals over questions and by every seed agreeing.
 """
 
 import argparse
@@ -74,6 +73,7 @@ def methods(task: str, residual: float, bound: float) -> dict[str, str]:
         "inoculate": f"inoculate:text={sentence}",
         "interleave by gap": gap,
         "early stopping": f"stop:bound={bound:g}:every=3",
+        "early stopping, sooner": f"stop:bound={bound / 2:g}:every=3",
         "residual drift": f"residual:lambda={residual:g}",
         "interleave": "interleave:rate=0.2",
         "TReFT": "treft:lambda=100",
@@ -259,9 +259,9 @@ INTRODUCTION = """# Defences against spread
 
 **Made with piggyback_lens {version}** by `python examples/defences.py`; no number is typed by hand.
 
-What keeps a narrow finetune narrow, and what does it cost? Ten methods on the same questions, steps and rate, on five
-axes: it learns the task; it does not spread; it does not spread when the question wears the sentence with which the
-inoculated methods are trained (a control sentence of the same shape is in the figure); its off-topic answers stay
+What keeps a narrow finetune narrow, and what does it cost? Eleven methods on the same questions, steps and rate, on
+five axes: it learns the task; it does not spread; it does not spread when the question wears the sentence with which
+the inoculated methods are trained (a control sentence of the same shape is in the figure); its off-topic answers stay
 coherent; plain text keeps its perplexity.
 
 Fixed in the script before the first run: no weight is tuned on these questions (see its first lines). A method
@@ -326,13 +326,15 @@ def summary(found: Found) -> str:
 
 def stops(found: Found) -> str:
     """Where early stopping stopped."""
-    cells = found.by_seed("early stopping") if "early stopping" in found.rows else {}
-    said = []
-    for seed, cell in cells.items():
-        at = cell["training"]["plan"].get("stopped")
-        where = f"step {at['step']}, weights of step {at['kept_step']}" if at else "did not stop"
-        said.append(f"seed {seed}: {where}")
-    return f"Early stopping: {'; '.join(said)}." if said else ""
+    told = []
+    for name in (name for name in found.rows if name.startswith("early stopping")):
+        said = []
+        for seed, cell in found.by_seed(name).items():
+            at = cell["training"]["plan"].get("stopped")
+            where = f"step {at['step']}, weights of step {at['kept_step']}" if at else "did not stop"
+            said.append(f"seed {seed}: {where}")
+        told.append(f"{name.capitalize()}: {'; '.join(said)}.")
+    return " ".join(told)
 
 
 def section(study: Study, docs: Path, command: str) -> str:
