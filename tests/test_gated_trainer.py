@@ -18,10 +18,23 @@ from test_hf_trainer import (
     same_batches,
     weights,
 )
+from tiny_chat import tiny_format, tiny_tokenizer
 
-from piggyback_lens import GatedAdapter, KLOnTrain, LensError, Penalised, TReFT, Weighted, adapter_off, train
+from piggyback_lens import (
+    ChatFormat,
+    GatedAdapter,
+    KLOnTrain,
+    LensError,
+    Penalised,
+    ResidualDrift,
+    TReFT,
+    Weighted,
+    adapter_off,
+    train,
+)
 from piggyback_lens.files import read_json
 from piggyback_lens.finetuning.batches import make_batch
+from piggyback_lens.finetuning.hf_rows import placement_in
 from piggyback_lens.finetuning.hf_trainer import PenaltyTrainer, training_rows
 from piggyback_lens.finetuning.steps import Step
 from piggyback_lens.interventions.hooks import Interventions
@@ -115,3 +128,49 @@ def test_rows_whose_spans_cannot_be_found_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LensError, match="does not stand behind the template's postfix"):
         make(tmp_path, GatedAdapter(fresh(), PREFIX), NOTHING, everywhere).train()
     assert PROMPT.span("prefix").stop > 0
+
+
+def turns(*texts: str, every: bool = False) -> dict[str, list[int]]:
+    """A conversation as a row, with labels on its last answer or on every one."""
+    talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    whole = tiny_format().render(talk)
+    labels = [-100] * whole.n_prompt + list(whole.ids[whole.n_prompt :])
+    for stop in range(2, len(talk), 2) if every else ():
+        part = tiny_format().render(talk[:stop])
+        labels[part.n_prompt : len(part.ids)] = part.ids[part.n_prompt :]
+    return {"input_ids": list(whole.ids), "attention_mask": [1] * len(whole.ids), "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("every", "says"), [(False, "it holds earlier turns"), (True, "one response a conversation is read")]
+)
+def test_rows_of_several_turns_are_refused_since_train_has_their_prefix_elsewhere(
+    tmp_path: Path, every: bool, says: str
+) -> None:
+    rows = [turns("hello", "yes", "what is it?", "no way", every=every)] * 4
+    for model, objective in (
+        (GatedAdapter(fresh(), PREFIX), NOTHING),
+        (fresh(), Penalised((Weighted(ResidualDrift("query"), 1.0),))),
+    ):
+        if not (every and objective is not NOTHING):  # its prompts end at the first label, before the second turn
+            with pytest.raises(LensError, match=says):
+                make(tmp_path, model, objective, rows).train()
+    make(tmp_path, fresh(), Penalised((Weighted(TReFT(reference="template"), 1.0),)), rows, max_steps=1).train()
+    make(tmp_path, GatedAdapter(fresh(), PREFIX), NOTHING, [turns("hello", "yes")] * 4, max_steps=1).train()
+
+
+def test_earlier_turns_are_seen_where_the_template_has_no_tokens_of_its_own() -> None:
+    template = (
+        "<bos>{% for m in messages %}{% if m.role == 'user' %}q {{ m.content }}\n{% else %}a {{ m.content }}<end>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    )
+    chat = ChatFormat(tiny_tokenizer(template), system=None)
+    talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(("ab", "c", "d", "e"))]
+    for messages, refused in ((talk, True), (talk[2:], False)):
+        (row,) = training_rows([chat.render(messages)])
+        inputs = {name: torch.tensor([values]) for name, values in row.items()}
+        if refused:
+            with pytest.raises(LensError, match="it holds earlier turns"):
+                placement_in(inputs, chat.empty_query())
+        else:
+            assert placement_in(inputs, chat.empty_query()).rows[0].spans["query"]

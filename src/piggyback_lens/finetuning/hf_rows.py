@@ -4,7 +4,8 @@ What is required of such a batch. Every conversation begins with the template's 
 searched for. It begins at the row's first unmasked token, or, where the batch has `position_ids`, wherever
 they are 0 (packed rows hold several). For more than the prefix the first label that is not -100 has to be
 the first response token, as completion-only training has it, and the postfix has to stand right before it; what lies
-between prefix and postfix is the query, earlier turns included.
+between prefix and postfix is the query. `ChatFormat` counts earlier turns to the prefix, and where they end is not to
+be seen in token ids: whoever depends on that (`one_turn`) has rows with earlier turns refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from piggyback_lens.conversations.chat import RenderedPrompt, Span
+from piggyback_lens.conversations.tokens import fixed_ids
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.placement import Placement, Row
 
@@ -79,9 +81,9 @@ def placement_in(inputs: Mapping[str, Any], prompt: RenderedPrompt) -> Placement
     """Where in a batch the spans of its conversations are, packed or not, for interventions on the batch's own pass.
 
     Raises:
-        LensError: as `conversations`, of which the prompts are read.
+        LensError: as `conversations`; a row with several turns, whose prefix `ChatFormat` has elsewhere.
     """
-    found, ids = conversations(inputs, prompt, whole=False), inputs["input_ids"]
+    found, ids = conversations(inputs, prompt, whole=True, one_turn=True), inputs["input_ids"]
     mask = inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     starts = _starts(inputs, ids)
@@ -94,17 +96,20 @@ def placement_in(inputs: Mapping[str, Any], prompt: RenderedPrompt) -> Placement
     return Placement(tuple(map(Row.of, found)), positions, positions, lines=lines)
 
 
-def conversations(inputs: Mapping[str, Any], prompt: RenderedPrompt, *, whole: bool) -> tuple[RenderedPrompt, ...]:
+def conversations(
+    inputs: Mapping[str, Any], prompt: RenderedPrompt, *, whole: bool, one_turn: bool = False
+) -> tuple[RenderedPrompt, ...]:
     """The conversations of a batch with completion-only labels: ids and spans, without their text.
 
     Args:
         inputs: what the collator made.
         prompt: any prompt of the template settings.
         whole: whether the responses are read too, and not the prompts alone. A response ends with its last label.
+        one_turn: whether the border between prefix and query matters, which earlier turns would move.
 
     Raises:
-        LensError: no labels, labels on the prompt, tokens within a response without a label, or a row whose prefix or
-            postfix is not that of `prompt`.
+        LensError: no labels, labels on the prompt, tokens within a response without a label, a row whose prefix or
+            postfix is not that of `prompt`, or with `one_turn` one that has earlier turns.
     """
     ids, labels = inputs.get("input_ids"), inputs.get("labels")
     starts = check_prefixes(inputs, prompt).tolist()
@@ -121,11 +126,28 @@ def conversations(inputs: Mapping[str, Any], prompt: RenderedPrompt, *, whole: b
         end = supervised[-1] + 1 if supervised else start
         if whole and len(supervised) != end - start - n_prompt:
             raise LensError(
-                f"row {row} of the batch (conversation {number}) has tokens without a label between labels, and a "
-                "penalty that reads responses takes one response a conversation: make one row for each answer"
+                f"row {row} of the batch (conversation {number}) has tokens without a label between labels, and one "
+                "response a conversation is read by penalties and gated adapters: make one row for each answer"
             )
         found.append(_conversation(prompt, tuple(tokens[row][start:end]), n_prompt, row))
+        if one_turn:
+            _refuse_earlier_turns(prompt, found[-1], row)
     return tuple(found)
+
+
+def _refuse_earlier_turns(prompt: RenderedPrompt, found: RenderedPrompt, row: int) -> None:
+    where, postfix = found.spans["query"], prompt.ids[prompt.spans["postfix"].start : prompt.n_prompt]
+    query, size = found.ids[where.start : where.stop], len(postfix)
+    marks = {*prompt.ids, *prompt.answer.end_ids, *prompt.answer.stop_ids} & fixed_ids(prompt.tokenizer)
+    # Templates without marks of their own (User:, Assistant:) write the postfix again before an earlier answer.
+    again = any(query[at : at + size] == postfix for at in range(len(query)))
+    if again or (inside := next((token for token in query if token in marks), None)) is not None:
+        shown = prompt.span_text("postfix") if again else prompt.tokenizer.decode([inside])
+        raise LensError(
+            f"row {row} of the batch has the template's {shown!r} between prefix and postfix: it holds earlier turns, "
+            "which train() counts to the prefix, and nothing in token ids says where they end. Train on rows of one "
+            "turn, or use train()"
+        )
 
 
 def _conversation(prompt: RenderedPrompt, ids: tuple[int, ...], n_prompt: int, row: int) -> RenderedPrompt:

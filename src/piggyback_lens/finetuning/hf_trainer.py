@@ -60,6 +60,8 @@ REFERENCE_FOLDER = "treft_reference"
 _READS: tuple[Reads, ...] = get_args(Reads)
 BY_ROW: tuple[Reads, ...] = ("prompts", "responses", "conversations")
 """What is another number for each micro-batch."""
+_MOVED = {"prefix", "query", "history"}
+"""Spans that lie elsewhere where a conversation has earlier turns."""
 _ROW_KEYS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
@@ -255,8 +257,9 @@ class PenaltyMixin:
             check_prefixes(rows, prompt)
             return replace(prefix_batch(_ids_of(prompt, "prefix"), device), examples=(prompt,))
         whole = reads != "prompts"
+        spans = {getattr(part.penalty, "span", None) for part in self.objective.parts if part.penalty.reads in BY_ROW}
         kept: dict[str, Any] = {"plain_keys": self.objective.plain_keys, "residual": self.objective.residual}
-        examples = conversations(rows, prompt, whole=whole)
+        examples = conversations(rows, prompt, whole=whole, one_turn=bool(spans & _MOVED))
         if whole:
             return make_batch(examples, share_prefix=False, device=device, **kept)
         prompts = unsupervised([example.ids[: example.n_prompt] for example in examples], device)
