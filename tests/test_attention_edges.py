@@ -1,11 +1,13 @@
 """Attention knockout: edges cut and scaled by hooks, against masks added in plain transformers."""
 
+import inspect
 from contextlib import contextmanager
 
 import pytest
 import tiny_chat
 import tiny_models
 import torch
+import transformers
 from test_exactness import CASES, slow_greedy
 from tiny_hooked import BACKENDS, QUERIES, hooked, logits_of, no_hook_left, real
 from torch.testing import assert_close
@@ -17,6 +19,7 @@ from piggyback_lens.interventions.kinds import cut_attention
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.scoring import response_log_probs
+from piggyback_lens.models.backends import attention_weights_name
 from piggyback_lens.models.booting import boot_bridge, build_hooked
 from piggyback_lens.models.network import forward
 
@@ -247,14 +250,33 @@ def test_only_a_windows_own_keys_count_as_left(prompts):
     assert batch.ids.shape[1] > 6
 
 
-def test_weights_that_come_after_the_softmax_are_refused(llama, prompts):
-    batch = batch_prompts(prompts[:1])
-    (_, hook), *_ = cut_attention("query", "prefix").fwd_hooks(llama, batch)
-    shape = (1, 4, batch.ids.shape[1], batch.ids.shape[1])
-    with pytest.raises(LensError, match="shows its weights after they are normalised only"):
-        hook(torch.rand(shape).softmax(-1))
+SIZES = {"num_attention_heads": 4, "num_heads": 4, "n_head": 4, "num_hidden_layers": 3, "num_layers": 3, "n_layer": 3}
+SIZES |= {"hidden_size": 32, "n_embd": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "rotary_dim": 4}
+SIZES |= {"attention_types": [[["global"], 3]], "max_position_embeddings": 256, "n_positions": 256}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["OPT", "GPTJ", "GPTNeo"])
+def test_weights_that_are_shown_after_attention_has_used_them_are_refused(layout, dtype, prompts):
+    known = inspect.signature(getattr(transformers, f"{layout}Config")).parameters
+    sizes = {name: value for name, value in SIZES.items() if name in known}
+    config = getattr(transformers, f"{layout}Config")(
+        vocab_size=tiny_chat.VOCAB, attn_implementation="eager", bos_token_id=1, eos_token_id=2, **sizes
+    )
+    weights = tiny_models.perturbed(getattr(transformers, f"{layout}ForCausalLM"), config, 0).to(dtype)
+    model, batch = boot_bridge(weights, prompts[0].tokenizer, layout), batch_prompts(prompts)
+    for scale in (0.0, 0.25):
+        with pytest.raises(LensError, match="shows its weights after they are normalised only"):
+            logits_of(model, batch, cut_attention("query", "prefix", scale=scale))
+    with pytest.raises(LensError, match="cannot be cut"):
+        attention_weights_name(model, 1)
+
+
+def test_scores_of_another_batch_are_refused(llama, prompts):
+    (_, hook), *_ = cut_attention("query", "prefix").fwd_hooks(llama, batch_prompts(prompts[:1]))
+    length = len(prompts[0].ids)
     with pytest.raises(LensError, match="attention looks at 3 keys"):
-        hook(torch.randn(shape)[..., :3])
+        hook(torch.randn(1, 4, length, length)[..., :3])
 
 
 def test_a_cut_survives_json():

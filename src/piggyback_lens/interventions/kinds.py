@@ -86,11 +86,6 @@ class _Cut(Action):
                 f"attention looks at {old.shape[-1]} keys, the batch says {read.shape[1]}: pass the ids of this very "
                 "batch to the model"
             )
-        if bool((old >= 0).all() & ((old.float().sum(-1) - 1).abs() < 1e-3).all()):
-            raise LensError(
-                f"{part}: the attention of this model shows its weights after they are normalised only, so they "
-                "cannot be cut; patch k, v or z instead"
-            )
         if scale > 0:
             return old + math.log(scale) * read[:, None].to(old.dtype)
         cut = old.masked_fill(read[:, None], -math.inf)
@@ -456,7 +451,8 @@ def cut_attention(
 
     Raises:
         LensError: a scale that is negative or not finite; when it runs, a reader that would have no key left (its own
-            position cut with all others), or an attention that shows no scores before the softmax.
+            position cut with all others), or a model whose attention shows its weights after they are normalised only
+            (OPT, GPT-J and GPT-Neo among others).
 
     Example:
         >>> with pair.using("finetuned") as model:

@@ -241,7 +241,8 @@ def hook_name(model: HookedModel, site: Site | OwnSite, layer: int, points: Any 
     """TransformerLens name of a site at a layer, checked to exist (in `points`, default the model's hook_dict).
 
     Raises:
-        LensError: unknown site, layer out of range, or no such hook point in this model.
+        LensError: unknown site, layer out of range, no such hook point in this model, or scores that are shown when
+            attention has used them already.
     """
     if site not in _HOOK_NAMES:
         raise LensError(f"site {site!r} is not known: choose one of {', '.join(SITES)}")
@@ -253,7 +254,17 @@ def hook_name(model: HookedModel, site: Site | OwnSite, layer: int, points: Any 
     if name not in points:
         why = " (attention and MLP read the same stream, so nothing lies between them)" if site == "resid_mid" else ""
         raise LensError(f"this model has no hook point {name}: site {site!r} cannot be used on it{why}")
+    if site == "attn_scores" and _shows_weights_only(model.blocks[layer].attn):  # type: ignore[attr-defined]
+        raise LensError(
+            f"the attention of this model (layer {layer}) shows its weights after they are normalised only, when they "
+            "have been used, so they cannot be cut; patch k, v or z instead"
+        )
     return name
+
+
+def _shows_weights_only(attention: Any) -> bool:
+    """TransformerLens' plain bridge lets the wrapped attention run, and forgets what hooks make of its weights."""
+    return bool(type(attention).forward.__qualname__ == "AttentionBridge.forward")
 
 
 def attention_weights_name(model: HookedModel, layer: int) -> str:
