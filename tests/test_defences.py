@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_comparing import RETAIN as PROMPTS
-from test_comparing import compare
+from test_comparing import TRAINING, compare
 from test_comparing_hf import tiny
 from test_hf_trainer import arguments
 from test_monitor import AGAINST, NARROW, TOWARDS
@@ -33,10 +33,11 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
-from piggyback_lens.comparisons.methods import Ingredients, InoculatePart, Method, TReFTPart, set_up
+from piggyback_lens.comparisons.hf_cells import train_by_trainer
+from piggyback_lens.comparisons.methods import Ingredients, InoculatePart, Method, SetUp, TReFTPart, set_up
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
-from piggyback_lens.files import read_json
+from piggyback_lens.files import read_json, read_jsonl
 from piggyback_lens.finetuning.gated import GatedAdapter
 from piggyback_lens.finetuning.hf_trainer import training_rows
 from piggyback_lens.finetuning.hook_training import HookTrainable
@@ -44,6 +45,8 @@ from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.objectives import KLOnTrain, Penalised, Weighted
 from piggyback_lens.finetuning.residuals import RESIDUAL_SPANS, ResidualDrift
 from piggyback_lens.finetuning.retain import interleave
+from piggyback_lens.finetuning.steps import sft
+from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.kinds import adapter_off
 from piggyback_lens.models.peft_adapters import attach_adapter
@@ -241,7 +244,7 @@ def test_a_share_is_inoculated_and_the_answers_stay() -> None:
 
 # --- early stopping: the weights of a run that was never longer -------------------------------------------
 
-STOP = replace(SETTINGS_OF_PROBES, steps=12, checkpoint_every=3)
+STOP = replace(SETTINGS_OF_PROBES, steps=12, checkpoint_every=3, lr_scheduler_type="constant", warmup_fraction=0.0)
 
 
 def watched(model: Any, bound: float | None, out: Path | None = None) -> Monitor:
@@ -255,6 +258,10 @@ def crossing() -> tuple[float, int]:
     values = [row["spread"] for row in monitor.rows]
     at = next(i for i, value in enumerate(values) if i >= 2 and value > 1.05 * max(values[:i]))
     return (values[at] + max(values[:at])) / 2, monitor.rows[at]["step"]
+
+
+class Killed(BaseException):
+    pass
 
 
 def weights_after(steps: int) -> Any:
@@ -306,17 +313,17 @@ def test_a_resumed_run_stops_as_one_that_was_not_and_without_its_file_says_so(tm
         monitor = watched(model, bound, file)
 
         def on_step(row: Any) -> Any:
-            said = monitor(row)
             if row["step"] == killed_at:
                 raise KeyboardInterrupt
-            return said
+            return monitor(row)
 
-        train(model, NARROW, STOP, on_step=on_step, out=tmp_path / name, progress=False)
+        settings = replace(STOP, checkpoint_every=step - 1)
+        train(model, NARROW, settings, on_step=on_step, out=tmp_path / name, progress=False)
         return model
 
     for name, file in (("kept", tmp_path / "m.jsonl"), ("lost", None)):
         with pytest.raises(KeyboardInterrupt):
-            run(name, step - 1, file)
+            run(name, step, file)
     assert_same_weights(run("kept", None, tmp_path / "m.jsonl"), weights_after(step - 2))
     with pytest.raises(LensError, match="give Monitor out="):
         run("lost", None, None)
@@ -351,6 +358,108 @@ def test_a_trainer_stops_as_our_loop_does(tmp_path: Path) -> None:
     assert stops.measure(99)["spread"] == pytest.approx(spreads[at - 1], rel=1e-5)
 
 
+def spread_of(model: Any) -> float:
+    return float(watched(fresh_probed(), None).measure(99, model=model)["spread"])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_that_ends_in_a_measurement_measures_again_when_it_goes_on(tmp_path: Path, last: bool) -> None:
+    """By Ctrl-C or by a kill, at a step with a checkpoint or without: the measurement is not lost."""
+    bound, step = crossing()
+    settings = replace(STOP, steps=step) if last else STOP
+    for end, every in ((KeyboardInterrupt, 3), (Killed, step), (Killed, 1)):
+        out, calls = tmp_path / f"{end.__name__}{every}", []
+
+        def run(end: Any, every: int = every, out: Path = out, calls: Any = calls) -> tuple[Any, Any]:
+            model = fresh_probed()
+            monitor = watched(model, bound, out / "monitor.jsonl")
+
+            def on_step(row: Any) -> Any:
+                calls.append(row["step"])
+                if row["step"] == step and end is not None:
+                    raise end
+                return monitor(row)
+
+            how = replace(settings, checkpoint_every=every)
+            return model, train(model, NARROW, how, on_step=on_step, out=out / "run", progress=False)
+
+        with pytest.raises(end):
+            run(end)
+        model, result = run(None)
+        assert calls.count(step) == 2
+        assert result.plan["stopped"]["step"] == len(result.history) == step
+        assert_same_weights(model, weights_after(step - 2))
+
+
+def test_the_bound_holds_for_the_last_weights_however_seldom_they_are_measured() -> None:
+    bound, step = crossing()
+    for every in (step - 1, step, step + 5):
+        model = fresh_probed()
+        monitor = Monitor(model, TOWARDS, AGAINST, every=every, stop_above=bound)
+        result = train(model, NARROW, replace(STOP, steps=step), on_step=monitor, progress=False)
+        assert result.plan["stopped"]["step"] == step
+        assert result.plan["stopped"]["kept_step"] == (step - 1 if every < step else 0)
+        assert spread_of(model) <= bound
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_weights_that_another_run_kept_are_not_put_back(tmp_path: Path, resumed: bool) -> None:
+    """Two runs in a row with one file, the second killed before its first measurement, and not."""
+    file = tmp_path / "m.jsonl"
+    train(model := fresh_probed(), NARROW, STOP, on_step=watched(model, 1e6, file), progress=False)
+
+    def second(end: int | None = None) -> Any:
+        model = fresh_probed()
+        monitor = Monitor(model, TOWARDS, AGAINST, every=4, stop_above=1e-9, out=file)
+
+        def on_step(row: Any) -> Any:
+            said = monitor(row)
+            if row["step"] == end:
+                raise Killed
+            return said
+
+        settings = replace(STOP, seed=7, checkpoint_every=1)
+        return model, train(model, NARROW, settings, on_step=on_step, out=tmp_path / "run", progress=False)
+
+    if resumed:
+        with pytest.raises(Killed):
+            second(2)
+    model, result = second()
+    assert result.plan["stopped"]["kept_step"] == 0
+    assert_same_weights(model, fresh_probed())
+
+
+def test_a_monitor_of_one_run_does_not_put_its_weights_into_the_next() -> None:
+    monitor = watched(model := fresh_probed(), 1e6)
+    train(model, NARROW, STOP, on_step=monitor, progress=False)
+    monitor.stop_above = 1e-9
+    with pytest.raises(LensError, match="by step 2, and the last weights that were kept are those of step 12"):
+        train(model, NARROW, STOP, on_step=monitor, progress=False)
+
+
+@pytest.mark.parametrize("every", [1, 3, 20])
+def test_a_trainers_run_that_was_stopped_stops_again_wherever_its_checkpoints_are(tmp_path: Path, every: int) -> None:
+    """As a cell that was killed while its stopped model was measured."""
+    settings = replace(STOP, checkpoint_every=every)
+
+    def run(folder: Path, bound: float) -> tuple[Any, Any]:
+        folder.mkdir(exist_ok=True)
+        monitor = Monitor(model := fresh_probed(), TOWARDS, AGAINST, every=1, stop_above=bound, out=folder / "m.jsonl")
+        use = SetUp(sft, NARROW, PeftAdapter(model), monitor)
+        return model, train_by_trainer(use, settings, NARROW[0], folder)
+
+    run(tmp_path / "free", 1e6)
+    spreads = [row["spread"] for row in read_jsonl(tmp_path / "free" / "m.jsonl")]
+    at = next(i for i, value in enumerate(spreads) if i >= 2 and value > 1.05 * max(spreads[:i]))
+    bound = (spreads[at] + max(spreads[:at])) / 2
+    model, first = run(tmp_path / "run", bound)
+    again, second = run(tmp_path / "run", bound)
+    assert first.plan["stopped"] == second.plan["stopped"]
+    assert second.plan["stopped"]["kept_step"] == at
+    assert [row["step"] for row in second.history] == list(range(1, at + 2))
+    assert_same_weights(model, again)
+
+
 # --- in a comparison ---------------------------------------------------------------------------------------
 
 
@@ -371,3 +480,8 @@ def test_methods_made_from_plain_finetuning_run_it_first_and_say_what_they_did(t
     assert stopped["kept_step"] < stopped["step"]
     with_plain = compare(tiny, tmp_path, ("sft", *methods), trainer=trainer)
     assert [cell["label"] for cell in with_plain.cells] == ["sft", *methods]
+
+
+def test_a_probe_that_is_never_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LensError, match=r"every is 5 in method stop:bound=1.* and training has 3 steps"):
+        compare(tiny, tmp_path, ("stop:bound=1.0:every=5",), training=replace(TRAINING, steps=3))

@@ -347,7 +347,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: P
         train(fresh(name, dropout=0.2), EXAMPLES, SETTINGS, out=tmp_path / "killed", on_step=kill_at(step))
     resumed = fresh(name, dropout=0.2)
     result = train(resumed, EXAMPLES, SETTINGS, out=tmp_path / "killed")
-    assert (expected.resumed_from, result.resumed_from) == (None, step - step % 3)
+    assert (expected.resumed_from, result.resumed_from) == (None, (step - 1) // 3 * 3)
     assert_same_weights(resumed, whole)
     assert without_seconds(result) == without_seconds(expected)
     a, b = (tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "killed"))

@@ -264,8 +264,8 @@ def check_cells(plan: Plan, cells: Sequence[Cell]) -> None:
     """Refuse what can be told without the model.
 
     Raises:
-        LensError: more training questions than the task has, a part that starts when training is over, or retain data
-            without prompts for it.
+        LensError: more training questions than the task has, a part that starts or measures when training is over, or
+            retain data without prompts for it.
     """
     n = len(plan.task.train)
     for cell in cells:
@@ -283,6 +283,12 @@ def _refuse_late_start(method: Method, steps: int) -> None:
             raise LensError(
                 f"start is {start} in method {method.label} and training has {steps} steps, from 0: lower start, or "
                 "train longer"
+            )
+        every = getattr(part, "every", 1)
+        if every > steps:
+            raise LensError(
+                f"every is {every} in method {method.label} and training has {steps} steps, so that nothing would be "
+                "measured before the end: lower every, or train longer"
             )
 
 

@@ -50,8 +50,10 @@ class Monitor:
     The model's modes, gradients and the random state are left as they were.
 
     With `stop_above` it ends training when the spread is larger, and puts the weights of the last measurement below it
-    back: those of before training, if there is none. The result of `train` says so. For a run that
-    may be resumed give `out`, beside which those weights are kept (monitor.kept.safetensors).
+    back: those of before training, if there is none. The last step is measured too, so that the bound holds for the
+    weights that training leaves. The result of `train` says so. For a run that may be resumed give `out`, beside which
+    those weights are kept (monitor.kept.safetensors). A Trainer writes no checkpoint of the step that ended training,
+    from which a resumed run would train on: save the model after `trainer.train()`.
 
     A Trainer's run measures the base once more when it begins, in the precision in which it runs the model, and
     writes that beside `out` (monitor.base.json, monitor.base.safetensors): a resumed run goes on with it.
@@ -95,7 +97,8 @@ class Monitor:
         self._prefix_ids = self._towards[0].ids[: prefix.stop]
         self._begun = False  # a Trainer's run has begun, so that the weights need not be the base's any more
         self.measure_base(model)
-        self._kept_step, self._kept_weights = self._first_kept()
+        self._started = False  # `train` has told of a step
+        self._kept_step, self._kept_weights = 0, self._copies(model)
 
     @torch.no_grad()
     def measure_base(self, model: nn.Module) -> None:
@@ -112,13 +115,16 @@ class Monitor:
 
     def _begin(self, model: nn.Module, step: int, *, write: bool) -> None:
         """A Trainer begins a run at `step`: the base as that run has it, once."""
+        if self.stop_above is not None and is_sharded(model):
+            raise LensError("stop_above keeps whole weights, and those of this model are sharded: leave it out")
+        self._start(step, write=write)
+        if step == 0:
+            self._kept_step, self._kept_weights = 0, self._copies(model)
         begun, self._begun = self._begun, True
         if begun:
             return
         if step > 0 and self._read_base(next(model.parameters()).device):
             return
-        if self.stop_above is not None and is_sharded(model):
-            raise LensError("stop_above keeps whole weights, and those of this model are sharded: leave it out")
         if step == 0 or has_adapter(model):
             self.measure_base(model)
             if write:
@@ -180,12 +186,19 @@ class Monitor:
         """As `train(..., on_step=monitor)`: measure after every n-th step; what it gives ends training.
 
         Raises:
-            LensError: measurements of a resumed run are missing, without which nobody knows where to go back to.
+            LensError: the weights to go back to are missing, in a resumed run, or were kept by another run.
         """
         step = int(row["step"])
-        if step % self.every != 0:
+        if not self._started:
+            self._started = True
+            self._start(step - 1)
+        if not self._is_due(step, row.get("steps")):
             return None
         return self._judge(self.measure(step), self.model)
+
+    def _is_due(self, step: int, steps: int | float | None) -> bool:
+        """Every n-th step; the last one too where a bound is to hold for what training leaves."""
+        return step % self.every == 0 or (self.stop_above is not None and step == steps)
 
     def _judge(self, row: Row, model: nn.Module, *, write: bool = True) -> Row | None:
         """Keep the weights, or put those that were kept back and say so."""
@@ -195,10 +208,11 @@ class Monitor:
         if spread_now <= self.stop_above:
             self._keep(step, model, write=write)
             return None
-        if step - self._kept_step > self.every:
+        if not 0 < step - self._kept_step <= self.every:
             raise LensError(
-                f"the run was resumed and its spread has risen above {self.stop_above:g} by step {step}, while the "
-                f"last weights that were kept are those of step {self._kept_step}: give Monitor out=, and start again"
+                f"the spread has risen above {self.stop_above:g} by step {step}, and the last weights that were kept "
+                f"are those of step {self._kept_step}: the run was resumed without them, or they are another run's; "
+                "give Monitor out= of its own, and start again"
             )
         with torch.no_grad():
             for value, kept in zip(self._trained(model), self._kept_weights, strict=True):
@@ -210,27 +224,38 @@ class Monitor:
     def _trained(model: nn.Module) -> list[nn.Parameter]:
         return [value for value in model.parameters() if value.requires_grad]
 
-    def _first_kept(self) -> tuple[int, list[Tensor]]:
-        """The weights of before training, or those that an interrupted run of these probes has kept."""
+    def _copies(self, model: nn.Module) -> list[Tensor]:
+        if self.stop_above is None:
+            return []
+        return [value.detach().clone() for value in self._trained(model)]
+
+    @property
+    def _kept_file(self) -> Path | None:
+        return None if self.out is None or self.stop_above is None else self.out.with_suffix(".kept.safetensors")
+
+    def _start(self, step: int, *, write: bool = True) -> None:
+        """A run goes on after `step`, with the weights that it has kept; at 0 it begins, and others' are dropped."""
         from safetensors.torch import load
 
-        if self.stop_above is None:
-            return 0, []
-        own = [value.detach().clone() for value in self._trained(self.model)]
-        file = None if self.out is None else self.out.with_suffix(".kept.safetensors")
-        if not self.rows or file is None or not file.exists():
-            return 0, own
-        found = load(file.read_bytes())
-        return int(found.pop("step")), [found[str(i)].to(value.device) for i, value in enumerate(own)]
+        self.stopped, file = None, self._kept_file
+        if file is None or not file.exists():
+            return
+        if step > 0 and self.rows:
+            found = load(file.read_bytes())
+            self._kept_step = int(found.pop("step"))
+            own = self._trained(self.model)
+            self._kept_weights = [found[str(i)].to(value.device) for i, value in enumerate(own)]
+        elif step == 0 and write:
+            file.unlink()
 
     def _keep(self, step: int, model: nn.Module, *, write: bool) -> None:
         from safetensors.torch import save
 
-        self._kept_step, self._kept_weights = step, [value.detach().clone() for value in self._trained(model)]
-        if write and self.out is not None:
+        self._kept_step, self._kept_weights = step, self._copies(model)
+        if write and self._kept_file is not None:
             tensors = {str(i): value.cpu().contiguous() for i, value in enumerate(self._kept_weights)}
             blob = save(tensors | {"step": torch.tensor(step)})
-            atomic_write_bytes(self.out.with_suffix(".kept.safetensors"), blob)
+            atomic_write_bytes(self._kept_file, blob)
 
     @torch.no_grad()
     def measure(self, step: int, *, model: nn.Module | None = None, write: bool = True) -> Row:
@@ -313,7 +338,7 @@ class Monitor:
                 monitor._begin(model, state.global_step, write=state.is_world_process_zero)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step % monitor.every == 0:
+                if monitor._is_due(state.global_step, state.max_steps):
                     model = without_replicas(trainer.model_wrapped)
                     writes = state.is_world_process_zero
                     row = monitor.measure(state.global_step, model=model, write=writes)
@@ -323,6 +348,10 @@ class Monitor:
                     # Not `trainer.log`: trl's adds what it has gathered since the last log, and forgets it.
                     Trainer.log(trainer, {f"monitor/{name}": row[name] for name in names})
                     control.should_log = trainer.control.should_log = due
+                control.should_save &= monitor.stopped is None
+
+            def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_save &= monitor.stopped is None  # a run resumed from there would train on
 
         return MonitorCallback()
 

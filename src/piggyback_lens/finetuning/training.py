@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 WIDTHS = 16  # where rounding is coarse, so that few shapes of passes are met (see `TReFT`)
-RESERVED = {"step", "loss", "lr", "grad_norm", "tokens", "norm", "seconds"}  # history columns that are not loss terms
+RESERVED = {"step", "steps", "loss", "lr", "grad_norm", "tokens", "norm", "seconds"}  # not for loss terms
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,7 +125,8 @@ def train(
     By default AdamW, linear warm-up and cosine decay, gradient clipping. The loss of a step is the mean over all its
     response tokens, in however many passes. The base's own dropout stays off; the adapter's is on. With `out`,
     checkpoints go to `out/checkpoint-…` and the finished adapter to `out/adapter`; a folder with a checkpoint
-    of the same run is resumed from it, and Ctrl-C saves one before it is passed on.
+    of the same run is resumed from it, and Ctrl-C between two steps saves one before it is passed on. A step is done
+    once `on_step` has returned: a run that ends within goes on from the checkpoint before, and calls it again.
 
     Args:
         model: a PEFT model (see `add_lora`), the hooked view of one (what `pair.using` gives), or any `Trainable`.
@@ -134,8 +135,9 @@ def train(
         objective: what to descend. To be told apart in checkpoints it is a named function, or an object
             with a `settings()` method.
         out: folder of the run, or None to write nothing.
-        on_step: called with the history row after each step. Where it gives a mapping, as a `Monitor` that is to stop
-            at a bound does once it has put earlier weights back, training ends, and the result's plan has the mapping.
+        on_step: called with the history row after each step, and `steps`, how many there are. Where it gives a mapping,
+            as a `Monitor` that is to stop at a bound does once it has put earlier weights back, training ends, and the
+            result's plan has the mapping.
         progress: show a line with the time left; a text is its label.
 
     Raises:
@@ -183,7 +185,7 @@ def train(
 
 def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | None) -> None:
     """Train from where `history` ends, appending one row per step."""
-    between_steps = True  # False while weights, optimiser and history may disagree
+    between_steps = True  # False while weights, optimiser, history and what `on_step` has seen may disagree
     try:
         for index in track(range(len(history), run.settings.steps)):
             began = time.perf_counter()
@@ -196,13 +198,14 @@ def _loop(run: "_Run", history: list[Row], on_step: Callable[[Row], object] | No
             row = {"step": index + 1, **summed, "lr": rate, "grad_norm": norm, "tokens": tokens}
             row |= run.trainable.logged()
             history.append(row | {"seconds": time.perf_counter() - began})
-            between_steps = True
-            if (index + 1) % run.settings.checkpoint_every == 0:
-                run.save(history)
-            said = None if on_step is None else on_step(dict(history[-1]))
+            said = None if on_step is None else on_step(history[-1] | {"steps": run.settings.steps})
             if isinstance(said, Mapping):
                 run.plan[STOPPED] = dict(said)
+            between_steps = True
+            if STOPPED in run.plan:
                 break
+            if (index + 1) % run.settings.checkpoint_every == 0:
+                run.save(history)
         run.save(history)
     except KeyboardInterrupt:
         if between_steps:
