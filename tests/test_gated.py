@@ -24,7 +24,7 @@ from piggyback_lens import (
     train,
     zero,
 )
-from piggyback_lens.files import read_json
+from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import make_batch
 from piggyback_lens.finetuning.gated import GatedAdapter
 from piggyback_lens.finetuning.steps import response_nll
@@ -38,9 +38,8 @@ SPANS = (("prefix",), ("postfix",), ("prefix", "query"), ("prefix", "postfix"), 
 
 def adapted(layout: str = "llama-gqa", **changes: Any) -> Any:
     """A PEFT model whose adapter is not the identity."""
-    config = LoraConfig(
-        r=2, lora_alpha=8, target_modules=MODULES.get(layout, "all-linear"), task_type="CAUSAL_LM", **changes
-    )
+    given = {"r": 2, "lora_alpha": 8, "target_modules": MODULES.get(layout, "all-linear"), "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**given | changes)
     return tiny_adapters.put_on(tiny_models.build(layout, vocab=VOCAB), config)
 
 
@@ -201,21 +200,38 @@ def test_training_descends_the_gated_loss_and_leaves_the_keys_and_values_of_the_
         train(GatedAdapter(adapted(), adapter_off("postfix")), examples, SHORT, out=tmp_path / "run", progress=False)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"use_dora": True}, "Dora"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
-        ({"bias": "all"}, "trained biases"),
-    ],
-)
-def test_what_cannot_be_off_by_token_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
-    layout = "qwen2" if "bias" in changes else "llama-gqa"
+BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "use_dora=True": ("llama-gqa", {"use_dora": True}),
+    "lora_bias=True": ("llama-gqa", {"lora_bias": True}),
+    "modules_to_save=": ("llama-gqa", {"modules_to_save": ["lm_head"]}),
+    "bias='all'": ("qwen2", {"bias": "all", "target_modules": ["o_proj"]}),  # of modules without an adapter, too
+    "bias='lora_only'": ("qwen2", {"bias": "lora_only"}),
+    "init_lora_weights='pissa'": ("llama-gqa", {"init_lora_weights": "pissa"}),
+    "init_lora_weights='olora'": ("llama-gqa", {"init_lora_weights": "olora"}),
+    "target_parameters=": ("llama-gqa", {"target_parameters": ["self_attn.v_proj.weight"], "target_modules": []}),
+    "trainable_token_indices=": ("llama-gqa", {"trainable_token_indices": [3, 4]}),
+    "alora_invocation_tokens=": ("llama-gqa", {"alora_invocation_tokens": [3, 4]}),
+    "lm_head lies outside the decoder blocks": ("llama-mha", {"target_modules": ["q_proj", "lm_head"]}),
+    "embed_tokens lies outside the decoder blocks": ("llama-mha", {"target_modules": ["q_proj", "embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("says", BEYOND)
+def test_what_cannot_be_off_by_token_is_refused_by_name(tmp_path: Path, says: str) -> None:
+    """When it is to be trained, when it is loaded, and where it is switched off in use."""
+    layout, changes = BEYOND[says]
     model = adapted(layout, **changes)
-    batch = make_batch(tiny_examples(2))
     with pytest.raises(LensError, match=says):
-        GatedAdapter(model, adapter_off("prefix")).forward(batch)
+        GatedAdapter(model, adapter_off("prefix"))
+    if "alora" not in says:  # which adapter_off.json stands in for
+        GatedAdapter(model, ()).save(tmp_path)
+        write_json(tmp_path / "adapter_off.json", Interventions((adapter_off("postfix"),)).to_dict())
+        with pytest.raises(LensError, match=says):
+            ModelPair.load(tiny_models.build(layout, vocab=VOCAB), adapter=tmp_path, tokenizer=tiny_tokenizer())
+    if not any(field in says for field in ("alora", "init", "bias='")):  # which are no finetuned side of their own
+        pair = ModelPair.load(finetuned=model, tokenizer=tiny_tokenizer(), progress=False)
+        with pair.using("finetuned") as hooked, pytest.raises(LensError, match=says):
+            generate(hooked, [tiny_format().render("hello")], max_new_tokens=1, interventions=adapter_off("all"))
 
 
 def test_blocks_are_not_computed_again_with_the_adapter_on() -> None:

@@ -24,6 +24,7 @@ from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.hooks import AnyIntervention, Interventions, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import applied_each
+from piggyback_lens.models.attachment import require_switchable
 from piggyback_lens.models.gates import OFF_FILE, base_spans
 
 
@@ -43,13 +44,16 @@ class GatedAdapter(PeftAdapter):
         """Take a PEFT model and what `adapter_off` gives, once or several times.
 
         Raises:
-            LensError: as `PeftAdapter`; interventions of another kind.
+            LensError: as `PeftAdapter`; interventions of another kind; an adapter that changes more than s·BA in the
+                decoder blocks, which would stay where it is off.
         """
         super().__init__(model)
         self.off = Interventions(as_parts(off))
         self._postfixes: set[tuple[int, ...]] = set()  # those of the rows so far: what an activated LoRA is on from
         if wrong := [part for part in self.off.parts if part.site != "adapter"]:
             raise LensError(f"{wrong[0]} is not adapter_off(...): an adapter is only switched off while it trains")
+        if self.off.parts:
+            require_switchable(self.model)
 
     def forward(self, batch: TrainBatch) -> StepOutput:
         """One pass, the adapter off where it is to be.

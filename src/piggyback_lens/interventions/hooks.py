@@ -25,7 +25,7 @@ from piggyback_lens.conversations.chat import PromptBatch
 from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.activations import Activations, assemble
 from piggyback_lens.interventions.placement import PHASES, Cells, Placement
-from piggyback_lens.models.attachment import adapter_inputs
+from piggyback_lens.models.attachment import adapter_inputs, require_switchable
 from piggyback_lens.models.backends import (
     HookedModel,
     check_layers,
@@ -410,6 +410,8 @@ def adapter_hooks(
     Raises:
         LensError: a model without a LoRA adapter that can be switched off by token, or a span that a row lacks.
     """
+    if parts:
+        require_switchable(model)
     placement = Placement.of(batch)
     found: list[tuple[nn.Module, Callable[..., Any]]] = []
     for part, receipt in zip(parts, record.open(parts, placement.total), strict=True):

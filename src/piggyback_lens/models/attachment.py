@@ -29,6 +29,7 @@ from piggyback_lens.models.backends import (
     n_layers_of,
     writes_through,
 )
+from piggyback_lens.models.peft_adapters import beyond_lora, plain_key
 from piggyback_lens.models.views import adapter_layers
 from piggyback_lens.words import MODULES, Module, Site, module_name
 
@@ -57,8 +58,20 @@ def adapter_inputs(model: Any, layer: int) -> list[nn.Module]:
     """The A matrices of a model's LoRA adapter in one layer: where they read zero, the adapter adds exactly zero.
 
     Args:
-        model: transformers or PEFT model, or a bridge around one.
+        model: what `require_switchable` lets through.
         layer: from 0.
+    """
+    inside: Any = adapter_layers(blocks_of(model)[layer])
+    return [own.lora_A[name] for own in inside.values() for name in own.active_adapters if name in own.lora_A]
+
+
+def require_switchable(model: Any) -> None:
+    """Refuse a model that has no adapter which can be off at some tokens: s·BA inside the decoder blocks, no more.
+
+    Its configuration is what is judged: biases and weights that were written to leave no trace in its layers.
+
+    Args:
+        model: transformers or PEFT model, or a bridge around one.
 
     Raises:
         LensError: no LoRA adapter that stands apart from the weights, or one that also changes what is no s·BA.
@@ -67,31 +80,27 @@ def adapter_inputs(model: Any, layer: int) -> list[nn.Module]:
         raise LensError(
             "a HookedTransformer has its adapter merged into the weights: use backend='bridge', where it stands apart"
         )
-    layers = adapter_layers(core_of(model))
+    core = core_of(model)
+    layers: dict[str, Any] = adapter_layers(core)
     if not layers:
-        raise LensError(f"{type(core_of(model)).__name__} has no adapter that could be off: is it the finetuned side?")
-    for name, found in layers.items():
-        if (beyond := _beyond_low_rank(found)) is not None:
-            raise LensError(f"the adapter of {name} {beyond}: only a plain LoRA on linear layers can be off by token")
-    inside: Any = adapter_layers(blocks_of(model)[layer])
-    return [own.lora_A[name] for own in inside.values() for name in own.active_adapters if name in own.lora_A]
+        raise LensError(f"{type(core).__name__} has no adapter that could be off: is it the finetuned side?")
+    active = {name for found in layers.values() for name in found.active_adapters}
+    for name, config in getattr(core, "peft_config", {}).items():
+        if name in active and (special := beyond_lora(config.to_dict(), allow=_SAME_FUNCTION)):
+            raise LensError(f"adapter {name!r} has {special}: {_PLAIN_ONLY}")
+    inside = {id(found) for block in blocks_of(model) for found in adapter_layers(block).values()}
+    for key, found in layers.items():
+        name = plain_key(key)
+        if not hasattr(found, "lora_A"):
+            raise LensError(f"the adapter of {name} is {type(found).__name__}: {_PLAIN_ONLY}")
+        if found.merged_adapters:
+            raise LensError(f"the adapter of {name} is merged into the weights: {_PLAIN_ONLY}")
+        if id(found) not in inside:
+            raise LensError(f"the adapter of {name} lies outside the decoder blocks: {_PLAIN_ONLY}")
 
 
-def _beyond_low_rank(found: Any) -> str | None:
-    """What an adapter layer does beside adding s·BA to its module's output, if anything."""
-    if not hasattr(found, "lora_A"):
-        return f"is {type(found).__name__}"
-    if found.merged_adapters:
-        return "is merged into the weights"
-    active = found.active_adapters
-    if any(name in found.lora_embedding_A for name in active):
-        return "is on an embedding"
-    if any(found.lora_bias.get(name) for name in active):
-        return "has lora_bias"
-    if variants := [type(found.lora_variant[name]).__name__ for name in active if name in found.lora_variant]:
-        return f"is a {variants[0]}"
-    bias = getattr(found.get_base_layer(), "bias", None)
-    return "trained biases" if bias is not None and bias.requires_grad else None
+_PLAIN_ONLY = "only a plain LoRA on linear layers of the decoder blocks can be off by token"
+_SAME_FUNCTION = ("fan_in_fan_out", "rank_pattern", "alpha_pattern")  # sizes, and how the weights lie in memory
 
 
 def module_sizes(model: Any, layer: int, module: Module) -> tuple[int, int]:

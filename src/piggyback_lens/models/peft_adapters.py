@@ -191,25 +191,34 @@ def adapter_shapes(folder: str | Path, config: Mapping[str, Any]) -> dict[str, l
 
 
 _LORA_KEY = re.compile(r"\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
-_PLAIN: Mapping[str, tuple[Any, ...]] = {  # fields of a config that must say "nothing special"
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "arrow_config": (None,),
-    "alora_invocation_tokens": (None,),
-}
+_LEAVES_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to begin a LoRA that do not write into the base; PiSSA, OLoRA, CorDA, LoftQ and others move a part of it."""
+_SIZES_AND_PLACES = {  # fields that do not say what is computed beside s·BA on these modules
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+_NOTHING_SPECIAL: tuple[Any, ...] = (None, False, "none", [], {}, ())
+
+
+def beyond_lora(config: Mapping[str, Any], *, allow: Collection[str] = ()) -> str | None:
+    """The first field of a LoRA's configuration that says more than s·BA on the weights of the base, as "name=value".
+
+    Fields that are not known here (of a newer PEFT) have to be empty.
+
+    Args:
+        config: adapter_config.json, or the dictionary of a `peft.LoraConfig`.
+        allow: fields that may say something special here.
+    """
+    for name, value in config.items():
+        if name in _SIZES_AND_PLACES or name in allow:
+            continue
+        if value not in (_LEAVES_BASE if name == "init_lora_weights" else _NOTHING_SPECIAL):
+            return f"{name}={value!r:.80}"
+    return None
+
+
 Factors = dict[tuple[int, str], tuple[Tensor, Tensor]]
 """(layer, module's path in its block) to A [rank, d_in] and B [d_out, rank]; sizes differ from module to module."""
 
@@ -229,11 +238,8 @@ def lora_factors(folder: str | Path, *, allow: Collection[str] = ()) -> tuple[di
     config = adapter_config(folder)
     if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
         raise LensError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters are read")
-    for name, usual in _PLAIN.items():
-        if name not in allow and name in config and config[name] not in usual:
-            raise LensError(
-                f"{folder} uses {name}={config[name]!r}, which is not supported: load it with attach_adapter"
-            )
+    if special := beyond_lora(config, allow=allow):
+        raise LensError(f"{folder} uses {special}, which is not supported: load it with attach_adapter")
     halves: dict[tuple[int, str], dict[str, Tensor]] = {}
     adapter_shapes(folder, config)  # refuses files that are missing, broken or too small
     for key, value in load_file(Path(folder) / "adapter_model.safetensors").items():
@@ -271,10 +277,6 @@ def refuse_adapters_beyond_weights(model: Any) -> None:
                 f"adapter {name!r} is an activated LoRA (alora_invocation_tokens {config.alora_invocation_tokens}): it "
                 "acts only behind these tokens, and a pass from a prefix cache lacks them: train it as a plain LoRA"
             )
-
-
-_LEAVES_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Ways to begin a LoRA that do not write into the base; PiSSA, OLoRA, CorDA, LoftQ and others move a part of it."""
 
 
 def written_when_attached(config: Mapping[str, Any]) -> Callable[[str], bool]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.conversations.batch import PaddingSide, padded
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.attachment import adapter_inputs
+from piggyback_lens.models.attachment import adapter_inputs, require_switchable
 from piggyback_lens.models.backends import HookedModel, backend_of, blocks_of, check_layers, device_of, n_layers_of
 from piggyback_lens.models.gates import Gate
 from piggyback_lens.models.network import forward
@@ -175,6 +175,7 @@ def prove_gate(model: HookedModel, expected: Expected, gate: Gate) -> None:
             f"{expected.name} has an adapter that is off at some tokens and layers without keys and values, where that "
             "cannot be proven"
         )
+    require_switchable(model)
     off = [_off_at(gate, len(row), n_layers_of(model)) for row in expected.rows]
     by_hand = [_switched_by_hand(expected.plain, row, own) for row, own in zip(expected.rows, off, strict=True)]
     ids, mask = expected.padded("right")
