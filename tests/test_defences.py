@@ -34,7 +34,15 @@ from transformers import DataCollatorForSeq2Seq, Trainer
 
 from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
 from piggyback_lens.comparisons.hf_cells import train_by_trainer
-from piggyback_lens.comparisons.methods import Ingredients, InoculatePart, Method, SetUp, TReFTPart, set_up
+from piggyback_lens.comparisons.methods import (
+    Ingredients,
+    InoculatePart,
+    InterleavePart,
+    Method,
+    SetUp,
+    TReFTPart,
+    set_up,
+)
 from piggyback_lens.conversations.chat import ChatFormat, RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, read_jsonl
@@ -205,6 +213,21 @@ def test_the_retain_examples_with_the_largest_gap_are_taken_and_the_rest_is_as_b
 def test_a_gap_that_cannot_choose_is_refused(gap: list[float], rate: float, said: str) -> None:
     with pytest.raises(LensError, match=said):
         interleave(EXAMPLES, RETAIN, rate, gap=gap)
+
+
+@pytest.mark.parametrize("number", [4, 5, 9, 10, 11, 20, 48])
+def test_no_retain_example_is_repeated_before_all_of_them_are_in(number: int) -> None:
+    examples, retain, chat = tiny_examples(30, seed=1), tiny_examples(number, seed=4), tiny_format()
+    part = InterleavePart(0.25)
+    of = Ingredients(fresh(), examples, chat.empty_query(), retain, seed=3, chat=chat)
+    mixed = set_up(Method((part,)), of).examples
+    counts = [sum(own is example for own in mixed) for example in retain]
+    assert sum(counts) == len(mixed) - 30 == 10
+    assert max(counts) - min(counts) <= 1
+    assert all(sum(own is example for own in mixed) == 1 for example in examples)
+    if number > 10:
+        assert list(mixed) == list(interleave(examples, retain, 0.25, seed=3)), "committed results are of this draw"
+    assert list(mixed) == list(set_up(Method((part,)), of).examples)
 
 
 # --- inoculation: the loss of conversations rendered with the sentence, from their messages ---------------
@@ -480,6 +503,19 @@ def test_methods_made_from_plain_finetuning_run_it_first_and_say_what_they_did(t
     assert stopped["kept_step"] < stopped["step"]
     with_plain = compare(tiny, tmp_path, ("sft", *methods), trainer=trainer)
     assert [cell["label"] for cell in with_plain.cells] == ["sft", *methods]
+
+
+def test_a_method_that_needs_gaps_joins_one_that_did_not(tmp_path: Path) -> None:
+    methods = ("stop:bound=1e-09:every=1", "interleave:rate=0.2:choose=gap")
+    training = replace(TRAINING, steps=2)
+    compare(tiny, tmp_path, methods[:1], training=training)
+    probes = cell_folder(tmp_path, Cell(Method())) / "probes.json"
+    before = read_json(probes)
+    found = compare(tiny, tmp_path, methods, training=training)
+    assert [cell["label"] for cell in found.cells] == list(methods)
+    after = read_json(probes)
+    assert (len(before["gap"]), len(after["gap"])) == (0, len(PROMPTS))
+    assert before["ids"] == after["ids"]
 
 
 def test_a_probe_that_is_never_measured_is_refused(tmp_path: Path) -> None:

@@ -396,14 +396,17 @@ def _nothing_yet(plan: Plan, chat: ChatFormat) -> dict[str, Any]:
 def _of_plain(plan: Plan, cell: Cell, chat: ChatFormat, out: Path) -> dict[str, Any]:
     """How much worse plain finetuning makes each retain conversation, and its off-topic answers beside the base's.
 
-    Computed once, into a file beside the adapter of plain finetuning.
+    Computed once, into a file beside the adapter of plain finetuning; anew where retain answers have come since.
     """
     source, shared = cell_folder(out, _plain(cell)), base_folder(out, cell.system)
     file = source / "probes.json"
-    asked = chat.ask(plan.task.off_topic_validation[:PROBES])
+    asked, retain = chat.ask(plan.task.off_topic_validation[:PROBES]), _retain(plan, chat, shared)
     with locked(source, name=PROBE_LOCK, wait=True):
-        if not file.exists():
-            write_json(file, _probed(plan, source / "adapter", chat, asked, _retain(plan, chat, shared)))
+        before = read_json(file) if file.exists() else None
+        if before is None or len(before["gap"]) != len(retain):
+            # Answers that are there stay: the monitor of an interrupted run knows them.
+            kept = {} if before is None else {"ids": before["ids"]}
+            write_json(file, _probed(plan, source / "adapter", chat, asked, retain) | kept)
     found = read_json(file)
     pairs = zip(asked, *(found["ids"][side] for side in ("finetuned", "base")), strict=True)
     responses = [(p, tuple(a), tuple(b)) for p, a, b in pairs if a and b and a != b]

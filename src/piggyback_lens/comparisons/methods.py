@@ -127,7 +127,7 @@ class KLRetainPart(_Weighted):
 
 @dataclass(frozen=True, slots=True)
 class InterleavePart:
-    """Retain examples, answered by the base, mixed into the training data; repeated where there are too few.
+    """Retain examples, answered by the base, mixed into the training data; too few are repeated, all equally often.
 
     At a fixed number of steps the narrow examples are seen less often than by other methods: by design, as `rate` of
     all rows are retain examples. With epochs every one is seen as often, in more steps.
@@ -472,8 +472,11 @@ def _interleaved(
         if of.gap is None:
             raise LensError(f"method {method.label} needs the gap of each retain example, and there is none: pass it")
         return interleave(examples, of.retain, part.rate, seed=of.seed, gap=of.gap)
-    wanted = len(examples) * part.rate / (1 - part.rate)
-    pool = [*of.retain] * math.ceil((wanted + 1) / len(of.retain))  # repeated where there are too few
+    rounds, rest = divmod(round(len(examples) * part.rate / (1 - part.rate)), len(of.retain))
+    if not rounds:
+        return interleave(examples, of.retain, part.rate, seed=of.seed)
+    drawn = np.random.default_rng([of.seed, 4]).permutation(len(of.retain))[:rest]
+    pool = [*of.retain] * rounds + [of.retain[int(number)] for number in drawn]
     return interleave(examples, pool, part.rate, seed=of.seed)
 
 
