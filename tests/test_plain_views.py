@@ -311,7 +311,8 @@ def test_decoding_through_merged_weights_gives_the_same_answers(kind, monkeypatc
         assert is_plain(model)
 
 
-def test_merged_weights_follow_training_and_half_precision_is_never_merged(monkeypatch):
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_merged_weights_follow_training_and_half_precision_is_never_merged(optim, monkeypatch):
     owner = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2))
     pair = ModelPair.load(finetuned=owner, tokenizer=TOKENIZER)
     before = answers(pair)
@@ -320,7 +321,8 @@ def test_merged_weights_follow_training_and_half_precision_is_never_merged(monke
     assert answers(pair) == before
     with pair.using("finetuned") as model, settled(model):
         assert network_of(model) is first
-    train(owner, tiny_chat.tiny_examples(6), TrainSettings(steps=4, batch_size=2, learning_rate=0.05), progress=False)
+    settings = TrainSettings(steps=4, batch_size=2, learning_rate=0.05, optim=optim)
+    train(owner, tiny_chat.tiny_examples(6), settings, progress=False)
     after = answers(pair)
     assert after != before
     with pair.using("finetuned") as model, settled(model):

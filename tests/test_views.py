@@ -1,6 +1,7 @@
 """Structural copies: the owner's model is not touched by pairing, and what it does afterwards is seen or refused."""
 
 import gc
+import math
 
 import pytest
 import tiny_adapters
@@ -13,9 +14,11 @@ from tiny_hooked import BACKENDS, needs_hooked
 from torch.testing import assert_close
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.models import versions
 from piggyback_lens.models.booting import boot_bridge
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair, hook_model
+from piggyback_lens.models.versions import version_of
 from piggyback_lens.models.views import structural_copy, text_part
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
@@ -158,6 +161,61 @@ def test_what_an_optimiser_changes_is_seen_by_the_hooked_view(name, targets):
     assert not pair.identity("finetuned").matches(identity)
 
 
+def fused_step(model):
+    """A step of the fused optimiser, transformers' default, which does not raise the tensors' own counts."""
+    trained = [x for x in model.parameters() if x.requires_grad]
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.AdamW(trained, lr=0.05, fused=True).step()
+    model.zero_grad()
+
+
+def written(model):
+    """An edit through .data of one weight that nobody trains, a large one."""
+    weight = next(x for x in model.parameters() if not x.requires_grad and x.ndim == 2)
+    weight.data.mul_(-1)
+
+
+def one_value(model):
+    """An edit of one value, the last of its tensor."""
+    next(x for x in model.parameters() if x.requires_grad).data[-1, -1] += 1
+
+
+CHANGES = [(change, read) for change in (step, fused_step, written) for read in ("whole", "sampled")]
+
+
+@pytest.mark.parametrize(("change", "read"), [*CHANGES, (one_value, "whole")])
+def test_every_change_of_the_weights_is_another_version(change, read, monkeypatch):
+    if read == "sampled":
+        monkeypatch.setattr(versions, "WHOLE", 16)
+        monkeypatch.setattr(versions, "SAMPLED", 16)
+    model = adapted()
+    before = version_of(model)
+    owners(model)
+    assert version_of(model) == before
+    change(model)
+    assert version_of(model) != before
+
+
+def test_a_version_tells_places_apart_and_counts_what_is_not_a_number_as_equal():
+    holder = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    first = version_of(holder)
+    holder.weight.data = holder.weight.data.flip(0)
+    assert version_of(holder) != first
+    holder.weight.data.fill_(math.nan)
+    assert version_of(holder) == version_of(holder)
+    elsewhere = torch.nn.Linear(2, 2, device="meta")
+    assert version_of(elsewhere) == version_of(elsewhere)
+
+
+def test_an_identity_is_told_anew_after_a_fused_optimiser():
+    model = adapted().train()
+    pair = paired(model)
+    before = pair.identity("finetuned")
+    fused_step(model)
+    assert not pair.identity("finetuned").matches(before)
+    assert_close(logits(pair, "finetuned"), owners(model), **TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt-neox", "phi3"])
 def test_whole_weights_that_are_trained_are_seen_too(name):
     model = base(name)
@@ -260,11 +318,12 @@ def test_a_pass_is_refused_after(change, backend):
 
 
 @needs_hooked
-def test_a_copy_of_the_weights_is_refused_after_any_change_of_the_owners():
+@pytest.mark.parametrize("change", [step, fused_step, written])
+def test_a_copy_of_the_weights_is_refused_after_any_change_of_the_owners(change):
     model = adapted()
     pair = paired(model, "hooked")
     logits(pair, "finetuned")
-    step(model)
+    change(model)
     with pytest.raises(LensError, match="values of its weights, which this backend has copied"):
         logits(pair, "finetuned")
     pair = paired(model, "hooked")

@@ -44,6 +44,7 @@ from piggyback_lens.models.places import is_adapter_folder
 from piggyback_lens.models.plain_views import remember_plain
 from piggyback_lens.models.proof import Expected, prove, prove_gate
 from piggyback_lens.models.sources import default_model, load_causal_lm, load_tokenizer, source_name
+from piggyback_lens.models.versions import Version, version_of
 from piggyback_lens.models.views import (
     gradients_kept,
     inner_model,
@@ -51,7 +52,6 @@ from piggyback_lens.models.views import (
     require_current,
     structural_copy,
     text_part,
-    version_of,
     watch,
     weights_version,
     without_adapters,
@@ -195,7 +195,7 @@ class ModelPair:
         for side, model in self._models.items():
             _refuse_processed(model, side)
         _require_room(tokenizer, self.shape.d_vocab)
-        self._identities: dict[Side, tuple[int, Identity]] = {}
+        self._identities: dict[Side, tuple[Version, Identity]] = {}
         self._recipe: dict[str, Any] | None = None
         self._versions = {side: version_of(model) for side, model in self._models.items()}
 

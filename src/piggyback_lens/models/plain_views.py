@@ -19,17 +19,17 @@ import torch
 from torch import nn
 
 from piggyback_lens.models.backends import core_of
+from piggyback_lens.models.versions import Version, version_of
 from piggyback_lens.models.views import (
     is_offloaded,
     is_peft_model,
     merged_bytes,
     merged_copy,
     require_current,
-    version_of,
 )
 
 _PLAIN: "weakref.WeakKeyDictionary[Any, tuple[Any, list[_Part]]]" = weakref.WeakKeyDictionary()
-_MERGED: "weakref.WeakKeyDictionary[Any, tuple[int, Any]]" = weakref.WeakKeyDictionary()
+_MERGED: "weakref.WeakKeyDictionary[Any, tuple[Version, Any]]" = weakref.WeakKeyDictionary()
 MERGED_GB = 1.0
 """Memory for one side's merged weights; 0 decodes through the adapter's own layers."""
 _SETTLED: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.gates import require_tokens_told
+from piggyback_lens.models.versions import Version, version_of
 
 
 def structural_copy(module: Any, *, own: Callable[[str], bool] = lambda _: False) -> Any:
@@ -235,8 +236,8 @@ class Watch:
         self._adapters = [(name, weakref.ref(x), _adapter_state(x)) for name, x in adapter_layers(owner).items()]
         self._version = version_of(owner)
 
-    def version(self) -> int:
-        """Grows with every change inside the owner's tensors, as an optimiser's step makes."""
+    def version(self) -> Version:
+        """Another one after every change inside the owner's tensors, as an optimiser's step makes."""
         owner = self._owner()
         return self._version if owner is None else version_of(owner)
 
@@ -319,20 +320,10 @@ def require_current(view: Any) -> None:
         )
 
 
-def weights_version(view: Any) -> int:
-    """Grows with every change inside the weights of the view's owner; 0 for a model that the user built."""
+def weights_version(view: Any) -> Version:
+    """Another one after every change inside the weights of the view's owner; that of a model that the user built."""
     found = _WATCHES.get(view)
-    return 0 if found is None else found.version()
-
-
-def version_of(owner: Any) -> int:
-    """Grows with every change inside a model's tensors."""
-    return sum(0 if x.is_inference() else x._version for x in _tensors(owner))
-
-
-def _tensors(owner: Any) -> Iterator[Tensor]:
-    yield from owner.parameters()
-    yield from owner.buffers()
+    return version_of(view) if found is None else found.version()
 
 
 # ---------------------------------------------------------------- where the weights are
