@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_gated import by_hand, places
 from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 from tiny_models import build
 from torch import nn
@@ -15,13 +16,17 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import make_batch
+from piggyback_lens.finetuning.gated import GatedAdapter
 from piggyback_lens.finetuning.hf_trainer import PenaltyTrainer, training_rows
+from piggyback_lens.finetuning.hook_training import HookTrainable
 from piggyback_lens.finetuning.monitor import Monitor
 from piggyback_lens.finetuning.objectives import Penalised, TReFT, Weighted
 from piggyback_lens.finetuning.steps import Step, forward_step
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
+from piggyback_lens.interventions.kinds import adapter_off
 from piggyback_lens.settings import LoRASettings, TrainSettings
+from piggyback_lens.vectors.direction import Direction
 
 CHAT = tiny_format()
 NARROW = [CHAT.render(query, response="oink") for query in ("hi", "why", "who are you", "tell me", "go on", "yes no")]
@@ -275,3 +280,52 @@ def test_frame_and_figure_show_spread_recovery_and_every_layer() -> None:
 def test_examples_of_the_training_set_make_probes_too() -> None:
     rows = tiny_examples(4)
     assert Monitor(fresh(), rows, rows).measure(1)["spread"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_gated_adapter_is_measured_as_it_trains(tmp_path: Path) -> None:
+    """Oracle: the adapter switched by hand, token by token; for the base's prefix the base until the query begins."""
+    model, base = fresh(), build("llama-gqa", vocab=VOCAB)
+    gated = GatedAdapter(model, adapter_off("postfix"))
+    monitor = Monitor(gated, TOWARDS, AGAINST, batch_size=4, every=12)
+    train(gated, NARROW, SETTINGS, on_step=monitor, progress=False)
+    (row,) = monitor.rows
+
+    def by_tokens(*off: str) -> Any:
+        scores = []
+        for examples in (TOWARDS, AGAINST):
+            scores.append([])
+            for example in examples:
+                logits = by_hand(model, example.ids, places(example, off))[example.n_prompt - 1 : -1].log_softmax(-1)
+                ids = torch.tensor(example.ids[example.n_prompt :])
+                scores[-1].append(float(logits.gather(-1, ids[:, None]).mean()))
+        return np.array(scores[0]) - np.array(scores[1])
+
+    now, before, patched = by_tokens("postfix"), contrast(base), by_tokens("prefix", "postfix")
+    assert row["spread"] == pytest.approx((now - before).mean(), rel=1e-3)
+    assert abs((now - contrast(model)).mean()) > 0.05, "the adapter is off at tokens that matter"
+    assert row["recovery"] == pytest.approx((patched - now).mean() / (before - now).mean(), rel=1e-2)
+    held = Monitor(GatedAdapter(model, adapter_off("prefix")), TOWARDS, AGAINST).measure(0)
+    assert held["drift_layers"] == [0.0] * 3
+
+
+def test_what_is_trained_is_what_is_measured(tmp_path: Path) -> None:
+    model = fresh()
+    gated, plain = GatedAdapter(model, adapter_off("prefix")), Monitor(model, TOWARDS, AGAINST, every=1)
+    with pytest.raises(LensError, match="give Monitor the GatedAdapter that is trained"):
+        train(gated, NARROW, SETTINGS, on_step=plain, progress=False)
+    trainer = PenaltyTrainer(
+        model=gated,
+        args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=1, save_strategy="no"),
+        train_dataset=training_rows(NARROW),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
+        objective=Penalised(()),
+        prompt=CHAT.empty_query(),
+    )
+    with pytest.raises(LensError, match="give Monitor the GatedAdapter that is trained"):
+        plain.callback(trainer)
+    monitor = Monitor(gated, TOWARDS, AGAINST, every=1)
+    trainer.add_callback(monitor.callback(trainer))
+    trainer.train()
+    assert monitor.rows[0]["drift_layers"] == [0.0] * 3
+    with pytest.raises(LensError, match="HookTrainable"):
+        Monitor(HookTrainable(model, Direction.zeros(32, 1)), TOWARDS, AGAINST)

@@ -19,7 +19,7 @@ from torch import nn
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import TrainBatch
-from piggyback_lens.finetuning.steps import StepOutput, forward_step
+from piggyback_lens.finetuning.steps import LayerTensors, StepOutput, forward_step
 from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.hooks import AnyIntervention, Interventions, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
@@ -74,19 +74,22 @@ class GatedAdapter(PeftAdapter):
         save_off(folder, self.off, self._postfixes)
 
 
-def gated_step(model: nn.Module, batch: TrainBatch, off: Interventions) -> StepOutput:
+def gated_step(
+    model: nn.Module, batch: TrainBatch, off: Interventions, prefix: LayerTensors | None = None
+) -> StepOutput:
     """`forward_step`, the model's adapter off where `off` says; then of whole rows.
 
     Raises:
         LensError: rows without conversations, whose spans are not known.
     """
     if not off.parts:
-        return forward_step(model, batch)
+        return forward_step(model, batch, prefix)
     if not batch.examples:
         raise LensError("a gated adapter needs conversations, to know which tokens it is off at")
-    placement = Placement.in_rows([Row.of(example) for example in batch.examples], batch)
+    ready = 0 if prefix is None else batch.prefix_length
+    placement = Placement.in_rows([Row.of(example) for example in batch.examples], batch, ready=ready)
     with applied_each(model, [(placement, off.parts, Record())]):
-        return forward_step(model, replace(batch, share_prefix=False))
+        return forward_step(model, replace(batch, share_prefix=False), prefix)
 
 
 def save_off(folder: Path, off: Interventions, postfixes: Collection[tuple[int, ...]]) -> None:

@@ -91,6 +91,7 @@ class PenaltyMixin:
     def __init__(self, *args: Any, objective: Penalised, prompt: RenderedPrompt | None = None, **kwargs: Any) -> None:
         self.objective, self.prompt = _checked(objective, prompt), prompt
         self._steering: PreventiveSteering | None = None
+        self.gated_adapter: GatedAdapter | None = None
         self._off = Interventions()
         self._step = ExitStack()  # what stays until the backward pass of a training step is over
         self._plain = False  # whether a pass is run without the steering
@@ -118,7 +119,7 @@ class PenaltyMixin:
         if isinstance(given, PreventiveSteering):
             self._steering, given = given, given.trainable
         if isinstance(given, GatedAdapter):
-            self._off = given.off
+            self.gated_adapter, self._off = given, given.off
         if isinstance(given, Trainable) and not isinstance(given, PeftAdapter):
             raise LensError(f"a Trainer trains a transformers or PEFT model: {type(given).__name__} is for train()")
         return given.model if isinstance(given, PeftAdapter) else given

@@ -11,6 +11,7 @@ behaviour and one that the base would give, and their probabilities are compared
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,13 @@ from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import append_jsonl, atomic_write_bytes, atomic_write_text, read_json, read_jsonl, write_json
 from piggyback_lens.finetuning.batches import check_supervised, make_batch
+from piggyback_lens.finetuning.gated import GatedAdapter, gated_step
+from piggyback_lens.finetuning.preventive import PreventiveSteering
 from piggyback_lens.finetuning.references import prefix_batch, prefix_drift
-from piggyback_lens.finetuning.steps import LayerTensors, forward_step
+from piggyback_lens.finetuning.steps import LayerTensors, StepOutput
+from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable
 from piggyback_lens.intervals import Estimate, recovery, spread
+from piggyback_lens.interventions.hooks import Interventions
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.maths import token_log_probs
 from piggyback_lens.models.views import adapter_off, evaluating, has_adapter, is_sharded, without_replicas
@@ -47,7 +52,8 @@ class Monitor:
     the ends of their 95 % interval over prompts, "_low" and "_high", and "n".
 
     Cost of a row: four passes over the prompts with their answers.
-    The model's modes, gradients and the random state are left as they were.
+    The model's modes, gradients and the random state are left as they were. A `GatedAdapter` is measured as it trains
+    and is used, its adapter off at its tokens.
 
     With `stop_above` it ends training when the spread is larger, and puts the weights of the last measurement below it
     back: those of before training, if there is none. The last step is measured too, so that the bound holds for the
@@ -61,7 +67,7 @@ class Monitor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Trainable,
         towards: Sequence[RenderedPrompt],
         against: Sequence[RenderedPrompt],
         *,
@@ -74,7 +80,7 @@ class Monitor:
 
         Args:
             model: the model to be trained, before training: its PEFT adapter is switched off to measure the
-                base, or its own weights are the base's still.
+                base, or its own weights are the base's still. Of a gated adapter, the `GatedAdapter` that is trained.
             towards: off-topic prompts with an answer that shows the behaviour.
             against: the same prompts with an ordinary answer, e.g. the base's own.
             every: steps between two rows.
@@ -83,9 +89,10 @@ class Monitor:
             stop_above: the spread that ends training, nats per token; None to watch only.
 
         Raises:
-            LensError: lists that do not match, prompts with different prefixes, the file of other probes, or nothing
-                that is trained in a model whose training is to be ended.
+            LensError: lists that do not match, prompts with different prefixes, the file of other probes, nothing
+                that is trained in a model whose training is to be ended, or a vector that is trained.
         """
+        model, self.off = _watched(model)
         self.model, self.every, self.batch_size, self.stop_above = model, every, batch_size, stop_above
         self.stopped: Row | None = None
         self.out = None if out is None else Path(out)
@@ -104,8 +111,12 @@ class Monitor:
     def measure_base(self, model: nn.Module) -> None:
         """Measure the base again, in `model` as it is before training (an adapter is switched off)."""
         with adapter_off(model), evaluating(model):
-            output = forward_step(model, prefix_batch(self._prefix_ids, next(model.parameters()).device))
+            output = self._prefix_pass(model, next(model.parameters()).device)
             self._hold(list(output.prefix_keys), list(output.prefix_values), self._contrast(model))
+
+    def _prefix_pass(self, model: nn.Module, device: torch.device) -> StepOutput:
+        batch = replace(prefix_batch(self._prefix_ids, device), examples=(self._towards[0],))
+        return gated_step(model, batch, self.off)
 
     def _hold(self, keys: Sequence[Tensor], values: Sequence[Tensor], contrast: Sequence[float]) -> None:
         """Keep the base's prefix, [kv_head, prefix, head_dim] per layer, and its contrast of every prompt."""
@@ -181,6 +192,22 @@ class Monitor:
                     raise LensError(f"probe {number} has another prefix than probe 0; use one chat format for all")
             if one.ids[: one.n_prompt] != other.ids[: other.n_prompt]:
                 raise LensError(f"probe {number} has two different prompts: give the same prompt both answers")
+
+    def check_trained(self, trainable: object) -> None:
+        """Refuse to watch the training of an adapter that is off at other tokens than in the measurements.
+
+        Args:
+            trainable: what is trained.
+
+        Raises:
+            LensError: it names both.
+        """
+        _, off = _watched(trainable)
+        if off != self.off:
+            raise LensError(
+                f"the adapter that trains is off at {off}, and the one that is measured at {self.off}: give Monitor "
+                "the GatedAdapter that is trained"
+            )
 
     def __call__(self, row: Mapping[str, int | float]) -> Row | None:
         """As `train(..., on_step=monitor)`: measure after every n-th step; what it gives ends training.
@@ -269,7 +296,7 @@ class Monitor:
         model = self.model if model is None else model
         with evaluating(model):
             now, patched = self._contrast(model), self._contrast(model, self._base_prefix)
-            output = forward_step(model, prefix_batch(self._prefix_ids, self._reference.keys.device))
+            output = self._prefix_pass(model, self._reference.keys.device)
             layers = prefix_drift(output, self._reference).tolist()
         part = recovery(patched, now, self._base)
         row: Row = {"step": step, "n": len(self._towards), **_named("spread", spread(now, self._base))}
@@ -295,7 +322,7 @@ class Monitor:
             batch = make_batch([probes[number] for number in chosen], device=next(model.parameters()).device)
             if batch.prefix_length != len(self._prefix_ids):
                 raise LensError("the whole prompt of a probe is prefix, so the prefix cannot be patched; add a query")
-            output = forward_step(model, batch, prefix)
+            output = gated_step(model, batch, self.off, prefix)
             scores: Tensor = token_log_probs(output.logits[None], output.targets[None])[0]
             for row, number in enumerate(chosen):
                 found[number] = float(scores[output.rows == row].mean())
@@ -327,6 +354,7 @@ class Monitor:
         from transformers import Trainer, TrainerCallback
 
         monitor = self
+        monitor.check_trained(getattr(trainer, "gated_adapter", None) or trainer.model)
         # A model whose own weights this trainer has trained already cannot be measured as the base.
         monitor._begun |= trainer.state.global_step > 0 and not has_adapter(trainer.model)
 
@@ -365,6 +393,19 @@ class Monitor:
 
         figure: go.Figure = monitor_figure(self.to_frame())
         return figure
+
+
+def _watched(model: Any) -> tuple[Any, Interventions]:
+    """The model that is run, and where its adapter is off."""
+    if isinstance(model, PreventiveSteering):
+        model = model.trainable  # measured without the steering, as it will be used
+    if isinstance(model, GatedAdapter):
+        return model.model, model.off
+    if isinstance(model, PeftAdapter):
+        model = model.model
+    if isinstance(model, Trainable):
+        raise LensError(f"a Monitor measures a model whose weights are trained, and this is a {type(model).__name__}")
+    return model, Interventions()
 
 
 def load_monitor(path: str | Path) -> "pd.DataFrame":

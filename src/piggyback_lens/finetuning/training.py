@@ -137,7 +137,8 @@ def train(
         out: folder of the run, or None to write nothing.
         on_step: called with the history row after each step, and `steps`, how many there are. Where it gives a mapping,
             as a `Monitor` that is to stop at a bound does once it has put earlier weights back, training ends, and the
-            result's plan has the mapping.
+            result's plan has the mapping. A method `check_trained` of it, as a `Monitor` has, is called with what is
+            trained before the first step.
         progress: show a line with the time left; a text is its label.
 
     Raises:
@@ -151,6 +152,8 @@ def train(
     """
     settings = settings if settings is not None else TrainSettings()
     trainable = model if isinstance(model, Trainable) else PeftAdapter(model)
+    if (check := getattr(on_step, "check_trained", None)) is not None:
+        check(trainable)
     network = trainable.model
     folder = None if out is None else Path(out)
     run = _prepare(network, examples, settings, objective=objective, trainable=trainable, folder=folder)
