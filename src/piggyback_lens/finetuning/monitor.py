@@ -92,8 +92,8 @@ class Monitor:
             LensError: lists that do not match, prompts with different prefixes, the file of other probes, nothing
                 that is trained in a model whose training is to be ended, or a vector that is trained.
         """
-        model, self.off = _watched(model)
-        self.model, self.every, self.batch_size, self.stop_above = model, every, batch_size, stop_above
+        self.model, self.off = _watched(model)
+        self.every, self.batch_size, self.stop_above = every, batch_size, stop_above
         self.stopped: Row | None = None
         self.out = None if out is None else Path(out)
         self._towards, self._against = list(towards), list(against)
@@ -103,9 +103,9 @@ class Monitor:
         self.rows = self._written()
         self._prefix_ids = self._towards[0].ids[: prefix.stop]
         self._begun = False  # a Trainer's run has begun, so that the weights need not be the base's any more
-        self.measure_base(model)
+        self.measure_base(self.model)
         self._started = False  # `train` has told of a step
-        self._kept_step, self._kept_weights = 0, self._copies(model)
+        self._kept_step, self._kept_weights = 0, self._copies(self.model)
 
     @torch.no_grad()
     def measure_base(self, model: nn.Module) -> None:
@@ -395,7 +395,7 @@ class Monitor:
         return figure
 
 
-def _watched(model: Any) -> tuple[Any, Interventions]:
+def _watched(model: Any) -> tuple[nn.Module, Interventions]:
     """The model that is run, and where its adapter is off."""
     if isinstance(model, PreventiveSteering):
         model = model.trainable  # measured without the steering, as it will be used
