@@ -18,19 +18,23 @@ from piggyback_lens import (
     LensError,
     ModelPair,
     PrefixCache,
+    SoftPatchSettings,
     adapter_off,
     applied,
     attach_adapter,
     attribution_map,
     audit,
     batch_prompts,
+    edge_map,
     generate,
     kv_patch,
     layer_position_map,
     patch_span,
     response_log_probs,
+    soft_patch,
 )
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, verdict
+from piggyback_lens.experiments.edges import _weights_and_gradients
 from piggyback_lens.models.gates import base_spans
 from piggyback_lens.models.pair import Identity
 
@@ -113,6 +117,39 @@ def test_maps_and_attribution_see_it(tmp_path: Path) -> None:
     assert guessed.rank_correlation > 0.3
     with pytest.raises(AssertionError):
         assert found.finetuned == pytest.approx(slow(owner, towards, ()), abs=1e-3)
+
+
+@pytest.mark.parametrize("span", ["prefix", "postfix"])
+def test_edges_and_soft_patches_see_it(tmp_path: Path, span: str) -> None:
+    pair, owner, (towards, against) = loaded(saved(tmp_path / "a", adapter_off(span))), adapted(), answers()
+    contrast, base = AnswerContrast(tuple(towards), tuple(against)), tiny_models.build("llama-gqa", vocab=VOCAB)
+    edges = edge_map(pair, prompts(), edges=[("query", "prefix")], exact_cells=6, measure=contrast, progress=False)
+    plain = [a - b for a, b in zip(slow(owner, towards, (span,)), slow(owner, against, (span,)), strict=True)]
+    assert edges.attributed.finetuned == pytest.approx(plain, abs=1e-5)
+    batch, noise = batch_prompts(towards[:1]), torch.Generator().manual_seed(0)
+    with pair.using("finetuned") as model:
+        weights, gradient = _weights_and_gradients(model, batch)[1]
+        little = 2e-3 * torch.randn(weights.shape, generator=noise) * (weights > 0)
+        ends = []
+        for sign in (1, -1):
+            moved = [("blocks.1.attn.hook_pattern", lambda x, hook, sign=sign: x + sign * little)]
+            with torch.no_grad(), applied(model, batch, ()), model.hooks(fwd_hooks=moved):
+                logits = model(batch.ids)[0].double().log_softmax(-1)
+            own = towards[0]
+            ends.append(sum(float(logits[at - 1, own.ids[at]]) for at in range(own.n_prompt, len(own.ids))))
+    slope = (ends[0] - ends[1]) / 2 / (len(own.ids) - own.n_prompt)
+    assert float((gradient * little).sum()) == pytest.approx(slope, rel=0.05)
+    settings = SoftPatchSettings(bands=1, steps=2, held_out=2)
+    found = soft_patch(pair, prompts(), settings, measure=contrast, progress=False)
+    expected = []
+    for row in against[1::2]:
+        tuned = by_hand(owner, row.ids, places(row, (span,)))[row.n_prompt - 1 : -1].double().log_softmax(-1)
+        with torch.no_grad():
+            before = base(torch.tensor([row.ids])).logits[0, row.n_prompt - 1 : -1].double().log_softmax(-1)
+        expected.append(float((before.exp() * (before - tuned)).sum(-1).mean()))
+    assert found.kl["finetuned"] == pytest.approx(expected, abs=1e-5)
+    if span == "prefix":
+        assert found.kl["whole prefix patched"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_audit_says_that_the_prefix_is_the_base_by_construction(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from piggyback_lens.intervals import Estimate, interval_text, recovery
 from piggyback_lens.interventions.donors import IDENTITY
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import similar_batches
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure, mean_log_prob
 from piggyback_lens.measuring.scoring import predicting_columns
 from piggyback_lens.models.backends import HookedModel, attention_weights_name, device_of
@@ -285,7 +286,7 @@ def _weights_and_gradients(
 
     names = [(attention_weights_name(model, layer), keep) for layer in range(model.cfg.n_layers)]
     read, counts = predicting_columns(batch.prompts, 0)
-    with torch.enable_grad(), model.hooks(fwd_hooks=names):
+    with torch.enable_grad(), applied(model, batch, ()), model.hooks(fwd_hooks=names):
         logits = forward(model, batch.ids, batch.attention_mask, read=read.to(device))
         scores = [mean_log_prob(p, x[:n]) for p, x, n in zip(batch.prompts, logits, counts, strict=True)]
         found = torch.autograd.grad(torch.stack(scores).sum(), kept)

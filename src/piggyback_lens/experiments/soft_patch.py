@@ -29,7 +29,9 @@ from piggyback_lens.experiments.answering import measure_facts, own_contrast
 from piggyback_lens.experiments.cells import require_one_prefix
 from piggyback_lens.experiments.experiment import prompt_facts
 from piggyback_lens.intervals import interval_text, mean_interval, recovery
+from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.interventions.running import applied
 from piggyback_lens.maths import kl_per_token
 from piggyback_lens.measuring.answers import AnswerContrast
 from piggyback_lens.measuring.scoring import predicting_columns
@@ -327,5 +329,6 @@ def _answer_logits(
     read, counts = predicting_columns(rows, past)
     state = state_from_keys_values(model, list(keys), list(values))
     ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)
-    logits = forward(model, ids, mask, state=state, read=read.to(device))
+    with applied(model, Placement.of(batch, ready=past), ()):
+        logits = forward(model, ids, mask, state=state, read=read.to(device))
     return [own[:count] for own, count in zip(logits, counts, strict=True)]
