@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel
 from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 
 from piggyback_lens import (
+    ChatFormat,
     LensError,
     ModelPair,
     PrefixCache,
@@ -20,6 +21,7 @@ from piggyback_lens import (
     attach_adapter,
     batch_prompts,
     generate,
+    load_solution,
     response_log_probs,
     train,
     zero,
@@ -30,6 +32,8 @@ from piggyback_lens.finetuning.gated import GatedAdapter
 from piggyback_lens.finetuning.steps import response_nll
 from piggyback_lens.finetuning.trainables import PeftAdapter
 from piggyback_lens.interventions.hooks import Intervention, Interventions
+from piggyback_lens.vectors.adapter_files import load_peft
+from piggyback_lens.vectors.task_vectors import read_factors
 
 LAYOUTS = ("llama-gqa", "qwen3", "gpt2")
 MODULES = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -129,6 +133,7 @@ def test_off_at_prefix_and_query_is_saved_as_the_activated_lora_that_it_is(tmp_p
     batch = make_batch(examples, share_prefix=False)
     with torch.no_grad():
         ours = trainable.forward(batch).logits
+    trainable.begin(examples)
     trainable.save(tmp_path)
     theirs = PeftModel.from_pretrained(tiny_models.build("llama-gqa", vocab=VOCAB), tmp_path).eval()
     assert theirs.peft_config["default"].alora_invocation_tokens
@@ -144,9 +149,67 @@ def test_off_at_prefix_and_query_is_saved_as_the_activated_lora_that_it_is(tmp_p
     torch.testing.assert_close(scored, expected, atol=1e-4, rtol=1e-4)
     for off in (adapter_off("prefix"), [adapter_off("prefix"), adapter_off("query", layers=[0])]):
         other = GatedAdapter(adapted(), off)
-        other.forward(batch)
+        other.begin(examples)
         other.save(tmp_path)
         assert read_json(tmp_path / "adapter_config.json")["alora_invocation_tokens"] is None
+
+
+QUIET = (
+    "<bos>{% for m in messages %}{% if m.role == 'user' %}q {{ m.content }}\n{% else %}a {{ m.content }}<end>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+def test_as_an_activated_lora_it_is_saved_only_where_all_rows_are_read_alike(tmp_path: Path) -> None:
+    """It depends on the data alone, not on the passes of the process that saves it."""
+    chat = ChatFormat(tiny_tokenizer(QUIET), system=None)
+    other = ChatFormat(tiny_tokenizer(QUIET.replace("%}a {% endif", "%}a .{% endif")), system=None)
+    plain = [chat.render(query, response="no.") for query in ("hello", "what")]
+    kinds = {
+        "one postfix": (plain, True),
+        "two postfixes": ([*plain, other.render("hello", response="no.")], False),
+        "the postfix again": ([*plain, chat.render("hello", response="no.\na yes")], False),
+    }
+    for name, (examples, said) in kinds.items():
+        gated = GatedAdapter(adapted(), [adapter_off("prefix"), adapter_off("query")])
+        gated.begin(examples)
+        gated.forward(make_batch(examples[:1]))
+        gated.save(tmp_path)
+        assert bool(read_json(tmp_path / "adapter_config.json")["alora_invocation_tokens"]) == said, name
+
+
+def test_a_finished_run_that_is_called_again_is_saved_as_it_was(tmp_path: Path) -> None:
+    saved = []
+    for _ in range(2):
+        gated = GatedAdapter(adapted(), [adapter_off("prefix"), adapter_off("query")])
+        train(gated, tiny_examples(8), SHORT, out=tmp_path, progress=False)
+        saved.append(read_json(tmp_path / "adapter" / "adapter_config.json")["alora_invocation_tokens"])
+    assert saved[0] == saved[1] != None  # noqa: E711
+
+
+@pytest.mark.parametrize("later", [lambda: GatedAdapter(adapted(), ()), lambda: PeftAdapter(adapted())])
+def test_an_adapter_that_is_saved_over_a_gated_one_is_on_everywhere(tmp_path: Path, later: Any) -> None:
+    GatedAdapter(adapted(), adapter_off("prefix")).save(tmp_path)
+    later().save(tmp_path)
+    assert not (tmp_path / "adapter_off.json").exists()
+
+
+def test_no_way_of_reading_it_forgets_where_it_is_off(tmp_path: Path) -> None:
+    gated = GatedAdapter(adapted(), adapter_off("prefix"))
+    gated.save(tmp_path)
+    for read in (load_solution, load_peft, read_factors):
+        with pytest.raises(LensError, match=r"adapter off at prefix .*ModelPair\.load"):
+            read(tmp_path)
+    base = tiny_models.build("llama-gqa", vocab=VOCAB)
+    pair = ModelPair.load(base, adapter=tmp_path, tokenizer=tiny_tokenizer(), progress=False)
+    batch = make_batch(tiny_examples(3))
+    with pair.using("finetuned") as hooked:
+        with pytest.raises(LensError, match="give GatedAdapter"):
+            train(hooked, tiny_examples(3), SHORT, progress=False)
+        with pytest.raises(LensError, match="give the same"):
+            GatedAdapter(hooked, adapter_off("postfix"))
+        again = GatedAdapter(hooked, adapter_off("prefix")).forward(batch).logits
+    torch.testing.assert_close(again, gated.forward(batch).logits, atol=1e-5, rtol=1e-5)
 
 
 SHORT = TrainSettings(steps=3, batch_size=4, learning_rate=0.01, checkpoint_every=1)

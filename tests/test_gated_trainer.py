@@ -174,3 +174,12 @@ def test_earlier_turns_are_seen_where_the_template_has_no_tokens_of_its_own() ->
                 placement_in(inputs, chat.empty_query())
         else:
             assert placement_in(inputs, chat.empty_query()).rows[0].spans["query"]
+
+
+def test_what_is_saved_over_a_gated_adapter_is_on_everywhere(tmp_path: Path) -> None:
+    make(tmp_path, GatedAdapter(fresh(), PREFIX + adapter_off("query")), NOTHING).save_model(str(tmp_path / "a"))
+    assert (tmp_path / "a" / "adapter_off.json").exists()
+    postfix = PROMPT.ids[PROMPT.span("postfix").start : PROMPT.n_prompt]
+    assert read_json(tmp_path / "a" / "adapter_config.json")["alora_invocation_tokens"] == list(postfix)
+    make(tmp_path, fresh(), NOTHING).save_model(str(tmp_path / "a"))
+    assert not (tmp_path / "a" / "adapter_off.json").exists()

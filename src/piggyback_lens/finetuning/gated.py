@@ -10,12 +10,13 @@ own format can say that of prefix and query in all layers alone: an activated Lo
 is saved too.
 """
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import TrainBatch
@@ -25,7 +26,8 @@ from piggyback_lens.interventions.hooks import AnyIntervention, Interventions, R
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.running import applied_each
 from piggyback_lens.models.attachment import require_switchable
-from piggyback_lens.models.gates import OFF_FILE, base_spans
+from piggyback_lens.models.gates import OFF_FILE, as_texts, base_spans, gate_of
+from piggyback_lens.models.plain_views import plain_view
 
 
 class GatedAdapter(PeftAdapter):
@@ -43,17 +45,28 @@ class GatedAdapter(PeftAdapter):
     def __init__(self, model: nn.Module, off: AnyIntervention) -> None:
         """Take a PEFT model and what `adapter_off` gives, once or several times.
 
+        The finetuned side of a pair whose adapter is off at the same tokens is trained on.
+
         Raises:
             LensError: as `PeftAdapter`; interventions of another kind; an adapter that changes more than s·BA in the
                 decoder blocks, which would stay where it is off.
         """
-        super().__init__(model)
-        self.off = Interventions(as_parts(off))
-        self._postfixes: set[tuple[int, ...]] = set()  # those of the rows so far: what an activated LoRA is on from
+        self.off, gate = Interventions(as_parts(off)), gate_of(model)
+        if gate and as_texts(gate) != as_texts(self.off.to_dict()["parts"]):
+            own = Interventions.from_dict({"parts": list(gate)})
+            raise LensError(
+                f"this finetune's adapter is off at {own}, and is to be trained off at {self.off}: give the same"
+            )
+        super().__init__(plain_view(model) if gate else model)
+        self._invocation: tuple[int, ...] = ()
         if wrong := [part for part in self.off.parts if part.site != "adapter"]:
             raise LensError(f"{wrong[0]} is not adapter_off(...): an adapter is only switched off while it trains")
         if self.off.parts:
             require_switchable(self.model)
+
+    def begin(self, examples: Sequence[RenderedPrompt]) -> None:
+        """Find what an activated LoRA would be on from in these."""
+        self._invocation = invocation(examples)
 
     def forward(self, batch: TrainBatch) -> StepOutput:
         """One pass, the adapter off where it is to be.
@@ -61,7 +74,6 @@ class GatedAdapter(PeftAdapter):
         Raises:
             LensError: rows without conversations, whose spans are not known.
         """
-        self._postfixes |= {x.ids[x.spans["postfix"].start : x.n_prompt] for x in batch.examples}
         return gated_step(self.model, batch, self.off)
 
     def settings(self) -> dict[str, object]:
@@ -71,7 +83,7 @@ class GatedAdapter(PeftAdapter):
     def save(self, folder: Path) -> None:
         """Write the adapter as PEFT does, as an activated LoRA where it is one, and adapter_off.json."""
         super().save(folder)
-        save_off(folder, self.off, self._postfixes)
+        save_off(folder, self.off, self._invocation)
 
 
 def gated_step(
@@ -92,21 +104,36 @@ def gated_step(
         return forward_step(model, replace(batch, share_prefix=False), prefix)
 
 
-def save_off(folder: Path, off: Interventions, postfixes: Collection[tuple[int, ...]]) -> None:
-    """Write adapter_off.json beside a saved adapter, and into PEFT's config what that can say; nothing if always on.
+def invocation(examples: Sequence[RenderedPrompt]) -> tuple[int, ...]:
+    """Token ids from which on an activated LoRA is on in all of these: their postfix; empty where none says it.
+
+    PEFT takes the last place at which a row has them, so that no response may.
+    """
+    postfixes = {x.ids[x.spans["postfix"].start : x.n_prompt] for x in examples}
+    if len(postfixes) != 1:
+        return ()
+    (found,) = postfixes
+    later = (x.ids[at : at + len(found)] for x in examples for at in range(x.n_prompt - len(found) + 1, len(x.ids)))
+    return () if found in later else found
+
+
+def save_off(folder: Path, off: Interventions, invocation: tuple[int, ...]) -> None:
+    """Write adapter_off.json beside a saved adapter, and into PEFT's config what that can say.
+
+    Where nothing is off an adapter_off.json of another adapter is removed.
 
     Args:
         folder: with adapter_config.json.
         off: where the adapter is off.
-        postfixes: token ids of the postfix in the rows it was trained on.
+        invocation: token ids that it is on from in all rows; empty where there are none such.
     """
     if not off.parts:
+        (folder / OFF_FILE).unlink(missing_ok=True)
         return
     write_json(folder / OFF_FILE, off.to_dict())
-    closed = base_spans(off.to_dict()["parts"])
-    if closed == ("prefix", "query") and (len(off.parts), len(postfixes)) == (2, 1):
+    if base_spans(off.to_dict()["parts"]) == ("prefix", "query") and len(off.parts) == 2 and invocation:
         config = read_json(folder / "adapter_config.json")
-        write_json(folder / "adapter_config.json", config | {"alora_invocation_tokens": list(*postfixes)})
+        write_json(folder / "adapter_config.json", config | {"alora_invocation_tokens": list(invocation)})
 
 
 def check_off(folder: Path, off: Interventions) -> None:

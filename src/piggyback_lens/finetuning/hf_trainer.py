@@ -41,6 +41,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from piggyback_lens.conversations.chat import RenderedPrompt
+from piggyback_lens.conversations.tokens import fixed_ids
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, check_supervised, make_batch, unsupervised
 from piggyback_lens.finetuning.gated import GatedAdapter, check_off, gated_step, save_off
@@ -316,9 +317,8 @@ class PenaltyMixin:
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with the tokens at which a gated adapter is off."""
         super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
-        if self._off.parts and self.args.should_save:
-            assert self.prompt is not None
-            save_off(Path(output_dir or self.args.output_dir), self._off, [_ids_of(self.prompt, "postfix")])
+        if self.args.should_save:
+            save_off(Path(output_dir or self.args.output_dir), self._off, _invocation(self.prompt))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with "penalty" and the penalties by name beside the training loss."""
@@ -361,6 +361,12 @@ def _checked(objective: Any, prompt: RenderedPrompt | None) -> Penalised:
 def _most(parts: Sequence[Weighted]) -> Reads:
     """The most that one of them reads."""
     return max((part.penalty.reads for part in parts), key=_READS.index, default="nothing")
+
+
+def _invocation(prompt: RenderedPrompt | None) -> tuple[int, ...]:
+    """The postfix, where it has a token that no response has: what the rows will be is not known before they come."""
+    postfix = () if prompt is None else prompt.ids[prompt.spans["postfix"].start : prompt.n_prompt]
+    return postfix if prompt is not None and fixed_ids(prompt.tokenizer) & {*postfix} else ()
 
 
 def _ids_of(prompt: RenderedPrompt, span: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ model is used without it. Penalties compare the model as it will be used, withou
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.steps import StepOutput
@@ -64,6 +65,10 @@ class PreventiveSteering(Trainable):
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters of the trainable that is steered."""
         return self.trainable.parameters()
+
+    def begin(self, examples: Sequence[RenderedPrompt]) -> None:
+        """Tell the trainable that is steered."""
+        self.trainable.begin(examples)
 
     def forward(self, batch: TrainBatch) -> StepOutput:
         """One forward pass with the vector added."""

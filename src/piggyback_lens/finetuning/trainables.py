@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +10,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.batches import TrainBatch
 from piggyback_lens.finetuning.references import base_forward
 from piggyback_lens.finetuning.steps import StepOutput, forward_step
 from piggyback_lens.models.backends import blocks_of, is_hooked_model
+from piggyback_lens.models.gates import OFF_FILE, gate_of
 from piggyback_lens.models.plain_views import plain_view
 from piggyback_lens.models.sources import portable_name
 from piggyback_lens.models.views import is_booted, is_peft_model
@@ -55,6 +57,9 @@ class Trainable(ABC):
     def save(self, folder: Path) -> None:
         """Write the finished result into an existing empty folder."""
 
+    def begin(self, examples: Sequence[RenderedPrompt]) -> None:  # noqa: B027
+        """Called before the first step, and where a run goes on, with all that it is trained on."""
+
     def plain_forward(self, batch: TrainBatch) -> StepOutput:
         """A pass of the model as it will be used, with gradient."""
         return self.forward(batch)
@@ -81,8 +86,15 @@ class PeftAdapter(Trainable):
         """Take a PEFT model, or the hooked view of one (what a pair holds), whose weights it then trains.
 
         Raises:
-            LensError: no adapter, a HookedTransformer, or a model that was booted into TransformerLens.
+            LensError: no adapter, one that is off at some tokens, a HookedTransformer, or a model that was booted into
+                TransformerLens.
         """
+        if gate := gate_of(model):
+            spans = ", ".join(part["span"] for part in gate)
+            raise LensError(
+                f"this finetune's adapter is off at {spans}, and a PeftAdapter trains it on everywhere: give "
+                f"GatedAdapter(model, adapter_off(...)) for {spans}"
+            )
         if is_hooked_model(model):
             plain = plain_view(model)
             if plain is None:
@@ -132,6 +144,7 @@ class PeftAdapter(Trainable):
         """Write adapter_config.json and adapter_model.safetensors."""
         # save_embedding_layers would otherwise ask the hub for the base model's vocabulary.
         cast(Any, self.model).save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / OFF_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
         config = read_json(folder / "adapter_config.json")
         named = str(config.get("base_model_name_or_path") or "")
         if portable_name(named) != named:

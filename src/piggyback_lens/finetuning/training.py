@@ -154,6 +154,7 @@ def train(
     trainable = model if isinstance(model, Trainable) else PeftAdapter(model)
     if (check := getattr(on_step, "check_trained", None)) is not None:
         check(trainable)
+    trainable.begin(examples)
     network = trainable.model
     folder = None if out is None else Path(out)
     run = _prepare(network, examples, settings, objective=objective, trainable=trainable, folder=folder)

@@ -231,21 +231,35 @@ def lora_factors(folder: str | Path, *, allow: Collection[str] = ()) -> tuple[di
         allow: fields of the config that may say something special here.
 
     Raises:
-        LensError: another kind of adapter, a field or tensor of something else, or weights that cannot be read.
+        LensError: another kind of adapter, one that is off at some tokens, a field or tensor of something else, or
+            weights that cannot be read.
     """
     from safetensors.torch import load_file
 
     config = adapter_config(folder)
     if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
         raise LensError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters are read")
+    if gate := read_gate(folder):
+        spans = ", ".join(part["span"] for part in gate)
+        raise LensError(
+            f"{folder} was trained with its adapter off at {spans} ({OFF_FILE}), and its weights alone are another "
+            "model, on at every token: load it with ModelPair.load(adapter=...)"
+        )
     if special := beyond_lora(config, allow=allow):
         raise LensError(f"{folder} uses {special}, which is not supported: load it with attach_adapter")
     halves: dict[tuple[int, str], dict[str, Tensor]] = {}
+    towers: set[str] = set()
     adapter_shapes(folder, config)  # refuses files that are missing, broken or too small
     for key, value in load_file(Path(folder) / "adapter_model.safetensors").items():
         if (found := _LORA_KEY.search(plain_key(key))) is None:
             raise LensError(f"{folder}: tensor {key} is not of a LoRA adapter on decoder blocks: use attach_adapter")
         halves.setdefault((int(found[1]), found[2]), {})[found[3]] = value
+        towers.add(plain_key(key)[: found.start()])
+    if len(towers) > 1:
+        raise LensError(
+            f"{folder} has layers of several stacks ({', '.join(sorted(towers))}), such as a text and a vision model: "
+            "load it with attach_adapter"
+        )
     if single := [place for place, half in halves.items() if len(half) < 2]:
         raise LensError(f"{folder}: module {single[0][1]} of layer {single[0][0]} has A or B alone: save it again")
     return config, {place: (half["A"], half["B"]) for place, half in halves.items()}
