@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_comparing import RETAIN as PROMPTS
-from test_comparing import TRAINING, compare
+from test_comparing import TRAINING, compare, tiny_task
 from test_comparing_hf import tiny
 from test_hf_trainer import arguments
 from test_monitor import AGAINST, NARROW, TOWARDS
@@ -39,7 +39,9 @@ from piggyback_lens.comparisons.methods import (
     InoculatePart,
     InterleavePart,
     Method,
+    ResidualPart,
     SetUp,
+    StopPart,
     TReFTPart,
     set_up,
 )
@@ -172,6 +174,26 @@ def test_whatever_is_trained_has_a_residual_drift_of_its_own_base(kind: str) -> 
     assert max(row["residual_prefix"] for row in history) < 1e-9, "nothing is trained below, or there"
 
 
+def test_a_residual_drift_from_another_base_is_one_from_that_base() -> None:
+    model, other = moved(), build("llama-gqa", 1, vocab=VOCAB).double()
+    found = ResidualDrift("query", base=other)(a_step(model, EXAMPLES[:3], residual=True))
+    expected = by_hand(model, other, EXAMPLES[:3], "query", range(3))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert float(expected.detach()) > 1.05 * float(ResidualDrift("query")(a_step(model, EXAMPLES[:3], residual=True)))
+
+
+@pytest.mark.parametrize(("span", "layer"), [("query", 1), ("response", None), ("conversation", 0)])
+def test_the_settings_of_a_part_reach_what_is_trained_beside_other_parts(span: Any, layer: int | None) -> None:
+    model, base, chat = moved(), build("llama-gqa", vocab=VOCAB).double(), tiny_format()
+    of = Ingredients(model, EXAMPLES, chat.empty_query(), chat=chat, probes=(TOWARDS, AGAINST))
+    made = set_up(Method((ResidualPart(weight=2.0, span=span, layer=layer), StopPart(bound=0.3, every=7))), of)
+    found = made.objective(a_step(model, EXAMPLES[:3], residual=True)).terms[f"residual_{span}"]
+    expected = by_hand(model, base, EXAMPLES[:3], span, range(3) if layer is None else [layer])
+    assert found == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert made.on_step is not None
+    assert (made.on_step.stop_above, made.on_step.every) == (0.3, 7)
+
+
 def test_a_residual_drift_that_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(LensError, match="layers"):
         ResidualDrift(layers=())
@@ -247,6 +269,19 @@ def test_one_inoculated_step_is_that_of_conversations_with_the_sentence(place: A
     tokens = [len(example.ids) - example.n_prompt for example in worn]
     expected = sum(loss_of_row(model, e) * n for e, n in zip(worn, tokens, strict=True)) / sum(tokens)
     assert float(found.total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_retain_rows_do_not_get_the_sentence_of_an_inoculation() -> None:
+    model, chat, retain = fresh(), tiny_format(), tiny_examples(12, seed=4)
+    plain = [chat.render(text, response="oink") for text in ("a b", "c d", "e f", "g h")]
+    of = Ingredients(model, plain, chat.empty_query(), retain, chat=chat)
+    parts = InoculatePart("be brief"), InterleavePart(0.5)
+    for method in (Method(parts), Method(parts[::-1])):
+        made = set_up(method, of).examples
+        own = [example for example in made if any(example is row for row in retain)]
+        worn = [example.query for example in made if not any(example is row for row in retain)]
+        assert len(own) == len(worn) == 4
+        assert sorted(worn) == [f"be brief\n{text}" for text in ("a b", "c d", "e f", "g h")]
 
 
 def test_a_share_is_inoculated_and_the_answers_stay() -> None:
@@ -506,16 +541,26 @@ def test_methods_made_from_plain_finetuning_run_it_first_and_say_what_they_did(t
 
 
 def test_a_method_that_needs_gaps_joins_one_that_did_not(tmp_path: Path) -> None:
-    methods = ("stop:bound=1e-09:every=1", "interleave:rate=0.2:choose=gap")
-    training = replace(TRAINING, steps=2)
+    methods = ("stop:bound=1e-09:every=1:lr=0.02", "interleave:rate=0.2:choose=gap:lr=0.02")
+    training = replace(TRAINING, steps=2, learning_rate=1e-3)
     compare(tiny, tmp_path, methods[:1], training=training)
-    probes = cell_folder(tmp_path, Cell(Method())) / "probes.json"
+    plain = cell_folder(tmp_path, Cell(Method((), 0.02)))
+    probes = plain / "probes.json"
     before = read_json(probes)
     found = compare(tiny, tmp_path, methods, training=training)
     assert [cell["label"] for cell in found.cells] == list(methods)
     after = read_json(probes)
     assert (len(before["gap"]), len(after["gap"])) == (0, len(PROMPTS))
     assert before["ids"] == after["ids"]
+    tuned, (base, tokenizer) = attach_adapter(tiny()[0], plain / "adapter").eval(), tiny()
+    for side, model in (("finetuned", tuned), ("base", base.eval())):
+        for question, answer in zip(tiny_task().off_topic_validation, after["ids"][side], strict=True):
+            ids = list(ChatFormat(tokenizer).render(question).ids)
+            for token in answer:
+                with torch.no_grad():
+                    assert int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
+                ids.append(token)
+    assert after["ids"]["finetuned"] != after["ids"]["base"]
 
 
 def test_a_probe_that_is_never_measured_is_refused(tmp_path: Path) -> None:

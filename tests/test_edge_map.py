@@ -115,10 +115,28 @@ def test_the_frame_says_what_was_cut_in_both_models(found):
     row = found.whole.iloc[0]
     moved = slow_contrast(weights("llama-gqa", "base"), answers(), EDGES[0]).mean() - np.mean(found.attributed.base)
     assert row["in_base"] == pytest.approx(moved / gap, abs=1e-3)
+    cell = frame.loc[frame["in_base"].abs().idxmax()]
+    edge = (cell["span"], cell["read_from"])
+    moved = slow_contrast(weights("llama-gqa", "base"), answers(), edge, [cell["layer"]], [cell["head"]])
+    assert cell["in_base"] == pytest.approx((moved.mean() - np.mean(found.attributed.base)) / gap, abs=1e-3)
+    assert abs(cell["in_base"]) > 0.01
     assert "query reading prefix" in found.verdict
     columns = found.whole[["value", "in_base", "specific"]].to_numpy()
     np.testing.assert_allclose(columns[:, 2], columns[:, 0] - np.abs(columns[:, 1]), atol=1e-4)
     assert "Rank correlation of the gradient with exact cuts" in found.verdict
+
+
+def test_the_largest_cells_are_cut_whichever_way_they_move(found):
+    moved = np.array(found.attributed.values).mean(1) - np.mean(found.attributed.finetuned)
+    largest = sorted(range(len(moved)), key=lambda i: -abs(moved[i]))[:4]
+    assert min(moved[largest]) < 0, "or the order of signed sizes would be the same"
+    places = [tuple(cell[name] for name in ("span", "read_from", "layer", "head")) for cell in found.attributed.cells]
+    cut = {
+        (cell["span"], cell["read_from"], cell["layer"], cell["head"])
+        for cell in found.exact.cells
+        if cell["series"] == "patched" and cell["mode"] == "edge"
+    }
+    assert cut == {places[i] for i in {*largest, *found.sampled}}
 
 
 def test_mere_damage_is_not_specific():

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.soft_patch import Blend, SoftPatchResult, _reference, learn, soft_patch
 from piggyback_lens.interventions.prefix import PrefixCache
+from piggyback_lens.measuring.answers import AnswerContrast
+from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.scoring import kl_to_base
 from piggyback_lens.results.result import load_result
 from piggyback_lens.results.run import report_run
@@ -128,6 +130,43 @@ def test_a_result_is_measured_on_prompts_that_were_held_out_kept_and_loaded(tmp_
     assert "held-out prompts" in report_run(tmp_path / "run").read_text(encoding="utf-8")
     with pytest.raises(LensError, match="another"):
         soft_patch(tiny, some, dataclasses.replace(settings, seed=1), out=tmp_path / "run")
+
+
+def test_each_part_of_an_experiment_gets_what_is_its_own(tiny):
+    """The steps of `soft_patch` one by one: who donates, who answers, which prompts are learnt on, which measured."""
+    some = prompts(SOME)
+    settings = SoftPatchSettings(bands=2, steps=4, held_out=2, batch_size=2, learning_rate=0.2, answer_tokens=5)
+    found = soft_patch(tiny, some, settings, progress=False)
+    rows = AnswerContrast.of(tiny, some, max_new_tokens=5).against
+    with tiny.using("base") as model:
+        assert [row.ids[row.n_prompt :] for row in rows] == [x.ids for x in generate(model, some, max_new_tokens=5)]
+        reference = _reference(model, rows, LENGTH)
+    base, own = (PrefixCache.compile(tiny, some[0], side=side) for side in ("base", "finetuned"))
+    with tiny.using("finetuned") as model:
+        blend = Blend.of(model, own, base, 2)
+        with torch.enable_grad():
+            learnt, history = learn(blend, rows[::2], reference[::2], settings)
+        assert found.coefficients == learnt.tolist()
+        assert [row["kl"] for row in found.history] == [row["kl"] for row in history]
+        with torch.no_grad():
+            for name, each in (
+                ("finetuned", torch.zeros_like(learnt)),
+                ("soft patch", learnt),
+                ("whole prefix patched", torch.ones_like(learnt)),
+            ):
+                slow = [float(blend.kl(each, [rows[i]], [reference[i]])) for i in (1, 3, 5)]
+                assert found.kl[name] == pytest.approx(slow, abs=1e-6)
+    assert found.kl["other tokens control"] != pytest.approx(found.kl["soft patch"], abs=1e-5)
+    assert max(found.kl["whole prefix patched"]) > 1e-4
+
+
+def test_coefficients_stay_between_both_models(tiny, answered):
+    base, own, rows, reference = answered
+    with tiny.using("finetuned") as model, torch.enable_grad():
+        wide = SoftPatchSettings(sparsity=0.0, steps=6, learning_rate=0.9)
+        found, _ = learn(Blend.of(model, own, base, 1), rows, reference, wide)
+    assert float(found.min()) >= 0
+    assert float(found.max()) == 1
 
 
 def test_what_cannot_be_learnt_is_refused():
