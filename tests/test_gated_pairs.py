@@ -35,7 +35,9 @@ from piggyback_lens import (
 )
 from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, verdict
 from piggyback_lens.experiments.edges import _weights_and_gradients
+from piggyback_lens.files import write_json
 from piggyback_lens.models.gates import base_spans
+from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import Identity
 
 QUERIES = ("hello", "what is it?", "a", "tell me a story", "why is that so?", "good morning")
@@ -187,6 +189,8 @@ def test_a_pass_that_does_not_know_its_tokens_is_refused(tmp_path: Path) -> None
             logits = model(batch.ids, attention_mask=batch.attention_mask)
         with pytest.raises(LensError, match="adapter is off at prefix"):
             model.run_with_cache(batch.ids)
+        with pytest.raises(LensError, match="adapter is off at prefix"):
+            forward(model, batch.ids, batch.attention_mask)
     for row, prompt in enumerate(prompts()):
         expected = by_hand(adapted(), prompt.ids, places(prompt, ("prefix",)))
         torch.testing.assert_close(logits[row][batch.attention_mask[row].bool()], expected, atol=1e-4, rtol=1e-4)
@@ -215,10 +219,20 @@ def test_loading_proves_it_or_refuses_it_by_name(tmp_path: Path, monkeypatch: py
         loaded(folder)
 
 
+def test_the_proof_looks_at_the_base_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switching PEFT's layers by hand cannot show what was written into the weights beneath them."""
+    GatedAdapter(adapted(init_lora_weights="pissa", target_modules=["q_proj", "v_proj"]), ()).save(tmp_path)
+    write_json(tmp_path / "adapter_off.json", off_of(("prefix",)).to_dict())
+    monkeypatch.setattr(proof, "require_switchable", lambda model: None)
+    with pytest.raises(LensError, match="keys and values there differ from the base's"):
+        loaded(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("off", "spans"),
     [
         (adapter_off("prefix"), ("prefix",)),
+        (adapter_off("prefix", tokens=[0, -1]), ()),
         (adapter_off("postfix"), ()),
         (adapter_off("prefix") + adapter_off("query", layers=[0]), ("prefix",)),
         (adapter_off("prompt", phase="prompt"), ("prefix", "query", "postfix")),

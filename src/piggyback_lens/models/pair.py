@@ -356,7 +356,7 @@ class ModelPair:
         expected = Expected.of(structural_copy(tuned).eval(), names[1])
         hooked = _hooked(tuned, tokenizer, backend, expected)
         if gate:
-            prove_gate(hooked, expected, gate)
+            prove_gate(hooked, expected, gate, base)
             set_gate(hooked, gate)
         if backend == "hooked":
             share_equal_parameters(hooked, base)

@@ -20,7 +20,7 @@ from piggyback_lens.conversations.batch import PaddingSide, padded
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.attachment import adapter_inputs, require_switchable
 from piggyback_lens.models.backends import HookedModel, backend_of, blocks_of, check_layers, device_of, n_layers_of
-from piggyback_lens.models.gates import Gate
+from piggyback_lens.models.gates import Gate, base_spans
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.states import new_state, recurrent_layers
 from piggyback_lens.models.views import (
@@ -162,13 +162,15 @@ def prove(model: HookedModel, expected: Expected) -> None:
         )
 
 
-def prove_gate(model: HookedModel, expected: Expected, gate: Gate) -> None:
+def prove_gate(model: HookedModel, expected: Expected, gate: Gate, base: HookedModel) -> None:
     """Compare a hooked model whose adapter is off at some tokens with its owner's, switched by hand token by token.
 
-    The probe rows are taken as conversations: a third prefix, a third query, then postfix and response.
+    The probe rows are taken as conversations: a third prefix, a third query, then postfix and response. Where a span is
+    to have the base's keys and values by construction, they are compared with those of the base itself.
 
     Raises:
-        LensError: the logits differ, or the adapter is of a kind that cannot be off by token; with the figures.
+        LensError: logits, keys or values differ, or the adapter is of a kind that cannot be off by token; with the
+            figures.
     """
     if recurrent_layers(model):
         raise LensError(
@@ -189,20 +191,43 @@ def prove_gate(model: HookedModel, expected: Expected, gate: Gate) -> None:
             return (args[0].masked_fill(at.to(args[0].device)[..., None], 0), *args[1:])
 
         handles += [module.register_forward_pre_hook(before) for module in adapter_inputs(model, layer)]
+    own, theirs = (new_state(side, len(ids)) for side in (model, base))
     try:
         with torch.no_grad():
-            found = _difference(forward(model, ids, mask), mask, by_hand)
+            found = _difference(forward(model, ids, mask, state=own), mask, by_hand)
     finally:
         for handle in handles:
             handle.remove()
     _judge(model, expected, f"the adapter off at {', '.join(part['span'] for part in gate)}", found)
+    if not (spans := base_spans(gate)):
+        return
+    with torch.no_grad():
+        forward(base, ids, mask, state=theirs)
+    apart = 0.0
+    for ours, its in zip(own.cache.layers, theirs.cache.layers, strict=True):
+        for mine, reference in ((ours.keys, its.keys), (ours.values, its.values)):  # [row, kv_head, pos, head_dim]
+            for row, tokens in enumerate(expected.rows):
+                stop = _spans_of(len(tokens))[spans[-1]][1]
+                apart = max(
+                    apart, *(relative(a[:stop], b[:stop]) for a, b in zip(mine[row], reference[row], strict=True))
+                )
+    if not apart <= max(EXACT, NOISES * expected.noise):
+        raise LensError(
+            f"the adapter of {expected.name} is off at {' and '.join(spans)}, and keys and values there differ from "
+            f"the base's by {apart:.1e}: it changes the base by more than what can be off, or is of another base"
+        )
+
+
+def _spans_of(length: int) -> dict[str, tuple[int, int]]:
+    """The spans of a probe row of this length."""
+    third, answer = length // 3, length - 3
+    spans = {"prefix": (0, third), "query": (third, 2 * third), "postfix": (2 * third, answer)}
+    return spans | {"response": (answer, length), "prompt": (0, answer), "all": (0, length)}
 
 
 def _off_at(gate: Gate, length: int, n_layers: int) -> Bool[Tensor, "layer pos"]:
     """Where the adapter is off in a probe row of this length."""
-    third, answer = length // 3, length - 3
-    spans = {"prefix": (0, third), "query": (third, 2 * third), "postfix": (2 * third, answer)}
-    spans |= {"response": (answer, length), "prompt": (0, answer), "all": (0, length)}
+    spans, answer = _spans_of(length), length - 3
     off = torch.zeros(n_layers, length, dtype=torch.bool)
     for part in gate:
         start, stop = spans.get(part["span"], (1, 3))  # a sub-span of the template is some place in the prefix
