@@ -191,10 +191,10 @@ def prove_gate(model: HookedModel, expected: Expected, gate: Gate, base: HookedM
             return (args[0].masked_fill(at.to(args[0].device)[..., None], 0), *args[1:])
 
         handles += [module.register_forward_pre_hook(before) for module in adapter_inputs(model, layer)]
-    own, theirs = (new_state(side, len(ids)) for side in (model, base))
+    left, reference = (new_state(side, len(ids)) for side in (model, base))
     try:
         with torch.no_grad():
-            found = _difference(forward(model, ids, mask, state=own), mask, by_hand)
+            found = _difference(forward(model, ids, mask, state=left), mask, by_hand)
     finally:
         for handle in handles:
             handle.remove()
@@ -202,15 +202,13 @@ def prove_gate(model: HookedModel, expected: Expected, gate: Gate, base: HookedM
     if not (spans := base_spans(gate)):
         return
     with torch.no_grad():
-        forward(base, ids, mask, state=theirs)
+        forward(base, ids, mask, state=reference)
     apart = 0.0
-    for ours, its in zip(own.cache.layers, theirs.cache.layers, strict=True):
-        for mine, reference in ((ours.keys, its.keys), (ours.values, its.values)):  # [row, kv_head, pos, head_dim]
+    for ours, theirs in zip(left.cache.layers, reference.cache.layers, strict=True):
+        for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):  # [row, kv_head, pos, head_dim]
             for row, tokens in enumerate(expected.rows):
                 stop = _spans_of(len(tokens))[spans[-1]][1]
-                apart = max(
-                    apart, *(relative(a[:stop], b[:stop]) for a, b in zip(mine[row], reference[row], strict=True))
-                )
+                apart = max(apart, *(relative(a[:stop], b[:stop]) for a, b in zip(one[row], other[row], strict=True)))
     if not apart <= max(EXACT, NOISES * expected.noise):
         raise LensError(
             f"the adapter of {expected.name} is off at {' and '.join(spans)}, and keys and values there differ from "
