@@ -1,16 +1,20 @@
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_adapters
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tiny_chat import VOCAB, tiny_examples, tiny_format
 from tiny_models import build
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from piggyback_lens.conversations.chat import RenderedPrompt
 from piggyback_lens.errors import LensError
@@ -691,3 +695,48 @@ def test_another_weight_reference_or_vector_is_another_run(tmp_path: Path) -> No
     again = fresh()
     with pytest.raises(LensError, match=r"another run: .*steering"):
         start(tmp_path / "b", model=PreventiveSteering(PeftAdapter(again), -VECTOR, layer=1))
+
+
+# --- a base that is not there any more ---------------------------------------------------------------------
+
+
+def unfrozen(model: nn.Module) -> nn.Module:
+    """A LoRA beside an embedding that is trained too."""
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.get_input_embeddings().weight.requires_grad_(True)
+    return wrapped
+
+
+WRITES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bias": lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], bias="all")),
+    "init_lora_weights": lambda model: get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    ),
+    "embed_tokens": unfrozen,
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_base_that_was_written_to_is_asked_for_and_not_taken_from_the_adapter_switched_off(kind: str) -> None:
+    base = build("llama-bias", vocab=VOCAB)
+    frozen = deepcopy(base)
+    model, batch = WRITES[kind](base), make_batch(EXAMPLES[:2])
+    with pytest.raises(LensError, match=f"{kind}.*base="):
+        base_forward(model, batch)
+    with pytest.raises(LensError, match=f"{kind}.*base="):
+        TReFT.on(model, EXAMPLES[0])
+    with pytest.raises(LensError, match=f"{kind}.*base="):
+        train(model, EXAMPLES, SETTINGS, objective=Penalised((Weighted(KLOnTrain(), 1.0),)), progress=False)
+    penalties = KLOnTrain(frozen), TReFT.on(model, EXAMPLES[0], base=frozen)
+    for penalty in penalties:
+        found = train(model, EXAMPLES, SETTINGS, objective=Penalised((Weighted(penalty, 1e-9),)), progress=False)
+        assert found.history[-1][penalty.name] > 0
+    assert torch.equal(base_forward(model, batch, frozen).logits, forward_step(frozen, batch).logits)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("kind", [kind for kind in tiny_adapters.KINDS if "bias" not in kind])
+def test_every_other_adapter_switched_off_is_the_base(kind: str) -> None:
+    base, wrapped = tiny_adapters.build(kind)
+    batch = make_batch(EXAMPLES[:2])
+    assert_close(base_forward(wrapped, batch).logits, forward_step(base, batch).logits)

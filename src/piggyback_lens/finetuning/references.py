@@ -16,7 +16,8 @@ from piggyback_lens.finetuning.batches import TrainBatch, unsupervised
 from piggyback_lens.finetuning.steps import Step, StepOutput, forward_step
 from piggyback_lens.interventions.prefix import PrefixCache, TemplateSpan
 from piggyback_lens.maths import relative_kv_drift
-from piggyback_lens.models.views import adapter_off, evaluating, has_adapter
+from piggyback_lens.models.peft_adapters import refuse_lost_base
+from piggyback_lens.models.views import adapter_layers, adapter_off, adapter_parameters, evaluating, has_adapter
 
 SpanName = Literal["prefix", "query", "postfix", "all"]
 """A part of the prompt; "all" is the whole prompt. The response is never part of it."""
@@ -65,9 +66,11 @@ def kv_reference(
         base: another model to run instead.
 
     Raises:
-        LensError: no such span, the span is empty in this template, or (postfix) the model's fused projections hide its
-            keys before the rotary embedding.
+        LensError: no such span, the span is empty in this template, (postfix) the model's fused projections hide its
+            keys before the rotary embedding, or a PEFT model that writes into its base, without a `base`.
     """
+    if base is None and has_adapter(model):
+        _require_untouched_base(model)
     if span not in get_args(TemplateSpan):
         raise LensError(f"span {span!r} has no fixed tokens to take a reference from; use 'prefix' or 'postfix'")
     where = example.span(span)
@@ -103,18 +106,26 @@ def base_forward(model: nn.Module, batch: TrainBatch, base: nn.Module | None = N
     """The base's pass of a batch, without gradient: `base`, or `model` without its adapter.
 
     Raises:
-        LensError: a model whose own weights are trained, without a `base`.
+        LensError: a model whose own weights are trained (also beside an adapter) or were moved into its adapter,
+            without a `base`.
     """
     if base is not None:
         with evaluating(base):
             return forward_step(base, batch)
-    if not has_adapter(model) and any(value.requires_grad for value in model.parameters()):
-        raise LensError(
-            f"the weights of this {type(model).__name__} are trained, so it cannot give the base's outputs; "
-            "pass base=, a frozen copy of the model before training"
-        )
+    _require_untouched_base(model)
     with adapter_off(model), evaluating(model):
         return forward_step(model, batch)
+
+
+def _require_untouched_base(model: nn.Module) -> None:
+    refuse_lost_base(model)
+    own = {id(value) for part in adapter_layers(model).values() for value in adapter_parameters(part)}
+    written = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]
+    if written:
+        raise LensError(
+            f"weights of this {type(model).__name__} itself are trained, such as {written[0]}, so it cannot give the "
+            "base's outputs; pass base=, a frozen copy of the model before training"
+        )
 
 
 def base_of(step: Step, batch: TrainBatch, base: nn.Module | None = None) -> StepOutput:

@@ -271,14 +271,39 @@ def linear_weights(
 
 
 def other_differences(one: Any, other: Any, known: Mapping[tuple[int, Module], Tensor]) -> list[str]:
-    """Names of parameters in which two models differ, those of `known` (of the first) left out."""
+    """What differs between two models beside the weights of `known` (of the first): tensors by name, and settings.
+
+    A tensor that only one of them has differs, such as a bias, or an output layer that the other ties to its embedding.
+    """
     left_out = {id(weight) for weight in known.values()}
-    theirs = dict(core_of(other).named_parameters())
-    return [
-        name
-        for name, own in core_of(one).named_parameters()
-        if id(own) not in left_out and not (name in theirs and torch.equal(own.cpu(), theirs[name].cpu()))
-    ]
+    own, theirs = (_named(model) for model in (one, other))
+    skipped = {name for name, value in own.items() if id(value) in left_out}
+    names = [name for name in dict.fromkeys([*own, *theirs]) if name not in skipped]
+    found = [name for name in names if not _same(own.get(name), theirs.get(name))]
+    a, b = (_function_settings(core_of(model)) for model in (one, other))
+    return found + [f"config.{name}" for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
+
+
+def _named(model: Any) -> dict[str, Tensor]:
+    core: Any = core_of(model)
+    return dict(core.named_parameters(remove_duplicate=False)) | dict(core.named_buffers(remove_duplicate=False))
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one.cpu(), other.cpu())
+
+
+_NOT_THE_FUNCTION = (
+    "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "max_position_embeddings", "pad_token_id",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+)  # fmt: skip
+"""Of a config; whether embeddings are tied is seen in the tensors."""
+
+
+def _function_settings(model: Any) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {name: value for name, value in fields.items() if name[0] != "_" and name not in _NOT_THE_FUNCTION}
 
 
 def _weight_of(model: HookedModel | nn.Module, layer: int, module: Module) -> Tensor:

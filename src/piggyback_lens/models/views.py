@@ -85,6 +85,14 @@ def adapter_layers(model: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
 
 
+def adapter_parameters(layer: Any) -> Iterator[nn.Parameter]:
+    """What a layer of PEFT adds to the module that it was put on."""
+    for name in layer.adapter_layer_names:
+        found = getattr(layer, name, None)
+        if isinstance(found, nn.Module):
+            yield from found.parameters()
+
+
 def without_adapters(peft_model: Any) -> Any:
     """A structural copy of a PEFT model with every adapter layer replaced by the module that it was put on.
 

@@ -63,7 +63,7 @@ def save_peft(
 
 
 def load_peft(folder: str | Path) -> LoRAAdapter:
-    """Read a PEFT LoRA adapter of q k v o gate up down modules.
+    """Read a PEFT LoRA adapter of q k v o gate up down modules, in float32 as PEFT holds it.
 
     Raises:
         LensError: not such an adapter; the message names the field or tensor that does not fit.
@@ -78,7 +78,7 @@ def load_peft(folder: str | Path) -> LoRAAdapter:
                 f"{folder}: {path} of layer {layer} is not a {'/'.join(MODULES)} module: load it with attach_adapter"
             )
         place: Any = (layer, found[1])
-        a[place], b[place] = narrow, wide
+        a[place], b[place] = narrow.float(), wide.float()
     provenance = Provenance(
         f"PEFT adapter {folder.name}", settings={"base_model": config.get("base_model_name_or_path")}
     )

@@ -106,7 +106,7 @@ class LoRAAdapter:
         """A full finetune as an adapter: the difference of its linear weights, cut to a rank by its singular values.
 
         With full rank base and adapter are the finetuned model, if nothing but these weights was changed; what else
-        differs (norms, biases, embeddings) is named in a warning.
+        differs (norms, biases, embeddings, an output layer of its own, the configuration) is named in a warning.
 
         Args:
             base: transformers model, or bridge.
@@ -124,10 +124,15 @@ class LoRAAdapter:
         ours, theirs = (linear_weights(model, chosen, modules) for model in (base, finetuned))
         if {p: w.shape for p, w in ours.items()} != {p: w.shape for p, w in theirs.items()}:
             raise LensError("base and finetuned have linear weights of different sizes: they are no pair")
+        if not ours:
+            raise LensError(
+                f"{type(base).__name__} has none of the modules {'/'.join(MODULES)} as linear layers of their own: "
+                "there is nothing that a LoRA of these modules could hold"
+            )
         width = rank or max(min(weight.shape) for weight in ours.values())
         a, b, kept, whole = {}, {}, 0.0, 0.0
         for place, weight in ours.items():
-            u, s, v = torch.linalg.svd((theirs[place] - weight).detach().float().cpu(), full_matrices=False)
+            u, s, v = torch.linalg.svd(_difference(theirs[place], weight), full_matrices=False)
             part = s[:width].sqrt()
             a[place] = torch.zeros(width, v.shape[1])
             b[place] = torch.zeros(u.shape[0], width)
@@ -142,7 +147,7 @@ class LoRAAdapter:
         return cls(a, b, float(width), provenance=Provenance(how))
 
     def __add__(self, other: "LoRAAdapter") -> "LoRAAdapter":
-        """An adapter that adds what both add; its rank is the sum of theirs.
+        """An adapter that adds what both add, in float32; its rank is the sum of theirs.
 
         Raises:
             LensError: adapters on different modules or layers.
@@ -150,8 +155,8 @@ class LoRAAdapter:
         if self.a.keys() != other.a.keys():
             raise LensError(f"{self!r} and {other!r} are on different modules: attached(model, a, b) adds such ones")
         places = self._places()
-        a = {p: torch.cat([self.a[p], other.a[p]]) for p in places}
-        b = {p: torch.cat([self.scale * self.b[p], other.scale * other.b[p]], dim=1) for p in places}
+        a = {p: torch.cat([self.a[p].float(), other.a[p].float()]) for p in places}
+        b = {p: torch.cat([self.scale * self.b[p].float(), other.scale * other.b[p].float()], dim=1) for p in places}
         return LoRAAdapter(a, b, float(self.rank + other.rank), provenance=Provenance("sum of two adapters"))
 
     def __sub__(self, other: "LoRAAdapter") -> "LoRAAdapter":
@@ -161,19 +166,21 @@ class LoRAAdapter:
     def without(self, direction: Direction) -> "LoRAAdapter":
         """The adapter that writes nothing along a direction of the residual stream: B ← B − v vᵀB on o and down.
 
-        Modules that do not write into the residual stream (q, k, v, gate, up) stay as they are.
+        In float32, since half precision leaves a hundredth of it. Modules that do not write into the residual stream
+        (q, k, v, gate, up) stay as they are.
 
         Args:
             direction: with a vector for each layer of the adapter, or one vector for all of them. Its length does not
                 count.
 
         Raises:
-            LensError: no module that writes into the residual stream, missing layers, or another width.
+            LensError: no module that writes into the residual stream, missing layers, another width, or a vector of
+                length zero, which is no direction.
         """
         writing = [place for place in self._places() if place[1] in ("o", "down")]
         if not writing:
             raise LensError(f"{self!r} has neither o nor down, the modules that write into the residual stream")
-        b = dict(self.b)
+        a, b = ({place: x.float() for place, x in part.items()} for part in (self.a, self.b))
         for layer, module in writing:
             if len(direction.layers) > 1 and layer not in direction.layers:
                 raise LensError(f"{direction!r} has no vector of layer {layer}: give one for each, or one for all")
@@ -181,10 +188,12 @@ class LoRAAdapter:
             old = b[layer, module]
             if len(vector) != len(old):
                 raise LensError(f"the direction has width {len(vector)}, {module} of layer {layer} writes {len(old)}")
+            if not vector.any():
+                raise LensError(f"{direction!r} has length zero at layer {layer}: it is no direction")
             unit = torch.nn.functional.normalize(vector.to(old.device, old.dtype), dim=0)
             b[layer, module] = old - torch.outer(unit, unit @ old)
         source = self.provenance or Provenance("an adapter of unknown origin")
-        return replace(self, b=b, provenance=replace(source, how=f"{source.how}; without a direction"))
+        return replace(self, a=a, b=b, provenance=replace(source, how=f"{source.how}; without a direction"))
 
     def __repr__(self) -> str:
         return (
@@ -232,8 +241,10 @@ class LoRAAdapter:
         return chosen | {"modules": list(self.modules), "layers": list(self.layers)}
 
     def delta(self, layer: int, module: Module) -> Float[Tensor, "d_out d_in"]:
-        """s·BA, what the adapter adds to the weight."""
-        return self.scale * (self.b[layer, module] @ self.a[layer, module])
+        """s·BA, what the adapter adds to the weight, in float32 or better."""
+        a, b = self.a[layer, module], self.b[layer, module]
+        at_least = torch.promote_types(a.dtype, torch.float32)
+        return self.scale * (b.to(at_least) @ a.to(at_least))
 
     def norm(self, over: NormOver = "sum") -> float:
         """Frobenius norm of s·BA, summed or averaged over the modules."""
@@ -309,3 +320,8 @@ class LoRAAdapter:
 
 Adapter = Direction | LoRAAdapter
 """What can be added to a model, trained and scaled: both have `tensors`, `scaled`, `noisy`, `random_like`, `norm`."""
+
+
+def _difference(new: Float[Tensor, "d_out d_in"], old: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    """In float32: half precision would round the small difference of two large weights once more."""
+    return new.detach().cpu().float() - old.detach().cpu().float()

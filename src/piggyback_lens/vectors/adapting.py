@@ -85,7 +85,7 @@ def _adding(vectors: Sequence[Tensor], owner: Tensor | None) -> Callable[[Tensor
 def _low_rank(
     a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], owner: Tensor | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    narrow, wide, scale = torch.stack(list(a)), torch.stack(list(b)), torch.tensor(scales, dtype=a[0].dtype)
+    narrow, wide, scale = torch.stack(list(a)), torch.stack(list(b)), torch.tensor(scales)  # never rounded to bfloat16
     if owner is not None:
         chosen = owner.to(narrow.device)
         narrow, wide, scale = narrow[chosen], wide[chosen], scale[owner.to(scale.device)]
