@@ -20,11 +20,12 @@ import piggyback_lens.comparisons.comparison_cells as cells_module
 from piggyback_lens import engines
 from piggyback_lens.comparisons.comparison import Comparison
 from piggyback_lens.comparisons.comparison_cells import check_cells, train_settings, training_examples
-from piggyback_lens.comparisons.comparison_plan import Cell, Plan, cell_folder, weights_fingerprint
+from piggyback_lens.comparisons.comparison_plan import Cell, Plan, cell_folder
 from piggyback_lens.comparisons.methods import Ingredients, InterleavePart, Method, TReFTPart, parse_method, set_up
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json, write_json
 from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.models.sources import weights_fingerprint
 from piggyback_lens.settings import CompareSettings
 
 

@@ -150,6 +150,49 @@ def test_what_never_spreads_has_no_onset_and_what_always_did_begins_before(tmp_p
     assert "at or before step 1" in always.verdict
 
 
+def made(spreads: dict[int, float], bound: float = 0.1, search: str = "all") -> OnsetResult:
+    """A result with these spreads, of three prompts that differ a little."""
+    rows = [[spread + nudge for nudge in (-0.01, 0.0, 0.01)] for spread in spreads.values()]
+    settings = {"bound": bound, "search": search, "names": {"base": "b", "finetuned": "f"}}
+    about = {"name": "contrast", "unit": "nats per token"}
+    return OnsetResult(tuple(spreads), rows, rows, [0.0] * 3, tuple(spreads), about, settings)
+
+
+def test_a_spread_that_falls_back_is_found_whatever_the_last_checkpoint_shows() -> None:
+    for last in (-0.02, -0.5):
+        found = made({10: 0.0, 20: 1.0, 30: 0.6, 40: last})
+        assert (found.onset, found.sign) == (20, 1)
+        assert "after step 10, by step 20: 1.00" in found.verdict
+        assert "not beyond it any more at step 40" in found.verdict
+    down = made({10: 0.0, 20: -1.0, 30: -1.2})
+    assert (down.onset, down.sign) == (20, -1)
+    assert [bool(x) for x in down.to_frame()["exceeds"]] == [False, True, True]
+    edge = made({10: 0.0, 20: -0.105, 30: -1.0})
+    assert edge.onset == 30  # the near end of its interval lies within the bound
+    alone = made({40: -0.02}, search="bisect")
+    assert alone.onset is None
+    assert "the earlier ones were not looked at" in alone.verdict
+    assert "looked at" not in made({10: 0.0, 40: 0.0}).verdict
+
+
+def test_a_search_from_the_first_finds_what_has_fallen_back_at_the_last(tmp_path: Path) -> None:
+    folder = saved(tmp_path, {2: 0.0, 4: 1.0, 6: 0.0})
+    asked = measure(ModelPair.load(base(), adapter=folder / "checkpoint-4", tokenizer=tiny_format().tokenizer))
+    for search in ("first", "all"):
+        assert run(folder, search, measure=asked).onset == 4
+
+
+def test_a_checkpoint_that_was_replaced_is_not_taken_for_the_one_that_was_measured(tmp_path: Path) -> None:
+    folder, out = saved(tmp_path / "run", {2: 0.0, 4: 1.0, 6: 1.0}), tmp_path / "out"
+    assert run(folder, "all", out=out).onset == 4
+    saved(folder, {2: 1.0})
+    with pytest.raises(LensError, match="checkpoint-2 has other weights than when it was measured"):
+        run(folder, "all", out=out)
+    saved(folder, {2: 0.0})
+    (folder / "tmp-checkpoint-9").mkdir()  # the Trainer's, half written
+    assert run(folder, "all", out=out).onset == 4
+
+
 def test_generated_behaviours_and_whole_models_have_onsets_too(tmp_path: Path) -> None:
     folder = saved(tmp_path / "run", {1: 0.0, 2: 1.0})
     letters = GeneratedBehaviour(get_behaviour("words"), max_new_tokens=6)

@@ -11,6 +11,7 @@ from piggyback_lens.comparisons.methods import Method
 from piggyback_lens.conversations.chat import DEFAULT
 from piggyback_lens.errors import LensError
 from piggyback_lens.files import read_json
+from piggyback_lens.models.sources import weights_fingerprint
 from piggyback_lens.reading.dresses import Dress, as_dresses, dressed, with_controls
 from piggyback_lens.reading.questions import Question
 from piggyback_lens.reading.tasks import Task
@@ -19,8 +20,6 @@ from piggyback_lens.settings import CompareSettings, LoadSettings, check_field
 Source = str | Callable[[], tuple[Any, Any]]
 """A model folder, hub id or GGUF file; or a top-level function that returns (transformers model, tokenizer)."""
 BASE_FILE, CELL_FILE = "answers.json", "cell.json"
-PIECES, PIECE = 256, 1 << 12
-"""Evenly spaced pieces of a file of weights, and the bytes of each, that tell it from others."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +171,6 @@ def _of_source(source: Source) -> dict[str, Any]:
     if not Path(source).exists():
         return {"model": source}  # a hub id
     return {"weights": weights_fingerprint(source), "reading": reading_fingerprint(source)}
-
-
-def weights_fingerprint(path: str | Path) -> str:
-    """Of the weights' files from end to end, in pieces, without reading gigabytes."""
-    path, names = Path(path), ("*.safetensors", "*.bin")
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(file for name in names for file in path.glob(name)):
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            for number in range(PIECES):
-                opened.seek(max(0, size - PIECE) * number // (PIECES - 1))
-                digest.update(opened.read(PIECE))
-    return digest.hexdigest()[:16]
 
 
 def reading_fingerprint(path: str | Path) -> str:

@@ -24,7 +24,7 @@ from piggyback_lens.intervals import Estimate, interval_text, is_rate, percent, 
 from piggyback_lens.measuring.answers import Measure
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.places import is_adapter_folder
-from piggyback_lens.models.sources import load_causal_lm, source_name
+from piggyback_lens.models.sources import load_causal_lm, source_name, weights_fingerprint
 from piggyback_lens.progress import counting, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Number, Result
@@ -40,6 +40,8 @@ SEARCHES = {
     "first": "checkpoints were measured in order up to the first that spreads; later ones were not",
     "all": "every checkpoint was measured",
 }
+
+UNSEEN = "what spreads once is taken to go on spreading, so the earlier ones were not looked at (search='all' does)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,11 +79,13 @@ class OnsetResult(Result):
 
     @property
     def sign(self) -> int:
-        """The direction in which the last checkpoint has spread: 1 up, -1 down."""
-        return -1 if self.spread(self.steps[-1]).value < 0 else 1
+        """The direction of the largest spread that lies beyond the bound, else of the last: 1 up, -1 down."""
+        found = [self.spread(step) for step in self.steps]
+        beyond = [own for own in found if any(_exceeds(own, sign, self.settings["bound"]) for sign in (1, -1))]
+        return -1 if max(beyond, key=lambda own: abs(own.value), default=found[-1]).value < 0 else 1
 
     def exceeds(self, step: int) -> bool:
-        """Whether the whole interval of the spread lies beyond the bound, in the direction of the last checkpoint's."""
+        """Whether the whole interval of the spread lies beyond the bound, in the direction of `sign`."""
         return _exceeds(self.spread(step), self.sign, self.settings["bound"])
 
     @property
@@ -128,7 +132,8 @@ class OnsetResult(Result):
             last = self.spread(self.steps[-1])
             found = interval_text(last.value, last.low, last.high)
             return (
-                f"No spread beyond {bound:g} {unit} up to step {self.steps[-1]}: {found} there (n = {last.n}; {seen})."
+                f"No spread beyond {bound:g} {unit} up to step {self.steps[-1]}: {found} there (n = {last.n}). {seen}; "
+                f"{SEARCHES[self.settings['search']] if len(self.steps) > 1 else UNSEEN}."
             )
         own, part, at = self.spread(step), self.recovery(step), self.available.index(step)
         place = f"at or before step {step}" if at == 0 else f"after step {self.available[at - 1]}, by step {step}"
@@ -164,7 +169,9 @@ def checkpoints_of(source: str | Path | Sequence[str | Path]) -> dict[int, str]:
             raise LensError(
                 f"{source} is no folder of checkpoints: give one, or a list such as ['owner/name:checkpoint-10', ...]"
             )
-        places = [str(path) for path in folder.iterdir() if path.is_dir() and re.search(r"checkpoint-\d+$", path.name)]
+        places = [
+            str(path) for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)
+        ]
     else:
         places = [str(place) for place in source]
     found: dict[int, str] = {}
@@ -234,6 +241,7 @@ def onset(
     facts: dict[str, Any] = {"steps": list(available), "prompts": ids_hash(prompts)}
     facts |= {"measure": measure_facts(measure, tokens=settings.answer_tokens), "questions": questions_of(prompts)}
     with Run.open(out, "onset", facts, models=last.identities(), keys=("step",), prompt=prompts[0]) as run:
+        _refuse_replaced(run, places)
         asked = measure or own_contrast(run, last, prompts, tokens=settings.answer_tokens)
         about = {"name": asked.name, "unit": asked.unit}
 
@@ -243,11 +251,10 @@ def onset(
                     pair = last if step == available[-1] else pair_at(step)
                     found = patch_span(pair, prompts, "prefix", controls=False, measure=asked, progress=False)
                 cell = next(i for i, labels in enumerate(found.cells) if labels["series"] == "patched")
-                run.add(
-                    [{"step": step, "finetuned": found.finetuned, "patched": found.values[cell], "base": found.base}]
-                )
-            row = run.rows[step,]
-            return _spread(row["finetuned"], row["base"], facts, about)
+                row = {"finetuned": found.finetuned, "patched": found.values[cell], "base": found.base}
+                run.add([{"step": step, **row, **_weights_of(places[step])}])
+            known = run.rows[step,]
+            return _spread(known["finetuned"], known["base"], facts, about)
 
         steps = sorted(set(_searched(available, measured, settings)))
         rows = [run.rows[step,] for step in steps]
@@ -262,13 +269,15 @@ def onset(
 
 
 def _searched(available: Sequence[int], measured: Callable[[int], Estimate], settings: OnsetSettings) -> Iterator[int]:
-    """The steps that a search measures, the last one first, since it says the direction of the spread."""
+    """The steps that a search measures, the last one first. A bisection looks for spread in its direction."""
     yield available[-1]
     last = measured(available[-1])
     sign = -1 if last.value < 0 else 1
+    fell_back = settings.search == "first" and not _exceeds(last, sign, settings.bound)
+    signs = (1, -1) if fell_back else (sign,)
 
     def beyond(step: int) -> bool:
-        return _exceeds(measured(step), sign, settings.bound)
+        return any(_exceeds(measured(step), sign, settings.bound) for sign in signs)
 
     if settings.search != "bisect":
         for step in available:
@@ -284,6 +293,19 @@ def _searched(available: Sequence[int], measured: Callable[[int], Estimate], set
         middle = (low + high) // 2
         yield available[middle]
         low, high = (low, middle) if beyond(available[middle]) else (middle, high)
+
+
+def _weights_of(place: str) -> dict[str, str]:
+    """What tells a checkpoint on this machine from another that is put in its place."""
+    return {"weights": weights_fingerprint(place)} if Path(place).is_dir() else {}
+
+
+def _refuse_replaced(run: Run, places: Mapping[int, str]) -> None:
+    for (step,), row in run.rows.items():
+        if "weights" in row and row["weights"] != _weights_of(places[step]).get("weights"):
+            raise LensError(
+                f"{places[step]} has other weights than when it was measured in {run.folder}: choose another folder"
+            )
 
 
 def _exceeds(found: Estimate, sign: int, bound: float) -> bool:
