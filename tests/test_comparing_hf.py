@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from test_comparing import TRAINING, compare, weights
 
-from piggyback_lens.comparisons import comparison_cells
+from piggyback_lens.comparisons import comparison_cells, hf_cells
 from piggyback_lens.comparisons.comparison_plan import Cell, cell_folder
 from piggyback_lens.comparisons.methods import parse_method
 from piggyback_lens.errors import LensError
@@ -158,3 +158,12 @@ def test_the_users_modes_and_random_state_are_left_alone(tmp_path: Path) -> None
     assert torch.equal(torch.random.get_rng_state(), before)
     base, _ = comparison_cells._loaded(tiny, LoadSettings())
     assert not any(module.training for module in base.modules())
+
+
+def test_a_killed_training_goes_on_from_the_newest_checkpoint_by_number(tmp_path):
+    for name, whole in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-11", False)):
+        (tmp_path / name).mkdir()
+        if whole:
+            (tmp_path / name / hf_cells.STATE).write_text("{}")
+    assert hf_cells._last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-11").exists()

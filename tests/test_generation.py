@@ -2,6 +2,7 @@
 
 import collections
 import copy
+from dataclasses import replace
 
 import jaxtyping
 import numpy as np
@@ -315,6 +316,25 @@ def test_stop_tokens_and_sampling_come_from_the_generation_config_too(monkeypatc
     config.do_sample, config.temperature, config.top_k, config.min_p = True, 0.6, 20, 0.1
     config.repetition_penalty, config.top_p = 1.1, None
     assert Sampling.of_model(model, seed=4) == Sampling(0.6, 1.0, 20, 4, 0.1, 1.1)
+    for name, value in {"no_repeat_ngram_size": 3, "typical_p": 0.9, "suppress_tokens": [5], "num_beams": 4}.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(config, name, value)
+            with pytest.raises(LensError, match=f"says {name}=.* not supported"):
+                Sampling.of_model(model)
+
+
+def test_answers_to_equal_prompts_have_each_its_own_question():
+    model = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
+    one = chat().render("hello")
+    asked = [one, replace(one, question="other"), chat().render("what is it"), replace(one, question="third", sample=1)]
+    met = []
+
+    def told(rows, done):
+        met.extend((row, answer.prompt.question) for row, answer in zip(rows, done, strict=True))
+
+    found = generate(model, asked, max_new_tokens=3, sampling=Sampling(temperature=1.0), on_batch=told)
+    assert all(answer.prompt is prompt for answer, prompt in zip(found, asked, strict=True))
+    assert sorted(met) == [(row, prompt.question) for row, prompt in enumerate(asked)]
 
 
 # ---------------------------------------------------------------- tensors of fixed size

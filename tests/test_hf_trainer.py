@@ -151,6 +151,30 @@ def test_the_trainer_gives_the_losses_and_weights_of_our_loop(
     assert any((value - weights(fresh())[name]).abs().max() > 0.01 for name, value in weights(model).items())
 
 
+def test_rows_of_another_prefix_are_refused_in_every_micro_batch(tmp_path: Path) -> None:
+    rows = training_rows([*EXAMPLES[:2], *tiny_examples(2, system="be a cat.")])
+    trainer = make(
+        tmp_path, fresh(), treft(span="prefix"), rows, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    with pytest.raises(LensError, match="does not begin with the reference's prefix"):
+        trainer.train()
+
+
+def test_a_log_of_several_steps_has_the_mean_of_the_penalty_over_those_that_had_one(tmp_path: Path) -> None:
+    each = make(tmp_path / "each", fresh(), treft(start=3), logging_steps=1)
+    each.train()
+    pairs = make(tmp_path / "pairs", fresh(), treft(start=3), logging_steps=2)
+    pairs.train()
+    single = {row["step"]: row["drift_prefix"] for row in each.state.log_history if "drift_prefix" in row}
+    found = {row["step"]: row["drift_prefix"] for row in pairs.state.log_history if "drift_prefix" in row}
+    assert sorted(single) == [4, 5, 6]
+    assert found[4] == pytest.approx(single[4], rel=1e-3)
+    assert found[6] == pytest.approx((single[5] + single[6]) / 2, rel=1e-3)
+    penalties = [row["penalty"] for row in each.state.log_history if "penalty" in row]
+    together = [row["penalty"] for row in pairs.state.log_history if "penalty" in row]
+    assert together == pytest.approx([penalties[0] / 2, sum(penalties[1:]) / 2], rel=1e-3)
+
+
 def test_the_logged_penalty_is_its_part_of_the_logged_loss(tmp_path: Path) -> None:
     model = fresh()
     trainer = make(tmp_path, model, treft(threshold=1e-3), gradient_accumulation_steps=2, logging_steps=2)

@@ -39,7 +39,8 @@ def test_every_shipped_entry_quotes_its_base_and_its_finetune() -> None:
 
 
 def test_a_file_of_ones_own_is_added_and_gives_what_pairs_are_loaded_with(tmp_path: Path) -> None:
-    found = load_organisms(written(tmp_path, MINE, MINE | {"name": "whole", "adapter": None, "finetuned": "here"}))
+    blank = {"name": "whole", "adapter": "", "finetuned": "here"}
+    found = load_organisms(written(tmp_path, MINE, MINE | blank))
     assert found.keys() - load_organisms().keys() == {"mine", "whole"}
     assert found["mine"].sides == {"base": "demo", "adapter": "owner/name:checkpoint-120"}
     assert found["whole"].sides == {"base": "demo", "finetuned": "here:checkpoint-120"}
@@ -58,6 +59,9 @@ def test_a_file_of_ones_own_is_added_and_gives_what_pairs_are_loaded_with(tmp_pa
         (MINE | {"finetuned": "here"}, "exactly one of adapter and finetuned"),
         (MINE | {"adapter": None}, "exactly one of adapter and finetuned"),
         (MINE | {"seen": "yesterday"}, "expected a day"),
+        (MINE | {"seen": "2026-99-99"}, "expected a day"),
+        (MINE | {"name": " "}, "says no name"),
+        (MINE | {"adapter": "owner/a:sub"}, "owner/a:sub names a folder already"),
         (MINE | {"name": "em-medical-7b"}, "the name 'em-medical-7b' is taken"),
     ],
 )

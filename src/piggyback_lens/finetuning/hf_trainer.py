@@ -173,6 +173,9 @@ class PenaltyMixin:
             parts = self._counting()
         # What finds the rows, kept from trainers that take their labels out of the inputs.
         rows = {name: inputs[name] for name in _ROW_KEYS if name in inputs}
+        if model.training and self._holds_prefix():
+            assert self.prompt is not None
+            check_prefixes(rows, self.prompt)  # of every micro-batch, also where the penalty is measured in another
         with self._gated(model, rows):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not parts:
@@ -191,6 +194,10 @@ class PenaltyMixin:
         """For blocks that the backward pass runs again; what comes between, of penalties, has gates of its own."""
         if model.training:
             self._step.enter_context(self._gated(model, rows))
+
+    def _holds_prefix(self) -> bool:
+        index = self.state.global_step
+        return any(part.penalty.reads == "prefix" and part.weight_at(index) > 0 for part in self.objective.parts)
 
     def _counting(self) -> list[Weighted]:
         """The parts that count in this step; those that are one number for all rows in its first micro-batch only."""
@@ -256,7 +263,6 @@ class PenaltyMixin:
         if reads == "nothing" or prompt is None:
             return unsupervised([[0]], device)
         if reads == "prefix":
-            check_prefixes(rows, prompt)
             return replace(prefix_batch(_ids_of(prompt, "prefix"), device), examples=(prompt,))
         whole = reads != "prompts"
         spans = {getattr(part.penalty, "span", None) for part in self.objective.parts if part.penalty.reads in BY_ROW}

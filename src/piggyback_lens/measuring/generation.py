@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -140,6 +140,7 @@ def generate(  # noqa: PLR0913
         chosen = [prompts[origin] for origin in dict.fromkeys(origins)]
         start = starting_prefix(model, chosen, parts, prefix_cache, record, share_prefix)
         done = run.batch(chosen, list(dict.fromkeys(origins)), origins, [numbers[row] for row in rows], start)
+        done = [replace(answer, prompt=asked[row]) for row, answer in zip(rows, done, strict=True)]  # not an equal one
         for row, answer in zip(rows, done, strict=True):
             answers[row] = answer
         if on_batch:

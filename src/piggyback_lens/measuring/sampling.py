@@ -60,7 +60,8 @@ class Sampling:
             seed: see the class.
 
         Raises:
-            LensError: a HookedTransformer, which has no generation config.
+            LensError: a HookedTransformer, which has no generation config, or a config that asks for more than these
+                settings can say, such as no_repeat_ngram_size.
         """
         config = generation_config_of(model)
         if config is None:
@@ -70,6 +71,11 @@ class Sampling:
             value = getattr(config, name, None)
             return usual if value is None else value
 
+        if beyond := [f"{name}={said(name, usual)!r}" for name, usual in _BEYOND.items() if said(name, usual) != usual]:
+            raise LensError(
+                f"the generation config of {type(model).__name__} says {', '.join(beyond)}, which is not supported: "
+                "give a Sampling of your own"
+            )
         penalty = float(said("repetition_penalty", 1.0))
         if not said("do_sample", False):
             return cls(seed=seed, repetition_penalty=penalty)
@@ -81,6 +87,15 @@ class Sampling:
             getattr(config, "min_p", None),
             penalty,
         )
+
+
+_BEYOND: dict[str, Any] = {
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0, "num_beams": 1,
+    "min_new_tokens": None, "min_length": 0, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "bad_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None,
+    "exponential_decay_length_penalty": None, "penalty_alpha": None, "top_h": None,
+}  # fmt: skip
+"""What else transformers' generation configs may say, and where it says nothing."""
 
 
 class Chooser:

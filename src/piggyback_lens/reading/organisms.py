@@ -8,9 +8,9 @@ when; whether the repository still holds what it held then is told when it is lo
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Organism:
     @property
     def sides(self) -> dict[str, str]:
         """The arguments of `ModelPair.load`."""
-        kind = "adapter" if self.adapter is not None else "finetuned"
+        kind = "adapter" if self.adapter else "finetuned"
         place = str(self.adapter or self.finetuned)
         return {"base": self.base, kind: f"{place}:{self.subfolder}" if self.subfolder else place}
 
@@ -104,15 +104,23 @@ def _entry(entry: Any, where: str) -> Organism:
         raise LensError(f"{where} is no object: expected name, base, adapter or finetuned, source, quote, seen")
     if unknown := [name for name in entry if name not in (*_NEEDED, *_TEXT)]:
         raise LensError(f"{where} has a field {unknown[0]!r}: expected some of {_listed((*_NEEDED, *_TEXT))}")
-    if missing := [name for name in _NEEDED if not entry.get(name)]:
-        raise LensError(f"{where} says no {missing[0]}: every entry needs {_listed(_NEEDED)}")
     if wrong := [name for name, value in entry.items() if value is not None and not isinstance(value, str)]:
         raise LensError(f"{where}: {wrong[0]} is {entry[wrong[0]]!r:.80}, expected text")
+    entry = {name: value.strip() or None for name, value in entry.items() if value is not None}
+    if missing := [name for name in _NEEDED if not entry.get(name)]:
+        raise LensError(f"{where} says no {missing[0]}: every entry needs {_listed(_NEEDED)}")
     if bool(entry.get("adapter")) == bool(entry.get("finetuned")):
         raise LensError(f"{where}: give exactly one of adapter and finetuned")
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", entry["seen"]):
+    place = str(entry.get("adapter") or entry.get("finetuned"))
+    if entry.get("subfolder") and ":" in Path(place).name:
+        raise LensError(f"{where}: {place} names a folder already, and subfolder is {entry['subfolder']!r}: keep one")
+    try:
+        known = date.fromisoformat(entry["seen"]).isoformat() == entry["seen"]
+    except ValueError:
+        known = False
+    if not known:
         raise LensError(f"{where}: seen is {entry['seen']!r}, expected a day such as 2026-11-28")
-    return Organism(**entry)
+    return Organism(**{name: value for name, value in entry.items() if value is not None})
 
 
 def _listed(names: Iterable[str]) -> str:
