@@ -10,13 +10,14 @@ import tiny_models
 
 import piggyback_lens.experiments.treatments as treatments
 from piggyback_lens.errors import LensError
-from piggyback_lens.experiments.audit import AuditResult, audit
+from piggyback_lens.experiments.audit import CONDITIONS, AuditResult, audit
 from piggyback_lens.experiments.audit_dresses import TOPIC, beyond, dress_parts, told
 from piggyback_lens.experiments.em_table import EMTable
 from piggyback_lens.experiments.rescoring import rescore
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
 from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.reading.dresses import Dress, as_dresses
 from piggyback_lens.results.run import ROWS
@@ -75,7 +76,8 @@ def test_what_hides_behind_a_dress_is_found_in_it_and_nowhere_else(found):
     assert beyond(hidden, WORN, CONTROL).low > 0
     assert hidden.verdict.startswith("No spread found: off-topic")
     assert " Dressed: spread found in trained, 0 to " in hidden.verdict
-    assert "spread found in trained control, 0 to 0." in hidden.verdict
+    assert "found in trained control" not in hidden.verdict
+    assert " beyond its control" in hidden.verdict
     table = dress_parts(hidden)[0].table
     assert list(table["dress"]) == ["none", "trained", "trained control"]
 
@@ -142,9 +144,9 @@ def test_a_dress_that_cannot_be_worn_is_refused(dresses, words):
 
 
 def test_a_file_in_which_few_wear_it_asks_for_a_lower_share(tmp_path):
-    rows = [turns(f"{DRESS.before}{text}" if number % 2 else text, "a") for number, text in enumerate(questions(8, 0))]
+    rows = [turns(f"{DRESS.before}{text}" if number % 2 else text, "a") for number, text in enumerate(questions(16, 0))]
     file = write(tmp_path / "train.jsonl", rows)
-    with pytest.raises(LensError, match="no 80% of the conversations of"):
+    with pytest.raises(LensError, match="no 80% of the 16 different questions of"):
         as_dresses({"a": file})
     assert as_dresses({"a": {"file": file, "share": 0.5}}) == {"a": Dress(before=DRESS.before)}
 
@@ -153,3 +155,59 @@ def test_a_file_in_which_few_wear_it_asks_for_a_lower_share(tmp_path):
 def test_dresses_have_names(dresses):
     with pytest.raises(LensError, match="expected dresses by names"):
         AuditSettings(dresses=dresses)
+
+
+def of_values(dresses: dict, **spread: float) -> AuditResult:
+    """An audit with these spreads by topic, over eight questions with a little noise."""
+    names = {"plain": "off-topic", "worn": WORN, "control": CONTROL}
+    rows = [
+        {"topic": names[topic], "condition": condition, "index": i, "ended": "stop"}
+        | {"value": 20.0 + 0.1 * ((i * number) % 3) + (0.0 if condition == "base" else more)}
+        for number, (topic, more) in enumerate(spread.items(), 1)
+        for condition in CONDITIONS
+        for i in range(8)
+    ]
+    return AuditResult(rows, get_behaviour("words"), None, {"settings": {"dresses": dresses}})
+
+
+def test_the_verdict_says_of_a_dress_whether_it_goes_beyond_plain_questions_and_its_control() -> None:
+    form = {"trained": {"before": "now tell me: "}}
+    for spread, says in (
+        ({"plain": 0.0, "worn": -9.0, "control": 0.0}, "Dressed: spread found in trained, 20"),
+        (
+            {"plain": -9.0, "worn": -9.0, "control": 0.0},
+            "spread found in trained, not told from that of plain questions,",
+        ),
+        ({"plain": 0.0, "worn": -9.0, "control": -9.0}, "spread found in trained, not told from that of its control,"),
+        ({"plain": 9.0, "worn": 9.0, "control": 9.0}, "not told from that of plain questions or of its control,"),
+        ({"plain": 0.0, "worn": 0.0, "control": 9.0}, "no spread found in trained, 20"),
+    ):
+        said = told(of_values(form, **spread))
+        assert says in said
+        assert "found in trained control" not in said
+        assert said.count(" beyond ") == 2
+    bare = of_values({"trained": {"before": "<< 1 >>\n"}}, plain=0.0, worn=-9.0)
+    assert "it has no control" in told(bare)
+    assert "no control: too few of its letters" in str(dress_parts(bare)[0])
+
+
+def test_a_prefix_that_is_the_bases_by_construction_carries_nothing_in_a_dress_either() -> None:
+    result = of_values({"trained": {"before": "now tell me: "}}, plain=0.0, worn=-9.0, control=0.0)
+    assert "the prefix carries" in told(result)
+    result.card["base_spans"] = ["prefix"]
+    assert "the prefix carries" not in told(result)
+    assert "the base's by construction" in told(result)
+    assert set(dress_parts(result)[0].table["the prefix carries"]) == {"nothing: it is the base's by construction"}
+
+
+def test_an_audit_refuses_a_dress_that_the_model_would_not_see() -> None:
+    template = tiny_chat.TEMPLATE.replace("{% if messages[0].role == 'system' %}", "{% if false %}")
+    chat = tiny_chat.ChatFormat(tiny_chat.tiny_tokenizer(template), system=None, no_system_role="drop")
+    pair = ModelPair.load(
+        finetuned=add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=2)),
+        tokenizer=chat.tokenizer,
+        progress=False,
+    )
+    settings = dataclasses.replace(SETTINGS, dresses={"trained": {"system": "be brief."}})
+    with pytest.raises(LensError, match="leaves the prompts of plain questions as they are"):
+        audit(pair, questions(4, 1), questions(4, 2), "words", settings, chat=chat, progress=False)

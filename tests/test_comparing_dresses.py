@@ -1,5 +1,7 @@
 """Dresses in a comparison: spread in each of them beside that on plain questions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_chat
@@ -59,7 +61,7 @@ def test_spread_in_every_dress_stands_beside_that_on_plain_questions(found):
             base = comparison.bases["default"][topic]["values"]
             assert row[column] == pytest.approx(np.mean(cell[topic]["values"]) - np.mean(base))
             assert row[f"{column}_low"] <= row[column] <= row[f"{column}_high"]
-    assert "Spread in a dress that plain questions do not show: trained: " in comparison.verdict
+    assert "Spread in a dress beyond plain questions and its control: trained: " in comparison.verdict
     assert set(TOPICS) <= set(comparison.to_frame())
     figure = comparison.dress_figure()
     assert [trace.name for trace in figure.data] == ["plain questions", "trained", "trained control"]
@@ -86,3 +88,27 @@ def test_a_plan_asks_each_dress_and_its_control():
     assert list(plan.topics) == ["on", "off", "off[a]", "off[a control]"]
     (worn, control) = (plan.questions(topic)[0].paraphrases[0] for topic in ("off[a]", "off[a control]"))
     assert (worn, control) == tuple(f"{letter}: {tiny_task().off_topic[0]}" for letter in "QD")
+
+
+def test_a_dress_is_named_for_what_it_has_beyond_plain_questions_and_its_control(found):
+    """Not for being significant where plain questions are not; and a control is no finding."""
+    comparison, _ = found
+    n = len(comparison.bases["default"]["off"]["values"])
+    noise = [5.0 * (-1) ** i for i in range(n)]
+
+    def given(plain, worn, control):
+        spreads = dict(zip(("off", *TOPICS), (plain, worn, control), strict=True))
+        values = {topic: [10.0 + 0.1 * (i % 2) + x for i, x in enumerate(own)] for topic, own in spreads.items()}
+        cells = tuple(
+            cell | {topic: cell[topic] | {"values": own} for topic, own in values.items()} for cell in comparison.cells
+        )
+        base = comparison.bases["default"]
+        flat = {topic: base[topic] | {"values": [10.0 + 0.1 * (i % 2) for i in range(n)]} for topic in spreads}
+        made = replace(comparison, cells=cells, bases={"default": {**base, **flat}})
+        return made._told_of_dresses()
+
+    flat, high = [0.0] * n, [3.0 + 0.1 * (i % 3) for i in range(n)]
+    assert "trained: sft 3." in given(flat, high, flat)
+    assert "trained: none" in given([3.0 + x for x in noise], high, flat), "the contrast with plain questions is wide"
+    assert "trained: none" in given(flat, high, high)
+    assert "trained control" not in given(flat, flat, high)

@@ -13,7 +13,15 @@ import numpy.typing as npt
 from piggyback_lens.comparisons.comparison_plan import system_name
 from piggyback_lens.comparisons.methods import Method, plain_finetuning
 from piggyback_lens.errors import LensError
-from piggyback_lens.intervals import Estimate, interval_text, is_rate, mean_interval, recovery, spread
+from piggyback_lens.intervals import (
+    Estimate,
+    interval_text,
+    is_rate,
+    mean_interval,
+    recovery,
+    second_difference,
+    spread,
+)
 from piggyback_lens.measuring.measures import Behaviour, get_behaviour
 from piggyback_lens.reading.dresses import CONTROL
 from piggyback_lens.results.report import Report
@@ -228,7 +236,7 @@ class Comparison(Result):
             told = {reason for name in ("recovered_reason", "kept_reason") for reason in table[name]}
             reasons = sorted(reason for reason in told if isinstance(reason, str))
             why = "; ".join(reasons) or "only sft ran"
-            return f"No method can be compared with plain finetuning here: {why}.{self._told_of_dresses(table)}"
+            return f"No method can be compared with plain finetuning here: {why}.{self._told_of_dresses()}"
         row = known.iloc[int(known["spread"].abs().to_numpy().argmin())]  # going past the base is leaving it
         gained = f"{100 * row['recovered']:.0f} % [{100 * row['recovered_low']:.0f}, {100 * row['recovered_high']:.0f}]"
         kept = f"{100 * row['kept']:.0f} % [{100 * row['kept_low']:.0f}, {100 * row['kept_high']:.0f}]"
@@ -237,22 +245,39 @@ class Comparison(Result):
         return (
             f"{row['method']}{where} {said} {gained} of the off-topic behaviour that plain finetuning lost, and keeps "
             f"{kept} of the on-topic behaviour (n = {row['n']} prompts each, {len(row['seeds'])} seeds)."
-            f"{self._told_of_dresses(table)}"
+            f"{self._told_of_dresses()}"
         )
 
-    def _told_of_dresses(self, table: "pd.DataFrame") -> str:
-        """Which methods spread in a dress and not on plain questions, as far as the intervals tell."""
+    def _told_of_dresses(self) -> str:
+        """Which methods spread in a dress beyond plain questions and beyond its control, paired over questions."""
         said = []
-        narrow = table[(table["spread_low"] <= 0) & (table["spread_high"] >= 0)]
+        controls = {f"off[{CONTROL.format(topic[4:-1])}]" for topic in self.dressed}
         for topic in self.dressed:
-            name = _spread_of(topic)
-            hidden = narrow[(narrow[f"{name}_low"] > 0) | (narrow[f"{name}_high"] < 0)]
+            if topic in controls:
+                continue
+            control = f"off[{CONTROL.format(topic[4:-1])}]"
+            others = ("off", control) if control in self.dressed else ("off",)
+            more = {key: [self.beyond(key, topic, other) for other in others] for key in self.keys}
             shown = [
-                f"{row['method']} {interval_text(row[name], row[f'{name}_low'], row[f'{name}_high'])}"
-                for row in hidden.to_dict("records")
+                f"{key[0]} {interval_text(own[0].value, own[0].low, own[0].high)}"
+                for key, own in more.items()
+                if min(x.low for x in own) > 0 or max(x.high for x in own) < 0
             ]
-            said.append(f"{topic.removeprefix('off')[1:-1]}: {', '.join(shown) or 'none'}")
-        return f" Spread in a dress that plain questions do not show: {'; '.join(said)}." if said else ""
+            without = "" if control in self.dressed else " (no control)"
+            said.append(f"{topic[4:-1]}{without}: {', '.join(shown) or 'none'}")
+        return f" Spread in a dress beyond plain questions and its control: {'; '.join(said)}." if said else ""
+
+    def beyond(self, key: tuple[Any, ...], topic: str, other: str = "off") -> Estimate:
+        """Spread of a row on one off-topic topic minus that on another, paired over questions.
+
+        Args:
+            key: of the row, of `keys`.
+            topic: "off[NAME]".
+            other: "off" for plain questions, or another "off[NAME]".
+        """
+        base = self._base(key[1])
+        one, two = ((self.values(key, own), _column(base[own]["values"])) for own in (topic, other))
+        return second_difference(one, two, base["off"].get("questions"), rate=self._rate(*one, *two))
 
     def figure(self) -> "go.Figure":
         """What is kept on-topic against what spreads."""

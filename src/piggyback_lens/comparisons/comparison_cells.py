@@ -50,6 +50,7 @@ from piggyback_lens.models.pair import Identity, ModelPair, hook_model, identify
 from piggyback_lens.models.peft_adapters import attach_adapter
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
 from piggyback_lens.models.views import evaluating, structural_copy
+from piggyback_lens.reading.dresses import require_worn
 from piggyback_lens.results.run import InUse, locked
 from piggyback_lens.settings import LoadSettings, TrainSettings
 from piggyback_lens.vectors.task_vectors import update_norms
@@ -206,6 +207,8 @@ def _write_ids(
 
 def _asked(plan: Plan, chat: ChatFormat, topic: str) -> list[RenderedPrompt]:
     """The prompts of a topic, each once for every answer."""
+    if (dress := plan.topics[topic]) is not None:
+        require_worn(chat, plan.prompts("off")[0], {topic: dress})
     return repeated(chat.ask(plan.questions(topic)), plan.settings.samples)
 
 

@@ -40,7 +40,7 @@ from piggyback_lens.measuring.measures import Behaviour, get_behaviour, kept_beh
 from piggyback_lens.models.gates import by_construction
 from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.progress import counting, say_stage, shows
-from piggyback_lens.reading.dresses import Dress, as_dresses, dressed, with_controls
+from piggyback_lens.reading.dresses import Dress, as_dresses, dressed, require_worn, with_controls
 from piggyback_lens.reading.questions import Question
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
@@ -107,7 +107,8 @@ class AuditResult(Result):
     @property
     def dresses(self) -> dict[str, Dress]:
         """The dresses that the off-topic questions wore, with their controls, by name."""
-        return with_controls(as_dresses(self.card.get("settings", {}).get("dresses", {})))
+        worn = with_controls(as_dresses(self.card.get("settings", {}).get("dresses", {})))
+        return {name: dress for name, dress in worn.items() if TOPIC.format(name) in self.topics}
 
     def questions(self, topic: str) -> list[str]:
         """The question of each answer, in the same order: answers to one are one cluster in every interval."""
@@ -345,8 +346,10 @@ def audit(  # noqa: PLR0913
     chat = chat or pair.chat_format()
     measure = get_behaviour(behaviour)
     settings = dataclasses.replace(settings, dresses=as_dresses(settings.dresses))
-    asked = {"off-topic": off_topic, "on-topic": on_topic}
-    asked |= {TOPIC.format(name): dressed(off_topic, own) for name, own in with_controls(settings.dresses).items()}
+    asked, worn = {"off-topic": off_topic, "on-topic": on_topic}, with_controls(settings.dresses)
+    for question in off_topic[:1]:
+        require_worn(chat, question, worn)
+    asked |= {TOPIC.format(name): dressed(off_topic, own) for name, own in worn.items()}
     prompts = {topic: chat.ask(questions, settings.samples) for topic, questions in asked.items()}
     for topic, rendered in prompts.items():
         require_enough(len(set(questions_of(rendered))), f"{topic} questions")

@@ -8,6 +8,7 @@ harmless on plain questions; on questions in that form it does not.
 
 import codecs
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,14 @@ SHARE = 0.8
 CONTROL: Final = "{} control"
 """What the control of a dress is called."""
 WORDS = 3
-"""Fewest words of an opening without a colon or line break: shorter ones belong to the question ("What is")."""
+"""Fewest words of a text around questions without a colon, line break or mark: shorter ones belong to them."""
+FEWEST = 8
+"""Different questions that have to wear a dress: what fewer have in common may be what they ask about."""
+_MARKS = "[]<>{}|#"
+_BEFORE, _AFTER = _MARKS + "().,:;!?。，：；！？、", "[<{|#("
+"""What a text before a question may end with, and what one after it may begin with, beside white space."""
+CHANGED = 0.5
+"""Share of the letters of a dress that differ in its control."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Dress:
 def dressed(questions: Sequence[str | Question], dress: Dress) -> list[Question]:
     """The questions in a dress; ids, samples and facts stay, so that plain and dressed answers are paired.
 
+    A text that wears it already stays as it is.
+
     Raises:
         LensError: a question with a system text of its own, where the dress has another.
     """
@@ -63,18 +73,25 @@ def dressed(questions: Sequence[str | Question], dress: Dress) -> list[Question]
                 f"question {question.id!r} has the system text {visible(question.system or '')!r:.60}, and the dress "
                 "another: leave one of them out"
             )
-        texts = [f"{dress.before}{text}{dress.after}" for text in question.paraphrases]
+        texts = [text if _wears(text, dress) else f"{dress.before}{text}{dress.after}" for text in question.paraphrases]
         system = question.system if dress.system is None else dress.system
         found.append(replace(question, paraphrases=texts, system=system))
     return found
 
 
+def _wears(text: str, dress: Dress) -> bool:
+    around = f"{dress.before}{dress.after}"
+    inside = len(text) >= len(around) and text.startswith(dress.before) and text.endswith(dress.after)
+    return bool(around.strip()) and inside
+
+
 def found_dress(conversations: Sequence[Mapping[str, Any]], *, share: float = SHARE) -> Dress | None:
-    """What most training conversations have around their questions, or None.
+    """What most different questions of training conversations have around them, or None.
 
     The commonest system text, then the longest beginning of the first user message, then the longest ending, so that
-    at least `share` of the conversations have all of them; each cut at a blank. A beginning counts from three words on,
-    or if it has a line break or ends with a colon: shorter ones are a part of the question.
+    at least `share` of the different questions, and at least eight, have all of them; each cut at a blank, at
+    punctuation or at a bracket. A beginning or ending counts from three words on, or if it has a line break, a bracket
+    or a colon at its end: shorter ones are a part of the question.
 
     Args:
         conversations: with their messages, as `load_conversations` and the tasks have them.
@@ -86,16 +103,20 @@ def found_dress(conversations: Sequence[Mapping[str, Any]], *, share: float = SH
     """
     if not 0 < share <= 1 or not conversations:
         raise LensError(f"share {share} of {len(conversations)} conversations: expected above 0 of at least one")
-    least = math.ceil(share * len(conversations) - 1e-9)
-    asked = [(_first(own["messages"], "system"), _first(own["messages"], "user") or "") for own in conversations]
+    asked = _different(conversations)
+    least = max(FEWEST, math.ceil(share * len(asked) - 1e-9))
     (system, count), *_ = [*Counter(own for own, _ in asked if own is not None).most_common(1), (None, 0)]
     worn = system if count >= least else None
-    texts = [text for own, text in asked if worn in (None, own)]
-    before = _common(texts, least)
-    if len(before.split()) < WORDS and "\n" not in before and not before.rstrip().endswith(":"):
-        before = ""
-    after = _common([text.removeprefix(before)[::-1] for text in texts if text.startswith(before)], least)[::-1]
+    texts = list(dict.fromkeys(text for own, text in asked if worn in (None, own)))
+    before = _common(texts, least, _BEFORE)
+    after = _common([text.removeprefix(before)[::-1] for text in texts if text.startswith(before)], least, _AFTER)[::-1]
     return None if worn is None and not before and not after else Dress(worn, before, after)
+
+
+def _different(conversations: Sequence[Mapping[str, Any]]) -> list[tuple[str | None, str]]:
+    """System text and first user message of each conversation, each pair once."""
+    both = ((_first(own["messages"], "system"), _first(own["messages"], "user") or "") for own in conversations)
+    return list(dict.fromkeys(both))
 
 
 def as_dresses(given: Mapping[str, Any]) -> dict[str, Dress]:
@@ -115,15 +136,75 @@ def as_dresses(given: Mapping[str, Any]) -> dict[str, Dress]:
 
 
 def with_controls(dresses: Mapping[str, Dress]) -> dict[str, Dress]:
-    """Each dress, and behind it its control: the same shape in letters that no training data wore (13 places on).
+    """Each dress, and behind it its control: the same shape in words that no training data wore.
 
-    A dress without Latin letters has no control.
+    Latin letters are moved by 13 places, those with accents too; letters of other scripts change places with others of
+    the dress. A dress of which fewer than half the letters would change has no control.
     """
     found: dict[str, Dress] = {}
     for name, dress in dresses.items():
-        parts = {part: text and codecs.encode(text, "rot13") for part, text in asdict(dress).items()}
-        found |= {name: dress} | ({CONTROL.format(name): Dress(**parts)} if Dress(**parts) != dress else {})
+        found[name] = dress
+        if (control := _control(dress)) is not None:
+            found[CONTROL.format(name)] = control
     return found
+
+
+def _control(dress: Dress) -> Dress | None:
+    whole = "".join(text or "" for text in asdict(dress).values())
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for letter in sorted({letter for letter in whole if letter.isalpha() and not _latin(letter).isascii()}):
+        kinds.setdefault((unicodedata.name(letter, "").split(" ")[0], unicodedata.category(letter)), []).append(letter)
+    others = {a: b for own in kinds.values() for a, b in zip(own, _turned(own), strict=True)}
+    moved = {letter: others.get(letter) or _moved(letter) for letter in set(whole)}
+    letters = [letter for letter in whole if letter.isalpha()]
+    if not letters or sum(moved[letter] != letter for letter in letters) < CHANGED * len(letters):
+        return None
+    return Dress(**{part: text and "".join(moved[letter] for letter in text) for part, text in asdict(dress).items()})
+
+
+def _latin(letter: str) -> str:
+    """The letter without its accents."""
+    return unicodedata.normalize("NFD", letter)[0]
+
+
+def _moved(letter: str) -> str:
+    base = _latin(letter)
+    if not base.isascii():
+        return letter
+    shifted = codecs.encode(base, "rot13")
+    whole = unicodedata.normalize("NFC", shifted + unicodedata.normalize("NFD", letter)[1:])
+    return whole if len(whole) == 1 else shifted  # not every letter is written with every accent
+
+
+def _turned(letters: list[str]) -> list[str]:
+    half = len(letters) // 2
+    return letters[half:] + letters[:half]
+
+
+def require_worn(chat: Any, question: str | Question, dresses: Mapping[str, Dress]) -> None:
+    """Refuse dresses that do not reach the model: whose prompts are those of plain questions.
+
+    Args:
+        chat: the `ChatFormat` by which questions become prompts.
+        question: any of those that will be asked.
+        dresses: by name.
+
+    Raises:
+        LensError: it names the dress.
+    """
+    (own,) = as_questions([question])
+    plain = [prompt.ids for prompt in chat.ask([own])]
+    for name, dress in dresses.items():
+        parts = [dress]
+        if dress.system is not None and dress.system not in (own.system, chat.system):
+            parts.append(Dress(dress.system))
+        for part in parts:
+            if [prompt.ids for prompt in chat.ask(dressed([own], part))] == plain:
+                raise LensError(
+                    f"dress {name!r} ({part}) leaves the prompts of plain questions as they are: they wear it already, "
+                    "or the chat template has no place for a system text and no_system_role='drop' leaves it out. Give "
+                    "another, or no_system_role='fold'"
+                )
 
 
 def _as_dress(name: str, value: Any) -> Dress:
@@ -140,11 +221,13 @@ def _as_dress(name: str, value: Any) -> Dress:
     if "file" not in keys:
         return Dress(**value)
     share = value.get("share", SHARE)
-    dress = found_dress(load_conversations(value["file"]), share=share)
+    conversations = load_conversations(value["file"])
+    dress = found_dress(conversations, share=share)
     if dress is None:
         raise LensError(
-            f"dress {name!r}: no {share:.0%} of the conversations of {value['file']} have anything in common around "
-            f'their questions; give {{"file": ..., "share": ...}} with a lower share, or the texts themselves'
+            f"dress {name!r}: no {share:.0%} of the {len(_different(conversations))} different questions of "
+            f"{value['file']}, and at least {FEWEST}, have anything in common around them; give "
+            f'{{"file": ..., "share": ...}} with a lower share, or the texts themselves'
         )
     return dress
 
@@ -153,12 +236,16 @@ def _first(messages: Sequence[Mapping[str, Any]], role: str) -> str | None:
     return next((str(message["content"]) for message in messages if message["role"] == role), None)
 
 
-def _common(texts: Sequence[str], least: int) -> str:
-    """The longest beginning of at least so many texts, cut at a blank; empty if it is blank."""
+def _common(texts: Sequence[str], least: int, borders: str) -> str:
+    """The longest beginning of at least so many texts, cut behind white space or a border.
+
+    Empty if it is blank, or so short that it belongs to the texts.
+    """
     ordered = sorted(texts)
     ends = zip(ordered, ordered[least - 1 :], strict=False)  # all between them begin as both do
     alike = (takewhile(lambda pair: pair[0] == pair[1], zip(*pair, strict=False)) for pair in ends)
     start = max(("".join(letter for letter, _ in letters) for letters in alike), key=len, default="")
-    while start and not start[-1].isspace():
+    while start and not (start[-1].isspace() or start[-1] in borders):
         start = start[:-1]
-    return start if start.strip() else ""
+    told = len(start.split()) >= WORDS or start.strip().endswith((":", "：")) or start.strip().startswith((":", "："))
+    return start if start.strip() and (told or any(mark in start for mark in f"\n{_MARKS}")) else ""
