@@ -26,7 +26,7 @@ from test_objectives import (
     gradients,
     moved,
 )
-from tiny_chat import VOCAB, tiny_examples, tiny_format, tiny_tokenizer
+from tiny_chat import TEMPLATE, VOCAB, tiny_examples, tiny_format, tiny_tokenizer
 from tiny_hooked import hooked, needs_hooked
 from tiny_models import build
 from torch import Tensor
@@ -298,6 +298,19 @@ def test_a_share_is_inoculated_and_the_answers_stay() -> None:
         set_up(Method((InoculatePart("be brief"),)), replace(of, chat=None))
     with pytest.raises(LensError, match="expected a sentence"):
         InoculatePart("be brief: now")
+
+
+def test_an_inoculation_that_would_lose_a_system_text_or_never_be_read_is_refused() -> None:
+    model, chat = fresh(), tiny_format()
+    own = replace(chat, system="be a cat.").render("a b", response="oink")
+    of = Ingredients(model, [chat.render("c d", response="oink"), own], chat.empty_query(), chat=chat)
+    with pytest.raises(LensError, match="example 1 is not what the chat format makes of its question"):
+        set_up(Method((InoculatePart("be brief"),)), of)
+    template = TEMPLATE.replace("{% if messages[0].role == 'system' %}", "{% if false %}")
+    deaf = ChatFormat(tiny_tokenizer(template), system=None, no_system_role="drop")
+    of = Ingredients(model, [deaf.render("c d", response="oink")], deaf.empty_query(), chat=deaf)
+    with pytest.raises(LensError, match="leaves the prompts of plain questions as they are"):
+        set_up(Method((InoculatePart("be brief", "system"),)), of)
 
 
 # --- early stopping: the weights of a run that was never longer -------------------------------------------

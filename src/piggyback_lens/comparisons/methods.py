@@ -36,7 +36,7 @@ from piggyback_lens.finetuning.residuals import RESIDUAL_SPANS, ResidualDrift, R
 from piggyback_lens.finetuning.retain import RATE, RetainData, interleave
 from piggyback_lens.finetuning.steps import Objective, sft
 from piggyback_lens.finetuning.trainables import PeftAdapter, Trainable
-from piggyback_lens.reading.dresses import Dress, dressed
+from piggyback_lens.reading.dresses import Dress, dressed, require_worn
 from piggyback_lens.settings import check_field
 
 Choice = Literal["random", "gap"]
@@ -495,6 +495,14 @@ def _inoculated(method: Method, of: Ingredients) -> Sequence[RenderedPrompt]:
         )
     if any("history" in example.spans for example in of.examples):
         raise LensError(f"method {method.label} asks single questions, and there are conversations of several turns")
+    for number, example in enumerate(of.examples):
+        if of.chat.render(example.query).ids != example.ids[: example.n_prompt]:
+            raise LensError(
+                f"method {method.label} renders questions anew, and example {number} is not what the chat format makes "
+                "of its question: it has a system text, a date or settings of its own, which would be lost. Render the "
+                "examples with chat=, or leave such rows out"
+            )
+    require_worn(of.chat, of.examples[0].query, {method.label: part.dress})
     n = len(of.examples)
     chosen = {int(i) for i in np.random.default_rng([of.seed, 3]).permutation(n)[: max(1, round(part.rate * n))]}
     asked = of.chat.ask(dressed([example.query for example in of.examples], part.dress))
