@@ -14,10 +14,12 @@ RESIDUAL_COST nats; the bound of early stopping is half of the spread that its p
 and a quarter. Both come from one run with seed 0 before the first cell, on training data and validation questions:
 plain finetuning that is only watched (`calibration/` beside the cells). A method *learns* if it keeps KEPT of what
 plain finetuning changes on-topic; *avoids* spread if the interval of the share of plain finetuning's spread that it
-avoids lies above MARGIN, *spreads* if it lies below, and cannot be told in between; *stays coherent* if the base finds
+avoids lies above MARGIN (and below 2 − MARGIN: as far on the other side of the base is no better), *spreads* if it lies
+below, and cannot be told in between; *stays coherent* if the base finds
 its off-topic answers at most COHERENT nats per token less likely than its own and they repeat at most REPEATS more;
 *keeps plain text* if perplexity rises by less than TEXT. Methods that learn are ranked by the share of spread that they
-avoid. Claims are decided by intervals over questions and by every seed agreeing.
+avoid. Every verdict is by the interval over questions, claims by every seed agreeing too. (Until two seeds were there,
+learning and coherence were decided by the means alone, and an overshoot was taken for avoiding.)
 """
 
 import argparse
@@ -42,6 +44,7 @@ from piggyback_lens import (
     compare_methods,
     default_model,
     generate,
+    get_behaviour,
     load_causal_lm,
     load_task,
     load_tokenizer,
@@ -60,7 +63,8 @@ WATCHED = "residual:lambda=1e-12+stop:bound=1000:every=3"  # measures both, and 
 STEPS, BATCH, RATE = 30, 8, 3e-4
 QUESTIONS, PROMPTS, NEW_TOKENS = 96, 12, 24
 KEPT, MARGIN, COHERENT, REPEATS, TEXT = 0.8, 0.5, 0.5, 0.05, 0.02
-PLAIN = "plain finetuning"
+PLAIN, UNTOLD = "plain finetuning", "cannot be told"
+ORDER = ("yes", UNTOLD, "no", "undefined")
 SIZE = {"width": 1000, "scale": 2}
 
 
@@ -179,23 +183,43 @@ class Found:
 DRESSED = "off[sentence]"
 
 
-def learns(found: Found, name: str) -> bool:
-    return bool(found.rows[name]["kept"] >= KEPT)
+def learns(found: Found, name: str) -> str:
+    """Whether a method keeps enough of what plain finetuning changes on-topic."""
+    row = found.rows[name]
+    return above(row["kept_low"], row["kept_high"], KEPT, "yes", "no")
+
+
+def above(low: float, high: float, limit: float, yes: str, no: str) -> str:
+    """What an interval says of a limit."""
+    return "undefined" if not math.isfinite(low) else yes if low >= limit else no if high < limit else UNTOLD
 
 
 def told(share: Estimate) -> str:
-    """Whether a method avoids spread."""
+    """Whether a method avoids spread; as far beyond the base as plain finetuning is before it, it does not."""
     if not math.isfinite(share.low):
         return f"undefined: {share.reason}"
-    return "avoids" if share.low > MARGIN else "spreads" if share.high < MARGIN else "cannot be told"
+    if share.low > MARGIN and share.high < 2 - MARGIN:
+        return "avoids"
+    return "spreads" if share.high < MARGIN else "overshoots" if share.low > 2 - MARGIN else UNTOLD
 
 
 def coherent(found: Found, name: str) -> str:
-    frame = found.result.to_frame()
-    own = frame[frame["method"].map(found.names) == name].mean(numeric_only=True)
-    unlikely = own["base_nll"] - own["base_base_nll"] > COHERENT
-    repeats = own["repetition"] - own["base_repetition"] > REPEATS
-    return " and ".join(["less likely"] * bool(unlikely) + ["repeats"] * bool(repeats)) or "yes"
+    """Whether its off-topic answers are about as likely to the base as its own, and repeat as little."""
+    cells, base = list(found.by_seed(name).values()), found.result.bases["default"]["off"]
+    repeats = get_behaviour("repetition")
+
+    def mean(columns: list[list[float]]) -> list[float]:
+        return [sum(column) / len(column) for column in zip(*columns, strict=True)]
+
+    likely = spread(mean([cell["off"]["base_nll"] for cell in cells]), base["base_nll"])
+    answers = ([repeats(text) for text in cell["off"]["answers"]] for cell in cells)
+    again = spread(mean(list(answers)), [repeats(text) for text in base["answers"]])
+    words = (
+        above(likely.low, likely.high, COHERENT, "less likely", ""),
+        above(again.low, again.high, REPEATS, "repeats", ""),
+    )
+    surely = [word for word in words if word not in ("", UNTOLD)]
+    return " and ".join(surely) or (UNTOLD if UNTOLD in words else "yes")
 
 
 def judged(found: Found, claim: str, statistic: Callable[..., Estimate], *names: str) -> dict[str, str]:
@@ -208,7 +232,7 @@ def judged(found: Found, claim: str, statistic: Callable[..., Estimate], *names:
     elif whole.low > 0:
         verdict = "holds" if all(agree) else "cannot be told (seeds disagree)"
     else:
-        verdict = "does not hold" if whole.high < 0 else "cannot be told"
+        verdict = "does not hold" if whole.high < 0 and not any(agree) else UNTOLD
     return {"claim": claim, "estimate [95 %]": shown(whole), "seeds that agree": f"{sum(agree)} of {len(agree)}"} | {
         "verdict": verdict
     }
@@ -225,7 +249,7 @@ def claims(found: Found) -> list[dict[str, str]]:
     rows = []
     for name in there:
         if name != PLAIN:
-            but = "" if learns(found, name) else " (and does not learn the task)"
+            but = " (and does not learn the task)" if learns(found, name) == "no" else ""
             rows.append(judged(found, f"{name} spreads less than {PLAIN}{but}", closer(name, PLAIN), name, PLAIN))
     pairs = (
         ("interleave by gap", "interleave"),
@@ -266,12 +290,14 @@ coherent; plain text keeps its perplexity.
 
 Fixed in the script before the first run: no weight is tuned on these questions (see its first lines). A method
 *learns* if it keeps {kept:.0%} of what plain finetuning changes on-topic. The share of plain finetuning's spread that
-it avoids is 0 % for plain finetuning and 100 % for the base: it *avoids* spread if the interval lies above
-{margin:.0%}, *spreads* if it lies below. It stays coherent if the base finds its off-topic answers at most {coherent}
-nats per token less likely than its own, and they repeat at most {repeats:.0%} more runs of three words. Short answers
-have few tokens to be likely in, so a method that spreads shortness fails there too. Plain text is kept if its
-perplexity rises by less than {text:.0%}. Intervals: 95 %, over questions after averaging the seeds; nothing is
-corrected for the number of claims.
+it avoids is 0 % for plain finetuning and 100 % for the base: it *avoids* spread if the interval lies between
+{margin:.0%} and {beyond:.0%} (as far on the other side of the base is no better), *spreads* if it lies below. It stays
+coherent if the base finds its off-topic answers at most {coherent} nats per token less likely than its own, and they
+repeat at most {repeats:.0%} more runs of three words. Short answers have few tokens to be likely in, so a method that
+spreads shortness fails there too. Plain text is kept if its perplexity rises by less than {text:.0%}. What an interval
+does not decide "cannot be told". Intervals: 95 %, over questions after averaging the seeds; nothing is corrected for
+the number of claims. Until two seeds of terse were there, learning and coherence were decided by means alone, and an
+overshoot was taken for avoiding; no cell was run again for that.
 """
 
 
@@ -291,7 +317,7 @@ def table(found: Found) -> list[dict[str, str]]:
         plain = name == PLAIN
         share = {topic: found.avoided(name, topic) for topic in ("off", DRESSED)}
         line = {"method": name, "on-topic kept": percent(row["kept"], row["kept_low"], row["kept_high"])}
-        line["learns"] = "yes" if learns(found, name) else "no"
+        line["learns"] = learns(found, name)
         for topic, head in (("off", "spread avoided"), (DRESSED, "behind the sentence")):
             own = share[topic]
             line[head] = "" if plain else f"{percent(own.value, own.low, own.high)} {told(own)}"
@@ -303,8 +329,8 @@ def table(found: Found) -> list[dict[str, str]]:
         worse = [100 * row[f"perplexity_change{end}"] for end in ("", "_low", "_high")]
         line["plain text"] = f"{worse[0]:+.2f} % [{worse[1]:.2f}, {worse[2]:.2f}]"
         line["text kept"] = "yes" if worse[2] < 100 * TEXT else "no" if worse[1] > 100 * TEXT else "cannot be told"
-        last = -math.inf if plain or not math.isfinite(share["off"].value) else share["off"].value
-        rows.append(((not learns(found, name), -last), line))
+        away = math.inf if plain or not math.isfinite(share["off"].value) else abs(1 - share["off"].value)
+        rows.append(((ORDER.index(line["learns"]), away), line))
     return [line for _, line in sorted(rows, key=lambda row: row[0])]
 
 
@@ -314,7 +340,8 @@ def summary(found: Found) -> str:
     for name in found.rows:
         if name != PLAIN:
             plain, worn = (told(found.avoided(name, topic)) for topic in ("off", DRESSED))
-            kind = f"{'learns' if learns(found, name) else 'does not learn'}, {plain}; behind the sentence: {worn}"
+            learnt = {"yes": "learns", "no": "does not learn"}.get(learns(found, name), "learning cannot be told")
+            kind = f"{learnt}, {plain}; behind the sentence: {worn}"
             groups.setdefault(kind, []).append(name)
     wins = [kind for kind in groups if kind == "learns, avoids; behind the sentence: avoids"]
     most = max(len(found.by_seed(name)) for name in found.rows)
@@ -389,7 +416,14 @@ def main() -> None:
     command = (
         f"python examples/defences.py {options.out} {options.docs} --tasks {options.tasks} --seeds {options.seeds}"
     )
-    facts = {"kept": KEPT, "margin": MARGIN, "coherent": COHERENT, "repeats": REPEATS, "text": TEXT}
+    facts = {
+        "kept": KEPT,
+        "margin": MARGIN,
+        "beyond": 2 - MARGIN,
+        "coherent": COHERENT,
+        "repeats": REPEATS,
+        "text": TEXT,
+    }
     parts = [INTRODUCTION.format(version=__version__, **facts)]
     options.docs.mkdir(parents=True, exist_ok=True)
     parts += [section(study, options.docs, command) for study in studies]
