@@ -7,6 +7,7 @@ import random
 import pytest
 import tiny_chat
 import tiny_models
+from test_gated import adapted
 
 import piggyback_lens.experiments.treatments as treatments
 from piggyback_lens.errors import LensError
@@ -16,6 +17,8 @@ from piggyback_lens.experiments.em_table import EMTable
 from piggyback_lens.experiments.rescoring import rescore
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
+from piggyback_lens.interventions.donors import kv_patch
+from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.measuring.measures import get_behaviour
 from piggyback_lens.models.pair import ModelPair, hook_model
@@ -211,3 +214,26 @@ def test_an_audit_refuses_a_dress_that_the_model_would_not_see() -> None:
     settings = dataclasses.replace(SETTINGS, dresses={"trained": {"system": "be brief."}})
     with pytest.raises(LensError, match="leaves the prompts of plain questions as they are"):
         audit(pair, questions(4, 1), questions(4, 2), "words", settings, chat=chat, progress=False)
+
+
+def test_each_system_text_has_patches_of_its_own() -> None:
+    """Oracle: the same conditions asked of the dressed questions alone."""
+    chat, asked = tiny_chat.tiny_format(), ["e f", "so", "why", "no way", "a b", "hm"]
+    pair = ModelPair.load(finetuned=adapted(), tokenizer=chat.tokenizer, progress=False)
+    settings = dataclasses.replace(SETTINGS, dresses={"trained": {"system": "be a cat now."}})
+    found = audit(pair, asked, asked, "words", settings, chat=chat, progress=False)
+    worn = dataclasses.replace(chat, system="be a cat now.")
+    prompts = [worn.render(text) for text in asked]
+    patches = {
+        "postfix": {"interventions": kv_patch(pair, "postfix", chat=worn)},
+        "prefix": {"prefix_cache": PrefixCache.compile(pair, prompts[0], side="base")},
+    }
+    plain = kv_patch(pair, "postfix", chat=chat)
+    for condition, given in patches.items():
+        rows = found._of(WORN, condition)
+        with pair.using("finetuned") as model:
+            alone = generate(model, prompts, max_new_tokens=6, progress=False, **given)
+            if condition == "postfix":
+                wrong = generate(model, prompts, max_new_tokens=6, progress=False, interventions=plain)
+                assert [a.ids for a in wrong] != [a.ids for a in alone]
+        assert [list(row["ids"]) for row in rows] == [list(answer.ids) for answer in alone]

@@ -19,6 +19,7 @@ from test_hf_trainer import (
     weights,
 )
 from tiny_chat import tiny_format, tiny_tokenizer
+from transformers import DataCollatorWithPadding
 
 from piggyback_lens import (
     ChatFormat,
@@ -183,3 +184,16 @@ def test_what_is_saved_over_a_gated_adapter_is_on_everywhere(tmp_path: Path) -> 
     assert read_json(tmp_path / "a" / "adapter_config.json")["alora_invocation_tokens"] == list(postfix)
     make(tmp_path, fresh(), NOTHING).save_model(str(tmp_path / "a"))
     assert not (tmp_path / "a" / "adapter_off.json").exists()
+
+
+def test_rows_without_labels_are_not_predicted_with_the_adapter_on(tmp_path: Path) -> None:
+    rows = training_rows(EXAMPLES)
+    for model in (GatedAdapter(moved(), PREFIX), moved()):
+        trainer = make(tmp_path, model, NOTHING)
+        trainer.data_collator = DataCollatorWithPadding(tiny_tokenizer())
+        bare = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows[:2]]
+        if isinstance(model, GatedAdapter):
+            with pytest.raises(LensError, match="rows without labels"):
+                trainer.predict(bare)
+        else:
+            trainer.predict(bare)

@@ -190,6 +190,19 @@ class PenaltyMixin:
         self._gate_again(model, rows)
         return (loss, *outputs) if return_outputs else loss
 
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, the adapter off at its tokens.
+
+        Raises:
+            LensError: rows without labels, in which they are not found.
+        """
+        if self._off.parts and inputs.get("labels") is None:
+            raise LensError(
+                "rows without labels do not say where their prompts end, and the gated adapter would be on everywhere: "
+                "give labels of the responses, or ask generate(model, prompts, interventions=gated.off)"
+            )
+        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
     def _gate_again(self, model: nn.Module, rows: dict[str, Any]) -> None:
         """For blocks that the backward pass runs again; what comes between, of penalties, has gates of its own."""
         if model.training:
@@ -245,8 +258,9 @@ class PenaltyMixin:
             return 1.0
         if reads != "responses" or counted is None:
             return 1 / self.current_gradient_accumulation_steps
-        # `counted` are the tokens of all processes, whose gradients are averaged.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        # `counted` are the tokens of all processes, whose gradients are averaged; those that share tensors share rows.
+        alike = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
+        processes = self.accelerator.num_processes // alike if self.args.average_tokens_across_devices else 1
         return processes * batch.n_supervised / counted
 
     def _scaled_for_accumulation(self, num_items_in_batch: Any) -> bool:
