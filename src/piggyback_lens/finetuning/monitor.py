@@ -59,7 +59,7 @@ class Monitor:
     back: those of before training, if there is none. The last step is measured too, so that the bound holds for the
     weights that training leaves. The result of `train` says so. For a run that may be resumed give `out`, beside which
     those weights are kept (monitor.kept.safetensors). A Trainer writes no checkpoint of the step that ended training,
-    from which a resumed run would train on: save the model after `trainer.train()`.
+    from which a resumed run would train on: save the model afterwards.
 
     A Trainer's run measures the base once more when it begins, in the precision in which it runs the model, and
     writes that beside `out` (monitor.base.json, monitor.base.safetensors): a resumed run goes on with it.

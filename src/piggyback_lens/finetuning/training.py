@@ -137,7 +137,7 @@ def train(
         out: folder of the run, or None to write nothing.
         on_step: called with the history row after each step, with "steps", how many there are. Where it gives a
             mapping, as a `Monitor` that is to stop at a bound does once it has put earlier weights back, training ends,
-            and the result's plan has the mapping. A method `check_trained` of it, as a `Monitor` has, is called with
+            and the result's plan has the mapping. A method check_trained of it, as a `Monitor` has, is called with
             what is trained before the first step.
         progress: show a line with the time left; a text is its label.
 
