@@ -388,7 +388,7 @@ def test_the_folder_of_another_model_is_refused(model, everything, tmp_path):
     tokenizer = tiny_chat.tiny_tokenizer()
     tiny_models.build("llama-gqa", 1, vocab=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(LensError, match=r"grid.json belongs to another run: model is .* there"):
+    with pytest.raises(LensError, match=r"grid.json belongs to another run: weights is .* there"):
         compare(str(tmp_path), everything[1])
 
 
