@@ -190,6 +190,8 @@ def test_a_pass_that_does_not_know_its_tokens_is_refused(tmp_path: Path) -> None
         with pytest.raises(LensError, match="adapter is off at prefix"):
             model.run_with_cache(batch.ids)
         with pytest.raises(LensError, match="adapter is off at prefix"):
+            model(batch.ids[:, :1])  # one token is no decoding step where nothing is cached
+        with pytest.raises(LensError, match="adapter is off at prefix"):
             forward(model, batch.ids, batch.attention_mask)
     for row, prompt in enumerate(prompts()):
         expected = by_hand(adapted(), prompt.ids, places(prompt, ("prefix",)))

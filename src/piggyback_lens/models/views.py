@@ -305,7 +305,8 @@ def watch(view: Any, owner: Any, *, shares: bool) -> None:
 
     def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
-        decoding = isinstance(ids, Tensor) and ids.shape[-1] == 1  # follows a pass that was checked
+        cached = any(kwargs.get(name) is not None for name in ("past_key_values", "past_kv_cache"))
+        decoding = cached and isinstance(ids, Tensor) and ids.shape[-1] == 1  # follows a pass that was checked
         if not decoding and (own := known()) is not None:
             require_current(own)
             require_tokens_told(own)
