@@ -341,7 +341,8 @@ def summary(found: Found) -> str:
         if name != PLAIN:
             plain, worn = (told(found.avoided(name, topic)) for topic in ("off", DRESSED))
             learnt = {"yes": "learns", "no": "does not learn"}.get(learns(found, name), "learning cannot be told")
-            kind = f"{learnt}, {plain}; behind the sentence: {worn}"
+            spreads = f"spread {plain}" if plain == UNTOLD else plain
+            kind = f"{learnt}, {spreads}; behind the sentence: {worn}"
             groups.setdefault(kind, []).append(name)
     wins = [kind for kind in groups if kind == "learns, avoids; behind the sentence: avoids"]
     most = max(len(found.by_seed(name)) for name in found.rows)
