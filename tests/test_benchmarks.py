@@ -25,7 +25,8 @@ CASES = [*((name, "float32") for name in SMALL), ("foundation", "bfloat16"), ("t
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_a_benchmark_runs_on_a_tiny_shape_and_leaves_its_table(name: str, dtype: str, tmp_path: Path) -> None:
     command = [sys.executable, FOLDER / f"{name}.py", *SMALL[name], "--shape", "tiny", "--dtype", dtype]
-    command += ["--tokenizer", default_model(), "--repeats", "1", "--out", tmp_path, "--threads", "1", "--profile"]
+    command += ["--tokenizer", default_model(), "--repeats", "1", "--out", tmp_path, "--threads", "1"]
+    command += ["--profile"] * (name == "training")  # a profile is long
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     (written,) = tmp_path.glob("*.json")
@@ -34,7 +35,7 @@ def test_a_benchmark_runs_on_a_tiny_shape_and_leaves_its_table(name: str, dtype:
     assert table["facts"]["torch"] == torch.__version__
     assert len(table["rows"]) >= 3
     assert all(row["peer_s"] > 0 and row["ours_s"] > 0 and row["work"] in ran.stdout for row in table["rows"])
-    assert table["spent"]
+    assert bool(table["spent"]) == (name == "training")
     assert all(0.795 <= sum(parts.values()) <= 1.001 for parts in table["spent"].values())
     page = tmp_path / "performance.md"
     subprocess.run([sys.executable, FOLDER / "performance.py", page, written], check=True, capture_output=True)

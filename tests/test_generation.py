@@ -28,6 +28,7 @@ from piggyback_lens.models.pair import hook_model
 from piggyback_lens.models.plain_views import plain_view
 from piggyback_lens.models.states import new_state
 from piggyback_lens.models.static import StaticDecoding
+from piggyback_lens.reading.questions import Question
 
 MANY = [*QUERIES, "four", "five is a bit longer", "six", "seven?"]
 
@@ -326,7 +327,8 @@ def test_stop_tokens_and_sampling_come_from_the_generation_config_too(monkeypatc
 def test_answers_to_equal_prompts_have_each_its_own_question():
     model = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
     one = chat().render("hello")
-    asked = [one, replace(one, question="other"), chat().render("what is it"), replace(one, question="third", sample=1)]
+    other, third = (Question(name, ["hello"]) for name in ("other", "third"))
+    asked = [one, replace(one, question=other), chat().render("what is it"), replace(one, question=third, sample=1)]
     met = []
 
     def told(rows, done):
@@ -334,7 +336,7 @@ def test_answers_to_equal_prompts_have_each_its_own_question():
 
     found = generate(model, asked, max_new_tokens=3, sampling=Sampling(temperature=1.0), on_batch=told)
     assert all(answer.prompt is prompt for answer, prompt in zip(found, asked, strict=True))
-    assert sorted(met) == [(row, prompt.question) for row, prompt in enumerate(asked)]
+    assert dict(met) == {row: prompt.question for row, prompt in enumerate(asked)}
 
 
 # ---------------------------------------------------------------- tensors of fixed size

@@ -96,7 +96,8 @@ SHORT = {
     ),
     "a step of a training that shows one": (
         "Monitor.measure", "Monitor.measure_base", "PenaltyMixin.training_step", "PenaltyMixin.compute_loss",
-        "PenaltyTrainer.training_step", "PenaltyTrainer.compute_loss",
+        "PenaltyTrainer.training_step", "PenaltyTrainer.compute_loss", "PenaltyMixin.prediction_step",
+        "PenaltyTrainer.prediction_step",
     ),
     "files; downloads of sae-lens have bars of their own": ("saes.load_sae",),
     "nothing is sent": ("Endpoint.estimate",),

@@ -25,6 +25,7 @@ from piggyback_lens.finetuning.steps import Step, forward_step
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
 from piggyback_lens.models.backends import blocks_of
+from piggyback_lens.models.packing import Costs
 from piggyback_lens.models.recomputing import recomputed
 from piggyback_lens.settings import LoRASettings, TrainSettings
 from piggyback_lens.vectors.direction import Direction
@@ -154,7 +155,9 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
     assert kept(True) < 0.5 * kept(False)
 
 
-def test_a_checkpointed_run_is_the_same_run() -> None:
+def test_a_checkpointed_run_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The way through the model goes by measured costs, and dropout falls otherwise where that differs.
+    monkeypatch.setattr("piggyback_lens.finetuning.training.known_costs", lambda _model: Costs(1e-2, 1e-5, 1e-8))
     plain, again = fresh(dropout=0.3), fresh(dropout=0.3)
     one = train(plain, EXAMPLES, SETTINGS)
     two = train(again, EXAMPLES, replace(SETTINGS, gradient_checkpointing=True))
