@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from jaxtyping import TypeCheckError
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_hooked import chat, hooked, logits_of, needs_hooked, no_hook_left, prompts, real
 from torch.testing import assert_close
 
@@ -505,6 +506,23 @@ def test_bridge_and_transformers_train_to_the_same_vector():
 def break_config(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_layers_of_two_stacks_are_not_taken_for_one(tmp_path):
+    file = save_peft(lora(("down",)), tmp_path) / "adapter_model.safetensors"
+    own = load_file(file)
+    vision = {name.replace(".model.layers.", ".vision_tower.layers."): value + 5 for name, value in own.items()}
+    assert not vision.keys() & own.keys()
+    save_file(own | vision, file)
+    with pytest.raises(LensError, match=r"several stacks \(.*model\.layers, .*vision_tower\.layers\)"):
+        load_peft(tmp_path)
+
+
+def test_an_adapter_whose_start_moved_the_base_is_no_change_of_that_base(tmp_path):
+    save_peft(lora(("down",)), tmp_path)
+    break_config(tmp_path, init_lora_weights="pissa")
+    with pytest.raises(LensError, match="init_lora_weights='pissa'"):
+        load_peft(tmp_path)
 
 
 @pytest.mark.parametrize(
