@@ -95,8 +95,8 @@ def pareto_figure(
                 "<br>spread %{customdata[2]}<br>seeds %{customdata[3]}<extra></extra>",
             )  # fmt: skip
     _base_marker(figure, edges)
-    seeds = len(max(table["seeds"], key=len))
-    about = f"bars: 95 % interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds} seeds"
+    seeds = _seeds(table)
+    about = f"bars: 95 % interval over prompts, {n_text(table)} on- and off-topic; mean of {seeds}"
     missing = _missing(table[~drawn])
     if (shift := float((rows["x"] - rows["kept"]).abs().max())) > ROUNDING:
         about += f"; markers stand up to {100 * shift:.1g} % beside their place"
@@ -142,8 +142,8 @@ def dress_figure(table: "pd.DataFrame", names: Mapping[str, str], behaviour: Beh
                         for label, row in zip(labels, table.to_dict("records"), strict=True)],
             hovertemplate=f"<b>%{{customdata[0]}}</b><br>{plot_text(name)}: %{{customdata[1]}}<extra></extra>",
         )  # fmt: skip
-    seeds = len(max(table["seeds"], key=len))
-    about = f"bars: 95 % interval over prompts, {n_text(table)} off-topic; mean of {seeds} seeds; hollow: control dress"
+    seeds = _seeds(table)
+    about = f"bars: 95 % interval over prompts, {n_text(table)} off-topic; mean of {seeds}; hollow: control dress"
     height = 240 + len(labels) * (30 + 22 * len(columns))
     apply_style(figure, f"Does it spread when dressed? Finetuning methods on {task}", about, height=height)
     figure.add_vline(x=0, line={"color": GREY, "width": 1.2}, layer="below")
@@ -161,6 +161,11 @@ def _fitting(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     low = min(low, 0.0) if low < SQUEEZED * high else low
     room = 0.06 * (high - low) or 0.05
     return low - room, high + room
+
+
+def _seeds(table: "pd.DataFrame") -> str:
+    most = len(max(table["seeds"], key=len))
+    return f"{most} seed" + "s" * (most > 1)
 
 
 def _base_marker(figure: "go.Figure", edges: tuple[float, float]) -> None:
