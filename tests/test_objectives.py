@@ -33,6 +33,7 @@ from piggyback_lens.settings import LoRASettings, TrainSettings
 
 EXAMPLES = tiny_examples(10)
 RETAIN = tiny_examples(6, seed=9, longest=8)
+MANY = tiny_examples(100, seed=5)
 SETTINGS = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
 PREFIX = EXAMPLES[0].span("prefix").stop
 
@@ -513,7 +514,7 @@ def test_a_reference_survives_its_folder_and_a_damaged_one_is_refused(tmp_path: 
 
 @given(n=st.integers(1, 60), rate=st.floats(0, 0.6), seed=st.integers(0, 3))
 def test_interleaving_keeps_the_data_and_draws_the_share_without_replacement(n: int, rate: float, seed: int) -> None:
-    data, retain = [EXAMPLES[0]] * n, tiny_examples(100, seed=5)
+    data, retain = [EXAMPLES[0]] * n, MANY
     mixed = interleave(data, retain, rate, seed=seed)
     drawn = [id(example) for example in mixed if example is not EXAMPLES[0]]
     assert len(mixed) - len(drawn) == n
