@@ -41,7 +41,9 @@ def page(tables):
     lines = [INTRODUCTION.format(commands="\n".join(f"- `{command}`" for command in commands))]
     for (device, shape, dtype), found in sorted(together.items()):
         lines += [f"## {shape}, {dtype}, {device}\n"]
-        for table in sorted(found, key=lambda table: table["facts"]["benchmark"]):
+        for table in sorted(
+            found, key=lambda table: (table["facts"]["benchmark"], -len(table["rows"]), table["facts"]["command"])
+        ):
             known = {"benchmark", "device", "shape", "dtype", "command"}
             versions = ", ".join(f"{name} {value}" for name, value in table["facts"].items() if name not in known)
             rows = [line(row) for row in table["rows"]]
