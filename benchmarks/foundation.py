@@ -7,6 +7,7 @@ medians of `repeats` runs on this machine, only the ratios are meant to travel.
 """
 
 import statistics
+from collections import Counter
 
 import torch
 from setting import Setting, arguments_of
@@ -23,6 +24,7 @@ from piggyback_lens import (
     patch,
     prefix_activations,
 )
+from piggyback_lens.models.static import static_sizes
 from piggyback_lens.models.views import merged_bytes
 
 
@@ -102,15 +104,21 @@ STOPPING = (
 )  # fmt: skip
 
 
-def stopping_rows(setting):
-    """A finetuned model's answers that end by themselves, at very different lengths: what is finished must not cost."""
+def stopping_rows(setting, tuned=None, rows=0):
+    """Answers that end at very different lengths: what is finished must not cost.
+
+    A finetuned model ends them by itself; one of random numbers (`tuned`) gives so many rows of them, and ends them
+    with some of the tokens that it says.
+    """
     tokenizer = setting.tokenizer()
-    plain = setting.adapted(SLIGHTLY).eval()
-    model = hook_model(setting.adapted(SLIGHTLY).eval(), tokenizer)
+    plain = tuned or setting.adapted(SLIGHTLY).eval()
+    model = hook_model(tuned or setting.adapted(SLIGHTLY).eval(), tokenizer)
     chat = ChatFormat(tokenizer)
-    prompts = [chat.render(text) for text in STOPPING]
+    prompts = [chat.render(text) for text in (off_topic(rows) if tuned else STOPPING)]
     batch = batch_prompts(prompts, pad_id=tokenizer.pad_token_id, device=setting.device)
     ends = sorted({*prompts[0].answer.stop_ids, tokenizer.eos_token_id})
+    if tuned:
+        ends = _said_late(generate(model, prompts, max_new_tokens=60, stop_ids=[], batch_size=len(prompts)))
 
     @torch.no_grad()
     def peer():
@@ -120,7 +128,7 @@ def stopping_rows(setting):
         )  # fmt: skip
 
     def ours():
-        return generate(model, prompts, max_new_tokens=60, stop_ids=ends)
+        return generate(model, prompts, max_new_tokens=60, stop_ids=ends, batch_size=len(prompts))
 
     answers = [answer.ids for answer in ours()]
     theirs = [
@@ -131,9 +139,24 @@ def stopping_rows(setting):
     lengths = sorted(map(len, answers))
     work = f"generation, {len(prompts)} prompts, real stops ({lengths[0]} to {lengths[-1]} tokens, mean "
     work += f"{statistics.mean(lengths):.0f})"
-    wasted = 1 - sum(lengths) / (len(lengths) * lengths[-1])  # steps of rows that are finished, where none leaves
-    turns = setting.in_turns(peer, ours)
-    setting.add(work, "transformers generate", *turns, **{"row-steps after an answer's end, if rows stay": wasted})
+    wasted = {
+        "if rows stay": _wasted(lengths, [len(lengths)]),
+        "in captured halves": _wasted(lengths, static_sizes(len(lengths))),
+    }
+    more = {f"row-steps after an answer's end, {how}": part for how, part in wasted.items()}
+    setting.add(work, "transformers generate", *setting.in_turns(peer, ours), **more)
+
+
+def _said_late(answers):
+    """Stop tokens that end about half of the answers on their way."""
+    first = Counter(token for answer in answers for token in dict.fromkeys(answer.ids[4:]))
+    return [token for token, n in first.most_common() if n <= len(answers) / 4][:4]
+
+
+def _wasted(lengths, sizes):
+    """The part of row-steps that come after an answer's end, where steps have one of these numbers of rows."""
+    alive = [sum(length > step for length in lengths) for step in range(max(lengths))]
+    return 1 - sum(lengths) / sum(min(size for size in sizes if size >= rows) for rows in alive)
 
 
 def sample_rows(setting, new_tokens, model=None):
@@ -183,6 +206,7 @@ def main():
     parser = arguments_of(__doc__)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
+    parser.add_argument("--stopping", type=int, default=128, help="answers of random weights that end early")
     arguments = parser.parse_args()
     setting = Setting.of(arguments)
     setting.begin("generation")
@@ -192,6 +216,7 @@ def main():
         stopping_rows(setting)
         sample_rows(setting, arguments.tokens)
     else:
+        stopping_rows(setting, plain, arguments.stopping)
         with pair.using("finetuned") as model:
             sample_rows(setting, arguments.tokens, model)
     setting.end()

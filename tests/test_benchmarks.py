@@ -12,7 +12,7 @@ from piggyback_lens.models.sources import default_model
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SMALL = {
-    "foundation": ["--prompts", "3", "--tokens", "4"],
+    "foundation": ["--prompts", "3", "--tokens", "4", "--stopping", "6"],
     "training": ["--rows", "4", "--long", "40"],
     "patching": ["--answer-tokens", "2", "--map-layers", "2", "--skip-hooked"],
     "directions": ["--rows", "3"],

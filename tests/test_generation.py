@@ -10,11 +10,13 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
+from recorded_steps import recorded_steps
 from tiny_hooked import FEW, QUERIES, chat, hooked, needs_hooked, prompts
 
 from piggyback_lens.conversations.batch import common_prefix_length
 from piggyback_lens.conversations.chat import batch_prompts
 from piggyback_lens.errors import LensError
+from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.interventions.hooks import Record
 from piggyback_lens.interventions.kinds import add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
@@ -22,13 +24,15 @@ from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring import generation
 from piggyback_lens.measuring.generation import generate, to_frame
 from piggyback_lens.measuring.sampling import Chooser, Sampling
+from piggyback_lens.models import plain_views, static
 from piggyback_lens.models.backends import generation_config_of
 from piggyback_lens.models.network import forward
-from piggyback_lens.models.pair import hook_model
+from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.models.plain_views import plain_view
 from piggyback_lens.models.states import new_state
 from piggyback_lens.models.static import StaticDecoding
 from piggyback_lens.reading.questions import Question
+from piggyback_lens.settings import LoRASettings
 
 MANY = [*QUERIES, "four", "five is a bit longer", "six", "seven?"]
 
@@ -379,15 +383,92 @@ def test_every_step_in_a_static_cache_works_in_the_same_tensors():
             with torch.no_grad():
                 expected = forward(model, ids_[:, None], torch.ones(len(rows), 1, dtype=torch.long), state=state)[:, 0]
             torch.testing.assert_close(fixed.step(ids_), expected, atol=1e-5, rtol=1e-5)
-        held = [fixed._ids, fixed._seen, fixed._positions, fixed._column, *(x.keys for x in fixed._cache.layers)]
+        keys = [x.keys for step in fixed._steps.values() for x in step.cache.layers]
+        held = [fixed._ids, fixed._seen, fixed._positions, fixed._column, *keys]
         places = places or [x.data_ptr() for x in held]
         assert [x.data_ptr() for x in held] == places
+
+
+def ending_early(model, some, length):
+    """Answers, and stops with which they end at different steps."""
+    free = generate(model, some, max_new_tokens=length, stop_ids=[])
+    met = collections.Counter(token for answer in free for token in answer.ids[1:])
+    return [token for token, _ in met.most_common(2)]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "gpt2", "mixtral"])
+def test_captured_steps_give_the_same_answers_in_ever_fewer_rows(name, monkeypatch):
+    """Graphs are replayed as a GPU would: nothing of Python runs again, and a step has the rows that were captured."""
+    monkeypatch.setattr(static, "FEWEST", 2)
+    model = hook_model(tiny_models.build(name, 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
+    some = prompts([*MANY, *(text[::-1] for text in MANY)])
+    stops = ending_early(model, some, 12)
+    for how in ({"stop_ids": stops}, {"sampling": Sampling(1.5), "stop_ids": stops}, {"batch_size": 5}):
+        expected = generate(model, some, max_new_tokens=12, **how)
+        with recorded_steps() as graphs:
+            assert ids(generate(model, some, max_new_tokens=12, **how)) == ids(expected)
+        if "batch_size" not in how:
+            assert len({len(answer.ids) for answer in expected}) > 3
+    # All calls fit the room of the first, whose graphs are kept.
+    assert not graphs
+
+
+def test_captured_steps_read_the_weights_as_they_are_and_each_side_its_own(monkeypatch):
+    monkeypatch.setattr(plain_views, "MERGED_GB", 0.0)  # the adapter's own layers are captured
+    tuned = add_lora(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), LoRASettings(rank=4))
+    weights = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    pair = ModelPair.load(finetuned=tuned, tokenizer=chat().tokenizer)
+    answers, some = {}, prompts(MANY)
+    with recorded_steps() as graphs:
+        for _ in range(2):
+            for side in ("base", "finetuned"):
+                with pair.using(side) as model:
+                    answers.setdefault(side, []).append(ids(generate(model, some, max_new_tokens=6)))
+        assert len(graphs) == 2
+        assert answers["base"][0] == answers["base"][1] != answers["finetuned"][0] == answers["finetuned"][1]
+        with pair.using("finetuned") as model, torch.no_grad():
+            for weight in weights:
+                weight.neg_()
+            weights[0].mul_(2)
+            changed = ids(generate(model, some, max_new_tokens=6))
+            assert len(graphs) == 2
+            assert changed == ids(generate(model, some, max_new_tokens=6, static_cache=False))
+        assert changed != answers["finetuned"][0]
+
+
+def test_a_bridge_that_was_booted_elsewhere_is_decoded_with_its_hooks():
+    """A captured step would not run hooks that are added later."""
+    model, some = hooked("llama-gqa", "bridge"), prompts()
+    acting = [("blocks.1.hook_resid_post", lambda x, hook: x * 0)]
+    with recorded_steps() as graphs:
+        free = ids(generate(model, some, max_new_tokens=4))
+        with model.hooks(fwd_hooks=acting):
+            assert ids(generate(model, some, max_new_tokens=4)) != free
+    assert not graphs
+    with pytest.raises(LensError, match="this bridge was booted elsewhere"):
+        generate(model, some, max_new_tokens=4, static_cache=True)
+
+
+def test_a_large_cache_is_not_kept():
+    model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
+    with recorded_steps() as graphs:
+        generate(model, some, max_new_tokens=4)
+        generate(model, some, max_new_tokens=4)
+        assert len(graphs) == 1
+    other = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
+    with recorded_steps(device_bytes=1e4) as graphs:
+        generate(other, some, max_new_tokens=4)
+        generate(other, some, max_new_tokens=4)
+        assert len(graphs) == 2
 
 
 def test_fixed_tensors_serve_again_only_what_they_fit():
     model = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
     fixed = StaticDecoding(model, 8, 40)
-    assert fixed.size == 64
+    assert fixed.columns == 64
     assert fixed.serves(model, 8, 64)
     assert fixed.serves(model, 2, 10)
     assert not fixed.serves(model, 9, 40)
@@ -399,6 +480,11 @@ def test_fixed_tensors_serve_again_only_what_they_fit():
     assert fixed.serves(model, 8, 40)
     weight.data = weight.data.clone()
     assert not fixed.serves(model, 8, 40)
+    wide = StaticDecoding(model, 200, 40)
+    assert wide.sizes == [200, 100, 50]
+    assert [wide.fitting(rows) for rows in (200, 101, 100, 50, 3)] == [200, 200, 100, 50, 50]
+    assert wide.serves(model, 13, 40)
+    assert not wide.serves(model, 12, 40)  # 50 rows would be computed
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from piggyback_lens.app.options import Work
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.cells import row_bytes
 from piggyback_lens.finetuning.trainables import add_lora
-from piggyback_lens.models.backends import Shape, blocks_of
+from piggyback_lens.models.backends import Shape, blocks_of, free_bytes
 from piggyback_lens.models.network import forward, output_embeddings
 from piggyback_lens.settings import LoRASettings
 
@@ -111,9 +111,9 @@ def _kept(model: nn.Module, rows: int, tokens: int) -> int | None:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device now: of a GPU as its driver says, else of the machine."""
+    """Bytes that are free on a device now: of a GPU, else of the machine."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        return free_bytes(device)
     lines = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     available = [line.split()[1] for line in lines.splitlines() if line.startswith("MemAvailable")]
     return 1024.0 * int(available[0]) if available else float("nan")

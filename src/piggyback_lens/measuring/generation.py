@@ -30,7 +30,7 @@ from piggyback_lens.models.backends import HookedModel, device_of, end_ids_of, f
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.plain_views import network_of, settled
 from piggyback_lens.models.states import KVState, new_state
-from piggyback_lens.models.static import StaticDecoding, static_decoding, static_refusal
+from piggyback_lens.models.static import StaticDecoding, captures, static_decoding, static_refusal
 from piggyback_lens.progress import shows, track
 
 
@@ -98,9 +98,10 @@ def generate(  # noqa: PLR0913
         on_batch: called with the places in the returned list and the answers of each finished batch, e.g. to write
             them out.
         share_prefix: compute the common prefix once; False runs whole prompts (slower, same numbers).
-        static_cache: decode in tensors of fixed size (same numbers), which a GPU replays as a captured graph: finished
-            rows stay in the batch. None: on a GPU, where it can be done; True: always, or an error that says why not
-            (a HookedTransformer, hooks that act on the answer, short attention windows).
+        static_cache: decode in tensors of fixed size (same numbers), which a GPU replays as a captured graph: rows
+            leave the batch when half of them are finished and 32 or more are left. None: on a GPU, where it can be
+            done; True: always, or an error that says why not (a HookedTransformer, hooks that act on the answer, short
+            attention windows).
 
     Returns:
         One `Generation` per prompt, in order; with `n`, those of the first prompt first, by number.
@@ -263,10 +264,12 @@ class _Run:
                 ended.update(row for row in rows if tokens[row][-1] in stops[row])
                 if step + 1 == self.max_new_tokens or len(ended) == len(prompts):
                     break
+                kept = [i for i, row in enumerate(rows) if row not in ended]
                 if fixed is not None:
+                    if fixed.keep(kept):
+                        rows, chosen = [rows[i] for i in kept], chosen[kept]
                     logits = fixed.step(chosen)
                     continue
-                kept = [i for i, row in enumerate(rows) if row not in ended]
                 if len(kept) < len(rows):
                     rows = [rows[i] for i in kept]
                     state.select_rows(torch.tensor(kept, device=device))
@@ -299,11 +302,10 @@ class _Run:
     def _static(self, state: KVState, hooks_act: bool) -> StaticDecoding | None:
         """Tensors of fixed size with the state in them, where decoding goes through such."""
         model = self.model
-        if self.static_cache is None:
-            on_gpu = device_of(model).type == "cuda"
-            if hooks_act or not on_gpu or static_refusal(model, self.most[1]) is not None:
-                return None
-        if self.static_cache is False:
+        wanted = self.static_cache
+        if wanted is None:
+            wanted = captures(device_of(model)) and not hooks_act and static_refusal(model, self.most[1]) is None
+        if not wanted:
             return None
         if not self.fixed or self.fixed[0].network is not network_of(model):
             self.fixed[:] = [static_decoding(model, *self.most)]

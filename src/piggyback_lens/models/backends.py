@@ -211,8 +211,19 @@ def block_devices(model: Any) -> list[torch.device]:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory for work on a device: what is free on a GPU, 2 GB elsewhere (more is no faster on a CPU)."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 2e9
+    """Memory for work on a device: of a GPU what nobody uses, 2 GB elsewhere (more is no faster on a CPU).
+
+    What torch has taken from the driver and does not use now (after an earlier pass, say) is free too.
+    """
+    if device.type != "cuda":
+        return 2e9
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + unused)
+
+
+def device_bytes(device: torch.device) -> float:
+    """Memory of a GPU."""
+    return float(torch.cuda.mem_get_info(device)[1])
 
 
 def dtype_of(model: Any) -> torch.dtype:

@@ -1,12 +1,15 @@
 """Decoding in tensors of fixed size: each step is the same work in the same places, so a GPU can replay it.
 
-There the first step is captured as a CUDA graph, since launching the kernels of a step from Python takes far longer
-than they do. Rows do not leave the batch when they are finished, and no hook may act. Run eagerly (on a CPU, or where
-a layer cannot be captured) it gives the numbers of `forward`.
+There a step is captured as a CUDA graph, since launching its kernels from Python takes far longer than they do. It is
+captured for halves of the batch too, and when so many answers are finished, the others go on in the half. No hook may
+act. Run eagerly (on a CPU, or where a layer cannot be captured) it gives the numbers of `forward`.
 """
 
+import copy
 import warnings
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +17,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.models.backends import block_devices, config_of, core_of, device_of, has_modules
+from piggyback_lens.models.backends import (
+    HookedModel,
+    block_devices,
+    config_of,
+    core_of,
+    device_bytes,
+    device_of,
+    dtype_of,
+    has_modules,
+    shape_of,
+)
 from piggyback_lens.models.network import as_read
 from piggyback_lens.models.packing import shortest_window
 from piggyback_lens.models.plain_views import network_of, plain_view
@@ -24,6 +37,10 @@ from piggyback_lens.models.views import is_offloaded
 _KEPT: "weakref.WeakKeyDictionary[Any, StaticDecoding]" = weakref.WeakKeyDictionary()
 COLUMNS = 64
 """The size of a cache is a multiple of this, so that batches of similar length share one."""
+FEWEST = 32
+"""Rows below which a step is no faster: it reads all weights."""
+KEPT_PART = 0.05
+"""A cache is kept for the next call where it takes no more of the device's memory than this."""
 
 
 def static_refusal(model: Any, longest: int) -> str | None:
@@ -35,7 +52,12 @@ def static_refusal(model: Any, longest: int) -> str | None:
     """
     if not has_modules(model):
         return "a HookedTransformer has no static cache: use backend='bridge', or static_cache=False"
-    if plain_view(model) is not None and network_of(model) is core_of(model):
+    if plain_view(model) is None:
+        return (
+            "this bridge was booted elsewhere, and a captured step would not run hooks that come later: use hook_model "
+            "or ModelPair.load, or static_cache=False"
+        )
+    if network_of(model) is core_of(model):
         return "hooks act on the model, and a static cache is decoded without any: use static_cache=False"
     if len(set(block_devices(model))) > 1 or is_offloaded(core_of(model)):
         return "a device map has spread the weights, and no step can be replayed across devices: use static_cache=False"
@@ -58,27 +80,49 @@ def static_decoding(model: Any, rows: int, longest: int) -> "StaticDecoding":
         return kept
     _KEPT.pop(model, None)  # its memory first
     made = StaticDecoding(model, rows, longest)
-    if made.device.type == "cuda":
+    if captures(made.device) and made.n_bytes <= KEPT_PART * device_bytes(made.device):
         _KEPT[model] = made
     return made
+
+
+def static_sizes(rows: int) -> list[int]:
+    """How many rows the steps of a batch may have: halves, down to where fewer are no faster."""
+    sizes = [rows]
+    while sizes[-1] // 2 >= FEWEST:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def captures(device: torch.device) -> bool:
+    """Whether steps can be captured on a device."""
+    return device.type == "cuda"
+
+
+@dataclass
+class _Step:
+    """A step of so many rows: its part of the cache, and what was captured."""
+
+    cache: Any
+    graph: Any = None
+    logits: Tensor | None = None
 
 
 class StaticDecoding:
     """Decoding step by step in a cache of fixed size, for one batch after the other.
 
     Attributes:
-        rows: of the cache; a batch may have fewer.
-        size: columns of the cache.
+        sizes: rows of a step, halving: a batch takes the smallest that has room for it.
+        columns: of the cache.
         network: what the passes go through.
         device: where the passes are.
-        captured: whether steps are replayed from a CUDA graph.
+        n_bytes: of the keys and values.
     """
 
-    def __init__(self, model: Any, rows: int, longest: int) -> None:
+    def __init__(self, model: HookedModel, rows: int, longest: int) -> None:
         """Make room, without keys and values.
 
         Args:
-            model: a bridge without hooks, or a transformers model.
+            model: a bridge without hooks.
             rows: the most rows of a batch.
             longest: the most tokens of a row, its answer included.
 
@@ -87,36 +131,43 @@ class StaticDecoding:
         """
         if (refusal := static_refusal(model, longest)) is not None:
             raise LensError(refusal)
-        self.network, self.rows, self.size = network_of(model), rows, -(-longest // COLUMNS) * COLUMNS
+        self.network, self.columns = network_of(model), -(-longest // COLUMNS) * COLUMNS
+        self.sizes = static_sizes(rows)
         self.device = device = device_of(model)
+        shape = shape_of(model)
+        per_token = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * dtype_of(model).itemsize
+        self.n_bytes = rows * self.columns * per_token
         self._held = _addresses(self.network)
         self._ids = torch.zeros((rows, 1), dtype=torch.long, device=device)
-        self._seen = torch.zeros((rows, 1, 1, self.size), dtype=torch.bool, device=device)
+        self._seen = torch.zeros((rows, 1, 1, self.columns), dtype=torch.bool, device=device)
         self._positions = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self._column = torch.zeros(1, dtype=torch.long, device=device)
-        self._cache: Any = None
-        self._graph: Any = None
-        self._logits: Tensor | None = None
-        self._used = 0
+        self._steps: dict[int, _Step] = {}
+        self._used, self._size, self._past = 0, rows, 0
 
     @property
     def captured(self) -> bool:
-        """Whether steps are replayed from a CUDA graph."""
-        return self._graph is not None
+        """Whether steps are replayed from CUDA graphs."""
+        return bool(self._steps) and all(step.graph is not None for step in self._steps.values())
 
-    def serves(self, model: Any, rows: int, longest: int) -> bool:
+    def serves(self, model: HookedModel, rows: int, longest: int) -> bool:
         """Whether it is of this model as it is now, and has room for such a batch but not far too many rows."""
-        fits = rows <= self.rows <= 4 * rows and longest <= self.size
+        fits = rows <= self.sizes[0] and self.fitting(rows) <= 4 * rows and longest <= self.columns
         return fits and self.network is network_of(model) and self._held == _addresses(self.network)
+
+    def fitting(self, rows: int) -> int:
+        """Rows of the step that so many of a batch would go through."""
+        return min(size for size in self.sizes if size >= rows)
 
     @torch.no_grad()
     def start(self, state: KVState) -> None:
         """Begin a batch: the keys and values of a state, which is right-aligned and is not changed."""
         used, past = state.mask.shape
-        assert used <= self.rows, "the batch has more rows than the cache"
-        if self._cache is None:
+        assert used <= self.sizes[0], "the batch has more rows than the cache"
+        if not self._steps:
             self._make_room(state)
-        for layer, own in zip(self._cache.layers, state.cache.layers, strict=True):
+        self._used, self._size, self._past = used, self.fitting(used), past
+        for layer, own in zip(self._steps[self.sizes[0]].cache.layers, state.cache.layers, strict=True):
             layer.keys[:used, :, :past], layer.values[:used, :, :past] = own.keys, own.values
             layer.cumulative_length.fill_(past)
         self._seen.zero_()
@@ -124,60 +175,86 @@ class StaticDecoding:
         self._positions.zero_()
         self._positions[:used] = state.mask.sum(dim=1, keepdim=True)
         self._column.fill_(past)
-        self._used = used
+
+    @torch.no_grad()
+    def keep(self, rows: Sequence[int]) -> bool:
+        """Go on with some of the rows only, where so few go through a smaller step; whether they did."""
+        if self.fitting(len(rows)) == self._size:
+            return False
+        kept, n = torch.tensor(rows, device=self.device), len(rows)
+        for layer in self._steps[self.sizes[0]].cache.layers:
+            for side in (layer.keys, layer.values):
+                side[:n, :, : self._past] = side[kept, :, : self._past]
+        self._seen[:n], self._positions[:n] = self._seen[kept], self._positions[kept]
+        self._used, self._size = n, self.fitting(n)
+        return True
 
     @torch.no_grad()
     def step(self, ids: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """Logits after one more token in every row; the next step writes into the same tensor."""
         self._ids[: self._used, 0] = ids
-        if self._graph is None:
-            self._logits = self._pass()
+        step = self._steps[self._size]
+        if step.graph is None:
+            step.logits = self._pass(self._size)
         else:
-            self._graph.replay()
-        assert self._logits is not None
-        return self._logits[: self._used]
+            step.graph.replay()
+        self._past += 1
+        assert step.logits is not None
+        return step.logits[: self._used]
 
-    def _pass(self) -> Float[Tensor, "row vocab"]:
+    def _pass(self, rows: int) -> Float[Tensor, "row vocab"]:
         self._seen.index_fill_(3, self._column, True)
         logits: Tensor = self.network(
-            input_ids=self._ids,
-            attention_mask=as_read(self.network, self._seen),
-            position_ids=self._positions,
-            **cache_argument(self.network, self._cache),
+            input_ids=self._ids[:rows],
+            attention_mask=as_read(self.network, self._seen[:rows]),
+            position_ids=self._positions[:rows],
+            **cache_argument(self.network, self._steps[rows].cache),
         ).logits
         self._positions.add_(1)
         self._column.add_(1)
         return logits[:, 0]
 
     def _make_room(self, state: KVState) -> None:
+        """The cache for the most rows; a smaller step works in its first rows."""
         from transformers.cache_utils import Cache, StaticLayer
 
         layers = []
         for own in state.cache.layers:
-            layer = StaticLayer(self.size)
-            like = [x.new_empty((self.rows, x.shape[1], 1, x.shape[3])) for x in (own.keys, own.values)]
+            layer = StaticLayer(self.columns)
+            like = [x.new_empty((self.sizes[0], x.shape[1], 1, x.shape[3])) for x in (own.keys, own.values)]
             layer.lazy_initialization(*like)
             layers.append(layer)
-        self._cache = Cache(layers=layers)
-        if self._ids.device.type == "cuda":
+        for size in self.sizes:
+            self._steps[size] = _Step(Cache(layers=[_first_rows(layer, size) for layer in layers]))
+        if captures(self.device):
             self._capture()
 
     def _capture(self) -> None:
-        """Record one step. What the passes here write is overwritten when a batch begins."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries choose their kernels and take their memory now
-                self._pass()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                logits = self._pass()
-        except RuntimeError as error:
-            warnings.warn(f"decoding could not be captured ({error}) and runs step by step", stacklevel=2)
-            return
-        self._graph, self._logits = graph, logits
+        """Record a step of every size. What the passes here write is overwritten when a batch begins."""
+        pool = None
+        for size, step in self._steps.items():
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries choose their kernels and take their memory now
+                    self._pass(size)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool):
+                    logits = self._pass(size)
+            except RuntimeError as error:
+                warnings.warn(f"decoding could not be captured ({error}) and runs step by step", stacklevel=2)
+                return
+            step.graph, step.logits = graph, logits
+            pool = graph.pool()  # they are never replayed at once
+
+
+def _first_rows(layer: Any, rows: int) -> Any:
+    """A layer of a cache that works in the first rows of another, and counts with it."""
+    found = copy.copy(layer)
+    found.keys, found.values, found.batch_size = layer.keys[:rows], layer.values[:rows], rows
+    return found
 
 
 def _addresses(network: Any) -> list[int]:
