@@ -9,6 +9,7 @@ differ by more than the dtype explains.
 """
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -101,6 +102,8 @@ def main():
                 devices = sorted({str(x.device) for x in model.original_model.parameters()})
             print(f"{name}: weights on {', '.join(devices)}", flush=True)
             del pair, model
+            gc.collect()  # a bridge holds itself
+            torch.cuda.empty_cache()
     (texts, curve, times), (others, spread_curve, spread_times) = found.values()
     known = ~curve.isnan()  # rows of controls that a curve has not
     assert known.any(), "the curve has no number"

@@ -136,6 +136,8 @@ class Setting:
     def in_turns(self, theirs, ours, repeats=None):
         """Median seconds of both, timed in turns so that a machine that slows down slows both, and their ratio."""
         theirs(), ours()  # warm-up
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats(self.device)
         times = [(self.seconds(theirs), self.seconds(ours)) for _ in range(repeats or self.repeats)]
         a, b = (statistics.median(side) for side in zip(*times, strict=True))
         return a, b, statistics.median(x / y for x, y in times)
@@ -145,7 +147,7 @@ class Setting:
         ratio = theirs / ours if ratio is None else ratio
         row = {"work": work, "peer": peer, "peer_s": theirs, "ours_s": ours, "ratio": ratio, **more}
         if self.device != "cpu":
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            row["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.rows.append(row)
         print(line(row), flush=True)
 
@@ -154,7 +156,7 @@ class Setting:
         self.name = name
         self.facts = {
             "benchmark": name, "shape": self.shape, "dtype": str(self.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if self.device != "cpu" else f"{self.threads} threads",
+            "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else f"{self.threads} threads",
             "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             **{package: version(package) for package in ("torch", "transformers", "peft", "transformer-lens")},
         }  # fmt: skip
@@ -189,7 +191,7 @@ class Setting:
 
     def _wait(self):
         if self.device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def explain(self, work, function):
         """With --profile: where the time of a piece of work goes, its largest parts until they are EXPLAINED of it.

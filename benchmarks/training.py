@@ -83,7 +83,8 @@ class Bench:
         full_sft = lambda: self.step(sft, self.full)  # noqa: E731
         full_own = lambda: self.step(self.own, self.full)  # noqa: E731
 
-        nothing = 0.0 if self.setting.exact else 1e-6
+        # Attention's gradient is not summed in one order on a GPU.
+        nothing = 0.0 if self.setting.exact else 1e-6 if self.setting.device == "cpu" else None
         self.assert_same(shared_sft, lambda: self.step(self.off, self.shared), nothing)
         self.assert_same(shared_treft, full_own)
         added = float(shared_treft()) - float(shared_sft())

@@ -8,6 +8,7 @@ an operation takes its tensors from one device, only single numbers may come fro
 in brackets and what `copy_` reads.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("xpu", 0)
 """What the other device is called: a name that torch can parse and this library does not treat differently."""
+
+TRAFFIC: Counter[str] = Counter()
+"""Tensors that were moved between the devices, and numbers that the host read: for each a GPU finishes its work."""
 
 
 @contextmanager
@@ -52,7 +56,10 @@ class _Move(torch.autograd.Function):
 
 
 def _moved(tensor: Tensor, there: bool) -> Tensor:
-    return tensor if is_there(tensor) == there else _Move.apply(tensor, there)  # type: ignore[no-any-return,no-untyped-call]
+    if is_there(tensor) == there:
+        return tensor
+    TRAFFIC["moved"] += 1
+    return _Move.apply(tensor, there)  # type: ignore[no-any-return,no-untyped-call]
 
 
 # ---------------------------------------------------------------- every operation
@@ -68,6 +75,7 @@ class _Operations(TorchDispatchMode):
         there = any(map(is_there, tensors))
         if there:
             _check(func, args, leaves, tensors)
+            TRAFFIC["read"] += func.overloadpacket in _READING
         results = func(*args, **kwargs)
         if there and func.overloadpacket is not _COPY:
             for result in _leaves((results,)):
@@ -84,6 +92,7 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
+_READING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
 _COPY = torch.ops.aten.copy_
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
 _TAKING_NUMBERS = (*_INDEXING, torch.ops.aten.fill_, torch.ops.aten.masked_fill, torch.ops.aten.masked_fill_)

@@ -70,7 +70,8 @@ def recorded_steps(device_bytes: float = 1e12) -> Iterator[list[Graph]]:
         mock.patch.multiple(
             torch.cuda,
             CUDAGraph=graph,
-            graph=lambda own, pool=None: _Recording(own),
+            graph=lambda own, pool=None, stream=None: _Recording(own),
+            device=lambda index: nullcontext(),
             stream=lambda side: nullcontext(),
             Stream=mock.MagicMock,
             current_stream=mock.MagicMock(),

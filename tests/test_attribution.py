@@ -9,10 +9,12 @@ from tiny_hooked import BACKENDS, FEW, chat, prompts
 from tiny_pairs import LEVEL, THREE, contrast, mirrored, pair, weights
 
 from piggyback_lens.errors import LensError
+from piggyback_lens.experiments import attribution
 from piggyback_lens.experiments.attribution import attribution_map
 from piggyback_lens.experiments.patching import layer_curve, layer_head_map, layer_position_map
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.measures import get_behaviour
+from piggyback_lens.models.backends import core_of
 from piggyback_lens.settings import PatchSettings
 
 NEAR = (3e-4, 3e-3)  # sizes of the finetune's step; the error of a first-order term shrinks with them
@@ -145,6 +147,25 @@ def test_an_attribution_is_the_slope_of_the_slow_path(name):
         slope = (ends[0] - ends[1]) / (2 * little)
         np.testing.assert_allclose(effects(quick)[token], slope, rtol=2e-3, atol=1e-4)
     assert np.abs(effects(quick)).max() > 1e-2
+
+
+def test_weights_have_no_part_in_the_graph_of_an_attribution(monkeypatch):
+    """Else a pass of a whole finetune keeps the inputs of all its linear layers."""
+    own, wanted = attribution.forward, []
+
+    def watched(model, *args, **kwargs):
+        wanted.append(any(parameter.requires_grad for parameter in core_of(model).parameters()))
+        return own(model, *args, **kwargs)
+
+    monkeypatch.setattr(attribution, "forward", watched)
+    tiny = pair("llama-gqa")
+    with tiny.using("finetuned") as model:
+        before = [parameter.requires_grad for parameter in core_of(model).parameters()]
+        fast(tiny, "position", "v", layers=[1])
+        assert [parameter.requires_grad for parameter in core_of(model).parameters()] == before
+    assert any(before)
+    assert wanted
+    assert not any(wanted)
 
 
 def test_sites_that_lie_behind_one_another_are_refused():

@@ -16,7 +16,7 @@ import pytest
 import tiny_hooked
 import tiny_pairs
 import torch
-from other_device import DEVICE, is_there, other_device
+from other_device import DEVICE, TRAFFIC, is_there, other_device
 from test_comparing import tiny_task
 from tiny_chat import tiny_examples
 from tiny_pairs import LEVEL
@@ -692,3 +692,38 @@ def test_a_model_with_weights_on_the_disk_is_hooked_right_or_refused_in_one_line
             else:
                 torch.testing.assert_close(forward(hooked, ids, torch.ones_like(ids)), expected)
         torch.testing.assert_close(model(ids).logits, expected)
+
+
+# ---------------------------------------------------------------- what a device waits for
+
+
+@pytest.mark.parametrize("span", ["prefix", "query"])
+def test_a_map_asks_nothing_of_the_device_while_its_cells_go_through(span: str) -> None:
+    """For a cell its places are sent once, and a donor's rows where it has several; its change is read once."""
+    with other_device() as device:
+        pair = hooked_pair(device, "bridge")
+        measure = lens.AnswerContrast.of(pair, PROMPTS, max_new_tokens=3)
+        found = []
+        for layers in ([1], [1, 2]):
+            TRAFFIC.clear()
+            how = {"layers": layers, "measure": measure, "span": span, "progress": False}
+            cells = len(lens.layer_position_map(pair, PROMPTS, **how).cells)
+            found.append((cells, TRAFFIC["moved"], TRAFFIC["read"]))
+    (few, *before), (many, *after) = found
+    assert many > few + 2
+    moved, read = ((b - a) / (many - few) for a, b in zip(before, after, strict=True))
+    assert moved <= 2.5
+    assert read <= 1
+
+
+def test_answers_under_a_hook_are_read_once_a_token() -> None:
+    with other_device() as device:
+        model, found = Here(device, "bridge", Path()).model, []
+        for tokens in (3, 8):
+            TRAFFIC.clear()
+            vector = lens.add(normal(32), layers=[0, 1, 2])
+            lens.generate(model, PROMPTS, interventions=vector, max_new_tokens=tokens, stop_ids=[], progress=False)
+            found.append((TRAFFIC["moved"], TRAFFIC["read"]))
+    moved, read = ((b - a) / 5 for a, b in zip(*found, strict=True))
+    assert moved <= 6  # the token, its places and positions, and the vector at three layers
+    assert read == 0

@@ -452,6 +452,43 @@ def test_a_bridge_that_was_booted_elsewhere_is_decoded_with_its_hooks():
         generate(model, some, max_new_tokens=4, static_cache=True)
 
 
+def test_a_call_in_inference_mode_leaves_tensors_that_the_next_can_use():
+    model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
+    expected = ids(generate(model, some, max_new_tokens=4))
+    with recorded_steps() as graphs:
+        for mode in (True, False, True):
+            with torch.inference_mode(mode):
+                assert ids(generate(model, some, max_new_tokens=4)) == expected
+    assert len(graphs) == 1
+
+
+def test_under_autocast_nothing_is_captured():
+    model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = ids(generate(model, some, max_new_tokens=4))
+        with recorded_steps() as graphs:
+            assert ids(generate(model, some, max_new_tokens=4)) == expected
+        assert not graphs
+        with pytest.raises(LensError, match="under autocast keys and values differ in dtype"):
+            generate(model, some, max_new_tokens=4, static_cache=True)
+
+
+@pytest.mark.parametrize("fails", ["_pass", "graph"])
+def test_a_step_that_cannot_be_captured_is_run_as_if_there_were_no_graphs(monkeypatch, fails):
+    model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
+    expected = ids(generate(model, some, max_new_tokens=4))
+
+    def refused(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with recorded_steps() as graphs, monkeypatch.context() as patched:
+        patched.setattr(StaticDecoding if fails == "_pass" else torch.cuda, fails, refused)
+        with pytest.warns(UserWarning, match=r"could not be captured \(out of memory\) and runs step by step"):
+            assert ids(generate(model, some, max_new_tokens=4, batch_size=2)) == expected
+        assert ids(generate(model, some, max_new_tokens=4)) == expected  # no second try
+        assert len(graphs) == (fails == "graph")
+
+
 def test_a_large_cache_is_not_kept():
     model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
     with recorded_steps() as graphs:

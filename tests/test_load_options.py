@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 import tiny_chat
+import tiny_hooked
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from test_loading import alone, refusal  # noqa: F401
+from tiny_chat import tiny_examples
 from torch.testing import assert_close
+from transformers import masking_utils, modeling_utils
 
 from piggyback_lens.app import cli
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.patching import layer_curve
+from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.measuring.generation import generate
 from piggyback_lens.models.network import forward
@@ -22,7 +27,7 @@ from piggyback_lens.models.pair import ModelPair
 from piggyback_lens.models.peft_adapters import adapter_folder, attach_adapter
 from piggyback_lens.models.places import Place, locate
 from piggyback_lens.models.sources import load_causal_lm, load_tokenizer
-from piggyback_lens.settings import ChatSettings, LoadSettings
+from piggyback_lens.settings import ChatSettings, LoadSettings, LoRASettings, TrainSettings
 
 IDS = torch.tensor([[1, 7, 8, 9, 20, 21, 5]])
 COMMIT = "a" * 40
@@ -79,6 +84,51 @@ def test_the_attention_that_is_asked_for_is_used(base, name):
     model = load_causal_lm(base, settings=LoadSettings(attn_implementation=name))
     assert model.config._attn_implementation == name
     assert_close(logits(model), logits(tiny()), rtol=1e-4, atol=1e-4)
+
+
+def padding_only(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention that is told of padding, as flash attention is (a mask of two axes, or none), and not of scores."""
+    assert attention_mask is None or attention_mask.ndim == 2, "flash attention takes no mask of scores"
+    news, total, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    seen = torch.ones(news, total, dtype=torch.bool).tril(total - news)[None, None]
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None, -total:]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = (query @ key.mT * scaling).masked_fill(~seen, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """The name of an attention that transformers calls as it calls flash attention, which needs a GPU."""
+    monkeypatch.setitem(modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "padding_only", padding_only)
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(masks, "padding_only", masking_utils.flash_attention_mask)
+    return "padding_only"
+
+
+def test_a_model_with_flash_attention_is_hooked_patched_and_trained(flash):
+    chat, answers, values, losses = tiny_hooked.chat(), {}, {}, {}
+    prompts = tiny_hooked.prompts(("what", "how so", "so"))
+    for name in ("eager", flash):
+        sides = [tiny(seed) for seed in (0, 1)]
+        for side in sides:
+            side.set_attn_implementation(name)
+        pair = ModelPair.load(*sides, tokenizer=chat.tokenizer)
+        assert [side.config._attn_implementation for side in sides] == [name] * 2
+        with pair.using("finetuned") as model:
+            answers[name] = [answer.ids for answer in generate(model, prompts, max_new_tokens=6)]
+            if name == flash:
+                with pytest.raises(LensError, match="padding_only attention does not take this mask"):
+                    generate(model, prompts, max_new_tokens=6, static_cache=True)
+        curve = layer_curve(pair, prompts, control_layers=0, progress=False)
+        values[name] = torch.tensor(curve.to_frame()["raw"].to_numpy())
+        tuned = add_lora(sides[0], LoRASettings(rank=2))
+        steps = train(tuned, tiny_examples(6, seed=3), TrainSettings(steps=2, batch_size=3), progress=False).history
+        losses[name] = torch.tensor([step["loss"] for step in steps])
+    assert answers[flash] == answers["eager"]
+    assert_close(values[flash], values["eager"], atol=1e-4, rtol=1e-4, equal_nan=True)
+    assert_close(losses[flash], losses["eager"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

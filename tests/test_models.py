@@ -3,9 +3,11 @@
 import copy
 import importlib.util
 import json
+import math
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -536,6 +538,22 @@ def test_the_same_weights_are_the_same_model_on_both_backends_and_others_are_not
     assert not one.matches(stranger)
     assert Identity.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     assert not one.matches(Identity("", one.shape, tuple(float("nan") for _ in one.probe)))
+
+
+def test_logits_of_bfloat16_are_equal_to_two_of_its_steps():
+    """Another kind of GPU rounds the last bit otherwise; in float32 as much is another model."""
+    made = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB).bfloat16()
+    one = identify(hook_model(made, tiny_hooked.chat().tokenizer))
+    largest = max(map(abs, one.probe))
+    step = torch.finfo(torch.bfloat16).eps * 2.0 ** math.floor(math.log2(largest))
+
+    def moved(by):
+        return replace(one, probe=tuple(x + by if abs(x) == largest else x for x in one.probe))
+
+    assert one.matches(moved(step))
+    assert not one.matches(moved(8 * step))
+    exact = replace(one, probe=tuple(x + 1e-3 * largest / 3 for x in one.probe))
+    assert not exact.matches(replace(exact, probe=tuple(x + step for x in exact.probe)))
 
 
 @needs_hooked

@@ -1,5 +1,7 @@
 """Teacher-forced measures against single rows through plain transformers."""
 
+import weakref
+
 import pytest
 import tiny_chat
 import tiny_models
@@ -14,6 +16,7 @@ from piggyback_lens.interventions.hooks import Record
 from piggyback_lens.interventions.kinds import add, cache, patch, zero
 from piggyback_lens.interventions.prefix import PrefixCache
 from piggyback_lens.interventions.running import applied
+from piggyback_lens.measuring import scoring
 from piggyback_lens.measuring.scoring import contrast, kl_to_base, nll, response_log_probs
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
@@ -129,6 +132,24 @@ def test_kl_runs_from_base_to_the_other_side(name, backend):
     cached = PrefixCache.compile(pair, prompts()[0], side="base")
     repaired = kl_to_base(pair, scored, prefix_cache=cached)
     assert all((a - b).abs().max() > 1e-4 for a, b in zip(repaired, found, strict=True))
+
+
+@pytest.mark.parametrize("score", [response_log_probs, kl_to_base])
+def test_logits_of_one_batch_at_a_time_are_held(score, monkeypatch):
+    """They are the largest tensors there are: of 2,000 answers of an 8B model more than a GPU holds."""
+    pair = ModelPair(hooked("llama-gqa", "bridge"), hooked("llama-gqa", "bridge", 1), tokenizer=chat().tokenizer)
+    held, most, own = [], [], scoring.forward
+
+    def watched(*args, **kwargs):
+        most.append(sum(memory() is not None for memory in held))
+        memory = own(*args, **kwargs).numpy().copy()  # lives as long as a tensor on it
+        held.append(weakref.ref(memory))
+        return torch.from_numpy(memory)
+
+    monkeypatch.setattr(scoring, "forward", watched)
+    score(hooked("llama-gqa", "bridge") if score is response_log_probs else pair, answered() * 4, batch_size=2)
+    assert len(most) >= 6
+    assert max(most) <= (1 if score is response_log_probs else 3)  # one of each side, and the last of one
 
 
 def test_what_cannot_be_scored_is_refused():

@@ -34,16 +34,21 @@ def machine() -> dict[str, Any]:
     """Processor, threads and accelerator."""
     import torch
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    gpus = dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return {
         "platform": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": ", ".join(gpus) or None,
     }
 
 
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far, in GB (1e9 bytes)."""
+def peak_memory() -> dict[str, float]:
+    """Largest memory of this process so far, in GB (1e9 bytes): resident, and where there are GPUs on the fullest."""
+    import torch
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+    found = {"peak_memory_gb": round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)}
+    if cards := torch.cuda.device_count():
+        found["peak_gpu_gb"] = round(max(map(torch.cuda.max_memory_allocated, range(cards))) / 1e9, 2)
+    return found

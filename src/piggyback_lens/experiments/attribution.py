@@ -34,9 +34,10 @@ from piggyback_lens.interventions.prefix import similar_batches
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure, mean_log_prob
 from piggyback_lens.measuring.scoring import predicting_columns
-from piggyback_lens.models.backends import HookedModel, check_layers, device_of, hook_name
+from piggyback_lens.models.backends import HookedModel, check_layers, core_of, device_of, hook_name
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.models.views import frozen
 from piggyback_lens.progress import counting, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.result import Result
@@ -321,7 +322,8 @@ def _gradients(
 
     names = [(hook_name(model, site, layer), keeping((site, layer))) for layer in layers for site in sites]
     read, counts = predicting_columns(batch.prompts, 0)
-    with torch.enable_grad(), applied(model, placement, moved), model.hooks(fwd_hooks=names):
+    hooked = model.hooks(fwd_hooks=names)
+    with torch.enable_grad(), frozen(core_of(model)), applied(model, placement, moved), hooked:
         logits = forward(model, batch.ids, batch.attention_mask, read=read.to(device))
         scores = [mean_log_prob(p, x[:n]) for p, x, n in zip(batch.prompts, logits, counts, strict=True)]
         found = torch.autograd.grad(torch.stack(scores).sum(), list(kept.values()))

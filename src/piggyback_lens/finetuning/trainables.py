@@ -212,6 +212,10 @@ def _linear_names(block: nn.Module) -> list[str]:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """What is drawn inside depends on the seed alone; the global random state is left as it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    cards = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cards):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed reaches every other card as well
+        for card in cards:
+            with torch.cuda.device(card):
+                torch.cuda.manual_seed(seed)
         yield

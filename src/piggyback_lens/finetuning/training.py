@@ -5,7 +5,8 @@ is descended is an `Objective`, a function from a `Step` (model, batch, the batc
 What is trained is a `Trainable`: by default the LoRA adapter of a PEFT model.
 
 Everything random depends on the seed alone, so a run that was killed and started again ends with the weights
-of an uninterrupted one, bit for bit on one machine with one number of threads.
+of an uninterrupted one, bit for bit on one machine with one number of threads; on a GPU under
+`torch.use_deterministic_algorithms(True)`, since attention's gradient is not summed in one order there otherwise.
 """
 
 import math

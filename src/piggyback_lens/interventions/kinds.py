@@ -113,7 +113,7 @@ class _Replace(Action):
             raise LensError(f"{part} has no donor activations for layers {layer_ranges(missing)}")
 
     def new_value(self, part: Intervention, layer: int, old: Tensor, cells: Cells, heads: Tensor | None) -> Tensor:
-        donor = self.chosen(part, part.tensors[str(layer)].to(old.device), cells)
+        donor = self.chosen(part, part.tensors[str(layer)], cells).to(old.device)
         if heads is not None:
             donor = donor[:, heads.to(old.device)]
         if donor.shape != old.shape:
@@ -121,8 +121,8 @@ class _Replace(Action):
         return donor
 
     def chosen(self, part: Intervention, donor: Tensor, cells: Cells) -> Tensor:
-        """The donor's value for each cell, all heads."""
-        return donor.expand(len(cells), *donor.shape)
+        """The donor's value for each cell, all heads; picked where the donor is, which may be large."""
+        return donor.to(cells.rows.device).expand(len(cells), *donor.shape)
 
 
 class _Resample(_Replace):
@@ -147,6 +147,7 @@ class _Patch(_Replace):
 
     def chosen(self, part: Intervention, donor: Tensor, cells: Cells) -> Tensor:
         _check_covered(part, cells)
+        cells = cells.to(donor.device)
         return donor[cells.origins if len(donor) > 1 else torch.zeros_like(cells.origins), cells.slots]
 
 
@@ -166,6 +167,7 @@ def _check_donor(part: Intervention, placement: Placement) -> None:
 
 def _drawn(seed: int, cells: Cells, count: int) -> Int[Tensor, " cell"]:
     """One of `count` for each cell, from seed, row and token alone, so that batches and phases do not matter."""
+    cells = cells.to(torch.device("cpu"))
     origins, slots = cells.origins.tolist(), cells.slots.tolist()
     width = max(slots) + 1
     uniform = {origin: np.random.default_rng([seed, origin]).random(width) for origin in set(origins)}
@@ -174,7 +176,8 @@ def _drawn(seed: int, cells: Cells, count: int) -> Int[Tensor, " cell"]:
 
 def _check_covered(part: Intervention, cells: Cells) -> None:
     """An open-ended span may reach tokens that the donor never had."""
-    lengths = part.tensors["lengths"].to(cells.slots.device)
+    lengths = part.tensors["lengths"]
+    cells = cells.to(lengths.device)  # where nothing waits for the answer
     own = lengths[cells.origins] if len(lengths) > 1 else lengths.expand(len(cells))
     if bool((cells.slots >= own).any()):
         at = int((cells.slots >= own).nonzero()[0])

@@ -56,6 +56,7 @@ class Cells:
     columns: Int[Tensor, " cell"]
     slots: Int[Tensor, " cell"]
     read: Bool[Tensor, "cell key"] | None = None
+    _there: dict[torch.device, "Cells"] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,10 +67,15 @@ class Cells:
         return Cells(self.rows[kept], self.origins[kept], self.columns[kept], self.slots[kept])
 
     def to(self, device: torch.device) -> "Cells":
-        """On the activation's device."""
-        read = None if self.read is None else self.read.to(device)
-        rows, origins, columns, slots = (x.to(device) for x in (self.rows, self.origins, self.columns, self.slots))
-        return Cells(rows, origins, columns, slots, read)
+        """On the activation's device; moved once, since a GPU has to finish its work for every tensor that comes."""
+        known = self._there
+        known.setdefault(self.rows.device, self)
+        if device not in known:
+            read = None if self.read is None else self.read.to(device)
+            together = torch.stack([self.rows, self.origins, self.columns, self.slots]).to(device)
+            rows, origins, columns, slots = together.unbind()
+            known[device] = Cells(rows, origins, columns, slots, read, _there=known)
+        return known[device]
 
 
 @dataclass

@@ -30,7 +30,7 @@ from piggyback_lens.models.backends import HookedModel, device_of, end_ids_of, f
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.plain_views import network_of, settled
 from piggyback_lens.models.states import KVState, new_state
-from piggyback_lens.models.static import StaticDecoding, captures, static_decoding, static_refusal
+from piggyback_lens.models.static import StaticDecoding, captures, keep_for_the_next, static_decoding, static_refusal
 from piggyback_lens.progress import shows, track
 
 
@@ -309,7 +309,11 @@ class _Run:
             return None
         if not self.fixed or self.fixed[0].network is not network_of(model):
             self.fixed[:] = [static_decoding(model, *self.most)]
-        self.fixed[0].start(state)
+        if not self.fixed[0].start(state):
+            self.fixed.clear()
+            return None
+        keep_for_the_next(model, self.fixed[0])
+        state.cache.layers.clear()  # its memory: the keys and values are copied
         return self.fixed[0]
 
 

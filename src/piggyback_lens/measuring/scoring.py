@@ -4,7 +4,7 @@ All are exact functions of the model, cheap (one pass, no generation), and read 
 response token is predicted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -125,12 +125,12 @@ def kl_to_base(
     progress: bool | str = True,
 ) -> list[Float[Tensor, " token"]]:
     """KL(base || x) at every response token, in nats, where x is one side under interventions or a prefix cache."""
-    with pair.using("base") as base:
-        reference = {row: values.cpu() for row, values in _response_logits(base, prompts, None, None, batch_size)}
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
-    with pair.using(side) as model:
-        for row, values in _response_logits(model, prompts, interventions, prefix_cache, batch_size):
-            found[row] = kl_per_token(reference[row][None].to(values.device), values[None])[0].cpu()
+    with pair.using("base") as base, pair.using(side) as model:
+        reference = _response_logits(base, prompts, None, None, batch_size)
+        moved = _response_logits(model, prompts, interventions, prefix_cache, batch_size)
+        for (row, expected), (_, values) in zip(reference, moved, strict=True):  # in the same batches
+            found[row] = kl_per_token(expected[None].to(values.device), values[None])[0].cpu()
     return found
 
 
@@ -138,7 +138,6 @@ def _response(prompt: RenderedPrompt) -> tuple[int, ...]:
     return prompt.ids[prompt.n_prompt :]
 
 
-@torch.no_grad()
 def _response_logits(
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],
@@ -146,8 +145,8 @@ def _response_logits(
     prefix_cache: PrefixCache | Sequence[PrefixCache] | None,
     batch_size: int,
     record: Record | None = None,
-) -> list[tuple[int, Float[Tensor, "token vocab"]]]:
-    """Per prompt (with its index) the logits that predict its response tokens."""
+) -> Iterator[tuple[int, Float[Tensor, "token vocab"]]]:
+    """Per prompt (with its index) the logits that predict its response tokens, batch by batch: they are large."""
     prompts = check_prompts(prompts, shape_of(model).d_vocab, n_positions_of(model))
     if any("response" not in prompt.spans for prompt in prompts):
         raise LensError("every prompt needs a response to be scored: use prompt.with_response(...)")
@@ -159,17 +158,16 @@ def _response_logits(
         raise LensError(f"{len(caches)} prefix caches for {len(prompts)} prompts: give one, or one for each")
     for cache, prompt in zip(caches, prompts, strict=False):
         cache.check(model, prompts if len(caches) == 1 else [prompt])
-    found: list[tuple[int, Tensor]] = []
     batches = list(similar_batches(prompts, batch_size))
     for rows in track(batches, sizes=[len(rows) for rows in batches]):
         chosen = [prompts[row] for row in rows]
         own = [caches[row if len(caches) > 1 else 0] for row in rows] if caches else []
         state = _state(model, chosen, own, parts, record)
-        found += _batch_logits(model, chosen, rows, len(prompts), state, parts, record)
+        yield from _batch_logits(model, chosen, rows, len(prompts), state, parts, record)
     record.check()
-    return found
 
 
+@torch.no_grad()
 def _state(
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],
@@ -187,6 +185,7 @@ def _state(
     return state_from_keys_values(model, keys.to(device, dtype), values.to(device, dtype))
 
 
+@torch.no_grad()
 def _batch_logits(
     model: HookedModel,
     prompts: Sequence[RenderedPrompt],

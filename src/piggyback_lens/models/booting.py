@@ -14,6 +14,7 @@ from torch import Tensor
 from piggyback_lens.errors import LensError
 from piggyback_lens.models.backends import HookedModel
 from piggyback_lens.models.fused import read_fused_weights_live
+from piggyback_lens.models.packing import LONGEST
 from piggyback_lens.models.sources import multimodal_kind
 from piggyback_lens.models.states import CACHE_NAMES
 from piggyback_lens.models.views import (
@@ -52,6 +53,8 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> HookedModel:
             keep_vectors_in_memory(inner)
             inner.hf_device_map = None  # TransformerLens refuses such maps, since it read weights past their modules
         inner.config.architectures = [type(inner).__name__]  # what is here, whatever a checkpoint said
+        if inner.config._attn_implementation not in LONGEST:  # TransformerLens adds a mask to scores, flash has none
+            inner.config._attn_implementation = "eager"
         try:
             bridge = TransformerBridge.boot_transformers(
                 "local",  # names that TransformerLens knows make it print notices

@@ -9,6 +9,7 @@ and reads the weights once.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,18 +85,21 @@ def _grow(lineage: Lineage, layer: int) -> Any:
     ancestors: list[int] = []
     for row, (born, parent) in enumerate(zip(lineage.born[:alive], lineage.parents, strict=False)):
         ancestors.append(ancestors[parent] if born else row)
-    copied = torch.tensor([*range(lineage.alive(layer - 1)), *lineage.parents[lineage.alive(layer - 1) : alive]])
-    from_start = torch.tensor(ancestors)
+    copied = [*range(lineage.alive(layer - 1)), *lineage.parents[lineage.alive(layer - 1) : alive]]
+
+    @cache
+    def index(of_residual: bool, device: torch.device) -> Tensor:
+        return torch.tensor(copied if of_residual else ancestors, device=device)
 
     def matched(value: Any) -> Any:
         # Every block gets the tables of the rows that the pass began with; what all rows share has 1 row.
         if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == begin:
-            return value[from_start.to(value.device)]
+            return value[index(False, value.device)]
         return tuple(map(matched, value)) if isinstance(value, tuple) else value
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         residual, *others = args
-        grown = residual[copied.to(residual.device)] if alive > len(residual) else residual
+        grown = residual[index(True, residual.device)] if alive > len(residual) else residual
         return (grown, *map(matched, others)), {name: matched(value) for name, value in kwargs.items()}
 
     return hook

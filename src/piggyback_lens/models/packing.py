@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from piggyback_lens.conversations.batch import Batch
 from piggyback_lens.models.backends import config_of, core_of, device_of, floating_dtype, has_modules, width_of
+from piggyback_lens.models.plain_views import attention_of
 from piggyback_lens.models.views import inner_model
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -183,7 +184,7 @@ def plan_of(model: Any, batch: Batch, n_prefix: int, *, packs: bool = True) -> P
         ways.append((first + costs.of(n_rows * rest, width), n_prefix + n_rows * rest, Plan(alone=n_prefix)))
     if packs and takes_masks(model, width):
         tokens = int(batch.attention_mask.sum()) - (n_rows - 1) * n_prefix
-        if tokens <= LONGEST[config_of(model)._attn_implementation]:
+        if tokens <= LONGEST[str(attention_of(model))]:
             multiple = MULTIPLE if rounds_coarsely(model, batch.ids.device) else 1
             packing = Packing.place(batch.attention_mask, n_prefix, multiple)
             ways.append((costs.of(tokens, tokens), tokens, Plan(packing)))
@@ -205,7 +206,7 @@ def rounds_coarsely(model: Any, device: torch.device) -> bool:
 def takes_masks(model: Any, width: int) -> bool:
     """Whether rows of a width may be packed: the model takes a mask and positions as they are given."""
     text = config_of(model)
-    if not has_modules(model) or getattr(text, "_attn_implementation", None) not in LONGEST:
+    if not has_modules(model) or attention_of(model) not in LONGEST:
         return False
     types = getattr(text, "layer_types", None) or getattr(text, "block_types", None) or ()
     if getattr(text, "alibi", False) or not ATTENTION_TYPES.issuperset(types):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from piggyback_lens.models.backends import core_of
+from piggyback_lens.models.backends import config_of, core_of, kind_of
 from piggyback_lens.models.versions import Version, version_of
 from piggyback_lens.models.views import (
     is_offloaded,
@@ -79,6 +79,13 @@ def network_of(view: Any) -> Any:
         return core_of(view)
     require_current(view)
     return found[0]
+
+
+def attention_of(model: Any) -> str | None:
+    """Which of transformers' attentions passes go through now; a bridge has one that shows its scores to hooks."""
+    network = network_of(model) if kind_of(model) == "bridge" else model
+    found: str | None = getattr(config_of(network), "_attn_implementation", None)
+    return found
 
 
 def _merged(view: Any, plain: Any) -> Any:

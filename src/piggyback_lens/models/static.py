@@ -8,7 +8,7 @@ act. Run eagerly (on a CPU, or where a layer cannot be captured) it gives the nu
 import copy
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,14 @@ from piggyback_lens.models.backends import (
     shape_of,
 )
 from piggyback_lens.models.network import as_read
-from piggyback_lens.models.packing import shortest_window
-from piggyback_lens.models.plain_views import network_of, plain_view
+from piggyback_lens.models.packing import LONGEST, shortest_window
+from piggyback_lens.models.plain_views import attention_of, network_of, plain_view
 from piggyback_lens.models.states import KVState, cache_argument
 from piggyback_lens.models.views import is_offloaded
 
 _KEPT: "weakref.WeakKeyDictionary[Any, StaticDecoding]" = weakref.WeakKeyDictionary()
+_REFUSED: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Networks of which a step could not be captured."""
 COLUMNS = 64
 """The size of a cache is a multiple of this, so that batches of similar length share one."""
 FEWEST = 32
@@ -50,23 +52,33 @@ def static_refusal(model: Any, longest: int) -> str | None:
         model: a hooked model.
         longest: tokens of a prompt and its answer.
     """
+    return next(_refusals(model, longest), None)
+
+
+def _refusals(model: Any, longest: int) -> Iterator[str]:
     if not has_modules(model):
-        return "a HookedTransformer has no static cache: use backend='bridge', or static_cache=False"
-    if plain_view(model) is None:
-        return (
+        yield "a HookedTransformer has no static cache: use backend='bridge', or static_cache=False"
+    elif plain_view(model) is None:
+        yield (
             "this bridge was booted elsewhere, and a captured step would not run hooks that come later: use hook_model "
             "or ModelPair.load, or static_cache=False"
         )
-    if network_of(model) is core_of(model):
-        return "hooks act on the model, and a static cache is decoded without any: use static_cache=False"
+    elif (network := network_of(model)) is core_of(model):
+        yield "hooks act on the model, and a static cache is decoded without any: use static_cache=False"
+    elif network in _REFUSED:
+        yield "a step of this model could not be captured: use static_cache=False"
+    config = config_of(model)
     if len(set(block_devices(model))) > 1 or is_offloaded(core_of(model)):
-        return "a device map has spread the weights, and no step can be replayed across devices: use static_cache=False"
-    if (window := shortest_window(config_of(model))) is not None and window < longest:
-        return (
+        yield "a device map has spread the weights, and no step can be replayed across devices: use static_cache=False"
+    if torch.is_autocast_enabled(device_of(model).type):
+        yield "under autocast keys and values differ in dtype, and a step keeps no casts: use static_cache=False"
+    if (attention := attention_of(model)) not in LONGEST:
+        yield f"{attention} attention does not take this mask: use static_cache=False"
+    if (window := shortest_window(config)) is not None and window < longest:
+        yield (
             f"this model's layers look back {window} tokens and the rows have up to {longest}: one mask does not "
             "suit all its layers, use static_cache=False"
         )
-    return None
 
 
 def static_decoding(model: Any, rows: int, longest: int) -> "StaticDecoding":
@@ -79,10 +91,13 @@ def static_decoding(model: Any, rows: int, longest: int) -> "StaticDecoding":
     if kept is not None and static_refusal(model, longest) is None and kept.serves(model, rows, longest):
         return kept
     _KEPT.pop(model, None)  # its memory first
-    made = StaticDecoding(model, rows, longest)
-    if captures(made.device) and made.n_bytes <= KEPT_PART * device_bytes(made.device):
-        _KEPT[model] = made
-    return made
+    return StaticDecoding(model, rows, longest)
+
+
+def keep_for_the_next(model: Any, decoding: "StaticDecoding") -> None:
+    """Let `static_decoding` use it again, where it was captured and takes little of the device's memory."""
+    if decoding.captured and decoding.n_bytes <= KEPT_PART * device_bytes(decoding.device):
+        _KEPT[model] = decoding
 
 
 def static_sizes(rows: int) -> list[int]:
@@ -118,6 +133,7 @@ class StaticDecoding:
         n_bytes: of the keys and values.
     """
 
+    @torch.inference_mode(False)  # what is made in that mode cannot be written into outside it
     def __init__(self, model: HookedModel, rows: int, longest: int) -> None:
         """Make room, without keys and values.
 
@@ -159,13 +175,17 @@ class StaticDecoding:
         """Rows of the step that so many of a batch would go through."""
         return min(size for size in self.sizes if size >= rows)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def start(self, state: KVState) -> None:
-        """Begin a batch: the keys and values of a state, which is right-aligned and is not changed."""
+    def start(self, state: KVState) -> bool:
+        """Begin a batch: the keys and values of a state, which is right-aligned and is not changed.
+
+        False where a step should have been captured and could not be.
+        """
         used, past = state.mask.shape
         assert used <= self.sizes[0], "the batch has more rows than the cache"
-        if not self._steps:
-            self._make_room(state)
+        if not self._steps and not self._make_room(state):
+            return False
         self._used, self._size, self._past = used, self.fitting(used), past
         for layer, own in zip(self._steps[self.sizes[0]].cache.layers, state.cache.layers, strict=True):
             layer.keys[:used, :, :past], layer.values[:used, :, :past] = own.keys, own.values
@@ -175,6 +195,7 @@ class StaticDecoding:
         self._positions.zero_()
         self._positions[:used] = state.mask.sum(dim=1, keepdim=True)
         self._column.fill_(past)
+        return True
 
     @torch.no_grad()
     def keep(self, rows: Sequence[int]) -> bool:
@@ -214,8 +235,8 @@ class StaticDecoding:
         self._column.add_(1)
         return logits[:, 0]
 
-    def _make_room(self, state: KVState) -> None:
-        """The cache for the most rows; a smaller step works in its first rows."""
+    def _make_room(self, state: KVState) -> bool:
+        """The cache for the most rows; a smaller step works in its first rows. Whether steps can run now."""
         from transformers.cache_utils import Cache, StaticLayer
 
         layers = []
@@ -226,27 +247,31 @@ class StaticDecoding:
             layers.append(layer)
         for size in self.sizes:
             self._steps[size] = _Step(Cache(layers=[_first_rows(layer, size) for layer in layers]))
-        if captures(self.device):
-            self._capture()
+        if not captures(self.device):
+            return True
+        try:
+            with torch.cuda.device(self.device):
+                self._capture()
+        except RuntimeError as error:
+            warnings.warn(f"decoding could not be captured ({error}) and runs step by step", stacklevel=2)
+            _REFUSED.add(self.network)
+            self._steps.clear()
+            return False
+        return True
 
     def _capture(self) -> None:
         """Record a step of every size. What the passes here write is overwritten when a batch begins."""
-        pool = None
+        side, pool = torch.cuda.Stream(), None  # type: ignore[no-untyped-call]
         for size, step in self._steps.items():
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):  # libraries choose their kernels and take their memory now
                     self._pass(size)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=pool):
-                    logits = self._pass(size)
-            except RuntimeError as error:
-                warnings.warn(f"decoding could not be captured ({error}) and runs step by step", stacklevel=2)
-                return
-            step.graph, step.logits = graph, logits
+            with torch.cuda.graph(graph, pool=pool, stream=side):
+                step.logits = self._pass(size)
+            step.graph = graph
             pool = graph.pool()  # they are never replayed at once
 
 

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from piggyback_lens.card import machine, peak_memory_gb, versions
+from piggyback_lens.card import machine, peak_memory, versions
 from piggyback_lens.conversations.prompt import RenderedPrompt
 from piggyback_lens.conversations.token_view import TokenView
 from piggyback_lens.errors import LensError
@@ -163,7 +163,7 @@ class Run:
             "versions": versions(),
             "machine": machine(),
             "seconds": round(self.seconds, 1),
-            "peak_memory_gb": peak_memory_gb(),
+            **peak_memory(),
         }
 
     @property

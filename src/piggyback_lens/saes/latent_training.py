@@ -120,7 +120,7 @@ def _new_sae(sae_lens: Any, activations: Float[Tensor, "token d"], settings: SAE
     shared = {"d_in": width, "d_sae": settings.d_sae, "normalize_activations": "expected_average_only_in"}
     shared |= {"metadata": metadata}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)  # and not that of every card
         if settings.l1 is None:
             k = 32 if settings.k is None else settings.k
             sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**shared, k=k))
