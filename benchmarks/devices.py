@@ -33,6 +33,7 @@ from piggyback_lens import (
 from piggyback_lens.models.sources import load_config
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+SCALE = 0.08  # of the adapter's numbers: both sides speak, and say different things
 
 
 def random_adapter(source, dtype, folder):
@@ -42,7 +43,7 @@ def random_adapter(source, dtype, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * SCALE)
     model.save_pretrained(folder)
     return folder
 
@@ -106,7 +107,7 @@ def main():
             torch.cuda.empty_cache()
     (texts, curve, times), (others, spread_curve, spread_times) = found.values()
     known = ~curve.isnan()  # rows of controls that a curve has not
-    assert known.any(), "the curve has no number"
+    assert bool((curve[known].abs() > 0).any()), "the curve has no number, or the sides do not differ"
     assert torch.equal(known, ~spread_curve.isnan()), "one layout has numbers where the other has none"
     gap = float((curve - spread_curve)[known].abs().max() / curve[known].abs().max())
     equal = {name: sum(a == b for a, b in zip(texts[name], others[name], strict=True)) for name in texts}
