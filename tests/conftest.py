@@ -57,7 +57,12 @@ def real_model_dir() -> str:
 
 @pytest.fixture(scope="session")
 def organism(real_model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapter folder of a small organism on the real model, trained once per session."""
+    """Adapter folder of a small organism on the real model, trained once for all processes of a session."""
     from organisms import train_organism
 
-    return train_organism(real_model_dir, tmp_path_factory.mktemp("organism"))
+    from piggyback_lens.results.run import locked
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with locked(shared, name="organism.lock", wait=True):
+        return train_organism(real_model_dir, shared / "organism")
