@@ -702,7 +702,7 @@ def test_a_map_asks_nothing_of_the_device_while_its_cells_go_through(span: str) 
     """For a cell its places are sent once, and a donor's rows where it has several; its change is read once."""
     with other_device() as device:
         pair = hooked_pair(device, "bridge")
-        measure = lens.AnswerContrast.of(pair, PROMPTS, max_new_tokens=3)
+        measure = tiny_pairs.contrast(PROMPTS)
         found = []
         for layers in ([1], [1, 2]):
             TRAFFIC.clear()

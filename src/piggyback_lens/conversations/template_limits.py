@@ -43,11 +43,13 @@ def run_metered(source: str, messages: Sequence[Mapping[str, Any]], variables: M
         _METER.reset(token)
 
 
+@lru_cache(maxsize=32)
 def variables_of(source: str) -> frozenset[str]:
     """Names that a template reads from outside, found without computing any of its constants."""
     return frozenset(find_undeclared_variables(_environment().parse(source)))
 
 
+@lru_cache(maxsize=32)
 def settable_in(source: str) -> frozenset[str]:
     """Names that a template reads before it sets them itself: those that a caller's value reaches."""
     uses = _Uses()

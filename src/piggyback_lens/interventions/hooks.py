@@ -15,6 +15,7 @@ import base64
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -456,32 +457,42 @@ def _hook(
     part: Intervention, layer: int, placement: Placement, receipt: Receipt, in_place: bool = False
 ) -> Callable[..., Tensor | None]:
     heads = None if part.heads is None else torch.tensor(part.heads)
+    return partial(_act, part, layer, placement, receipt, in_place, heads)
 
-    def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
-        receipt.calls += 1
-        cells = _cells(part, placement, activation.shape[1])
-        if part.site == "adapter":  # rows of a forking pass that are born later follow one that is off as well
-            cells = cells.of_rows(activation.shape[0])
-        if not len(cells):
-            return None
-        cells = cells.to(activation.device)
-        receipt.cells += len(cells)
-        receipt.layers.add(layer)
-        old = activation[cells.rows, cells.columns]
-        if not part.action.changes:
-            _keep(part, layer, cells, old, receipt)
-            return None
-        chosen = old if heads is None else old[:, heads.to(old.device)]
-        new = part.action.new_value(part, layer, chosen, cells, heads).to(activation.dtype)
-        if heads is not None:
-            new = old.index_copy(1, heads.to(old.device), new)
-        change = part.action.squared_change(old.detach(), new.detach())
-        before = receipt.squared_change  # of a layer that may be on another device
-        receipt.squared_change = change if before is None else before + change.to(before.device)
-        put = activation.index_put_ if in_place else activation.index_put
-        return put((cells.rows, cells.columns), new)
 
-    return hook
+def _act(
+    part: Intervention,
+    layer: int,
+    placement: Placement,
+    receipt: Receipt,
+    in_place: bool,
+    heads: Int[Tensor, " head"] | None,
+    activation: Tensor,
+    hook: Any = None,
+) -> Tensor | None:
+    """What a hook makes of an activation; None leaves it."""
+    receipt.calls += 1
+    cells = _cells(part, placement, activation.shape[1])
+    if part.site == "adapter":  # rows of a forking pass that are born later follow one that is off as well
+        cells = cells.of_rows(activation.shape[0])
+    if not len(cells):
+        return None
+    cells = cells.to(activation.device)
+    receipt.cells += len(cells)
+    receipt.layers.add(layer)
+    old = activation[cells.rows, cells.columns]
+    if not part.action.changes:
+        _keep(part, layer, cells, old, receipt)
+        return None
+    chosen = old if heads is None else old[:, heads.to(old.device)]
+    new = part.action.new_value(part, layer, chosen, cells, heads).to(activation.dtype)
+    if heads is not None:
+        new = old.index_copy(1, heads.to(old.device), new)
+    change = part.action.squared_change(old.detach(), new.detach())
+    before = receipt.squared_change  # of a layer that may be on another device
+    receipt.squared_change = change if before is None else before + change.to(before.device)
+    put = activation.index_put_ if in_place else activation.index_put
+    return put((cells.rows, cells.columns), new)
 
 
 def _cells(part: Intervention, placement: Placement, width: int) -> Cells:

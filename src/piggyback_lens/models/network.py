@@ -7,6 +7,7 @@ logits are read, and let the model attend to keys and values that are there alre
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,28 +172,28 @@ def _reading(model: Any, places: tuple[Tensor, Tensor]) -> Iterator[None]:
 
     The vocabulary is the widest matrix of a small model.
     """
-    calls = 0
-
-    def gather(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal calls
-        calls += 1
-        hidden, *rest = args
-        found = hidden[tuple(x.to(hidden.device) for x in places)]
-        return (found[None] if found.ndim == 2 else found, *rest)
-
+    calls: list[None] = []
     head = output_embeddings(model)
     if head is None:
         raise LensError(f"{type(model).__name__} has no output embeddings: pass a causal language model")
-    handle = head.register_forward_pre_hook(gather)
+    handle = head.register_forward_pre_hook(partial(_gathered, places, calls))
     try:
         yield
     finally:
         handle.remove()
-    if calls != 1:
+    if len(calls) != 1:
         raise LensError(
-            f"{type(model).__name__} called its output embeddings {calls} times in one pass, expected 1: this "
+            f"{type(model).__name__} called its output embeddings {len(calls)} times in one pass, expected 1: this "
             "architecture is not supported"
         )
+
+
+def _gathered(places: tuple[Tensor, Tensor], calls: list[None], _: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the output embeddings get: the hidden states of the read positions."""
+    calls.append(None)
+    hidden, *rest = args
+    found = hidden[tuple(x.to(hidden.device) for x in places)]
+    return (found[None] if found.ndim == 2 else found, *rest)
 
 
 def output_embeddings(model: Any) -> Any:
