@@ -1,7 +1,7 @@
 import json
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ import piggyback_lens.finetuning.training as training_module
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.batches import TrainBatch, batch_indices
 from piggyback_lens.finetuning.steps import Loss, Step, StepOutput, forward_step, response_nll, sft
-from piggyback_lens.finetuning.trainables import Trainable, add_lora
+from piggyback_lens.finetuning.trainables import Trainable, add_lora, seeded
 from piggyback_lens.finetuning.training import TrainResult, learning_rate_at, train
 from piggyback_lens.maths import kl_per_token, relative_kv_drift
 from piggyback_lens.results.run import locked
@@ -110,6 +110,21 @@ def test_no_step_is_wasted_on_a_learning_rate_of_zero() -> None:
 
 
 # --- the adapter ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "reached"), [("cpu", []), ("cuda:1", [1]), ("mps", ["mps"])])
+def test_a_seed_reaches_the_device_of_the_run_and_no_other(monkeypatch: Any, device: str, reached: list[Any]) -> None:
+    """What others draw on the other cards of a machine stays as it was."""
+    found: list[Any] = []
+    monkeypatch.setattr(torch, "manual_seed", lambda _: found.append("all"))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda card: nullcontext(found.append(card.index)))
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda _: None)
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda _: found.append("mps"))
+    with seeded(3, torch.device(device)):
+        drawn = torch.rand(2)
+    assert found == reached
+    assert torch.equal(drawn, torch.rand(2, generator=torch.Generator().manual_seed(3)))
 
 
 def test_the_adapter_depends_on_its_seed_and_leaves_the_random_state_alone() -> None:

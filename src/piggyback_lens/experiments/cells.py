@@ -179,7 +179,8 @@ def row_bytes(shape: Shape, item: int, tokens: int, answer: int) -> int:
     """
     kv = 4 * shape.n_layers * shape.n_kv_heads * tokens * shape.d_head * item
     logits = answer * shape.d_vocab * (item + 8)
-    widest = tokens * (10 * shape.d_model + 2 * shape.n_heads * tokens) * item
+    # Of scores there are the raw ones, the masked ones, their softmax in float32 and what attention reads.
+    widest = tokens * (10 * shape.d_model + 5 * shape.n_heads * tokens) * item
     return kv + logits + widest
 
 

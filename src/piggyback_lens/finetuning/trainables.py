@@ -218,4 +218,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         for card in cards:
             with torch.cuda.device(card):
                 torch.cuda.manual_seed(seed)
+        if device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield
