@@ -17,6 +17,7 @@ from piggyback_lens import (
     ModelPair,
     PrefixCache,
     Sampling,
+    add,
     batch_prompts,
     generate,
     hook_model,
@@ -24,6 +25,7 @@ from piggyback_lens import (
     patch,
     prefix_activations,
 )
+from piggyback_lens.models.backends import blocks_of
 from piggyback_lens.models.static import static_sizes
 from piggyback_lens.models.views import merged_bytes
 
@@ -86,6 +88,25 @@ def generation_rows(setting, n_prompts, new_tokens):
         lambda: ours(repair),
         ">= 1.2, 8B on GPU <= 10 ms per token",
     )
+    layer = len(blocks_of(plain)) // 2
+    vector = torch.randn(plain.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(setting.device) / 4
+
+    def steered_peer():
+        def hook(_module, _inputs, output):
+            moved = (output[0] if isinstance(output, tuple) else output) + vector.to(setting.dtype)
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        handle = blocks_of(plain)[layer].register_forward_hook(hook)
+        try:
+            return peer()
+        finally:
+            handle.remove()
+
+    def steered():
+        return ours(interventions=add(vector, layers=layer, span="all"))
+
+    setting.assert_answers(ids_of(steered()), steered_peer()[:, batch.ids.shape[1] :].tolist())
+    compared(f"steered {work}", "transformers generate, a hook on the block", steered_peer, steered, ">= 1")
     if setting.device == "cpu":
         looped = []
         loop_s = setting.seconds(lambda: looped.extend(hook_per_sample()))  # once: it is long enough

@@ -16,12 +16,15 @@ from torch import nn
 from piggyback_lens.errors import LensError
 from piggyback_lens.finetuning.trainables import add_lora
 from piggyback_lens.finetuning.training import train
-from piggyback_lens.interventions.kinds import add
+from piggyback_lens.interventions.hooks import Record, as_parts
+from piggyback_lens.interventions.kinds import ablate, add, clamp, zero
+from piggyback_lens.interventions.running import acts_on_blocks
 from piggyback_lens.measuring.generation import generate
+from piggyback_lens.measuring.scoring import response_log_probs
 from piggyback_lens.models import plain_views
 from piggyback_lens.models.attachment import edited_modules, edited_sites, linear_of
-from piggyback_lens.models.backends import core_of
-from piggyback_lens.models.booting import _stand_in_tokenizer
+from piggyback_lens.models.backends import blocks_of, core_of
+from piggyback_lens.models.booting import _stand_in_tokenizer, boot_bridge
 from piggyback_lens.models.forking import Lineage, forking
 from piggyback_lens.models.network import forward, keeping_last_hidden
 from piggyback_lens.models.pair import ModelPair, hook_model
@@ -344,3 +347,79 @@ def test_a_merge_that_computes_something_else_is_not_used(monkeypatch):
     wrong = tiny_models.build("llama-gqa", 7, vocab=tiny_chat.VOCAB)
     monkeypatch.setattr(plain_views, "merged_copy", lambda _: wrong)
     assert answers(pair) == expected
+
+
+# ---------------------------------------------------------------- interventions on the blocks of the plain view
+
+ON_BLOCKS = {
+    "steering": lambda: add(vector(), layers=1, span="all"),
+    "prompt only": lambda: add(vector(), layers=[0, 2], site="resid_pre", span="query"),
+    "several at one place": lambda: (
+        clamp(vector(), 2.0, layers=[1, 2], span="all")
+        + add(vector(1.0), layers=2, span="response")
+        + zero("resid_pre", layers=[2], span="system", tokens=[0])
+    ),
+    "ablation": lambda: ablate(vector(), site="resid_post"),
+}
+
+
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.MORE])
+def test_what_acts_on_the_residual_stream_acts_on_blocks_as_on_hook_points(name):
+    own = tiny_models.build(name, 0, vocab=len(TOKENIZER))
+    beside, alone = hook_model(own, TOKENIZER), boot_bridge(own, TOKENIZER, name)
+    assert plain_view(alone) is None  # so that hooks are at its hook points
+    prompts = tiny_hooked.prompts()
+    scored = [prompt.with_response("yes, no") for prompt in prompts]
+    free = torch.cat(response_log_probs(beside, scored))
+    for make in ON_BLOCKS.values():
+        found = []
+        for model in (beside, alone):
+            record = Record()
+            answers = generate(model, prompts, max_new_tokens=6, stop_ids=[], interventions=make(), record=record)
+            numbers = torch.cat(response_log_probs(model, scored, interventions=make()))
+            told = [(r.cells, sorted(r.layers), r.calls) for r in record.receipts]
+            found.append(([a.ids for a in answers], told, numbers, [r.change_norm for r in record.receipts]))
+        (ids, told, numbers, norms), (expected, their_told, their_numbers, their_norms) = found
+        assert ids == expected
+        assert float((numbers - free).abs().max()) > 1e-3
+        assert told == their_told
+        torch.testing.assert_close(numbers, their_numbers, rtol=1e-4, atol=1e-4)
+        assert norms == pytest.approx(their_norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("merged_gb", [0.0, 1.0])
+def test_an_adapters_answers_under_steering_are_those_at_hook_points(monkeypatch, merged_gb):
+    monkeypatch.setattr(plain_views, "MERGED_GB", merged_gb)
+    owner = tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER))
+    tuned = add_lora(owner, LoRASettings(rank=4))
+    with torch.no_grad():
+        for weight in (value for value in tuned.parameters() if value.requires_grad):
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    pair, prompts = ModelPair.load(finetuned=tuned, tokenizer=TOKENIZER), tiny_hooked.prompts()
+    steer = as_parts(add(vector(), layers=1, span="all"))
+    for side in ("base", "finetuned"):
+        with pair.using(side) as model:
+            assert acts_on_blocks(model, steer)
+            found = generate(model, prompts, max_new_tokens=6, stop_ids=[], interventions=steer)
+            nothing = [("blocks.0.hook_resid_pre", lambda x, hook: x)]
+            with model.hooks(fwd_hooks=nothing):  # somebody's own hook: all goes through hook points
+                assert not acts_on_blocks(model, steer)
+                expected = generate(model, prompts, max_new_tokens=6, stop_ids=[], interventions=steer)
+            assert [a.ids for a in found] == [a.ids for a in expected]
+            assert is_plain(model)
+            assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks_of(network_of(model)))
+
+
+def test_what_acts_elsewhere_is_at_hook_points(bridge):
+    for site in ("v", "z", "mlp_out", "resid_mid"):
+        assert not acts_on_blocks(bridge, as_parts(zero(site, layers=[1])))
+    assert not acts_on_blocks(bridge, as_parts(add(vector(), layers=1) + zero("v", layers=[0])))
+    assert not acts_on_blocks(bridge, ())
+    assert not acts_on_blocks(tiny_hooked.hooked("llama-gqa", "bridge"), as_parts(add(vector(), layers=1)))
+
+
+def test_hooks_leave_the_blocks_after_an_error(bridge):
+    wrong = add(torch.ones(7), layers=1)
+    with pytest.raises(LensError, match="a vector of length 7"):
+        generate(bridge, tiny_hooked.prompts(), max_new_tokens=2, interventions=wrong)
+    assert not any(block._forward_hooks for block in blocks_of(network_of(bridge)))

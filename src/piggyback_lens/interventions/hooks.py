@@ -387,20 +387,30 @@ def hook_pairs(
     points: Any = None,
 ) -> list[HookPair]:
     """`(name, function)` pairs of several interventions, in order; see `Interventions.fwd_hooks`."""
-    placement, record = Placement.of(batch), record or Record()
-    pairs: list[HookPair] = []
     points = hook_points(model) if parts and points is None else points
+    return [
+        (hook_name(model, part.site, layer, points), _by_query(hook) if part.site == "attn_scores" else hook)
+        for part, layer, hook in placed_hooks(parts, model, Placement.of(batch), record or Record())
+    ]
+
+
+def placed_hooks(
+    parts: Sequence[Intervention], model: HookedModel, placement: Placement, record: Record
+) -> list[tuple[Intervention, int, Callable[..., Tensor | None]]]:
+    """What each intervention does in each of its layers, in order.
+
+    Raises:
+        LensError: one that does not fit this model and these rows, or is at no hook point.
+    """
+    found = []
     for part, receipt in zip(parts, record.open(parts, placement.total), strict=True):
         if part.site == "adapter":
             raise LensError(f"{part} is at no hook point of TransformerLens: use `with applied(...)`, or generate")
         layers = check_layers(part.layers, shape_of(model).n_layers)
         _check(part, model, placement, layers)
-        for layer in layers:
-            hook = _hook(part, layer, placement, receipt, writes_through(model, part.site))
-            pairs.append(
-                (hook_name(model, part.site, layer, points), _by_query(hook) if part.site == "attn_scores" else hook)
-            )
-    return pairs
+        in_place = writes_through(model, part.site)
+        found += [(part, layer, _hook(part, layer, placement, receipt, in_place)) for layer in layers]
+    return found
 
 
 def adapter_hooks(

@@ -4,9 +4,11 @@ import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from piggyback_lens.conversations.chat import PromptBatch
 from piggyback_lens.interventions.hooks import (
@@ -17,12 +19,15 @@ from piggyback_lens.interventions.hooks import (
     adapter_hooks,
     as_parts,
     hook_pairs,
+    placed_hooks,
 )
 from piggyback_lens.interventions.kinds import cache
 from piggyback_lens.interventions.placement import Placement
-from piggyback_lens.models.backends import HookedModel, hook_points
+from piggyback_lens.models.attachment import edited_sites
+from piggyback_lens.models.backends import HookedModel, core_of, hook_points
 from piggyback_lens.models.gates import gate_of, tokens_told
 from piggyback_lens.models.network import NOTHING, forward
+from piggyback_lens.models.plain_views import network_of, plain_view
 from piggyback_lens.words import Site
 
 
@@ -97,6 +102,43 @@ def applied_each(
             handle.hook.remove()
             if handle in point.fwd_hooks:
                 point.fwd_hooks.remove(handle)
+
+
+BLOCK_SITES = ("resid_pre", "resid_post")
+"""Sites that are inputs and outputs of a decoder block, on a bridge and on the transformers model beside it."""
+
+
+def acts_on_blocks(model: Any, parts: Sequence[Intervention]) -> bool:
+    """Whether interventions can act on the blocks of a bridge's plain view: passes go through no hook points then."""
+    beside = plain_view(model) is not None and network_of(model) is not core_of(model)
+    return beside and bool(parts) and all(part.site in BLOCK_SITES for part in parts) and not gate_of(model)
+
+
+@contextmanager
+def applied_to_passes(
+    model: HookedModel, placement: Placement, parts: Sequence[Intervention], record: Record
+) -> Iterator[None]:
+    """As `applied`, for passes by `forward` alone: a call of the model itself may not see it.
+
+    What acts on the residual stream alone is put on the blocks that it touches, and all others run as if nothing acted.
+    """
+    if not acts_on_blocks(model, parts):
+        with applied(model, placement, parts, record=record, must_touch=False):
+            yield
+        return
+    edits: dict[tuple[int, Site], list[Any]] = {}
+    for part, layer, hook in placed_hooks(parts, model, placement, record):
+        edits.setdefault((layer, part.site), []).append(hook)  # type: ignore[arg-type]
+    with edited_sites(network_of(model), {place: partial(_through, hooks) for place, hooks in edits.items()}):
+        yield
+
+
+def _through(hooks: Sequence[Any], activation: Tensor) -> Tensor:
+    """An activation after several hooks, of which each may leave it."""
+    for hook in hooks:
+        changed = hook(activation)
+        activation = activation if changed is None else changed
+    return activation
 
 
 def _gates(model: Any, variants: Sequence[tuple[PromptBatch | Placement, Any, Any]]) -> list[tuple[Any, ...]]:

@@ -3,7 +3,8 @@
 The prompts' common prefix is computed once and its keys and values are shared by all rows; the rest of
 each prompt is one right-padded pass, whatever the number of its samples; finished rows leave the batch.
 Interventions are told the absolute position of every token, so a hook acts on the same tokens as in a pass without a
-KV cache; where none of them reaches the answer, decoding goes through the model without hooks.
+KV cache; where none of them reaches the answer, decoding goes through the model without hooks, and where they act on
+the residual stream alone, with hooks on the blocks that they touch.
 """
 
 import warnings
@@ -24,7 +25,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts
 from piggyback_lens.interventions.placement import Placement, Row
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
-from piggyback_lens.interventions.running import applied, gate_parts
+from piggyback_lens.interventions.running import acts_on_blocks, applied_to_passes, gate_parts
 from piggyback_lens.measuring.sampling import Chooser, Sampling
 from piggyback_lens.models.backends import HookedModel, device_of, end_ids_of, facts_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
@@ -228,7 +229,7 @@ class _Run:
         batch = batch_prompts(prompts, side="right")
         placement = Placement.of(batch, origins, self.total, ready=past)
         mask = batch.attention_mask[:, past:]
-        with applied(model, placement, self.parts, record=self.record, must_touch=False):
+        with applied_to_passes(model, placement, self.parts, self.record):
             last = mask.sum(dim=1, keepdim=True) - 1
             logits = forward(model, batch.ids[:, past:], mask, state=state, read=last)[:, 0]
         state.right_align()
@@ -296,7 +297,12 @@ class _Run:
             raise LensError(
                 f"{acting[0]} acts on the answer, and a static cache is decoded without hooks: leave one out"
             )
-        with applied(self.model, placement, parts, record=self.record, must_touch=False), settled(self.model):
+        hooked = applied_to_passes(self.model, placement, parts, self.record)
+        # On blocks they act on those of the settled network; elsewhere they decide which network it is.
+        first, second = settled(self.model), hooked
+        if not acts_on_blocks(self.model, parts):
+            first, second = hooked, settled(self.model)
+        with first, second:
             yield bool(acting)
 
     def _static(self, state: KVState, hooks_act: bool) -> StaticDecoding | None:

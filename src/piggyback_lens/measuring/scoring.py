@@ -16,7 +16,7 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.interventions.hooks import AnyIntervention, Intervention, Record, as_parts
 from piggyback_lens.interventions.placement import Placement
 from piggyback_lens.interventions.prefix import PrefixCache, similar_batches, starting_prefix
-from piggyback_lens.interventions.running import applied
+from piggyback_lens.interventions.running import applied_to_passes
 from piggyback_lens.maths import kl_per_token, token_log_probs
 from piggyback_lens.models.backends import HookedModel, device_of, dtype_of, n_positions_of, shape_of
 from piggyback_lens.models.network import forward
@@ -200,7 +200,7 @@ def _batch_logits(
     placement = Placement.of(batch, rows, total, ready=past)
     read, counts = predicting_columns(prompts, past)
     ids, mask = batch.ids[:, past:].to(device), batch.attention_mask[:, past:].to(device)
-    with applied(model, placement, parts, record=record, must_touch=False):
+    with applied_to_passes(model, placement, parts, record):
         logits = forward(model, ids, mask, state=state, read=read.to(device))
     return [(row, values[:count]) for row, values, count in zip(rows, logits, counts, strict=True)]
 

@@ -209,7 +209,7 @@ def _written(edit: SiteEdit, _: nn.Module, _args: Any, output: Tensor) -> Tensor
 def _edit_block(block: nn.Module, site: Site, edit: SiteEdit) -> Any:
     """A hook on a decoder block of a plain transformers model."""
 
-    def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             return (edit(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
