@@ -12,9 +12,12 @@ from piggyback_lens.errors import LensError
 from piggyback_lens.experiments import attribution
 from piggyback_lens.experiments.attribution import attribution_map
 from piggyback_lens.experiments.patching import layer_curve, layer_head_map, layer_position_map
+from piggyback_lens.interventions.kinds import add
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour
 from piggyback_lens.measuring.measures import get_behaviour
+from piggyback_lens.measuring.scoring import response_log_probs
 from piggyback_lens.models.backends import core_of
+from piggyback_lens.models.pair import ModelPair, hook_model
 from piggyback_lens.settings import PatchSettings
 
 NEAR = (3e-4, 3e-3)  # sizes of the finetune's step; the error of a first-order term shrinks with them
@@ -147,6 +150,28 @@ def test_an_attribution_is_the_slope_of_the_slow_path(name):
         slope = (ends[0] - ends[1]) / (2 * little)
         np.testing.assert_allclose(effects(quick)[token], slope, rtol=2e-3, atol=1e-4)
     assert np.abs(effects(quick)).max() > 1e-2
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"])
+def test_a_gradient_is_the_slope_under_a_small_vector(site, frozen):
+    """Central differences; the stream goes on beside what is read, and nothing of that may be left out."""
+    tiny = ModelPair(*(hook_model(weights("llama-gqa", side), chat().tokenizer) for side in ("base", "finetuned")),
+                     tokenizer=chat().tokenizer)  # fmt: skip
+    some, measure, layer, n = prompts(THREE), contrast(), 1, len(THREE)
+    with tiny.using("finetuned") as model:
+        for parameter in core_of(model).parameters():
+            parameter.requires_grad_(not frozen)
+        way = torch.randn(32, generator=torch.Generator().manual_seed(1))
+        (gradient,) = attribution._gradients(model, some, measure, range(n), [site], [layer], "query", None).values()
+        slopes = (gradient * way).flatten(1).sum(1)
+        little, ends = 3e-3, []
+        for sign in (1, -1):
+            moved = {"layers": layer, "site": site, "span": "query", "strength": sign * little}
+            scores = response_log_probs(model, measure.rows[:n], interventions=add(way, **moved))
+            ends.append(torch.stack([row.mean() for row in scores]))
+    torch.testing.assert_close(slopes, (ends[0] - ends[1]) / (2 * little), rtol=2e-2, atol=2e-3)
+    assert float(slopes.abs().max()) > 0.01
 
 
 def test_weights_have_no_part_in_the_graph_of_an_attribution(monkeypatch):

@@ -489,6 +489,23 @@ def test_a_step_that_cannot_be_captured_is_run_as_if_there_were_no_graphs(monkey
         assert len(graphs) == (fails == "graph")
 
 
+def test_what_a_broken_batch_leaves_reaches_no_other():
+    """Masked columns are multiplied with zero, and zero times NaN is NaN."""
+    model = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer)
+    batch = batch_prompts(prompts()[:1], side="right")
+    state = new_state(model, 1)
+    with torch.no_grad():
+        forward(model, batch.ids, batch.attention_mask, state=state)
+    fixed, token = StaticDecoding(model, 1, state.length + 4), torch.tensor([7])
+    fixed.start(state)
+    expected = fixed.step(token).clone()
+    for layer in fixed._steps[1].cache.layers:
+        layer.keys[:, :, state.length :] = float("nan")
+        layer.values[:, :, state.length :] = float("nan")
+    fixed.start(state)
+    torch.testing.assert_close(fixed.step(token), expected)
+
+
 def test_a_large_cache_is_not_kept():
     model, some = hook_model(tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB), chat().tokenizer), prompts()
     with recorded_steps() as graphs:

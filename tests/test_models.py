@@ -540,7 +540,7 @@ def test_the_same_weights_are_the_same_model_on_both_backends_and_others_are_not
     assert not one.matches(Identity("", one.shape, tuple(float("nan") for _ in one.probe)))
 
 
-def test_logits_of_bfloat16_are_equal_to_two_of_its_steps():
+def test_logits_of_bfloat16_are_equal_to_one_of_its_steps():
     """Another kind of GPU rounds the last bit otherwise; in float32 as much is another model."""
     made = tiny_models.build("llama-gqa", 0, vocab=tiny_chat.VOCAB).bfloat16()
     one = identify(hook_model(made, tiny_hooked.chat().tokenizer))
@@ -551,7 +551,7 @@ def test_logits_of_bfloat16_are_equal_to_two_of_its_steps():
         return replace(one, probe=tuple(x + by if abs(x) == largest else x for x in one.probe))
 
     assert one.matches(moved(step))
-    assert not one.matches(moved(8 * step))
+    assert not one.matches(moved(3 * step))
     exact = replace(one, probe=tuple(x + 1e-3 * largest / 3 for x in one.probe))
     assert not exact.matches(replace(exact, probe=tuple(x + step for x in exact.probe)))
 

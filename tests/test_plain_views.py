@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from piggyback_lens.errors import LensError
-from piggyback_lens.finetuning.trainables import add_lora
+from piggyback_lens.finetuning.trainables import PeftAdapter, add_lora
 from piggyback_lens.finetuning.training import train
 from piggyback_lens.interventions.hooks import Record, as_parts
 from piggyback_lens.interventions.kinds import ablate, add, clamp, zero
@@ -423,3 +423,24 @@ def test_hooks_leave_the_blocks_after_an_error(bridge):
     with pytest.raises(LensError, match="a vector of length 7"):
         generate(bridge, tiny_hooked.prompts(), max_new_tokens=2, interventions=wrong)
     assert not any(block._forward_hooks for block in blocks_of(network_of(bridge)))
+
+
+@pytest.mark.parametrize("steer", [None, "steered"])
+def test_what_is_measured_while_a_view_is_trained_has_no_dropout(steer):
+    owner = tiny_models.build("llama-gqa", 0, vocab=len(TOKENIZER))
+    tuned = add_lora(owner, LoRASettings(rank=4, dropout=0.5))
+    with torch.no_grad():
+        for weight in (value for value in tuned.parameters() if value.requires_grad):
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    pair, alone = ModelPair.load(finetuned=tuned, tokenizer=TOKENIZER), boot_bridge(tuned, TOKENIZER, "beside")
+    scored = [prompt.with_response("yes, no") for prompt in tiny_hooked.prompts()]
+    parts, found = None if steer is None else add(vector(), layers=1, span="all"), []
+
+    def on_step(_row):
+        for model in (pair._models["finetuned"], alone):
+            found.append(torch.cat(response_log_probs(model, scored, interventions=parts)))
+
+    with pair.using("finetuned") as model:
+        train(PeftAdapter(model), tiny_chat.tiny_examples(4), TrainSettings(steps=2, batch_size=4), on_step=on_step)
+    for ours, expected in zip(found[::2], found[1::2], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

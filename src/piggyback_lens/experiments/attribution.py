@@ -315,7 +315,8 @@ def _gradients(
 
     def keeping(key: tuple[Site, int]) -> Any:
         def keep(activation: Tensor, hook: Any = None) -> Tensor:
-            kept[key] = activation if activation.requires_grad else activation.detach().requires_grad_()
+            # Not a copy: the stream may go on in the tensor that was read.
+            kept[key] = activation if activation.requires_grad else activation.requires_grad_()
             return kept[key]
 
         return keep

@@ -28,6 +28,7 @@ from piggyback_lens.interventions.running import applied_each
 from piggyback_lens.models.attachment import require_switchable
 from piggyback_lens.models.gates import OFF_FILE, as_texts, base_spans, gate_of
 from piggyback_lens.models.plain_views import plain_view
+from piggyback_lens.models.views import structural_copy
 
 
 class GatedAdapter(PeftAdapter):
@@ -57,7 +58,7 @@ class GatedAdapter(PeftAdapter):
             raise LensError(
                 f"this finetune's adapter is off at {own}, and is to be trained off at {self.off}: give the same"
             )
-        super().__init__(plain_view(model) if gate else model)
+        super().__init__(structural_copy(plain_view(model)) if gate else model)
         self._invocation: tuple[int, ...] = ()
         if wrong := [part for part in self.off.parts if part.site != "adapter"]:
             raise LensError(f"{wrong[0]} is not adapter_off(...): an adapter is only switched off while it trains")

@@ -20,7 +20,7 @@ from piggyback_lens.models.backends import blocks_of, is_hooked_model
 from piggyback_lens.models.gates import OFF_FILE, gate_of
 from piggyback_lens.models.plain_views import plain_view
 from piggyback_lens.models.sources import portable_name
-from piggyback_lens.models.views import is_booted, is_peft_model
+from piggyback_lens.models.views import is_booted, is_peft_model, structural_copy
 from piggyback_lens.settings import LoRASettings
 
 
@@ -102,7 +102,7 @@ class PeftAdapter(Trainable):
                     f"{type(model).__name__} has weights of its own: train the PEFT model that it was made of, or a "
                     "HookTrainable"
                 )
-            model = plain
+            model = structural_copy(plain)  # dropout is on in what is trained, and passes of the view have none
         if not is_peft_model(model):
             raise LensError(
                 f"{type(model).__name__} has no adapter to train; call add_lora(model, LoRASettings(...)) first; a "

@@ -188,7 +188,9 @@ class StaticDecoding:
             return False
         self._used, self._size, self._past = used, self.fitting(used), past
         for layer, own in zip(self._steps[self.sizes[0]].cache.layers, state.cache.layers, strict=True):
-            layer.keys[:used, :, :past], layer.values[:used, :, :past] = own.keys, own.values
+            for kept, new in ((layer.keys, own.keys), (layer.values, own.values)):
+                kept.zero_()  # what an earlier batch left is masked, but 0 times NaN is NaN
+                kept[:used, :, :past] = new
             layer.cumulative_length.fill_(past)
         self._seen.zero_()
         self._seen[:used, 0, 0, :past] = state.mask.bool()
