@@ -50,10 +50,10 @@ demo: install
 	@$(BIN)/piggyback-lens demo --task $(TASK) --out $(OUT) $(if $(QUICK),--quick)
 
 test: install
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST)
 
 check: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not real" $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not real" $(PYTEST)
 
 lint: install
 	@$(BIN)/ruff format --check .

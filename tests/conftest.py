@@ -23,6 +23,14 @@ def seed_everything() -> None:
     torch.manual_seed(0)
 
 
+LONG = ("test_notebooks.py", "test_readme.py", "test_kills.py", "test_benchmarks.py", "test_exactness.py")
+"""Files that take minutes. A process takes whole files, so these come first, and none is left alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     seed_everything()  # before fixtures of any scope
