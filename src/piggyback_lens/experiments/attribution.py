@@ -21,7 +21,7 @@ from piggyback_lens.card import versions
 from piggyback_lens.conversations.chat import RenderedPrompt, batch_prompts
 from piggyback_lens.errors import LensError
 from piggyback_lens.experiments.answering import measure_facts, own_contrast
-from piggyback_lens.experiments.cells import evaluate, require_one_prefix
+from piggyback_lens.experiments.cells import evaluate, most_rows, require_one_prefix
 from piggyback_lens.experiments.experiment import prompt_facts
 from piggyback_lens.experiments.laboratory import check_sites
 from piggyback_lens.experiments.patching import head_labels, layer_head_map, layer_position_map
@@ -243,20 +243,21 @@ def _attributed(
     donors = Donors(pair, list(prompts), settings.postfix_donor, settings.chat, settings.seed)
     with pair.using(DONOR[flow]) as model:
         there = unpatched(model, prompts, measure)
-    total = torch.zeros((len(layers), n_labels, len(prompts)))
     groups = [layers] if steps is None else [(layer,) for layer in layers]
     # Donors of both sides come first: the sides of an adapter pair share one model.
     ends = {site: [donors.of(s, flow, asked.span, site) for s in ("identity control", "patched")] for site in sites}
     passes = [(group, step) for group in groups for step in range(steps or 1)]
     with pair.using(RECIPIENT[flow]) as model, counting(len(passes) * len(measure.rows), "gradients") as advance:
         here = unpatched(model, prompts, measure)
+        total = torch.zeros((len(layers), n_labels, len(prompts)), device=device_of(model))
+        together = most_rows(model, measure, settings.budget_gb, gradient=True)
         for group, step in passes:
             moved = _moved(ends, group, None if steps is None else (step + 0.5) / steps)
-            for rows in similar_batches(measure.rows, 8):
+            for rows in similar_batches(measure.rows, together):
                 gradients = _gradients(model, prompts, measure, rows, sites, group, asked.span, moved)
                 _add(total, gradients, ends, layers, rows, len(prompts), asked.by)
                 advance(len(rows))
-    return here, there, total / (steps or 1)
+    return here, there, (total / (steps or 1)).cpu()
 
 
 def _labels(
@@ -330,8 +331,9 @@ def _gradients(
         found = torch.autograd.grad(torch.stack(scores).sum(), list(kept.values()))
     picked = {}
     for key, gradient in zip(kept, found, strict=True):
-        cells = placement.cells(span, None, "prompt", None, gradient.shape[1]).to(gradient.device)
+        cells = placement.cells(span, None, "prompt", None, gradient.shape[1])
         width = int(cells.slots.max()) + 1
+        cells = cells.to(gradient.device)
         whole = gradient.new_zeros((len(rows), width, *gradient.shape[2:]))
         whole[cells.rows, cells.slots] = gradient[cells.rows, cells.columns]
         picked[key] = whole
@@ -351,14 +353,14 @@ def _add(
     for (site, layer), gradient in gradients.items():
         own, donor = (end[site, layer].to(gradient.device) for end in ends[site])
         width = gradient.shape[1]
-        prompt = torch.tensor([row % n for row in rows])
+        prompt = torch.tensor([row % n for row in rows], device=own.device)
         source = prompt if len(own) > 1 else torch.zeros_like(prompt)
-        gap = (donor - own)[source.to(own.device)][:, :width]
+        gap = (donor - own)[source][:, :width]
         product = (gap.float() * gradient.float()).flatten(2) if by == "position" else gap.float() * gradient.float()
         attributed = product.sum(-1) if by == "position" else product.sum((1, 3))
-        sign = torch.tensor([1.0 if row < n else -1.0 for row in rows])
-        at = layers.index(layer)
-        total[at].index_add_(1, prompt, (attributed.cpu() * sign[:, None]).T.contiguous())
+        sign = torch.tensor([1.0 if row < n else -1.0 for row in rows], device=own.device)
+        signed = (attributed * sign[:, None]).T.contiguous()
+        total[layers.index(layer)].index_add_(1, prompt.to(total.device), signed.to(total.device))
 
 
 def _exact(

@@ -115,7 +115,7 @@ def passes_of(
         return [[cell] for cell in range(len(cells))]
     if [row.ids[: row.n_prompt] for row in measure.towards] != [prompt.ids for prompt in prompts]:
         raise LensError("the measure's answers are not of these prompts in this order: make it from the same prompts")
-    most = _most_rows(model, measure, budget_gb)
+    most = most_rows(model, measure, budget_gb)
     together = max(1, most // max(map(len, _groups(prompts, most))) - 1)
     together = min(together, cells_per_pass or together)
     firsts = [(_first_token(parts, prompts[0], length), first_layer(parts, model)) for parts in cells]
@@ -145,15 +145,16 @@ def run_pass(
     if isinstance(measure, GeneratedBehaviour):
         return [_generated(model, prompts, measure, parts) for parts in cells]
     root = root or PrefixCache.compile(model, prompts[0])
-    return _Chunk(model, prompts, measure, cells, root).run(_groups(prompts, _most_rows(model, measure, budget_gb)))
+    return _Chunk(model, prompts, measure, cells, root).run(_groups(prompts, most_rows(model, measure, budget_gb)))
 
 
-def _most_rows(model: HookedModel, measure: AnswerContrast, budget_gb: float | None) -> int:
-    """Rows that one pass may have."""
+def most_rows(model: HookedModel, measure: AnswerContrast, budget_gb: float | None, *, gradient: bool = False) -> int:
+    """Rows that one pass may have; for a gradient it keeps the activations of every layer."""
     memory = free_bytes(device_of(model)) / 2 if budget_gb is None else budget_gb * 1e9
     tokens = max(len(row.ids) for row in measure.rows)
     answer = max(len(row.ids) - row.n_prompt for row in measure.rows)
-    one = row_bytes(shape_of(model), dtype_of(model).itemsize, tokens, answer)
+    shape = shape_of(model)
+    one = row_bytes(shape, dtype_of(model).itemsize, tokens, answer, layers=shape.n_layers if gradient else 1)
     return max(2, min(MOST_ROWS, int(memory / one)))
 
 
@@ -168,7 +169,7 @@ def _similar(prompts: Sequence[RenderedPrompt], most: int) -> list[list[int]]:
     return [order[i : i + most] for i in range(0, len(order), most)]
 
 
-def row_bytes(shape: Shape, item: int, tokens: int, answer: int) -> int:
+def row_bytes(shape: Shape, item: int, tokens: int, answer: int, *, layers: int = 1) -> int:
     """Rough memory of one row of a pass: keys and values (twice, while they grow), logits, the widest activations.
 
     Args:
@@ -176,12 +177,13 @@ def row_bytes(shape: Shape, item: int, tokens: int, answer: int) -> int:
         item: bytes of a number.
         tokens: of the row, its answer included.
         answer: of them, those whose logits are computed.
+        layers: whose activations are there at once.
     """
     kv = 4 * shape.n_layers * shape.n_kv_heads * tokens * shape.d_head * item
     logits = answer * shape.d_vocab * (item + 8)
     # Of scores there are the raw ones, the masked ones, their softmax in float32 and what attention reads.
     widest = tokens * (10 * shape.d_model + 5 * shape.n_heads * tokens) * item
-    return kv + logits + widest
+    return kv + logits + layers * widest
 
 
 def first_layer(parts: Sequence[Intervention], model: HookedModel) -> int:

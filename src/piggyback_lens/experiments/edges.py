@@ -34,9 +34,10 @@ from piggyback_lens.interventions.prefix import similar_batches
 from piggyback_lens.interventions.running import applied
 from piggyback_lens.measuring.answers import AnswerContrast, GeneratedBehaviour, Measure, mean_log_prob
 from piggyback_lens.measuring.scoring import predicting_columns
-from piggyback_lens.models.backends import HookedModel, attention_weights_name, device_of
+from piggyback_lens.models.backends import HookedModel, attention_weights_name, core_of, device_of
 from piggyback_lens.models.network import forward
 from piggyback_lens.models.pair import ModelPair
+from piggyback_lens.models.views import frozen
 from piggyback_lens.progress import counting, shows
 from piggyback_lens.results.report import Report
 from piggyback_lens.results.run import Run
@@ -286,7 +287,8 @@ def _weights_and_gradients(
 
     names = [(attention_weights_name(model, layer), keep) for layer in range(model.cfg.n_layers)]
     read, counts = predicting_columns(batch.prompts, 0)
-    with torch.enable_grad(), applied(model, batch, ()), model.hooks(fwd_hooks=names):
+    hooked = model.hooks(fwd_hooks=names)
+    with torch.enable_grad(), frozen(core_of(model)), applied(model, batch, ()), hooked:
         logits = forward(model, batch.ids, batch.attention_mask, read=read.to(device))
         scores = [mean_log_prob(p, x[:n]) for p, x, n in zip(batch.prompts, logits, counts, strict=True)]
         found = torch.autograd.grad(torch.stack(scores).sum(), kept)
