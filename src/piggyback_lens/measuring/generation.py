@@ -100,7 +100,7 @@ def generate(  # noqa: PLR0913
             them out.
         share_prefix: compute the common prefix once; False runs whole prompts (slower, same numbers).
         static_cache: decode in tensors of fixed size (same numbers), which a GPU replays as a captured graph: rows
-            leave the batch when half of them are finished and 32 or more are left. None: on a GPU, where it can be
+            leave the batch when half of them are finished, down to a step of 32 rows. None: on a GPU, where it can be
             done; True: always, or an error that says why not (a HookedTransformer, hooks that act on the answer, short
             attention windows).
 

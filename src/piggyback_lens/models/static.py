@@ -2,7 +2,7 @@
 
 There a step is captured as a CUDA graph, since launching its kernels from Python takes far longer than they do. It is
 captured for halves of the batch too, and when so many answers are finished, the others go on in the half. No hook may
-act. Run eagerly (on a CPU, or where a layer cannot be captured) it gives the numbers of `forward`.
+act. Run eagerly, as on a CPU, it gives the numbers of `forward`.
 """
 
 import copy
